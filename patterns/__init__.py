@@ -1,0 +1,1 @@
+"""The rules: which PyTorch expressions become which op."""

@@ -1,0 +1,59 @@
+"""What a user may say in ``torch.compile(model, backend="fastft", options={...})``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+Lower = Literal["inductor", "eager"]
+
+
+class OptionsError(ValueError):
+    """An option that does not exist, or a value that it cannot take."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend.
+
+    lower: ``"inductor"`` compiles the rewritten graph; ``"eager"`` runs it as it is, for debugging and quick tests.
+    strict: raise where fastft would otherwise warn and compile the graph as the user wrote it.
+    """
+
+    lower: Lower = "inductor"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            _check(field.name, getattr(self, field.name), hints[field.name])
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
+        """Validate what the user passed; raises OptionsError with one sentence that says what to do."""
+        if isinstance(options, Options):
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionsError(f"options must be a dict such as {{'strict': True}}, not {type(options).__name__}.")
+        names = [field.name for field in fields(cls)]
+        for name in options or {}:
+            if name not in names:
+                raise OptionsError(f"fastft has no option {name!r}; did you mean {nearest(str(name), names)!r}?")
+        return cls(**(options or {}))
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """The valid word most like ``word``."""
+    return max(valid, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
+
+
+def _check(name: str, value: object, hint: Any) -> None:
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise OptionsError(f"option {name!r} is True or False, not {value!r}.")
+        return
+    choices = get_args(hint)
+    if value not in choices:
+        raise OptionsError(f"option {name!r} is one of {', '.join(map(repr, choices))}, not {value!r}.")
