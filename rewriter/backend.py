@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from fastft.rewriter import compat
-from fastft.rewriter.options import Options
+from fastft.rewriter.graph import Snapshot
+from fastft.rewriter.options import Options, OptionsError
+from fastft.rewriter.report import GraphReport
+from fastft.rewriter.rewrite import rewrite
+
+log = logging.getLogger("fastft")
+_warned: set[str] = set()
 
 
-def fastft(gm: GraphModule, example_inputs: list[torch.Tensor], *, options: dict[str, Any] | None = None) -> Callable:
-    """The function that torch.compile calls once a graph; found by the name "fastft"."""
+def fastft(
+    gm: GraphModule,
+    example_inputs: list[torch.Tensor],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable:
+    """The function that torch.compile calls for each graph it captures; found by the name "fastft".
+
+    options: see Options.  Raises OptionsError for one that does not exist, and for any ``mode``.
+    """
+    if mode not in (None, "default"):
+        raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
-    if parsed.lower == "eager":
-        return gm.forward
-    return compat.compile_fx(gm, example_inputs)
+    original = Snapshot(gm)
+    try:
+        report = rewrite(gm)
+        log_report(report)
+        return lower(gm, example_inputs, parsed)
+    except Exception as error:
+        if parsed.strict:
+            raise
+        original.restore()
+        compiled = lower(gm, example_inputs, parsed)  # where this fails too, the fault is not ours: let it rise
+        warn_once(f"fastft left a graph as it was, because of {type(error).__name__}: {_first_line(error)}")
+        return compiled
+
+
+def lower(gm: GraphModule, example_inputs: list[torch.Tensor], options: Options) -> Callable:
+    """Compile what the rewriter made of a graph."""
+    return gm.forward if options.lower == "eager" else compat.compile_fx(gm, example_inputs)
+
+
+def warn_once(message: str) -> None:
+    """Warn, once a process for each message."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def log_report(report: GraphReport) -> None:
+    """What happened to a graph, for ``logging.getLogger("fastft")``."""
+    log.info("%d lifted, %d near misses", len(report.lifted), len(report.near_misses))
+    for miss in report.near_misses:
+        log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, miss.reason)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

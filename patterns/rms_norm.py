@@ -1,0 +1,61 @@
+"""RMSNorm -> fastft::rms_norm:  y = x / rms(x) * scale,  rms over the last axis in float32.
+
+The references differ in what the scale is, where they round and how they take the root: different functions, so one
+rule each.  A reference is the pattern and the oracle; where a rule declines, the user's own code runs.
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.rewriter.rule import Rule
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # Llama, Mistral, Qwen, Phi-3
+    return weight * unit(x, eps).to(x.dtype)
+
+
+def gpt_oss(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (weight * unit(x, eps)).to(x.dtype)
+
+
+def gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # Gemma 1 to 3
+    return (unit(x, eps) * (1.0 + weight.float())).to(x.dtype)
+
+
+def gemma4(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    return (h * torch.pow(h.pow(2).mean(-1, keepdim=True) + eps, -0.5) * weight.float()).to(x.dtype)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # torch.nn.RMSNorm
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    h = h - h.mean(-1, keepdim=True)
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
+    return torch.ops.fastft.rms_norm(x, weight, eps, offset, round_first)[0]
+
+
+rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"})
+RULES = (  # first match wins
+    rule(layer_norm, None, because="the mean is subtracted first: this is a LayerNorm"),
+    rule(llama, partial(rms_norm, offset=0.0, round_first=True)),
+    rule(gemma, partial(rms_norm, offset=1.0, round_first=False)),
+    rule(gpt_oss, partial(rms_norm, offset=0.0, round_first=False)),
+    rule(gemma4, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.pow),
+    rule(torch_rms_norm, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.rms_norm),
+)

@@ -1,0 +1,91 @@
+"""What the passes need to know of an FX graph: its nested bodies, what mutates, how to take it back."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.rewriter import compat
+from fastft.rewriter.compat import value_of
+
+# Operators whose body is an ordinary graph run in place of a call: what is equal inside is equal outside.
+_BODIES = ("tag_activation_checkpoint", "autograd_function_apply", "invoke_subgraph", "wrap")
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in "setitem delitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
+)
+_MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mode", "_enter_inference_mode")
+
+
+def bodies(gm: GraphModule) -> list[GraphModule]:
+    """``gm`` and every graph nested in it that may be rewritten: checkpointed regions, autograd.Functions."""
+    found = {id(gm): gm}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and compat.is_higher_order(node.target) and node.target.name() in _BODIES:
+            for argument in node.all_input_nodes:
+                body = getattr(gm, str(argument.target), None) if argument.op == "get_attr" else None
+                if isinstance(body, GraphModule):
+                    found.update((id(inner), inner) for inner in bodies(body))
+    return list(found.values())
+
+
+class Snapshot:
+    """The graphs of ``gm`` and its bodies as they are now; ``restore`` puts them back."""
+
+    def __init__(self, gm: GraphModule):
+        self._saved = [(body, copy.deepcopy(body.graph)) for body in bodies(gm)]
+
+    def restore(self) -> None:
+        for body, graph in self._saved:
+            body.graph = copy.deepcopy(graph)
+            body.recompile()
+
+
+def written(node: Node) -> list[Any]:
+    """The arguments that this node may write to."""
+    named = node.kwargs.get("out")
+    out = list(named) if isinstance(named, (tuple, list)) else [] if named is None else [named]
+    if node.op not in ("call_function", "call_method") or not (node.args or node.kwargs):
+        return out
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
+        return [node.args[0] if node.args else node.kwargs["input"], *out]
+    if compat.is_mutable(node.target) or compat.is_higher_order(node.target):  # its body is not looked into
+        return list(node.all_input_nodes)
+    return out
+
+
+def switches_mode(node: Node) -> bool:
+    """Whether this node turns gradients or autocast on or off for those after it."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_SWITCHES
+
+
+def may_alias(left: Any, right: Any) -> bool:
+    """Whether writing to one value may change the other; what is unknown may."""
+    left, right = value_of(left), value_of(right)
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return left is None or right is None
+    return compat.storage_key(left) == compat.storage_key(right)
+
+
+def between(first: Node, last: Node) -> Iterator[Node]:
+    """The nodes strictly after ``first`` and before ``last``, in graph order."""
+    node = first.next
+    while node is not last and node.op != "root":
+        yield node
+        node = node.next
+
+
+def name_of(target: Any) -> str:
+    """An op's name for people: ``rsqrt``, ``fastft.rms_norm``."""
+    if isinstance(target, str):
+        return target
+    if compat.is_operator(target):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", None) or str(target)

@@ -1,0 +1,189 @@
+"""Find a pattern in a graph: structure first, with captures and either order of commuting operands."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fastft.rewriter import compat
+from fastft.rewriter.compat import value_of
+from fastft.rewriter.graph import name_of
+from fastft.rewriter.normalize import COMMUTATIVE
+from fastft.rewriter.pattern import Pattern
+from fastft.rewriter.rule import dims
+
+Bindings = dict[Node, Any]  # a pattern's node -> the graph's node or literal
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where each node of the pattern was found."""
+
+    pattern: Pattern
+    bindings: Bindings
+
+    @property
+    def root(self) -> Node:
+        return self.bindings[self.pattern.root]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The nodes and numbers bound to the reference's parameters."""
+        return {name: self.bindings[node] for name, node in self.pattern.parameters.items()}
+
+    @property
+    def calls(self) -> dict[Node, Node]:
+        """The pattern's calls and the graph's."""
+        return {node: self.bindings[node] for node in self.pattern.calls}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How far the best attempt came, and what stopped it."""
+
+    matched: int
+    reason: str
+    node: Node
+
+
+def find(pattern: Pattern, anchor: Node) -> Match | Mismatch:
+    """The match in which ``anchor`` is the pattern's anchor, or why there is none."""
+    if anchor.target != pattern.anchor.target or not _literals_agree(pattern.anchor, anchor):
+        return Mismatch(0, "", anchor)
+    best = Mismatch(0, f"the result of {name_of(anchor.target)} does not reach {name_of(pattern.root.target)}", anchor)
+    for root in _roots(pattern, anchor):
+        attempt = match(pattern, root)
+        if isinstance(attempt, Match):
+            if attempt.bindings[pattern.anchor] is anchor:
+                return attempt
+        elif attempt.matched > best.matched:
+            best = attempt
+    return best
+
+
+def match(pattern: Pattern, root: Node) -> Match | Mismatch:
+    """Match the pattern top-down from ``root``."""
+    matcher = _Matcher(pattern)
+    bindings = next(matcher.unify(pattern.root, root, {}), None)
+    return Match(pattern, bindings) if bindings is not None else Mismatch(matcher.matched, matcher.reason, root)
+
+
+def _roots(pattern: Pattern, anchor: Node) -> Iterator[Node]:
+    """Nodes above ``anchor`` that could be the pattern's root, nearest first."""
+    reach = pattern.height + 1  # one further than needed, so that a near miss with an extra call is still explained
+    queue, seen = deque([(anchor, 0)]), {anchor}
+    while queue:
+        node, distance = queue.popleft()
+        if (node.op, node.target) == (pattern.root.op, pattern.root.target):
+            yield node
+        for user in node.users if distance < reach else ():
+            if user not in seen:
+                seen.add(user)
+                queue.append((user, distance + 1))
+
+
+def _literals_agree(expected: Node, actual: Node) -> bool:
+    return len(expected.args) == len(actual.args) and all(
+        isinstance(want, Node) or _same(want, got) for want, got in zip(expected.args, actual.args, strict=True)
+    )
+
+
+def _same(expected: Any, actual: Any) -> bool:
+    """Whether two literals are the same; a node that holds a size counts as that size."""
+    actual = value_of(actual)
+    if isinstance(expected, (tuple, list)) and isinstance(actual, (tuple, list)):
+        return len(expected) == len(actual) and all(map(_same, expected, actual))
+    if isinstance(expected, torch.SymInt) or isinstance(actual, torch.SymInt):
+        integers = all(isinstance(value, (int, torch.SymInt)) for value in (expected, actual))
+        return integers and compat.statically_known_true(expected == actual)
+    return type(expected) is type(actual) and expected == actual
+
+
+class _Matcher:
+    def __init__(self, pattern: Pattern):
+        self.pattern = pattern
+        self.names = {node: name for name, node in pattern.parameters.items()}
+        self.matched, self.reason = -1, ""
+
+    def unify(self, expected: Any, actual: Any, bound: Bindings) -> Iterator[Bindings]:
+        """Every extension of ``bound`` under which ``expected`` is ``actual``."""
+        reason = self._differs(expected, actual, bound)
+        if reason:
+            self._note(bound, reason, actual)
+        elif not isinstance(expected, Node) or expected in bound:
+            yield bound
+        elif expected.op == "placeholder":
+            yield {**bound, expected: actual}
+        else:
+            yield from self._unify_call(expected, actual, {**bound, expected: actual})
+
+    def _unify_call(self, expected: Node, actual: Node, bound: Bindings) -> Iterator[Bindings]:
+        orders = [actual.args]
+        if expected.target in COMMUTATIVE and all(isinstance(argument, Node) for argument in actual.args):
+            orders.append(actual.args[::-1])
+        for order in orders:
+            yield from self._unify_all(list(zip(expected.args, order, strict=True)), bound)
+
+    def _unify_all(self, pairs: list[tuple[Any, Any]], bound: Bindings) -> Iterator[Bindings]:
+        if not pairs:
+            yield bound
+            return
+        for extended in self.unify(*pairs[0], bound):
+            yield from self._unify_all(pairs[1:], extended)
+
+    def _differs(self, expected: Any, actual: Any, bound: Bindings) -> str:
+        """Why ``actual`` cannot be ``expected``, by itself; "" if it can."""
+        if not isinstance(expected, Node):
+            return "" if _same(expected, actual) else f"expected {expected}, found {_show(actual)}"
+        if expected in bound:
+            same = bound[expected] is actual or (not isinstance(actual, Node) and _same(bound[expected], actual))
+            return "" if same else f"expected {_show(bound[expected])} again, found {_show(actual)}"
+        if expected.op == "placeholder":
+            return self._not_parameter(expected, actual)
+        if not isinstance(actual, Node) or actual.op != expected.op or actual.target != expected.target:
+            return f"expected {self._spell(expected)}, found {_show(actual)}"
+        if len(expected.args) != len(actual.args) or dict(expected.kwargs) != dict(actual.kwargs):
+            return f"expected {self._spell(expected)}, found {_show(actual)}"
+        return ""
+
+    def _not_parameter(self, expected: Node, actual: Any) -> str:
+        """Why ``actual`` cannot be bound to this parameter of the reference."""
+        name, example, value = self.names[expected], value_of(expected), value_of(actual)
+        if not isinstance(example, Tensor):
+            number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
+            return "" if number else f"{name} is not a number but {_show(actual)}"
+        if not isinstance(actual, Node) or not isinstance(value, Tensor):
+            return f"{name} is not a tensor but {_show(actual)}"
+        leading, names = dims(self.pattern.rule.shapes[name])
+        if value.dim() < len(names) or (value.dim() > len(names) and not leading):
+            return f"{name} has {value.dim()} dimensions, not '{self.pattern.rule.shapes[name]}': {_show(actual)}"
+        return "" if value.dtype == example.dtype else f"{name} is {value.dtype}, not {example.dtype}: {_show(actual)}"
+
+    def _spell(self, node: Node) -> str:
+        """The pattern's call, as far as it is known, in the reference's words."""
+        return f"{name_of(node.target)}({', '.join(map(self._spell_argument, node.args))})"
+
+    def _spell_argument(self, argument: Any) -> str:
+        if not isinstance(argument, Node):
+            return str(argument)
+        return self.names.get(argument) or f"{name_of(argument.target)}(…)"
+
+    def _note(self, bound: Bindings, reason: str, at: Any) -> None:
+        if len(bound) > self.matched:
+            line = compat.source_line(at) if isinstance(at, Node) else ""
+            self.matched, self.reason = len(bound), reason + (f" ({line})" if line else "")
+
+
+def _show(value: Any) -> str:
+    """A node of the user's graph for people: its call, one level deep."""
+    if not isinstance(value, Node):
+        return str(value)
+    if value.op in ("placeholder", "get_attr"):
+        return value.name
+    return f"{name_of(value.target)}({', '.join(a.name if isinstance(a, Node) else str(a) for a in value.args)})"

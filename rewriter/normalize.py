@@ -1,0 +1,183 @@
+"""One spelling for each computation: Dynamo's graph in, the same graph out, every call in its canonical form.
+
+Methods, operators and functions become one call; arguments become positional with defaults dropped; dimensions count
+from the end; a cast that changes nothing, or that type promotion would do anyway, is dropped.  Every rule here keeps
+the bits, forward and backward.  What the table does not know stays as it is.  The patterns' references go through the
+same function, which is what makes a reference comparable with a model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fastft.rewriter.compat import value_of
+
+_UNARY = signature(lambda input: ...)
+
+# The canonical functions and their parameters; a method of the same name is the same call.
+SIGNATURES: dict[Callable, Signature] = {
+    torch.add: signature(lambda input, other, *, alpha=1: ...),
+    torch.sub: signature(lambda input, other, *, alpha=1: ...),
+    torch.mul: signature(lambda input, other: ...),
+    torch.div: signature(lambda input, other, *, rounding_mode=None: ...),
+    torch.pow: signature(lambda input, exponent: ...),
+    torch.mean: signature(lambda input, dim=None, keepdim=False, *, dtype=None: ...),
+    torch.rsqrt: _UNARY,
+    torch.sqrt: _UNARY,
+    torch.rms_norm: signature(lambda input, normalized_shape, weight=None, eps=None: ...),
+}
+
+ALIASES: dict[Callable, Callable] = {
+    operator.add: torch.add,
+    operator.sub: torch.sub,
+    operator.mul: torch.mul,
+    operator.truediv: torch.div,
+    operator.pow: torch.pow,
+    torch.multiply: torch.mul,
+    torch.subtract: torch.sub,
+    torch.divide: torch.div,
+    torch.true_divide: torch.div,
+    F.rms_norm: torch.rms_norm,
+}
+_METHODS = {function.__name__: function for function in [*SIGNATURES, torch.multiply, torch.divide, torch.true_divide]}
+_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # numpy's words, which torch accepts too
+
+COMMUTATIVE = frozenset({torch.add, torch.mul})
+_PROMOTING = frozenset({torch.add, torch.sub, torch.mul, torch.div})
+_CASTS = ("float", "half", "bfloat16", "double", "to", "type", "type_as")
+
+
+def normalize(graph: Graph) -> None:
+    """Bring every call of ``graph`` into its canonical form, in place."""
+    for node in list(graph.nodes):
+        if isinstance(value_of(node), Tensor):
+            _normalize_node(node)
+
+
+def _normalize_node(node: Node) -> None:
+    if (dtype := _cast_dtype(node)) is not None:
+        _normalize_cast(node, dtype)
+    elif (function := _canonical_function(node)) is not None:
+        _normalize_call(node, function)
+
+
+def _canonical_function(node: Node) -> Callable | None:
+    if node.op == "call_method":
+        function = _METHODS.get(str(node.target))
+    elif node.op == "call_function" and callable(node.target):
+        function = node.target
+    else:
+        return None
+    function = ALIASES.get(function, function)  # type: ignore[arg-type]
+    square = function is torch.square or (node.op == "call_method" and node.target == "square")
+    return torch.square if square else function if function in SIGNATURES else None
+
+
+def _normalize_call(node: Node, function: Callable) -> None:
+    if function is torch.square:
+        function, node.args, node.kwargs = torch.pow, (*node.args, *node.kwargs.values(), 2), {}
+    if function in COMMUTATIVE and len(node.args) == 2 and not isinstance(value_of(node.args[0]), Tensor):
+        node.args = node.args[::-1]  # a number comes second
+    if node.args and not isinstance(value_of(node.args[0]), Tensor):
+        return  # 1 - x, 1 / x: the functions take no number first
+    bound = _bind(SIGNATURES[function], node)
+    if bound is None:
+        return
+    args, kwargs = bound
+    if function is torch.mul and len(args) == 2 and args[0] is args[1] and _is_float(args[0]):
+        function, args = torch.pow, (args[0], 2)
+    elif function is torch.pow and args[1] == 2 and _is_float(args[0]):
+        args = (args[0], 2)  # 2.0 and 2 are the same square
+    elif function is torch.mean and len(args) > 1:
+        args = (args[0], _from_end(args[1], value_of(args[0]).dim()), *args[2:])
+    node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
+    if function in _PROMOTING:
+        _drop_promoted_casts(node)
+
+
+def _bind(form: Signature, node: Node) -> tuple[tuple, dict[str, Any]] | None:
+    """Positional arguments with trailing defaults dropped, and the keyword-only ones that are not the default."""
+    named = {_RENAMED.get(name, name): argument for name, argument in node.kwargs.items()}
+    try:
+        bound = form.bind(*node.args, **named)
+    except TypeError:
+        return None  # out=, or a form that the table does not know
+    bound.apply_defaults()
+    args, kwargs = list(bound.args), {}
+    parameters = list(form.parameters.values())
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and bound.arguments[parameter.name] != parameter.default:
+            kwargs[parameter.name] = bound.arguments[parameter.name]
+    while args and parameters[len(args) - 1].default is not Parameter.empty:
+        if not _is_default(args[-1], parameters[len(args) - 1].default):
+            break
+        args.pop()
+    return tuple(args), kwargs
+
+
+def _is_default(argument: Any, default: Any) -> bool:
+    return argument is default or (type(argument) is type(default) and argument == default)
+
+
+def _from_end(dim: Any, rank: int) -> Any:
+    """A dimension, or a list of one, as a negative number; longer lists as a sorted tuple of them."""
+    if isinstance(dim, (tuple, list)) and all(isinstance(one, int) for one in dim):
+        dims = tuple(sorted(one - rank if one >= 0 else one for one in dim))
+        return dims[0] if len(dims) == 1 else dims
+    return dim - rank if isinstance(dim, int) and dim >= 0 else dim
+
+
+def _is_float(node: Any) -> bool:
+    return isinstance(value := value_of(node), Tensor) and value.is_floating_point()
+
+
+def _cast_dtype(node: Node) -> torch.dtype | None:
+    """The dtype this node casts to, if all that it does is to cast its first argument."""
+    if node.op != "call_method" or node.target not in _CASTS:
+        return None
+    source, result = value_of(node.args[0]), value_of(node)
+    copies = any(argument is True for argument in node.args[1:])  # non_blocking or copy, given by position
+    if copies or not set(node.kwargs) <= {"dtype", "device", "other", "non_blocking"}:
+        return None
+    return result.dtype if isinstance(source, Tensor) and source.device == result.device else None
+
+
+def _normalize_cast(node: Node, dtype: torch.dtype) -> None:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    if value_of(source).dtype == dtype:  # .to() then returns its own input
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+    else:
+        node.op, node.target, node.args, node.kwargs = "call_method", "to", (source, dtype), {}
+
+
+def is_cast(node: Any) -> bool:
+    """Whether this node is a canonical cast, ``to(x, dtype)``."""
+    return isinstance(node, Node) and node.op == "call_method" and node.target == "to" and len(node.args) == 2
+
+
+def _drop_promoted_casts(node: Node) -> None:
+    """mul(w.to(float32), x) is mul(w, x) when x is float32: promotion makes the same cast, and so does its backward.
+
+    Only where nothing else uses the cast (two uses add their gradients before the cast's backward rounds), where the
+    other operand is no cast too, and not for 0-dim tensors, which do not take part in promotion.
+    """
+    casts = [argument for argument in node.args if is_cast(argument)]
+    partners = [value_of(argument) for argument in node.args if not is_cast(argument)]
+    if len(casts) != 1 or len(partners) != 1 or not isinstance(partners[0], Tensor) or len(casts[0].users) != 1:
+        return
+    cast, partner = casts[0], partners[0]
+    source, result = value_of(cast.args[0]), value_of(cast)
+    widens = torch.promote_types(source.dtype, result.dtype) == result.dtype == partner.dtype
+    if widens and source.is_floating_point() and 0 not in (source.dim(), partner.dim()):
+        node.replace_input_with(cast, cast.args[0])
+        cast.graph.erase_node(cast)

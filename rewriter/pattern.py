@@ -1,0 +1,102 @@
+"""A rule's reference as a graph: traced, given values, and normalised like the user's own graph."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
+
+from fastft.rewriter import compat
+from fastft.rewriter.compat import value_of
+from fastft.rewriter.normalize import normalize
+from fastft.rewriter.rule import Rule, dims
+
+_EXAMPLE_SIZES = (11, 7, 5, 3)  # distinct primes, so that no dimension passes for another
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A normalised trace of ``rule.reference`` at given dtypes and shapes."""
+
+    rule: Rule
+    graph: Graph
+    root: Node
+    anchor: Node
+    parameters: Mapping[str, Node]
+
+    @property
+    def calls(self) -> list[Node]:
+        """The nodes that compute something."""
+        return [node for node in self.graph.nodes if node.op in ("call_function", "call_method")]
+
+    @functools.cached_property
+    def height(self) -> int:
+        """How many calls lie above the anchor on the longest way to the root."""
+        heights = {self.anchor: 0}
+        for node in self.graph.nodes:
+            below = [heights[argument] for argument in node.all_input_nodes if argument in heights]
+            if below:
+                heights[node] = max(below) + 1
+        return heights[self.root]
+
+
+def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
+    """Trace ``rule.reference`` at these values: fake or meta tensors, and numbers."""
+    graph = Tracer().trace(rule.reference)
+    gm = GraphModule(torch.nn.Module(), graph)
+    with compat.fake_mode_of(values.values()):
+        _Propagate(gm).run(*(values[node.target] for node in graph.find_nodes(op="placeholder")))
+    _fold(graph)
+    normalize(graph)
+    root = graph.output_node().args[0]
+    assert isinstance(root, Node), f"{rule.name}: a reference returns one tensor"
+    anchors = [node for node in graph.find_nodes(op="call_function", target=rule.anchor)]
+    assert anchors, f"{rule.name}: the anchor does not occur in the reference"
+    parameters = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    return Pattern(rule, graph, root, anchors[-1], parameters)
+
+
+@functools.cache
+def template(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> Pattern:
+    """The pattern that finds candidates: example sizes, one dtype for each tensor parameter of ``rule.shapes``."""
+    names = sorted({name for spec in rule.shapes.values() for name in dims(spec)[1]})
+    size_of = dict(zip(names, _EXAMPLE_SIZES, strict=False))
+    values: dict[str, Any] = {
+        parameter: torch.empty((2,) * leading + tuple(size_of[name] for name in named), dtype=dtype, device="meta")
+        for (parameter, (leading, named)), dtype in zip(_dims_of(rule), dtypes, strict=True)
+    }
+    scalars = [name for name in rule.reference.__annotations__ if name not in (*rule.shapes, "return")]
+    return trace(rule, values | dict.fromkeys(scalars, 0.5))
+
+
+def templates(rule: Rule, present: frozenset[torch.dtype]) -> list[Pattern]:
+    """One template for each assignment of the dtypes that occur in a graph."""
+    ordered = sorted(present, key=str)
+    return [template(rule, dtypes) for dtypes in itertools.product(ordered, repeat=len(rule.shapes))]
+
+
+def _dims_of(rule: Rule) -> list[tuple[str, tuple[bool, list[str]]]]:
+    return [(parameter, dims(spec)) for parameter, spec in rule.shapes.items()]
+
+
+class _Propagate(Interpreter):
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        compat.set_value(n, result)
+        return result
+
+
+def _fold(graph: Graph) -> None:
+    """Write dtypes, sizes and other values that are not tensors into the calls that use them, as Dynamo does."""
+    for node in list(graph.nodes):
+        if node.op not in ("placeholder", "output") and not isinstance(value_of(node), Tensor):
+            for user in list(node.users):
+                user.args = torch.fx.map_arg(user.args, lambda arg, node=node: value_of(node) if arg is node else arg)
+                user.kwargs = torch.fx.map_arg(user.kwargs, lambda arg, node=node: value_of(node) if arg is node else arg)
+            graph.erase_node(node)

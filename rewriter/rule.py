@@ -1,0 +1,55 @@
+"""A rule: the PyTorch function that is recognised, and what is put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Where ``reference`` occurs in a graph, ``replacement`` is called instead.
+
+    reference: a straight-line PyTorch function.  It is the pattern, the specification and the tests' oracle at once.
+        Parameters annotated ``Tensor`` match any tensor, those annotated ``float`` or ``int`` a literal number.
+    replacement: a function of the same parameters, made of ``torch.ops.fastft`` calls; None declines what matches.
+    anchor: the rarest function of the reference; each of its calls in a graph is either matched or reported.
+    shapes: a tensor parameter's dimensions, by name; "..." stands for any number of leading ones.
+    unless: called with the bound values, says why the rule does not apply, or None.
+    because: for a rule without replacement, the reason it gives.
+    """
+
+    reference: Callable
+    replacement: Callable | None
+    anchor: Callable
+    shapes: Mapping[str, str]
+    unless: Callable[..., str | None] = lambda **_: None
+    because: str = ""
+
+    @property
+    def name(self) -> str:
+        """``file.reference``, as reports spell it: ``rms_norm.llama``."""
+        return f"{self.reference.__module__.rpartition('.')[2]}.{self.reference.__name__}"
+
+
+def dims(spec: str) -> tuple[bool, list[str]]:
+    """``"... S D"`` as (leading dimensions allowed, names of the others)."""
+    names = spec.split()
+    leading = bool(names) and names[0] == "..."
+    return leading, names[1:] if leading else names
+
+
+def shape_reason(shapes: Mapping[str, str], sizes: Mapping[str, Any], equal: Callable[[Any, Any], bool]) -> str | None:
+    """Why these sizes do not fit the rule's shapes; a dimension of one name has one size everywhere."""
+    known: dict[str, tuple[str, Any]] = {}
+    for parameter, spec in shapes.items():
+        leading, names = dims(spec)
+        size = tuple(sizes[parameter])
+        if len(size) < len(names) or (len(size) > len(names) and not leading):
+            return f"{parameter} has {len(size)} dimensions and not '{spec}'"
+        for name, length in zip(names, size[len(size) - len(names) :], strict=True):
+            other, first = known.setdefault(name, (parameter, length))
+            if not equal(first, length):
+                return f"{parameter} has size {length} in dimension {name} and {other} has {first}"
+    return None
