@@ -44,7 +44,7 @@ def fastft(
             raise
         original.restore()
         compiled = lower(gm, example_inputs, parsed)  # where this fails too, the fault is not ours: let it rise
-        warn_once(f"fastft left a graph as it was, because of {type(error).__name__}: {_first_line(error)}")
+        warn_once(f"fastft left a graph as it was, because of {type(error).__name__}: {first_line(error)}")
         return compiled
 
 
@@ -67,5 +67,6 @@ def log_report(report: GraphReport) -> None:
         log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, miss.reason)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that follow."""
     return (str(error).strip().splitlines() or ["no message"])[0]

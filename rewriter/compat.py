@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +16,19 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
     "BackendCompilerFailed",
     "InvalidCxxCompiler",
-    "breaks",
     "compile_fx",
     "fake_mode_of",
     "is_higher_order",
     "is_mutable",
     "is_operator",
     "module_path",
+    "record_breaks",
     "set_value",
     "source_line",
     "statically_known_true",
@@ -33,7 +36,8 @@ __all__ = [
     "value_of",
 ]
 
-_LIBRARY_FRAME = re.compile(r"[/\\](torch|accelerate|peft)[/\\]")
+_break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "graph_breaks")
+_IN_LIBRARY = re.compile(r"[/\\](torch|accelerate|peft)[/\\]|" + re.escape(str(Path(__file__).parent)))
 
 
 def value_of(argument: Any) -> Any:
@@ -88,11 +92,40 @@ def source_line(node: Node) -> str:
     return ":".join(frames[-1]) if frames else ""
 
 
-def breaks(gm: GraphModule) -> tuple[str, str] | None:
-    """Why Dynamo ended this graph early, and where (``file:line``); None when it did not."""
-    cause = getattr(gm, "compile_subgraph_reason", None)
-    if cause is None or not getattr(cause, "graph_break", False):
-        return None
-    frames = [frame for frame in cause.user_stack or () if not _LIBRARY_FRAME.search(frame.filename)] or cause.user_stack
-    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return str(cause.reason).strip().splitlines()[0], where
+class _BreakHandler(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.breaks: dict[tuple[str, str], None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        place = re.search(r"in user code at (.+:\d+)$", text, re.MULTILINE)
+        reason = re.search(r"^Graph Break Reason: (.+)$", text, re.MULTILINE)
+        why = re.search(r"^\s*Explanation: (.+)$", text, re.MULTILINE) or reason
+        if not place or not why:
+            return
+        explained = why.group(1).strip()
+        if "gracefully" in reason.group(1) and any(explained == known for known, _ in self.breaks):
+            return  # Dynamo gives up a frame further out, for a reason told before
+        frames = [file for file in re.findall(r'File "([^"]+)", line (\d+)', text) if not _IN_LIBRARY.search(file[0])]
+        where = place.group(1) if not _IN_LIBRARY.search(place.group(1)) or not frames else ":".join(frames[-1])
+        self.breaks[explained, where] = None
+
+
+@contextlib.contextmanager
+def record_breaks(into: list[tuple[str, str]]) -> Iterator[None]:
+    """Collect the graph breaks that Dynamo meets meanwhile: the reason, and the ``file:line`` nearest to the user.
+
+    Dynamo tells them in full only to its log; the graphs know just those breaks that ended one of them.
+    """
+    handler, level, propagate = _BreakHandler(), _break_log.level, _break_log.propagate
+    _break_log.addHandler(handler)
+    _break_log.setLevel(logging.DEBUG)
+    _break_log.propagate = False
+    try:
+        yield
+    finally:
+        _break_log.removeHandler(handler)
+        _break_log.setLevel(level)
+        _break_log.propagate = propagate
+        into.extend(handler.breaks)

@@ -15,10 +15,8 @@ from fastft.rewriter.compat import value_of
 
 # Operators whose body is an ordinary graph run in place of a call: what is equal inside is equal outside.
 _BODIES = ("tag_activation_checkpoint", "autograd_function_apply", "invoke_subgraph", "wrap")
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in "setitem delitem iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
-)
+_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
+_IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
 _MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mode", "_enter_inference_mode")
 
 

@@ -21,7 +21,9 @@ from fastft.rewriter.verify import Verifier
 def lift(gm: GraphModule, rules: Sequence[Rule], report: GraphReport) -> None:
     """Apply ``rules`` to one graph; what matched and what nearly did goes into ``report``."""
     dtypes = frozenset(
-        value.dtype for node in gm.graph.nodes if isinstance(value := value_of(node), Tensor) and value.is_floating_point()
+        value.dtype
+        for node in gm.graph.nodes
+        if isinstance(value := value_of(node), Tensor) and value.is_floating_point()
     )
     verifier = Verifier()
     for anchor in list(gm.graph.nodes):

@@ -148,7 +148,7 @@ class _Matcher:
             return self._not_parameter(expected, actual)
         if not isinstance(actual, Node) or actual.op != expected.op or actual.target != expected.target:
             return f"expected {self._spell(expected)}, found {_show(actual)}"
-        if len(expected.args) != len(actual.args) or dict(expected.kwargs) != dict(actual.kwargs):
+        if not _literals_agree(expected, actual) or dict(expected.kwargs) != dict(actual.kwargs):
             return f"expected {self._spell(expected)}, found {_show(actual)}"
         return ""
 

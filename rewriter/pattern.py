@@ -56,7 +56,7 @@ def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
     normalize(graph)
     root = graph.output_node().args[0]
     assert isinstance(root, Node), f"{rule.name}: a reference returns one tensor"
-    anchors = [node for node in graph.find_nodes(op="call_function", target=rule.anchor)]
+    anchors = list(graph.find_nodes(op="call_function", target=rule.anchor))
     assert anchors, f"{rule.name}: the anchor does not occur in the reference"
     parameters = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
     return Pattern(rule, graph, root, anchors[-1], parameters)
@@ -97,6 +97,9 @@ def _fold(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op not in ("placeholder", "output") and not isinstance(value_of(node), Tensor):
             for user in list(node.users):
-                user.args = torch.fx.map_arg(user.args, lambda arg, node=node: value_of(node) if arg is node else arg)
-                user.kwargs = torch.fx.map_arg(user.kwargs, lambda arg, node=node: value_of(node) if arg is node else arg)
+                user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), functools.partial(_write, node))
             graph.erase_node(node)
+
+
+def _write(folded: Node, argument: Node) -> Any:
+    return value_of(folded) if argument is folded else argument

@@ -11,7 +11,6 @@ from torch.fx import GraphModule
 
 import fastft.kernels  # noqa: F401  (registers the ops)
 from fastft import patterns
-from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import bodies, name_of
 from fastft.rewriter.lift import lift
@@ -26,7 +25,7 @@ Pass = Callable[[GraphModule], None]
 
 def rewrite(gm: GraphModule, rules: Sequence[Rule] | None = None) -> GraphReport:
     """Rewrite ``gm`` and its bodies in place: normalise, then lift.  Raises what a pass raises."""
-    report = GraphReport(broken_by=compat.breaks(gm))
+    report = GraphReport()
     chosen = patterns.RULES if rules is None else rules
     report.nodes_before = _size(gm)
     _each_body(gm, "normalize", lambda body: normalize(body.graph))
