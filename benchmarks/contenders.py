@@ -1,0 +1,47 @@
+"""What is compared.  To add one, write a function here and name it in CONTENDERS.
+
+A contender gets ``build``, which makes the model, so that it may act before the model exists (a library that patches
+classes) as well as after, and returns what the training loop calls.  Heavy imports belong inside the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Model = Any  # a module, or what torch.compile makes of one
+Build = Callable[[], Model]
+
+
+def eager(build: Build, lower: str) -> Model:
+    return build()
+
+
+def eager_checkpoint(build: Build, lower: str) -> Model:
+    """Every layer recomputed in the backward pass, as transformers does it."""
+    model = build()
+    base = model.get_base_model()
+    # transformers 5.23 has a new name for it; 5.17 knows the old one only
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return model
+
+
+def inductor(build: Build, lower: str) -> Model:
+    import torch
+
+    return torch.compile(build())
+
+
+def fastft(build: Build, lower: str) -> Model:
+    import torch
+
+    return torch.compile(build(), backend="fastft", options={"lower": lower})
+
+
+CONTENDERS: dict[str, Callable[[Build, str], Model]] = {
+    "eager": eager,
+    "eager-checkpoint": eager_checkpoint,
+    "inductor": inductor,
+    "fastft": fastft,
+}

@@ -1,0 +1,124 @@
+"""benchmarks/step.py from the command line to the rows, the table and the picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import checkout  # noqa: E402
+import report  # noqa: E402
+import step  # noqa: E402
+
+Row = dict[str, Any]
+ASKED = {"contender", "batch", "length", *step.RUN_OPTIONS}
+ABOUT = {"date", "commit", "status", "gpu", "cuda", "versions", "wall_s", "log"}
+MEASURED = {
+    *("seconds", "seconds_p20", "seconds_p50", "seconds_p80", "tokens_per_s", "first_step_s", "build_s"),
+    *("peak_gib", "peak_steps_gib", "peak_warmup_gib", "model_gib", "loss_first", "loss_last", "grad_norm_last"),
+    *("trained_parameters", "graphs", "graph_breaks"),
+}
+
+
+def run_of(**changes: Any) -> Row:
+    """What a worker is asked, quick by default."""
+    options = step.parse(["--model", "tiny", "--device", "cpu", "--lower", "eager", "--steps", "2", "--warmup", "1"])
+    run = {"contender": "fastft", "batch": 1, "length": 32} | {key: getattr(options, key) for key in step.RUN_OPTIONS}
+    return run | changes
+
+
+def row_of(contender: str, **changes: Any) -> Row:
+    """A row as a worker would have measured it."""
+    row: Row = {**run_of(contender=contender), "status": "ok", "gpu": "Some GPU", "wall_s": 9.0}
+    row |= {"tokens_per_s": 1e4, "peak_gib": 20.0}
+    row |= dict.fromkeys(MEASURED - row.keys(), 0.5)
+    return row | changes
+
+
+@pytest.mark.slow
+def test_eager_and_fastft(tmp_path: Path) -> None:
+    command = f"{sys.executable} {BENCHMARKS / 'step.py'} --model tiny --batches 1x32 --contenders eager,fastft"
+    command += (
+        f" --device cpu --dtype float32 --lower eager --steps 2 --warmup 1 --rows --json {tmp_path / 'rows.json'}"
+    )
+    done = subprocess.run(command.split(), capture_output=True, text=True, timeout=120, check=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert row.keys() == ASKED | ABOUT | MEASURED
+        assert len(row["seconds"]) == 2
+        assert row["seconds_p20"] <= row["seconds_p50"] <= row["seconds_p80"]
+        assert row["tokens_per_s"] == pytest.approx(32 / row["seconds_p50"])
+    eager, fastft = rows
+    assert (eager["contender"], fastft["contender"]) == ("eager", "fastft")
+    assert (eager["graphs"], fastft["graphs"], fastft["graph_breaks"]) == (0, 1, 0)
+    for key in ("loss_first", "loss_last", "grad_norm_last"):
+        assert fastft[key] == pytest.approx(eager[key], rel=1e-4)
+    lines = done.stdout.splitlines()
+    assert [json.loads(line) for line in lines if line.startswith("{")] == rows
+    assert [line.split()[:2] for line in lines if line.startswith("1x32")] == [["1x32", "eager"], ["1x32", "fastft"]]
+    assert "[1/2] eager 1x32" in done.stderr
+    assert "[2/2] fastft 1x32" in done.stderr
+
+
+def test_a_crash_is_a_row(tmp_path: Path) -> None:
+    row = step.launch(run_of(device="nowhere"), step.make_environment(tmp_path), tmp_path / "1", timeout=120)
+    assert row["status"] == "error"
+    assert row["error"].startswith("RuntimeError: Expected one of cpu, cuda")
+    assert "Traceback" in row["detail"]
+    assert row["versions"]["torch"]
+
+
+def test_a_timeout_is_a_row(tmp_path: Path) -> None:
+    row = step.launch(run_of(), step.make_environment(tmp_path), tmp_path / "1", timeout=0.2)
+    assert (row["status"], row["error"]) == ("timeout", "no result after 0.2 s")
+
+
+def test_one_failure_does_not_stop_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = {"status": "out of memory", "error": "OutOfMemoryError: tried to allocate 9 GiB", "wall_s": 1.0}
+    monkeypatch.setattr(step, "launch", lambda run, *_: failed if run["contender"] == "eager" else row_of("fastft"))
+    options = step.parse(f"--contenders eager,fastft --batches 1x32,4x64 --json {tmp_path / 'rows.json'}".split())
+    rows = step.run_all(options, tmp_path)
+    assert [row["status"] for row in rows] == ["out of memory", "ok"] * 2
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+
+
+def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = {"status": "out of memory", "error": "OutOfMemoryError: " + "very " * 60 + "long"}
+    rows = [
+        row_of("eager"),
+        {**run_of(contender="eager-checkpoint"), **failed},
+        row_of("fastft", tokens_per_s=123456.0, peak_gib=5.0, seconds_p50=123.456, grad_norm_last=1.234e-5),
+    ]
+    report.show(rows)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    fastft = next(line for line in out.splitlines() if "fastft" in line).split()
+    assert fastft[2:] == ["123.456", "0.500", "0.500", "123,456", "12.35", "5.00", "0.25", "0.5", "0.5000", "1.234e-05"]
+    assert "eager-checkpoint 1x32: OutOfMemoryError: very" in out
+    report.draw(rows, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
+def test_links_stand_in_for_an_installation(tmp_path: Path) -> None:
+    checkout.link_package(tmp_path)
+    (found,) = metadata.distributions(path=[str(tmp_path)])
+    assert found.metadata["Name"] == "fastft"
+    (point,) = found.entry_points.select(group="torch_dynamo_backends")
+    assert (point.name, point.module) == ("fastft", "fastft.rewriter.backend")
+    assert (tmp_path / "fastft/rewriter/backend.py").samefile(BENCHMARKS.parent / "rewriter/backend.py")
+
+
+@pytest.mark.parametrize("wrong", ["--batches 4", "--batches 0x32", "--contenders eager,typo", "--steps 0"])
+def test_bad_arguments_are_told(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step.parse(wrong.split())
+    assert wrong.split()[0] in capsys.readouterr().err
