@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: 
 
 
 rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"})
-RULES = (  # first match wins
+RULES = (  # the largest match wins, then the first
     rule(layer_norm, None, because="the mean is subtracted first: this is a LayerNorm"),
     rule(llama, partial(rms_norm, offset=0.0, round_first=True)),
     rule(gemma, partial(rms_norm, offset=1.0, round_first=False)),

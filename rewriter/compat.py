@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,28 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 __all__ = [
     "BackendCompilerFailed",
     "InvalidCxxCompiler",
     "compile_fx",
+    "compile_once",
+    "copy_graph",
     "fake_mode_of",
     "is_higher_order",
     "is_mutable",
     "is_operator",
+    "is_template_size",
     "module_path",
     "record_breaks",
     "set_value",
     "source_line",
     "statically_known_true",
     "storage_key",
+    "symbolic_tensors",
     "value_of",
 ]
 
@@ -55,9 +60,59 @@ def fake_mode_of(values: Any) -> AbstractContextManager:
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), contextlib.nullcontext())
 
 
+_template_shapes = ShapeEnv()
+_template_mode = FakeTensorMode(shape_env=_template_shapes)
+_template_sizes: dict[str, torch.SymInt] = {}
+
+
+def symbolic_tensors(shapes: Sequence[Sequence[str]], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """Fake tensors of these dtypes whose dimensions have names and no sizes; one name is one size everywhere."""
+    with _template_mode:
+        return [
+            torch.empty(tuple(map(_template_size, names)), dtype=dtype)
+            for names, dtype in zip(shapes, dtypes, strict=True)
+        ]
+
+
+def _template_size(name: str) -> torch.SymInt:
+    if name not in _template_sizes:
+        _template_sizes[name] = _template_shapes.create_unbacked_symint()
+        torch._check(_template_sizes[name] >= 2)
+    return _template_sizes[name]
+
+
+def is_template_size(size: torch.SymInt) -> bool:
+    """Whether this size comes from ``symbolic_tensors``."""
+    return size.node.shape_env is _template_shapes
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """The same number for a tensor and all its views."""
     return tensor.untyped_storage()._cdata
+
+
+def compile_once(function: Callable, backend: Callable) -> Callable:
+    """torch.compile for a call or two that leaves no trace in the function's code, nor counts as a recompilation."""
+    compiled = torch.compile(function, backend=backend)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
+        try:
+            with torch._dynamo.config.patch(unlimited):
+                return compiled(*args, **kwargs)
+        finally:
+            torch._dynamo.reset_code(function.__code__)
+
+    return call
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy of the graph whose inputs still know where Dynamo got them from, which AOTAutograd asks."""
+    result = copy.deepcopy(graph)
+    for node, original in zip(result.nodes, graph.nodes, strict=True):
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source
+    return result
 
 
 def is_higher_order(target: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fastft.rewriter.backend import first_line
-from fastft.rewriter.compat import record_breaks, value_of
+from fastft.rewriter.compat import compile_once, record_breaks, value_of
 from fastft.rewriter.graph import Snapshot
 from fastft.rewriter.report import GraphReport, Report
 from fastft.rewriter.rewrite import rewrite
@@ -37,7 +37,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         return _without_activations(gm)
 
     with _unchanged(model), record_breaks(report.breaks):
-        torch.compile(model, backend=capture)(*args, **batch)
+        compile_once(lambda *args, **batch: model(*args, **batch), capture)(*args, **batch)
     return report
 
 

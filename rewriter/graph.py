@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -36,11 +35,11 @@ class Snapshot:
     """The graphs of ``gm`` and its bodies as they are now; ``restore`` puts them back."""
 
     def __init__(self, gm: GraphModule):
-        self._saved = [(body, copy.deepcopy(body.graph)) for body in bodies(gm)]
+        self._saved = [(body, compat.copy_graph(body.graph)) for body in bodies(gm)]
 
     def restore(self) -> None:
         for body, graph in self._saved:
-            body.graph = copy.deepcopy(graph)
+            body.graph = compat.copy_graph(graph)
             body.recompile()
 
 

@@ -35,31 +35,38 @@ def lift(gm: GraphModule, rules: Sequence[Rule], report: GraphReport) -> None:
 def _lift_at(
     anchor: Node, rules: Sequence[Rule], dtypes: frozenset[torch.dtype], verifier: Verifier, report: GraphReport
 ) -> None:
-    """The first rule that applies at this anchor is applied; if none does, the nearest one's reason is kept."""
-    nearest: tuple[int, Rule, str] | None = None
-    for rule in rules:
-        for pattern in templates(rule, dtypes):
-            found = find(pattern, anchor)
-            if isinstance(found, Mismatch):
-                nearness, reason = found.matched, found.reason
-            elif (refusal := verifier.reason(found)) is None:
-                report.lifted.append(Lifted(rule.name, compat.module_path(found.root), compat.source_line(found.root)))
-                _replace(found)
-                return
-            else:
-                nearness, reason = len(found.bindings) + len(rules), refusal  # a full match declined explains best
-            if reason and (nearest is None or nearness > nearest[0]):
-                nearest = (nearness, rule, reason)
-            if not isinstance(found, Mismatch) and rule.replacement is None:
-                break
-    if nearest is not None:
-        _, rule, reason = nearest
-        report.near_misses.append(NearMiss(rule.name, compat.module_path(anchor), compat.source_line(anchor), reason))
+    """Apply the rule that explains most of the graph around this anchor; if none applies, keep the nearest's reason.
+
+    Of two that match, the larger is the more specific: a norm and its cast, not the norm with the cast left over.
+    """
+    attempts = [find(pattern, anchor) for rule in rules for pattern in templates(rule, dtypes)]
+    found = sorted((one for one in attempts if isinstance(one, Match)), key=lambda match: -len(match.calls))
+    reason = rule = None
+    for match in found:
+        refusal = verifier.reason(match)
+        if refusal is None:
+            report.lifted.append(
+                Lifted(match.rule.name, compat.module_path(match.root), compat.source_line(match.root))
+            )
+            _replace(match)
+            return
+        if reason is None:
+            rule, reason = match.rule, refusal
+        if match.rule.replacement is None:
+            break
+    if reason is None:
+        missed = [one for one in attempts if isinstance(one, Mismatch) and one.reason]
+        if not missed:
+            return
+        nearest = max(missed, key=lambda mismatch: (mismatch.matched, mismatch.rule.replacement is not None))
+        rule, reason = nearest.rule, nearest.reason
+    assert rule is not None
+    report.near_misses.append(NearMiss(rule.name, compat.module_path(anchor), compat.source_line(anchor), reason))
 
 
 def _replace(found: Match) -> None:
     """Put the replacement's calls where the root was, and take the matched nodes out."""
-    root, rule = found.root, found.pattern.rule
+    root, rule = found.root, found.rule
     assert rule.replacement is not None
     graph: Graph = root.graph
     tracer = GraphAppendingTracer(graph)

@@ -15,8 +15,8 @@ from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import name_of
 from fastft.rewriter.normalize import COMMUTATIVE
-from fastft.rewriter.pattern import Pattern
-from fastft.rewriter.rule import dims
+from fastft.rewriter.pattern import ANY_SIZE, Pattern
+from fastft.rewriter.rule import Rule, dims
 
 Bindings = dict[Node, Any]  # a pattern's node -> the graph's node or literal
 
@@ -29,7 +29,13 @@ class Match:
     bindings: Bindings
 
     @property
+    def rule(self) -> Rule:
+        """The rule whose reference this is."""
+        return self.pattern.rule
+
+    @property
     def root(self) -> Node:
+        """The node whose value the reference returns."""
         return self.bindings[self.pattern.root]
 
     @property
@@ -47,16 +53,17 @@ class Match:
 class Mismatch:
     """How far the best attempt came, and what stopped it."""
 
+    rule: Rule
     matched: int
-    reason: str
-    node: Node
+    reason: str = ""
 
 
 def find(pattern: Pattern, anchor: Node) -> Match | Mismatch:
     """The match in which ``anchor`` is the pattern's anchor, or why there is none."""
     if anchor.target != pattern.anchor.target or not _literals_agree(pattern.anchor, anchor):
-        return Mismatch(0, "", anchor)
-    best = Mismatch(0, f"the result of {name_of(anchor.target)} does not reach {name_of(pattern.root.target)}", anchor)
+        return Mismatch(pattern.rule, 0)
+    unreached = f"the result of {name_of(anchor.target)} does not reach {name_of(pattern.root.target)}"
+    best = Mismatch(pattern.rule, 0, unreached)
     for root in _roots(pattern, anchor):
         attempt = match(pattern, root)
         if isinstance(attempt, Match):
@@ -71,7 +78,9 @@ def match(pattern: Pattern, root: Node) -> Match | Mismatch:
     """Match the pattern top-down from ``root``."""
     matcher = _Matcher(pattern)
     bindings = next(matcher.unify(pattern.root, root, {}), None)
-    return Match(pattern, bindings) if bindings is not None else Mismatch(matcher.matched, matcher.reason, root)
+    if bindings is not None:
+        return Match(pattern, bindings)
+    return Mismatch(pattern.rule, matcher.matched, matcher.reason)
 
 
 def _roots(pattern: Pattern, anchor: Node) -> Iterator[Node]:
@@ -97,6 +106,10 @@ def _literals_agree(expected: Node, actual: Node) -> bool:
 def _same(expected: Any, actual: Any) -> bool:
     """Whether two literals are the same; a node that holds a size counts as that size."""
     actual = value_of(actual)
+    if expected is ANY_SIZE:
+        return isinstance(actual, (int, torch.SymInt)) and not isinstance(actual, bool)
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        return expected.keys() == actual.keys() and all(_same(expected[key], actual[key]) for key in expected)
     if isinstance(expected, (tuple, list)) and isinstance(actual, (tuple, list)):
         return len(expected) == len(actual) and all(map(_same, expected, actual))
     if isinstance(expected, torch.SymInt) or isinstance(actual, torch.SymInt):
@@ -128,7 +141,8 @@ class _Matcher:
         if expected.target in COMMUTATIVE and all(isinstance(argument, Node) for argument in actual.args):
             orders.append(actual.args[::-1])
         for order in orders:
-            yield from self._unify_all(list(zip(expected.args, order, strict=True)), bound)
+            pairs = sorted(zip(expected.args, order, strict=True), key=lambda pair: pair[0] in self.names)
+            yield from self._unify_all(pairs, bound)  # parameters last: they fit nearly anything, and explain little
 
     def _unify_all(self, pairs: list[tuple[Any, Any]], bound: Bindings) -> Iterator[Bindings]:
         if not pairs:
@@ -143,12 +157,14 @@ class _Matcher:
             return "" if _same(expected, actual) else f"expected {expected}, found {_show(actual)}"
         if expected in bound:
             same = bound[expected] is actual or (not isinstance(actual, Node) and _same(bound[expected], actual))
-            return "" if same else f"expected {_show(bound[expected])} again, found {_show(actual)}"
+            return (
+                "" if same else f"two values where the reference has one: {_show(bound[expected])} and {_show(actual)}"
+            )
         if expected.op == "placeholder":
             return self._not_parameter(expected, actual)
         if not isinstance(actual, Node) or actual.op != expected.op or actual.target != expected.target:
             return f"expected {self._spell(expected)}, found {_show(actual)}"
-        if not _literals_agree(expected, actual) or dict(expected.kwargs) != dict(actual.kwargs):
+        if not _literals_agree(expected, actual) or not _same(dict(expected.kwargs), dict(actual.kwargs)):
             return f"expected {self._spell(expected)}, found {_show(actual)}"
         return ""
 

@@ -98,9 +98,19 @@ def _normalize_call(node: Node, function: Callable) -> None:
         args = (args[0], 2)  # 2.0 and 2 are the same square
     elif function is torch.mean and len(args) > 1:
         args = (args[0], _from_end(args[1], value_of(args[0]).dim()), *args[2:])
+    elif function is torch.rms_norm:
+        args = _with_eps(args)
     node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
     if function in _PROMOTING:
         _drop_promoted_casts(node)
+
+
+def _with_eps(args: tuple) -> tuple:
+    """rms_norm's default eps, spelt out: the machine epsilon of the dtype that it computes in."""
+    if len(args) == 4:
+        return args
+    computed_in = torch.promote_types(value_of(args[0]).dtype, torch.float32)
+    return (*args, *(None,) * (3 - len(args)), torch.finfo(computed_in).eps)
 
 
 def _bind(form: Signature, node: Node) -> tuple[tuple, dict[str, Any]] | None:

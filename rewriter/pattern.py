@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
+from torch.utils._pytree import tree_map_only
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.normalize import normalize
 from fastft.rewriter.rule import Rule, dims
 
-_EXAMPLE_SIZES = (11, 7, 5, 3)  # distinct primes, so that no dimension passes for another
+ANY_SIZE = object()  # in a template: a number that depends on the shapes, known only once they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +49,11 @@ class Pattern:
 
 
 def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
-    """Trace ``rule.reference`` at these values: fake or meta tensors, and numbers."""
-    graph = Tracer().trace(rule.reference)
-    gm = GraphModule(torch.nn.Module(), graph)
-    with compat.fake_mode_of(values.values()):
-        _Propagate(gm).run(*(values[node.target] for node in graph.find_nodes(op="placeholder")))
-    _fold(graph)
+    """Trace ``rule.reference`` at these values: fake tensors and numbers."""
+    graph = capture(rule.reference, *(values[name] for name in inspect.signature(rule.reference).parameters)).graph
     normalize(graph)
+    for node in graph.nodes:
+        node.args, node.kwargs = tree_map_only(torch.SymInt, _or_any_size, (node.args, dict(node.kwargs)))
     root = graph.output_node().args[0]
     assert isinstance(root, Node), f"{rule.name}: a reference returns one tensor"
     anchors = list(graph.find_nodes(op="call_function", target=rule.anchor))
@@ -64,15 +64,11 @@ def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
 
 @functools.cache
 def template(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> Pattern:
-    """The pattern that finds candidates: example sizes, one dtype for each tensor parameter of ``rule.shapes``."""
-    names = sorted({name for spec in rule.shapes.values() for name in dims(spec)[1]})
-    size_of = dict(zip(names, _EXAMPLE_SIZES, strict=False))
-    values: dict[str, Any] = {
-        parameter: torch.empty((2,) * leading + tuple(size_of[name] for name in named), dtype=dtype, device="meta")
-        for (parameter, (leading, named)), dtype in zip(_dims_of(rule), dtypes, strict=True)
-    }
-    scalars = [name for name in rule.reference.__annotations__ if name not in (*rule.shapes, "return")]
-    return trace(rule, values | dict.fromkeys(scalars, 0.5))
+    """The pattern that finds candidates: symbolic sizes, one dtype for each tensor parameter of ``rule.shapes``."""
+    names = [dims(spec) for spec in rule.shapes.values()]
+    tensors = compat.symbolic_tensors([("leading",) * leading + tuple(named) for leading, named in names], dtypes)
+    scalars = [name for name in inspect.signature(rule.reference).parameters if name not in rule.shapes]
+    return trace(rule, dict(zip(rule.shapes, tensors, strict=True)) | dict.fromkeys(scalars, 0.5))
 
 
 def templates(rule: Rule, present: frozenset[torch.dtype]) -> list[Pattern]:
@@ -81,8 +77,15 @@ def templates(rule: Rule, present: frozenset[torch.dtype]) -> list[Pattern]:
     return [template(rule, dtypes) for dtypes in itertools.product(ordered, repeat=len(rule.shapes))]
 
 
-def _dims_of(rule: Rule) -> list[tuple[str, tuple[bool, list[str]]]]:
-    return [(parameter, dims(spec)) for parameter, spec in rule.shapes.items()]
+def capture(function: Callable, *values: Any) -> GraphModule:
+    """A straight-line function at these values, as Dynamo would give it: every node knows what it computes."""
+    graph = Tracer().trace(function)
+    gm = GraphModule(torch.nn.Module(), graph)
+    with compat.fake_mode_of(values):
+        _Propagate(gm).run(*values)
+    _fold(graph)
+    gm.recompile()
+    return gm
 
 
 class _Propagate(Interpreter):
@@ -103,3 +106,7 @@ def _fold(graph: Graph) -> None:
 
 def _write(folded: Node, argument: Node) -> Any:
     return value_of(folded) if argument is folded else argument
+
+
+def _or_any_size(size: torch.SymInt) -> Any:
+    return ANY_SIZE if compat.is_template_size(size) else size

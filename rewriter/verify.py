@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ class Verifier:
 
     def reason(self, found: Match) -> str | None:
         """Why this match may not be rewritten; None if it may."""
-        rule, values = found.pattern.rule, {name: value_of(node) for name, node in found.arguments.items()}
+        rule, values = found.rule, {name: value_of(node) for name, node in found.arguments.items()}
         if rule.replacement is None:
             return rule.because
         return used_outside(found) or disturbed(found) or self._by_value(rule, values, found)
@@ -46,7 +44,7 @@ def unfit(rule: Rule, values: dict[str, Any]) -> str | None:
 
 def retraced(found: Match, values: dict[str, Any]) -> str | None:
     """The reference, traced again at the matched shapes and numbers, is the subgraph, node by node."""
-    again = pattern.trace(found.pattern.rule, values)
+    again = pattern.trace(found.rule, values)
     second = match.match(again, found.root)
     if isinstance(second, match.Mismatch):
         return f"traced at these shapes the reference differs: {second.reason}"
@@ -129,8 +127,3 @@ def _key(value: Any) -> Any:
     if not all(type(size) is int for size in sizes):
         return None
     return (value.dtype, str(value.device), tuple(value.shape), tuple(value.stride()), value.requires_grad)
-
-
-def parameters(rule: Rule) -> Iterator[str]:
-    """The names of the reference's parameters, in order."""
-    yield from inspect.signature(rule.reference).parameters

@@ -1,0 +1,261 @@
+"""Which expressions become fastft::rms_norm, which do not, and for what reason."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import FORWARD, GRADIENT, assert_close_to_truth
+from torch import Tensor
+
+from fastft.patterns import rms_norm as patterns
+from fastft.rewriter.graph import name_of
+from fastft.rewriter.pattern import capture
+from fastft.rewriter.report import GraphReport
+from fastft.rewriter.rewrite import rewrite
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RULES = {rule.reference.__name__: rule for rule in patterns.RULES if rule.replacement is not None}
+
+
+def inputs(x_dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 16, generator=generator).to(x_dtype).requires_grad_()
+    weight = torch.randn(16, generator=generator).to(weight_dtype or x_dtype).requires_grad_()
+    return x, weight
+
+
+def lifted(function: Callable, *values: Tensor) -> tuple[torch.fx.GraphModule, GraphReport]:
+    gm = capture(function, *values)
+    return gm, rewrite(gm)
+
+
+def calls(gm: torch.fx.GraphModule) -> list[str]:
+    return [name_of(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_every_reference_becomes_one_op_and_stays_right(
+    name: str, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    rule, values = RULES[name], inputs(x_dtype, weight_dtype)
+    function = lambda x, weight: rule.reference(x, weight, 1e-5)  # noqa: E731
+    gm, report = lifted(function, *values)
+    assert len(report.lifted) == 1
+    assert report.near_misses == []
+    assert calls(gm) == ["fastft.rms_norm", "getitem"]
+    exact = [value.detach().double().requires_grad_() for value in values]
+    truth = function_in_double(name)(*exact, 1e-5)
+    eager, actual = function(*values), gm(*values)
+    assert_close_to_truth(actual, eager, truth.detach(), FORWARD)
+    grad_output = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    for mine, other, right in zip(
+        torch.autograd.grad(actual, values, grad_output.to(actual.dtype)),
+        torch.autograd.grad(eager, values, grad_output.to(eager.dtype)),
+        torch.autograd.grad(truth, exact, grad_output.to(eager.dtype).double()),
+        strict=True,
+    ):
+        assert_close_to_truth(mine, other, right, GRADIENT)
+
+
+def function_in_double(name: str) -> Callable:
+    """The mathematics of a reference, without its roundings."""
+    offset = 1.0 if name == "gemma" else 0.0
+    return lambda x, weight, eps: x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * (offset + weight)
+
+
+def test_in_float32_gemma_is_gemma() -> None:
+    """Its 1 + weight could be taken for Llama's weight."""
+    _, report = lifted(lambda x, w: patterns.gemma(x, w, 1e-6), *inputs())
+    assert [one.rule for one in report.lifted] == ["rms_norm.gemma"]
+
+
+SPELLINGS = {
+    "variance named": lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+    "rsqrt first": lambda x, w: torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * x * w,
+    "eps first": lambda x, w: w * (x * torch.rsqrt(1e-6 + (x * x).mean(2, True))),
+    "mul method": lambda x, w: x.mul((x**2).mean(-1, keepdim=True).add(1e-6).rsqrt()).mul(w),
+    "eps an int": lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1)),
+    "torch": lambda x, w: F.rms_norm(x, [16], w, 1e-6),
+    "torch, eps left out": lambda x, w: F.rms_norm(x, (16,), w),
+    "torch, by keyword": lambda x, w: torch.rms_norm(x, (16,), eps=1e-6, weight=w),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str) -> None:
+    values = inputs()
+    gm, report = lifted(SPELLINGS[name], *values)
+    assert len(report.lifted) == 1, report
+    assert calls(gm) == ["fastft.rms_norm", "getitem"]
+    torch.testing.assert_close(gm(*values), SPELLINGS[name](*values))
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return patterns.llama(x, weight, 1e-6)
+
+
+def extra_user(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    variance = x.pow(2).mean(-1, keepdim=True)
+    return w * (x * torch.rsqrt(variance + 1e-6)), variance.exp()
+
+
+def extra_user_is_the_output(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * unit, unit
+
+
+def other_axis(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6))
+
+
+def missing_eps(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))
+
+
+def eps_is_a_tensor(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + w))
+
+
+def eps_inside_the_mean(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt((x.pow(2) + 1e-6).mean(-1, keepdim=True)))
+
+
+def layer_norm(x: Tensor, w: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return w * (centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def variance_of_centred(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt((x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def true_variance(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.var(-1, keepdim=True) + 1e-6))
+
+
+def cube(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6))
+
+
+def sum_not_mean(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6))
+
+
+def another_tensor(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x.exp() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def matrix_weight(x: Tensor, w: Tensor) -> Tensor:
+    return w.expand(5, 16) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def mutated_between(x: Tensor, w: Tensor) -> Tensor:
+    x = x * 1.5
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    x.add_(1.0)
+    return w * (x * rstd)
+
+
+def mutated_through_a_view(x: Tensor, w: Tensor) -> Tensor:
+    x = x * 1.5
+    view = x[0]
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    view.zero_()
+    return w * (x * rstd)
+
+
+def never_scaled(x: Tensor, w: Tensor) -> Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+NEGATIVE = [  # what must not be lifted, and what the reason says
+    (extra_user, "mean is also used by exp"),
+    (extra_user_is_the_output, "mul is also used by the graph's output"),
+    (other_axis, "expected mean(pow(…), -1, True), found mean(pow_1, -2, True)"),
+    (missing_eps, "expected add(mean(…), eps), found mean(pow_1, -1, True)"),
+    (eps_is_a_tensor, "eps is not a number but w"),
+    (eps_inside_the_mean, "expected add(mean(…), eps), found mean(add, -1, True)"),
+    (layer_norm, "the mean is subtracted first: this is a LayerNorm"),
+    (variance_of_centred, "two values where the reference has one: sub(x, mean) and x"),
+    (true_variance, "expected mean(pow(…), -1, True), found var(x, -1)"),
+    (cube, "expected pow(x, 2), found pow(x, 3)"),
+    (sum_not_mean, "expected mean(pow(…), -1, True), found sum(pow_1, -1)"),
+    (another_tensor, "two values where the reference has one: x and exp(x)"),
+    (matrix_weight, "weight has 2 dimensions, not 'D': expand(w, 5, 16)"),
+    (mutated_between, "add_ writes to a value of the match"),
+    (mutated_through_a_view, "zero_ writes to a value of the match"),
+    (never_scaled, "the result of rsqrt does not reach mul"),
+]
+
+
+@pytest.mark.parametrize(("function", "reason"), NEGATIVE, ids=[case[0].__name__ for case in NEGATIVE])
+def test_a_near_miss_is_left_alone_and_explained(function: Callable, reason: str) -> None:
+    gm, report = lifted(function, *inputs())
+    assert report.lifted == []
+    assert not any(name.startswith("fastft") for name in calls(gm))
+    assert [miss.reason for miss in report.near_misses] == [reason]
+
+
+def test_gradients_switched_off_halfway_are_respected() -> None:
+    """Symbolic tracing would run the switch, so the graph is captured by torch.compile."""
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(rewrite(gm))
+        return gm.forward
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        with torch.no_grad():
+            y = w * (x * rstd)
+        return y + x
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend)(*inputs())
+    assert [miss.reason for graph in graphs for miss in graph.near_misses] == ["_set_grad_enabled is called halfway"]
+
+
+def test_in_low_precision_what_is_not_widened_is_another_function() -> None:
+    _, report = lifted(SPELLINGS["variance named"], *inputs(torch.bfloat16))
+    assert report.lifted == []
+    assert len(report.near_misses) == 1
+
+
+def test_rounding_at_another_place_is_another_function() -> None:
+    """The root is rounded to bfloat16 before it scales."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return w * (x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype))
+
+    _, report = lifted(function, *inputs(torch.bfloat16))
+    assert report.lifted == []
+    assert len(report.near_misses) == 1
+
+
+def test_a_frozen_weight_and_a_frozen_input() -> None:
+    for frozen in (0, 1):
+        values = inputs()
+        values[frozen].requires_grad_(False)
+        gm, report = lifted(norm, *values)
+        assert len(report.lifted) == 1
+        gm(*values).sum().backward()
+        assert values[frozen].grad is None
+        assert values[1 - frozen].grad is not None
+
+
+def test_layouts_are_kept() -> None:
+    """A permuted x gives a permuted y, as PyTorch's own expression does, so that a later view stays legal."""
+    x, weight = torch.randn(2, 4, 5, 16).transpose(1, 2), torch.randn(16)
+    gm, report = lifted(norm, x, weight)
+    assert len(report.lifted) == 1
+    assert gm(x, weight).stride() == norm(x, weight).stride() == x.stride()
+
+
+def test_two_norms_of_one_input_become_two_ops() -> None:
+    x, w = inputs()
+    gm, report = lifted(lambda x, w: norm(x, w) + norm(x, w + 1), x, w)
+    assert len(report.lifted) == 2
+    assert calls(gm).count("fastft.rms_norm") == 2
