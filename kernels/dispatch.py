@@ -1,0 +1,91 @@
+"""Which implementation runs: Triton where device, dtypes and row length allow it, the op's reference elsewhere."""
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.kernels.layout import has_unit_rows
+
+log = logging.getLogger("fastft")
+MAX_ROW = 16384  # one row is held by one program
+
+Reference = Callable[..., Tensor | tuple[Tensor, ...]]
+_verdicts: dict[Hashable, bool] = {}  # by op, device, row length and dtypes: whether Triton runs
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for the compiler, so that kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def triton_dtypes(device: torch.device) -> frozenset[torch.dtype]:
+    """What the Triton kernels take on this device."""
+    everywhere = frozenset({torch.float32, torch.float16})
+    if importlib.util.find_spec("triton") is None:
+        return frozenset()
+    if device.type == "cpu":
+        return everywhere if interpreting() else frozenset()  # the interpreter computes bfloat16 wrongly
+    if device.type != "cuda":
+        return frozenset()
+    if torch.version.hip is not None:
+        return everywhere | {torch.bfloat16}
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 5):
+        return frozenset()
+    return everywhere if capability < (8, 0) else everywhere | {torch.bfloat16}
+
+
+def takes(row_length: int, tensors: Sequence[Tensor]) -> bool:
+    """Whether the Triton kernels can do this call."""
+    device = tensors[0].device
+    dtypes = triton_dtypes(device)
+    fits = row_length <= MAX_ROW and all(tensor.numel() > 0 for tensor in tensors)
+    return fits and all(tensor.device == device and tensor.dtype in dtypes for tensor in tensors)
+
+
+def fill(outputs: Sequence[Tensor], arguments: Sequence[Any], launcher: Callable[[], Callable], op: Reference) -> None:
+    """Write what the reference op(*arguments) returns into outputs, by launcher()(outputs, *arguments) if it can be.
+
+    The first output has the rows; launcher is called only where Triton runs, as Triton may not be installed.
+    """
+    first = outputs[0]
+    tensors = [value for value in (*outputs, *arguments) if isinstance(value, Tensor)]
+    key = (op, first.device, first.shape[-1], *[tensor.dtype for tensor in tensors])
+    if first.numel() > 0:
+        if key not in _verdicts:
+            _verdicts[key] = takes(first.shape[-1], tensors)
+        if _verdicts[key] and _launched(key, outputs, arguments, launcher()):
+            return
+    results = op(*arguments)
+    for output, result in zip(outputs, (results,) if isinstance(results, Tensor) else results, strict=True):
+        output.copy_(result)
+
+
+def _launched(
+    key: tuple[Any, ...], outputs: Sequence[Tensor], arguments: Sequence[Any], launch: Callable[..., None]
+) -> bool:
+    """Launch; False, with a warning the first time, if the kernel cannot be compiled for this device."""
+    by_rows = has_unit_rows(outputs[0])
+    targets = outputs if by_rows else [torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
+    try:
+        with torch.cuda.device_of(outputs[0]):  # Triton launches on the current device
+            launch(targets, *arguments)
+    except Exception as error:
+        from triton.errors import TritonError
+
+        if interpreting() or not isinstance(error, TritonError):
+            raise
+        _verdicts[key] = False
+        log.warning("%s: no Triton kernel for %s, plain PyTorch instead: %s", launch.__qualname__, key[1:], error)
+        return False
+    if not by_rows:
+        for output, target in zip(outputs, targets, strict=True):
+            output.copy_(target)
+    return True

@@ -1,0 +1,59 @@
+"""The one tolerance: an op may err twice as much as PyTorch's own expression in that dtype, against float64."""
+
+import torch
+from torch import Tensor
+
+FORWARD, GRADIENT = 2.0, 3.0
+
+
+def assert_same_metadata(actual: Tensor, expected: Tensor) -> None:
+    """Same shape, dtype, device and (but for axes of size 1, which have none) strides."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.device == expected.device, f"device {actual.device}, expected {expected.device}"
+    if actual.numel() > 0:
+        strides = [
+            (axis, mine, other)
+            for axis, (size, mine, other) in enumerate(
+                zip(actual.shape, actual.stride(), expected.stride(), strict=True)
+            )
+            if size > 1 and mine != other
+        ]
+        assert not strides, f"(axis, stride, expected): {strides}"
+
+
+def assert_close_to_truth(
+    actual: Tensor, eager: Tensor, truth: Tensor, factor: float, magnitude: float | None = None
+) -> None:
+    """err(actual) <= factor * err(eager) + atol, in the largest and in the root mean square error.
+
+    truth is float64; eager is the same mathematics by plain PyTorch in actual's dtype.  atol allows what any right
+    implementation may differ by: one rounding of the result, and a few of float32's of the largest term inside.
+    That term is as large as the result unless magnitude says more (terms that cancel: a sum, a projection).
+    """
+    assert truth.dtype == torch.float64, "the truth is computed in float64"
+    assert actual.shape == truth.shape == eager.shape, f"{actual.shape}, eager {eager.shape}, truth {truth.shape}"
+    assert actual.dtype == eager.dtype, f"dtype {actual.dtype}, eager {eager.dtype}"
+    if truth.numel() == 0:
+        return
+    assert torch.isfinite(truth).all(), "the case itself is not finite: draw smaller values"
+    assert torch.isfinite(actual).all(), f"{int((~torch.isfinite(actual)).sum())} values are not finite"
+    error, eager_error = actual.double() - truth, eager.double() - truth
+    inside = 8 * torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
+    tiny = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps  # steps of subnormal numbers
+    for name, size in (("largest", _largest), ("root mean square", _root_mean_square)):
+        scale = size(truth)
+        terms = max(magnitude or 0.0, scale)
+        atol = torch.finfo(actual.dtype).eps / 2 * scale + inside * terms + tiny
+        allowed = factor * size(eager_error) + atol
+        assert size(error) <= allowed, (
+            f"{name} error {size(error):.3e} > {allowed:.3e} = {factor} * {size(eager_error):.3e} (eager) + {atol:.1e}"
+        )
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item()
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()

@@ -1,0 +1,25 @@
+"""The same tests with Triton's interpreter in place of the compiler, in a process of their own.
+
+The interpreter is chosen when triton is imported, so it cannot be had in this process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from strategies import INTERPRETING
+
+pytest.importorskip("triton", reason="Triton has no build for this platform")
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(INTERPRETING, reason="this is the process it starts")
+@pytest.mark.parametrize("file", ["test_rms_norm.py", "test_registry.py"])
+def test_in_the_interpreter(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
