@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
@@ -50,7 +50,9 @@ def fastft(
 
 def lower(gm: GraphModule, example_inputs: list[torch.Tensor], options: Options) -> Callable:
     """Compile what the rewriter made of a graph."""
-    return gm.forward if options.lower == "eager" else compat.compile_fx(gm, example_inputs)
+    if options.lower == "eager":
+        return gm.forward
+    return cast(Callable, compat.compile_fx(gm, example_inputs))
 
 
 def warn_once(message: str) -> None:

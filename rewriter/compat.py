@@ -157,7 +157,7 @@ class _BreakHandler(logging.Handler):
         place = re.search(r"in user code at (.+:\d+)$", text, re.MULTILINE)
         reason = re.search(r"^Graph Break Reason: (.+)$", text, re.MULTILINE)
         why = re.search(r"^\s*Explanation: (.+)$", text, re.MULTILINE) or reason
-        if not place or not why:
+        if not place or not reason or not why:
             return
         explained = why.group(1).strip()
         if "gracefully" in reason.group(1) and any(explained == known for known, _ in self.breaks):

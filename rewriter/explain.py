@@ -43,7 +43,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
 
 def _without_activations(gm: GraphModule) -> Callable:
     """Run the graph without autograd, with outputs that need a gradient where they would have needed one."""
-    outputs = gm.graph.output_node().args[0]
+    outputs: Any = gm.graph.output_node().args[0]
     needs_grad = [isinstance(value := value_of(node), Tensor) and value.requires_grad for node in outputs]
 
     def run(*inputs: Any) -> tuple:

@@ -30,6 +30,7 @@ SIGNATURES: dict[Callable, Signature] = {
     torch.div: signature(lambda input, other, *, rounding_mode=None: ...),
     torch.pow: signature(lambda input, exponent: ...),
     torch.mean: signature(lambda input, dim=None, keepdim=False, *, dtype=None: ...),
+    torch.square: _UNARY,
     torch.rsqrt: _UNARY,
     torch.sqrt: _UNARY,
     torch.rms_norm: signature(lambda input, normalized_shape, weight=None, eps=None: ...),
@@ -70,20 +71,14 @@ def _normalize_node(node: Node) -> None:
 
 
 def _canonical_function(node: Node) -> Callable | None:
-    if node.op == "call_method":
-        function = _METHODS.get(str(node.target))
-    elif node.op == "call_function" and callable(node.target):
-        function = node.target
-    else:
+    target: Any = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    if node.op not in ("call_function", "call_method"):
         return None
-    function = ALIASES.get(function, function)  # type: ignore[arg-type]
-    square = function is torch.square or (node.op == "call_method" and node.target == "square")
-    return torch.square if square else function if function in SIGNATURES else None
+    function = ALIASES.get(target, target)
+    return function if function in SIGNATURES else None
 
 
 def _normalize_call(node: Node, function: Callable) -> None:
-    if function is torch.square:
-        function, node.args, node.kwargs = torch.pow, (*node.args, *node.kwargs.values(), 2), {}
     if function in COMMUTATIVE and len(node.args) == 2 and not isinstance(value_of(node.args[0]), Tensor):
         node.args = node.args[::-1]  # a number comes second
     if node.args and not isinstance(value_of(node.args[0]), Tensor):
@@ -92,10 +87,8 @@ def _normalize_call(node: Node, function: Callable) -> None:
     if bound is None:
         return
     args, kwargs = bound
-    if function is torch.mul and len(args) == 2 and args[0] is args[1] and _is_float(args[0]):
+    if _is_square(function, args):
         function, args = torch.pow, (args[0], 2)
-    elif function is torch.pow and args[1] == 2 and _is_float(args[0]):
-        args = (args[0], 2)  # 2.0 and 2 are the same square
     elif function is torch.mean and len(args) > 1:
         args = (args[0], _from_end(args[1], value_of(args[0]).dim()), *args[2:])
     elif function is torch.rms_norm:
@@ -103,6 +96,14 @@ def _normalize_call(node: Node, function: Callable) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
     if function in _PROMOTING:
         _drop_promoted_casts(node)
+
+
+def _is_square(function: Callable, args: tuple) -> bool:
+    """x * x, x.square(), x ** 2 and x ** 2.0, of a floating-point x."""
+    if not _is_float(args[0]):
+        return False
+    by_itself = function is torch.mul and args[0] is args[1]
+    return by_itself or function is torch.square or (function is torch.pow and args[1] == 2)
 
 
 def _with_eps(args: tuple) -> tuple:
@@ -181,7 +182,7 @@ def _drop_promoted_casts(node: Node) -> None:
     Only where nothing else uses the cast (two uses add their gradients before the cast's backward rounds), where the
     other operand is no cast too, and not for 0-dim tensors, which do not take part in promotion.
     """
-    casts = [argument for argument in node.args if is_cast(argument)]
+    casts: list[Any] = [argument for argument in node.args if is_cast(argument)]
     partners = [value_of(argument) for argument in node.args if not is_cast(argument)]
     if len(casts) != 1 or len(partners) != 1 or not isinstance(partners[0], Tensor) or len(casts[0].users) != 1:
         return

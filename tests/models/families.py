@@ -56,6 +56,7 @@ def build(
     train_norms: bool,
     layers: int = LAYERS,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> nn.Module:
     """A PEFT model with random adapters, in train mode; norm weights are random, so that a dropped one shows."""
     torch.manual_seed(0)
@@ -65,7 +66,7 @@ def build(
         if parameter.dim() == 1 and "norm" in name:
             nn.init.normal_(parameter, mean=0.5, std=0.5)
     if nf4:
-        model = _quantized(model, dtype)
+        model = _quantized(model, dtype, device)
     model = get_peft_model(
         model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     )
@@ -75,19 +76,19 @@ def build(
     if checkpoint:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
-    return model.train()
+    return model.to(device).train()
 
 
-def _quantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _quantized(model: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map=device)
 
 
-def batch(*, padded: bool, length: int = 16) -> dict[str, Tensor]:
+def batch(*, padded: bool, length: int = 16, device: str = "cpu") -> dict[str, Tensor]:
     """Two sequences; padded gives a mask with zeros at the end of one of them."""
     ids = torch.randint(1, 128, (2, length), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "labels": ids.clone()}
@@ -95,19 +96,29 @@ def batch(*, padded: bool, length: int = 16) -> dict[str, Tensor]:
         mask = torch.ones_like(ids)
         mask[1, length - 5 :] = 0
         inputs |= {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    return inputs
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
-def step(model: Callable, inputs: dict[str, Tensor], of: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch and the gradients it leaves in ``of``."""
+@dataclass(frozen=True)
+class Step:
+    """What one batch gives."""
+
+    loss: Tensor
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+
+def step(model: Callable, inputs: dict[str, Tensor], of: nn.Module) -> Step:
+    """One batch, forward and backward; the gradients are those it leaves in ``of``."""
     of.zero_grad(set_to_none=True)
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in of.named_parameters() if p.grad is not None}
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in of.named_parameters() if parameter.grad is not None}
+    return Step(outputs.loss.detach(), outputs.logits.detach(), gradients)
 
 
-def truth(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of the same weights in float64, norms and softmax included."""
+def truth(model: nn.Module, inputs: dict[str, Tensor]) -> Step:
+    """What the batch gives with the same weights in float64, norms and softmax included."""
     exact = copy.deepcopy(model)
     exact.gradient_checkpointing_disable()
     for name, module in list(exact.named_modules()):
