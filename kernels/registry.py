@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+
+from fastft.rewriter.compat import OpOverload
 
 Arguments = tuple[Any, ...]
 

@@ -15,38 +15,46 @@ from fastft.rewriter.rule import Rule
 
 
 def unit(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, in float32."""
     h = x.float()
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # Llama, Mistral, Qwen, Phi-3
+def llama(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Llama, Mistral, Qwen, Phi-3: rounded before it is scaled."""
     return weight * unit(x, eps).to(x.dtype)
 
 
 def gpt_oss(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """GPT-OSS and others: rounded after it is scaled."""
     return (weight * unit(x, eps)).to(x.dtype)
 
 
-def gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # Gemma 1 to 3
+def gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gemma 1 to 3: scaled by 1 + weight."""
     return (unit(x, eps) * (1.0 + weight.float())).to(x.dtype)
 
 
 def gemma4(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gemma 4: the root as a power of -1/2."""
     h = x.float()
     return (h * torch.pow(h.pow(2).mean(-1, keepdim=True) + eps, -0.5) * weight.float()).to(x.dtype)
 
 
-def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # torch.nn.RMSNorm
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch.nn.RMSNorm and torch.nn.functional.rms_norm."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Written out as an RMSNorm of what is left without the mean."""
     h = x.float()
     h = h - h.mean(-1, keepdim=True)
     return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
+    """fastft::rms_norm"""
     return torch.ops.fastft.rms_norm(x, weight, eps, offset, round_first)[0]
 
 

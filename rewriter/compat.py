@@ -19,10 +19,14 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._pytree import tree_map_only
+
+maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 
 __all__ = [
     "BackendCompilerFailed",
     "InvalidCxxCompiler",
+    "OpOverload",
     "compile_fx",
     "compile_once",
     "copy_graph",
@@ -31,6 +35,7 @@ __all__ = [
     "is_mutable",
     "is_operator",
     "is_template_size",
+    "maybe_mark_dynamic",
     "module_path",
     "record_breaks",
     "set_value",
@@ -38,6 +43,7 @@ __all__ = [
     "statically_known_true",
     "storage_key",
     "symbolic_tensors",
+    "tree_map_only",
     "value_of",
 ]
 

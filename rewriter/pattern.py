@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
-from torch.utils._pytree import tree_map_only
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
@@ -53,7 +52,7 @@ def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
     graph = capture(rule.reference, *(values[name] for name in inspect.signature(rule.reference).parameters)).graph
     normalize(graph)
     for node in graph.nodes:
-        node.args, node.kwargs = tree_map_only(torch.SymInt, _or_any_size, (node.args, dict(node.kwargs)))
+        node.args, node.kwargs = compat.tree_map_only(torch.SymInt, _or_any_size, (node.args, dict(node.kwargs)))
     root = graph.output_node().args[0]
     assert isinstance(root, Node), f"{rule.name}: a reference returns one tensor"
     anchors = list(graph.find_nodes(op="call_function", target=rule.anchor))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,18 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """``file.reference``, as reports spell it: ``rms_norm.llama``."""
+        """``file.reference``, as reports spell it: ``rms_norm.torch_rms_norm``."""
         return f"{self.reference.__module__.rpartition('.')[2]}.{self.reference.__name__}"
+
+
+def table(rules: Iterable[Rule]) -> str:
+    """The rules as a Markdown table, for README.md."""
+    lines = ["| rule | what it recognises | becomes |", "|---|---|---|"]
+    for rule in rules:
+        function = getattr(rule.replacement, "func", rule.replacement)  # a partial's own function
+        becomes = f"`{inspect.getdoc(function)}`" if function else f"left alone: {rule.because}"
+        lines.append(f"| `{rule.name}` | {inspect.getdoc(rule.reference)} | {becomes} |")
+    return "\n".join(lines)
 
 
 def dims(spec: str) -> tuple[bool, list[str]]:
