@@ -1,0 +1,186 @@
+"""The command ``fastft``: finetune, explain, env.  Heavy packages are imported only once a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from fastft.errors import UserError
+from fastft.rewriter.options import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake as a UserError and names the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for a malformed command line."""
+        message = message.removeprefix("argument ").rstrip(".")
+        raise UserError(f"{message[0].upper()}{message[1:]}; see `{self.prog} --help`.")
+
+    def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse; an unknown option is answered with the one most like it."""
+        found, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = re.findall(r"--[\w-]+", found.parser.format_help())
+            hint = f"; did you mean {nearest(unknown[0].split('=')[0], known)}?" if unknown[0].startswith("-") else ""
+            raise UserError(f"`{found.parser.prog}` does not take {unknown[0]}{hint or '; see --help.'}")
+        return found
+
+
+def at_least_two(text: str) -> float:
+    """An argparse type: a row of tokens in which something can be predicted."""
+    if (value := positive(int)(text)) < 2:
+        raise argparse.ArgumentTypeError("it must be at least 2, or there is no next token to predict")
+    return value
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type: a number of this kind above zero."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind("0")
+        if not 0 < value < float("inf"):
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"it must be a {noun} above zero, not {text!r}")
+        return value
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"it must be a whole number from zero on, not {text!r}")
+    return int(text)
+
+
+def parser() -> Parser:
+    """The command line."""
+    import fastft
+
+    top = Parser(prog="fastft", description="Fine-tune language models through torch.compile.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"fastft {fastft.__version__}")
+    top.set_defaults(parser=top, command=lambda _: top.print_help())
+    commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    _add_finetune(commands)
+    _add_explain(commands)
+    env = commands.add_parser("env", help="show versions, the device and the usable kernels", allow_abbrev=False)
+    env.set_defaults(parser=env, command=show_env)
+    return top
+
+
+def _add_finetune(commands: argparse._SubParsersAction) -> None:
+    from fastft.finetune import Settings
+    from fastft.presets import PRESETS
+
+    default = Settings()
+    it = commands.add_parser(
+        "finetune",
+        help="train a LoRA or QLoRA adapter",
+        description="Train a LoRA or QLoRA adapter. Without options: a tiny random Llama on the Python reference.",
+        allow_abbrev=False,
+    )
+    it.set_defaults(parser=it, command=finetune)
+    count, size = positive(int), positive(float)
+    what = it.add_argument_group("what to train")
+    what.add_argument("--model", default=default.model, help=f"hub id, folder, .gguf file or {', '.join(PRESETS)}")
+    what.add_argument("--data", help="text file, .jsonl file or dataset name (default: the Python language reference)")
+    what.add_argument("--output", default=default.output, help="folder for the result (default: %(default)s)")
+    how = it.add_argument_group("how to train")
+    how.add_argument("--nf4", action="store_true", help="QLoRA: hold the base model in 4 bits")
+    how.add_argument("--rank", type=count, default=default.rank, help="rank of the adapters (default: %(default)s)")
+    how.add_argument("--lr", type=size, help="learning rate (default: 2e-4; 2e-3 for the tiny models)")
+    how.add_argument("--steps", type=count, default=default.steps, help="(default: %(default)s)")
+    how.add_argument("--batch-size", type=count, default=default.batch_size, help="(default: %(default)s)")
+    how.add_argument(
+        "--seq-len", type=at_least_two, default=default.seq_len, help="tokens a row (default: %(default)s)"
+    )
+    how.add_argument("--seed", type=seed, default=default.seed, help="(default: %(default)s)")
+    where = it.add_argument_group("where and through what")
+    where.add_argument("--device", default=default.device, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    where.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default=default.dtype,
+        help="(default: bfloat16 on a GPU that has it, else float32)",
+    )
+    where.add_argument(
+        "--lower",
+        choices=("inductor", "eager"),
+        default=default.lower,
+        help="compile with Inductor, or run the rewritten graph as it is (default: %(default)s)",
+    )
+    where.add_argument("--compare", choices=("eager", "inductor"), help="train a second time without fastft")
+
+
+def _add_explain(commands: argparse._SubParsersAction) -> None:
+    it = commands.add_parser(
+        "explain",
+        help="show what fastft does to a model",
+        description="Show what fastft does to a model. Its weights are neither loaded nor downloaded.",
+        allow_abbrev=False,
+    )
+    it.set_defaults(parser=it, command=explain)
+    it.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file or preset")
+    it.add_argument("--rank", type=positive(int), default=16, help="rank of the LoRA adapters (default: %(default)s)")
+    it.add_argument("--no-lora", action="store_true", help="the bare model, all of it trained")
+    it.add_argument("--batch-size", type=positive(int), default=2, help="(default: %(default)s)")
+    it.add_argument("--seq-len", type=at_least_two, default=128, help="(default: %(default)s)")
+
+
+def finetune(options: argparse.Namespace) -> int:
+    """``fastft finetune``."""
+    from dataclasses import fields
+
+    from rich.console import Console
+
+    from fastft.finetune import Settings, run
+
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    return run(settings, Console())
+
+
+def explain(options: argparse.Namespace) -> int:
+    """``fastft explain``."""
+    from fastft import explain as explain_model
+    from fastft.finetune import quieten
+    from fastft.models import on_meta
+
+    quieten()
+    rank = 0 if options.no_lora else options.rank
+    model, batch = on_meta(options.model, rank=rank, batch_size=options.batch_size, seq_len=options.seq_len)
+    report = explain_model(model, **batch)
+    if hasattr(report, "print"):
+        report.print()
+    else:
+        print(report)
+    return 0
+
+
+def show_env(options: argparse.Namespace) -> int:
+    """``fastft env``."""
+    from rich.console import Console
+
+    from fastft.env import show
+
+    show(Console())
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; what the user can put right is one sentence and exit code 2."""
+    try:
+        options = parser().parse_strictly(sys.argv[1:] if arguments is None else arguments)
+        return options.command(options) or 0
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C; nothing was written.", file=sys.stderr)
+        return 130

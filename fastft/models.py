@@ -1,0 +1,202 @@
+"""From what the user wrote after ``--model`` to a causal language model with LoRA adapters."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastft.errors import UserError
+from fastft.presets import PRESETS, byte_tokenizer, config, write
+from fastft.rewriter.options import nearest
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PATH_LIKE = re.compile(r"[./~].*|.*\.gguf|.*/.*/.*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: ``location`` is a preset's name, a folder or a hub id."""
+
+    location: str
+    preset: bool = False
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What ``from_pretrained`` takes besides the location."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def find(name: str) -> Source:
+    """Tell presets, folders, .gguf files and hub ids apart; raises UserError for what is none of them."""
+    if name in PRESETS:
+        return Source(name, preset=True)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"The folder {name} holds no config.json, so it is not a model; pass a model's folder.")
+        return Source(str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name} is not a .gguf file; --model takes a hub id, a folder or a .gguf file.")
+        return Source(str(path.parent), gguf_file=path.name)
+    if PATH_LIKE.fullmatch(name) or not HUB_ID.fullmatch(name):
+        raise UserError(f"There is no model at {name}; check the path.")
+    if "/" not in name and name.startswith("tiny"):
+        raise UserError(f"There is no preset {name!r}; did you mean {nearest(name, list(PRESETS))!r}?")
+    go_offline_if_unreachable()
+    return Source(name)
+
+
+def go_offline_if_unreachable() -> None:
+    """Without a network the hub's client retries for half a minute; go to its cache at once instead."""
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return  # a proxy resolves names for us
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        from huggingface_hub import constants
+
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is not imported yet
+        constants.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def explained(source: Source) -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot be loaded into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if "connect" in reason or "offline" in reason.lower():
+            reason = "the hub cannot be reached and the local cache does not hold it; pass a folder or a .gguf file"
+        reason = re.split(r"(?<=\w)\.\s", reason)[0].rstrip(".")
+        raise UserError(f"Cannot load the model {source.gguf_file or source.location}: {reason}.") from error
+
+
+def load_config(source: Source) -> Any:
+    """The model's configuration, known to be that of a causal language model."""
+    if source.preset:
+        return config(source.location)
+    from transformers import AutoConfig
+
+    with explained(source):
+        found = AutoConfig.from_pretrained(source.location, **source.arguments)
+    _check_causal(source, found)
+    return without_dropout(found)
+
+
+def without_dropout(found: Any) -> Any:
+    """The configuration with each dropout at zero: runs with one seed are to be comparable step by step."""
+    for name, value in found.to_dict().items():
+        if re.search("drop(out)?$", name) and isinstance(value, float):
+            setattr(found, name, 0.0)
+    return found
+
+
+def _check_causal(source: Source, found: Any) -> None:
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = found.model_type
+    causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    classes = set(found.architectures or ())
+    encoder = kind in masked and not getattr(found, "is_decoder", False) and not classes & causal
+    if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or (classes and not classes & causal):
+        what = ", ".join(sorted(classes)) or kind
+        raise UserError(f"{source.location} is a {what}, not a causal language model; pass one such as Llama or Qwen.")
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer, with something to pad with."""
+    if source.preset:
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    with explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never learnt from: padding has the label -100
+    return tokenizer
+
+
+def materialise(source: Source, folder: Path, *, seed: int, nf4: bool) -> Source:
+    """Write the base model to ``folder`` where there is none to load yet: a preset, or a .gguf to be quantised.
+
+    transformers cannot quantise while it reads a .gguf file, so that model takes the way over a folder.
+    """
+    if source.preset:
+        write(source.location, folder, seed)
+    elif source.gguf_file and nf4:
+        load(source, device="cpu", dtype="float32", nf4=False).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
+    else:
+        return source
+    return Source(str(folder))
+
+
+def nf4_arguments(dtype: str) -> dict[str, Any]:
+    """The options of BitsAndBytesConfig for QLoRA's 4-bit weights."""
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+
+
+def load(source: Source, *, device: str, dtype: str, nf4: bool) -> Any:
+    """The base model on its device, with its linear layers in 4 bits if ``nf4``."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": load_config(source), **source.arguments}
+    if nf4:
+        arguments |= {"quantization_config": BitsAndBytesConfig(**nf4_arguments(dtype)), "device_map": {"": device}}
+    with explained(source):
+        model: Any = AutoModelForCausalLM.from_pretrained(source.location, **arguments)
+    model.config.use_cache = False  # training has no use for keys and values among a graph's results
+    return model if nf4 else model.to(device)
+
+
+def add_lora(model: Any, *, rank: int, random_base: bool) -> Any:
+    """Adapters on every linear layer; a random base also trains its embedding and head, which know no language."""
+    from peft import LoraConfig, get_peft_model
+
+    saved = ["embed_tokens", "lm_head"] if random_base else None
+    lora = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)
+
+
+def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int) -> tuple[Any, dict[str, Any]]:
+    """A model without weights and a batch for it, both on the meta device: any size fits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = find(name)
+    found = load_config(source)
+    with torch.device("meta"), explained(source):
+        model = AutoModelForCausalLM.from_config(found)
+        model.config.use_cache = False
+        if rank:
+            model = add_lora(model, rank=rank, random_base=source.preset)
+        ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    return model.train(), batch
+
+
+def moved(source: Source, staging: Path, output: Path) -> Source:
+    """The same source once the staging folder has been renamed to the output folder."""
+    if Path(source.location).is_relative_to(staging):
+        return replace(source, location=str(output / Path(source.location).relative_to(staging)))
+    return source

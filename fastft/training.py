@@ -1,0 +1,174 @@
+"""The plain PyTorch loop: loss, backward, clip, step."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fastft.rewriter.compat import maybe_mark_dynamic
+
+MAX_GRADIENT_NORM = 1.0
+CONTENDERS = ("fastft", "inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of training: the loss before its update, its wall time and the tokens it read."""
+
+    number: int
+    loss: float
+    seconds: float
+    tokens: int
+
+
+@dataclass
+class Run:
+    """What one contender did."""
+
+    name: str
+    steps: list[Step] = field(default_factory=list)
+    peak_bytes: int = 0
+    interrupted: bool = False
+
+    @property
+    def first_seconds(self) -> float:
+        """The first step, compilation included."""
+        return self.steps[0].seconds
+
+    @property
+    def median_seconds(self) -> float:
+        """The median of the other steps; of the first if there is no other."""
+        return statistics.median(step.seconds for step in self.steps[1:] or self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Throughput once compiled."""
+        return statistics.median(step.tokens / step.seconds for step in self.steps[1:] or self.steps)
+
+    def loss_difference(self, other: Run) -> float:
+        """The largest relative difference of the losses of one step."""
+        pairs = zip(self.steps, other.steps, strict=False)
+        return max(abs(mine.loss - theirs.loss) / max(abs(theirs.loss), 1e-12) for mine, theirs in pairs)
+
+
+def compiled(model: Any, contender: str, lower: str) -> Any:
+    """The model as a contender runs it."""
+    if contender == "fastft":
+        return torch.compile(model, backend="fastft", options={"lower": lower})
+    return torch.compile(model) if contender == "inductor" else model
+
+
+def train(
+    model: Any,
+    batches: Iterator[dict[str, torch.Tensor]],
+    run: Run,
+    *,
+    steps: int,
+    lr: float,
+    lower: str = "inductor",
+    fixed_shape: bool = True,
+    on_step: Callable[[Run], None] = lambda run: None,
+) -> Run:
+    """Train the parameters that require a gradient; Ctrl-C ends the run after the step that it falls into."""
+    forward = compiled(model.train(), run.name, lower)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    device = parameters[0].device
+    reset_peak(device)
+    interrupt = Deferred("Ctrl-C: finishing this step, then saving.")
+    try:
+        for number in range(1, steps + 1):
+            # Before the first step has ended there is nothing to save, so there Ctrl-C acts at once.
+            with interrupt if run.steps else nullcontext():
+                batch = place(next(batches), device, fixed_shape)
+                run.steps.append(step(forward, batch, parameters, optimizer, number))
+                run.peak_bytes = peak_bytes(device)
+                on_step(run)
+            if interrupt.requested:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if not run.steps:
+            raise
+        run.interrupted = True
+    return run
+
+
+def step(
+    forward: Any,
+    batch: dict[str, torch.Tensor],
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    number: int,
+) -> Step:
+    """One update."""
+    started = time.perf_counter()
+    loss = forward(**batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    value = loss.item()
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
+    return Step(number, value, time.perf_counter() - started, int(batch["attention_mask"].sum()))
+
+
+def place(batch: dict[str, torch.Tensor], device: torch.device, fixed_shape: bool) -> dict[str, torch.Tensor]:
+    """The batch on its device; rows of many lengths say so at once, which spares a second compilation."""
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not fixed_shape:
+        for tensor in moved.values():
+            maybe_mark_dynamic(tensor, 1)
+    return moved
+
+
+class Deferred:
+    """While entered, Ctrl-C waits: it sets ``requested`` and prints ``message``; a second one ends the program."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        self.requested = False
+
+    def __enter__(self) -> Deferred:
+        self.previous = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """What SIGINT calls."""
+        if self.requested:
+            raise SystemExit(130)
+        self.requested = True
+        print(f"\n{self.message}", file=sys.stderr, flush=True)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start counting the GPU's peak memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The GPU's peak of allocated memory, or this process's peak resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss it does not inherit the peak of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
