@@ -4,10 +4,24 @@
 """
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from fastft.rewriter.explain import explain
 from fastft.rewriter.options import Options, OptionsError
-from fastft.rewriter.report import Report
+
+if TYPE_CHECKING:
+    from fastft.rewriter.explain import explain
+    from fastft.rewriter.report import Report
 
 __version__ = _version("fastft")
 __all__ = ["Options", "OptionsError", "Report", "__version__", "explain"]
+
+_LATER = {"explain": "fastft.rewriter.explain", "Report": "fastft.rewriter.report"}
+
+
+def __getattr__(name: str) -> object:
+    """What needs torch is imported when it is asked for, so that the command answers at once."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LATER[name]), name)

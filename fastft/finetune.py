@@ -60,7 +60,8 @@ def run(settings: Settings, console: Console) -> int:
     examples = load_data(settings, tokenizer)
     with staged(output) as folder, cold_caches(settings.compare is not None), memory_advice():
         base = models.materialise(source, folder / "base", seed=settings.seed, nf4=settings.nf4)
-        console.print(introduction(settings, source), highlight=False, soft_wrap=True)
+        intro = introduction(settings, source, data.same_length(examples))
+        console.print(intro, highlight=False, soft_wrap=True)
         model, ours = contend(settings, base, "fastft", tokenizer, examples, console)
         final = models.moved(base, folder, output)
         on_disk = Path(base.location).exists()  # then the adapter is to load from any working directory
@@ -252,6 +253,7 @@ def quieten() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for module in ("transformers", "peft", "bitsandbytes", "huggingface_hub", "datasets"):
@@ -283,12 +285,13 @@ def save_record(settings: Settings, runs: list[Run], folder: Path) -> None:
         summary.write_metrics(runs, folder / summary.METRICS, about)
 
 
-def introduction(settings: Settings, source: models.Source) -> str:
+def introduction(settings: Settings, source: models.Source, fixed: bool) -> str:
     """One line that says what is about to happen."""
     kind = "QLoRA (NF4)" if settings.nf4 else "LoRA"
     what = f"{settings.model}{', random weights' if source.preset else ''}"
     text = settings.data or "the Python language reference"
-    batch = f"{settings.steps} steps of {settings.batch_size} x {settings.seq_len} tokens"
+    up_to = "" if fixed else "up to "
+    batch = f"{settings.steps} steps of {settings.batch_size} x {up_to}{settings.seq_len} tokens"
     return f"{kind} of rank {settings.rank} on {what}: {text}, {batch}, {settings.dtype} on {settings.device}"
 
 

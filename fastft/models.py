@@ -136,11 +136,20 @@ def materialise(source: Source, folder: Path, *, seed: int, nf4: bool) -> Source
     if source.preset:
         write(source.location, folder, seed)
     elif source.gguf_file and nf4:
-        load(source, device="cpu", dtype="float32", nf4=False).save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
+        _convert(source, folder)
     else:
         return source
     return Source(str(folder))
+
+
+def _convert(source: Source, folder: Path) -> None:
+    """Save a .gguf file's model as a folder, by way of a plain one: transformers does not save what it read so."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_config(load_config(source))
+    plain.load_state_dict(load(source, device="cpu", dtype="float32", nf4=False).state_dict())
+    plain.save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
 
 
 def nf4_arguments(dtype: str) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from fastft.models import Source, nf4_arguments
 from fastft.progress import readable_bytes
-from fastft.training import Run
+
+if TYPE_CHECKING:
+    from fastft.training import Run
 
 METRICS, PLOT = "metrics.json", "loss.png"
 COLOURS = ("#d9480f", "#1c7ed6")

@@ -30,6 +30,11 @@ def gpt_oss(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * unit(x, eps)).to(x.dtype)
 
 
+def gpt_oss_widened(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same with the weight's own cast to float32 written out."""
+    return (weight.float() * unit(x, eps)).to(x.dtype)
+
+
 def gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gemma 1 to 3: scaled by 1 + weight."""
     return (unit(x, eps) * (1.0 + weight.float())).to(x.dtype)
@@ -58,12 +63,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: 
     return torch.ops.fastft.rms_norm(x, weight, eps, offset, round_first)[0]
 
 
-rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"})
+def narrows(x: Tensor, **_: object) -> str | None:
+    """The op computes float64 in float64, as torch.nn.RMSNorm does; the written-out norms do not."""
+    return "x is float64 and is rounded to float32 first" if x.dtype == torch.float64 else None
+
+
+rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, unless=narrows)
 RULES = (  # the largest match wins, then the first
     rule(layer_norm, None, because="the mean is subtracted first: this is a LayerNorm"),
     rule(llama, partial(rms_norm, offset=0.0, round_first=True)),
     rule(gemma, partial(rms_norm, offset=1.0, round_first=False)),
     rule(gpt_oss, partial(rms_norm, offset=0.0, round_first=False)),
+    rule(gpt_oss_widened, partial(rms_norm, offset=0.0, round_first=False)),
     rule(gemma4, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.pow),
-    rule(torch_rms_norm, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.rms_norm),
+    Rule(
+        torch_rms_norm,
+        partial(rms_norm, offset=0.0, round_first=False),
+        anchor=torch.rms_norm,
+        shapes={"x": "... D", "weight": "D"},
+    ),
 )

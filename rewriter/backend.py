@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from fastft import kernels, patterns
 from fastft.rewriter import compat
 from fastft.rewriter.graph import Snapshot
 from fastft.rewriter.options import Options, OptionsError
@@ -52,7 +56,17 @@ def lower(gm: GraphModule, example_inputs: list[torch.Tensor], options: Options)
     """Compile what the rewriter made of a graph."""
     if options.lower == "eager":
         return gm.forward
-    return cast(Callable, compat.compile_fx(gm, example_inputs))
+    return compat.compile_fx(gm, example_inputs, version=f"fastft-{_sources()}")
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the ops and the rules: torch's caches hold backward graphs, which a later version may correct."""
+    digest = hashlib.sha256()
+    for module in (kernels, patterns):
+        for path in sorted(Path(str(module.__file__)).parent.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def warn_once(message: str) -> None:

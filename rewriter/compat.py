@@ -9,15 +9,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from types import CodeType
+from typing import Any, cast
 
 import torch
+from torch._dynamo import convert_frame
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx as _compile_fx
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils._pytree import tree_map_only
 
@@ -31,10 +33,12 @@ __all__ = [
     "compile_once",
     "copy_graph",
     "fake_mode_of",
+    "in_forward_mode",
     "is_higher_order",
     "is_mutable",
     "is_operator",
     "is_template_size",
+    "is_transform",
     "maybe_mark_dynamic",
     "module_path",
     "record_breaks",
@@ -45,6 +49,7 @@ __all__ = [
     "symbolic_tensors",
     "tree_map_only",
     "value_of",
+    "written_to",
 ]
 
 _break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "graph_breaks")
@@ -92,14 +97,45 @@ def is_template_size(size: torch.SymInt) -> bool:
     return size.node.shape_env is _template_shapes
 
 
+def written_to(tensor: torch.Tensor) -> bool:
+    """Whether anything wrote to this tensor or a view of it while the graph was captured."""
+    return not tensor.is_inference() and tensor._version > 0
+
+
+_TRANSFORM = re.compile(
+    r"_(grad|vmap|jvp|func)_(increment|decrement)_nesting|_add_batch_dim|_make_dual|enter_dual_level"
+)
+
+
+def is_transform(target: Any) -> bool:
+    """Whether a node's target begins, ends or is part of a torch.func transform or forward-mode differentiation."""
+    return _TRANSFORM.search(getattr(target, "__name__", "")) is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, for which the ops have no formula."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """The same number for a tensor and all its views."""
     return tensor.untyped_storage()._cdata
 
 
+def compile_fx(gm: GraphModule, example_inputs: Sequence[torch.Tensor], version: str) -> Callable:
+    """Inductor, with its caches kept apart for each ``version`` of what the graph alone does not tell."""
+    tag = f"{torch.compiler.config.cache_key_tag}{version}"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        return cast(Callable, _compile_fx(gm, example_inputs))
+
+
 def compile_once(function: Callable, backend: Callable) -> Callable:
-    """torch.compile for a call or two that leaves no trace in the function's code, nor counts as a recompilation."""
+    """torch.compile for a call or two that leaves no compiled code behind, nor counts as a recompilation.
+
+    Code that was compiled before keeps one entry more: to take it out would take the others out too.
+    """
     compiled = torch.compile(function, backend=backend)
+    known = _compiled_code()
 
     def call(*args: Any, **kwargs: Any) -> Any:
         unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
@@ -107,9 +143,23 @@ def compile_once(function: Callable, backend: Callable) -> Callable:
             with torch._dynamo.config.patch(unlimited):
                 return compiled(*args, **kwargs)
         finally:
-            torch._dynamo.reset_code(function.__code__)
+            for code in _compiled_code() - known:
+                torch._dynamo.reset_code(code)
+                _forget(code)
 
     return call
+
+
+def _compiled_code() -> set[CodeType]:
+    """Every code object that Dynamo has compiled, those among them that it made to resume after a break."""
+    return {code for reference in convert_frame.input_codes.seen if (code := reference()) is not None}
+
+
+def _forget(code: CodeType) -> None:
+    """Let Dynamo meet this code as if for the first time."""
+    tracker = convert_frame.input_codes
+    tracker.seen[:] = [reference for reference in tracker.seen if reference() is not code]
+    tracker.seen_ids.discard(id(code))
 
 
 def copy_graph(graph: Graph) -> Graph:

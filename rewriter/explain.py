@@ -20,9 +20,10 @@ from fastft.rewriter.rewrite import rewrite
 def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     """Report what fastft lifts in ``model(*args, **batch)``, what it nearly lifts and why not, and graph breaks.
 
-    The model runs forward once, without keeping activations, in the mode (train or eval) that it is in; weights,
-    buffers, gradients and the random state are afterwards as before.  A model on the meta device is enough, so that
-    a model too large for this machine can be explained too.
+    The model runs forward once, without keeping activations, in the mode (train or eval) that it is in; buffers,
+    gradients and the random state are afterwards as before (not: plain attributes that forward sets, nor inputs that
+    it writes to).  A model on the meta device is enough, so that one too large for this machine can be explained too.
+    If the model fails after some graphs, the report has those and the error; if before, the error is raised.
     """
     report = Report()
 
@@ -37,8 +38,25 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         return _without_activations(gm)
 
     with _unchanged(model), record_breaks(report.breaks):
-        compile_once(lambda *args, **batch: model(*args, **batch), capture)(*args, **batch)
+        try:
+            compile_once(lambda *args, **batch: model(*args, **batch), capture)(*args, **batch)
+        except Exception as error:
+            if not report.graphs:
+                raise
+            report.stopped_by = f"{type(error).__name__}: {first_line(error)}"
     return report
+
+
+class _Grown(torch.autograd.Function):
+    """A tensor as if it had been computed with gradients: no leaf, but nothing is saved for it."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, values: list[Tensor]) -> Tensor:
+        return values[0].detach()  # in a list, or the result would count as a view of an input
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return None, None
 
 
 def _without_activations(gm: GraphModule) -> Callable:
@@ -49,8 +67,9 @@ def _without_activations(gm: GraphModule) -> Callable:
     def run(*inputs: Any) -> tuple:
         with torch.no_grad():
             results = gm.forward(*inputs)
+        root = torch.empty(0, requires_grad=True)
         return tuple(
-            result.detach().requires_grad_() if needed else result
+            _Grown.apply(root, [result]) if needed else result
             for result, needed in zip(results, needs_grad, strict=True)
         )
 
@@ -60,13 +79,16 @@ def _without_activations(gm: GraphModule) -> Callable:
 @contextmanager
 def _unchanged(model: Callable) -> Iterator[None]:
     """Put back buffers and the random state."""
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    before = {name: (buffer._version, buffer.detach().clone()) for name, buffer in buffers.items()}
+    module = getattr(model, "__self__", model)  # model.forward is as good as model
+    owners = list(module.modules()) if isinstance(module, nn.Module) else []
+    before = [(owner, name, buffer) for owner in owners for name, buffer in owner.named_buffers(recurse=False)]
+    values = [buffer.detach().clone() for _, _, buffer in before]
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        for name, (version, value) in before.items():
-            if buffers[name]._version != version:
+        for (owner, name, buffer), value in zip(before, values, strict=True):
+            setattr(owner, name, buffer)
+            if not buffer.is_meta and not torch.equal(buffer, value):
                 with torch.no_grad():
-                    buffers[name].copy_(value)
+                    buffer.copy_(value)

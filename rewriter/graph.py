@@ -16,7 +16,13 @@ from fastft.rewriter.compat import value_of
 _BODIES = ("tag_activation_checkpoint", "autograd_function_apply", "invoke_subgraph", "wrap")
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
-_MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference_mode", "_enter_inference_mode")
+_MODE_SWITCHES = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
 
 
 def bodies(gm: GraphModule) -> list[GraphModule]:
@@ -52,7 +58,8 @@ def written(node: Node) -> list[Any]:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
-        return [node.args[0] if node.args else node.kwargs["input"], *out]
+        target = node.args[0] if node.args else node.all_input_nodes
+        return [*(target if isinstance(target, (tuple, list)) else [target]), *out]
     if compat.is_mutable(node.target) or compat.is_higher_order(node.target):  # its body is not looked into
         return list(node.all_input_nodes)
     return out

@@ -1,9 +1,11 @@
-"""One spelling for each computation: Dynamo's graph in, the same graph out, every call in its canonical form.
+"""One spelling for each computation: every call of a graph in its canonical form.
 
 Methods, operators and functions become one call; arguments become positional with defaults dropped; dimensions count
-from the end; a cast that changes nothing, or that type promotion would do anyway, is dropped.  Every rule here keeps
-the bits, forward and backward.  What the table does not know stays as it is.  The patterns' references go through the
-same function, which is what makes a reference comparable with a model.
+from the end; casts that change nothing are dropped.  Models and the patterns' references go through the same function,
+which is what makes them comparable.  What the table does not know stays as it is.
+
+A model is normalised in a copy that is only looked at: what is not lifted runs as the user wrote it.  The bits of a
+canonical form are those of the spelling it stands for, forward and backward, wherever nothing overflows.
 """
 
 from __future__ import annotations
@@ -52,8 +54,18 @@ _METHODS = {function.__name__: function for function in [*SIGNATURES, torch.mult
 _RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # numpy's words, which torch accepts too
 
 COMMUTATIVE = frozenset({torch.add, torch.mul})
-_PROMOTING = frozenset({torch.add, torch.sub, torch.mul, torch.div})
 _CASTS = ("float", "half", "bfloat16", "double", "to", "type", "type_as")
+
+
+def view(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A normalised copy of ``graph``, and for each of its nodes the node that it stands for."""
+    copy = Graph()
+    copies: dict[Node, Node] = {}
+    copy.output(copy.graph_copy(graph, copies))
+    normalize(copy)
+    kept = set(copy.nodes)
+    originals = {node: original for original, node in copies.items() if node in kept}
+    return copy, originals | {copy.output_node(): graph.output_node()}
 
 
 def normalize(graph: Graph) -> None:
@@ -79,7 +91,8 @@ def _canonical_function(node: Node) -> Callable | None:
 
 
 def _normalize_call(node: Node, function: Callable) -> None:
-    if function in COMMUTATIVE and len(node.args) == 2 and not isinstance(value_of(node.args[0]), Tensor):
+    number_first = len(node.args) == 2 and not isinstance(value_of(node.args[0]), Tensor)
+    if function in COMMUTATIVE and number_first and not node.kwargs:
         node.args = node.args[::-1]  # a number comes second
     if node.args and not isinstance(value_of(node.args[0]), Tensor):
         return  # 1 - x, 1 / x: the functions take no number first
@@ -94,8 +107,6 @@ def _normalize_call(node: Node, function: Callable) -> None:
     elif function is torch.rms_norm:
         args = _with_eps(args)
     node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
-    if function in _PROMOTING:
-        _drop_promoted_casts(node)
 
 
 def _is_square(function: Callable, args: tuple) -> bool:
@@ -169,26 +180,3 @@ def _normalize_cast(node: Node, dtype: torch.dtype) -> None:
         node.graph.erase_node(node)
     else:
         node.op, node.target, node.args, node.kwargs = "call_method", "to", (source, dtype), {}
-
-
-def is_cast(node: Any) -> bool:
-    """Whether this node is a canonical cast, ``to(x, dtype)``."""
-    return isinstance(node, Node) and node.op == "call_method" and node.target == "to" and len(node.args) == 2
-
-
-def _drop_promoted_casts(node: Node) -> None:
-    """mul(w.to(float32), x) is mul(w, x) when x is float32: promotion makes the same cast, and so does its backward.
-
-    Only where nothing else uses the cast (two uses add their gradients before the cast's backward rounds), where the
-    other operand is no cast too, and not for 0-dim tensors, which do not take part in promotion.
-    """
-    casts: list[Any] = [argument for argument in node.args if is_cast(argument)]
-    partners = [value_of(argument) for argument in node.args if not is_cast(argument)]
-    if len(casts) != 1 or len(partners) != 1 or not isinstance(partners[0], Tensor) or len(casts[0].users) != 1:
-        return
-    cast, partner = casts[0], partners[0]
-    source, result = value_of(cast.args[0]), value_of(cast)
-    widens = torch.promote_types(source.dtype, result.dtype) == result.dtype == partner.dtype
-    if widens and source.is_floating_point() and 0 not in (source.dim(), partner.dim()):
-        node.replace_input_with(cast, cast.args[0])
-        cast.graph.erase_node(cast)

@@ -54,11 +54,13 @@ class GraphReport:
 class Report:
     """What fastft makes of a model: printed, shown in a notebook, or saved as HTML.
 
-    breaks: where Dynamo could not go on with a graph, as (reason, ``file:line``).
+    breaks: where Dynamo could not go on with a graph, as (reason, ``file:line``).  stopped_by: the error with which
+    the model ended, if it did.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     breaks: list[tuple[str, str]] = field(default_factory=list)
+    stopped_by: str = ""
 
     @property
     def lifted(self) -> list[Lifted]:
@@ -88,6 +90,8 @@ class Report:
             parts.append(_table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)))
         if failures := [(str(number), graph.failure) for number, graph in enumerate(self.graphs) if graph.failure]:
             parts.append(_table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), failures))
+        if self.stopped_by:
+            parts.append(Text(f"The model then failed with {self.stopped_by}", style="bold"))
         parts.append(self._left())
         return Group(*parts)
 

@@ -14,7 +14,6 @@ from fastft import patterns
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import bodies, name_of
 from fastft.rewriter.lift import lift
-from fastft.rewriter.normalize import normalize
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rule import Rule
 
@@ -24,11 +23,10 @@ Pass = Callable[[GraphModule], None]
 
 
 def rewrite(gm: GraphModule, rules: Sequence[Rule] | None = None) -> GraphReport:
-    """Rewrite ``gm`` and its bodies in place: normalise, then lift.  Raises what a pass raises."""
+    """Rewrite ``gm`` and its bodies in place.  Raises what a pass raises."""
     report = GraphReport()
     chosen = patterns.RULES if rules is None else rules
     report.nodes_before = _size(gm)
-    _each_body(gm, "normalize", lambda body: normalize(body.graph))
     _each_body(gm, "lift", lambda body: lift(body, chosen, report))
     for body in bodies(gm):
         body.graph.lint()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fastft.rewriter import compat, match, pattern
 from fastft.rewriter.compat import value_of
@@ -18,15 +18,22 @@ from fastft.rewriter.rule import Rule, shape_reason
 class Verifier:
     """Runs the checks; remembers the verdicts that depend on shapes, dtypes and numbers alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
         self._verdicts: dict[Any, str | None] = {}
+        transforms = [node for node in graph.nodes if compat.is_transform(node.target)]
+        self._transformed = bool(transforms) or compat.in_forward_mode()
 
     def reason(self, found: Match) -> str | None:
         """Why this match may not be rewritten; None if it may."""
         rule, values = found.rule, {name: value_of(node) for name, node in found.arguments.items()}
         if rule.replacement is None:
             return rule.because
-        return used_outside(found) or disturbed(found) or self._by_value(rule, values, found)
+        if self._transformed:
+            return "the graph holds a torch.func transform or forward-mode differentiation"
+        try:
+            return used_outside(found) or disturbed(found) or self._by_value(rule, values, found)
+        except Exception as error:  # one odd value must not cost the whole graph
+            return f"it could not be checked: {type(error).__name__}: {error}"
 
     def _by_value(self, rule: Rule, values: dict[str, Any], found: Match) -> str | None:
         key = (rule, *map(_key, values.values()), _key(value_of(found.root)))
@@ -68,11 +75,16 @@ def used_outside(found: Match) -> str | None:
 
 
 def disturbed(found: Match) -> str | None:
-    """Nothing between the first matched node and the root writes to a value of the match or switches a mode."""
-    matched = list(found.calls.values())
-    first = min(matched)
+    """Nothing in the graph writes to a value of the match, and no mode is switched between its first call and its root.
+
+    Writes before the match would do no harm, nor would all of those after it; but where a write is cannot be told of
+    every function, and one after the root may spoil what the op saves where the user's own code saved a copy.
+    """
     values = [node for node in found.bindings.values() if isinstance(node, Node)]
-    for node in between(first, found.root):
+    for node in values:
+        if compat.written_to(value_of(node)):
+            return f"{node.name} is written to in place"
+    for node in between(min(found.calls.values()), found.root):
         if switches_mode(node):
             return f"{name_of(node.target)} is called halfway"
         if any(may_alias(target, value) for target in written(node) for value in values):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 from pathlib import Path
 
@@ -64,9 +63,3 @@ def test_chat_rows_use_the_models_own_template(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_lowered_to_eager() -> None:
     assert_follows_eager(losses("fastft", "eager"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("FASTFT_LONG_TESTS" not in os.environ, reason="takes minutes; set FASTFT_LONG_TESTS=1 to run it")
-def test_lowered_to_inductor() -> None:
-    assert_follows_eager(losses("fastft", "inductor"))

@@ -167,6 +167,34 @@ def mutated_through_a_view(x: Tensor, w: Tensor) -> Tensor:
     return w * (x * rstd)
 
 
+def mutated_by_foreach(x: Tensor, w: Tensor) -> Tensor:
+    x = x * 1.5
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    torch._foreach_add_([x], 1.0)
+    return w * (x * rstd)
+
+
+def mutated_by_a_flag(x: Tensor, w: Tensor) -> Tensor:
+    x = x * 1.5
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    F.relu(x, True)
+    return w * (x * rstd)
+
+
+def mutated_behind_autograd(x: Tensor, w: Tensor) -> Tensor:
+    x = x * 1.5
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    x.detach().data.add_(1.0)
+    return w * (x * rstd)
+
+
+def added_to_in_place_afterwards(x: Tensor, w: Tensor) -> Tensor:
+    """Legal, as what the user's code saved in low precision may be a copy, where the op would save x itself."""
+    x = x * 1.5
+    y = w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    return x.add_(y)
+
+
 def never_scaled(x: Tensor, w: Tensor) -> Tensor:
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
@@ -185,8 +213,12 @@ NEGATIVE = [  # what must not be lifted, and what the reason says
     (sum_not_mean, "expected mean(pow(…), -1, True), found sum(pow_1, -1)"),
     (another_tensor, "two values where the reference has one: x and exp(x)"),
     (matrix_weight, "weight has 2 dimensions, not 'D': expand(w, 5, 16)"),
-    (mutated_between, "add_ writes to a value of the match"),
-    (mutated_through_a_view, "zero_ writes to a value of the match"),
+    (mutated_between, "mul is written to in place"),
+    (mutated_through_a_view, "mul is written to in place"),
+    (mutated_by_foreach, "mul is written to in place"),
+    (mutated_by_a_flag, "mul is written to in place"),
+    (mutated_behind_autograd, "add_ writes to a value of the match"),
+    (added_to_in_place_afterwards, "mul is written to in place"),
     (never_scaled, "the result of rsqrt does not reach mul"),
 ]
 
@@ -259,3 +291,90 @@ def test_two_norms_of_one_input_become_two_ops() -> None:
     gm, report = lifted(lambda x, w: norm(x, w) + norm(x, w + 1), x, w)
     assert len(report.lifted) == 2
     assert calls(gm).count("fastft.rms_norm") == 2
+
+
+AS_WRITTEN = {  # code around a norm that must run as it is written, and norms in odd company
+    "a cast, then a write to its source": lambda x, w: _then(w.to(torch.float32), lambda: w.data.zero_(), x),
+    "a copy, then a write to its source": lambda x, w: _then(w.to(w.dtype, copy=True), lambda: w.data.zero_(), x),
+    "number first with alpha": lambda x, w: torch.add(1.5, x, alpha=2) * norm(x, w),
+    "a square at the edge of the range": lambda x, w: (x * 3e38 * x).clamp(max=1) + (x * 1e19 * x * 1e19).clamp(max=1),
+    "an axis that moves later": lambda x, w: _unsqueezed(x * 1.0, w),
+}
+
+
+def _then(snapshot: Tensor, write: Callable, x: Tensor) -> Tensor:
+    write()
+    return x * snapshot
+
+
+def _unsqueezed(x: Tensor, w: Tensor) -> Tensor:
+    y = w[:5].unsqueeze(-1) * x.mean(1, keepdim=True)
+    x.unsqueeze_(0)
+    return y + x.sum()
+
+
+@pytest.mark.parametrize("name", AS_WRITTEN)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_lifted_runs_as_it_was_written(name: str, weight_dtype: torch.dtype) -> None:
+    function = AS_WRITTEN[name]
+    results = []
+    for options in (None, {"lower": "eager", "strict": True}):
+        torch._dynamo.reset()
+        x, w = inputs(torch.float32, weight_dtype)
+        run = function if options is None else torch.compile(function, backend="fastft", options=options)
+        y = run(x, w)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), (x, w), allow_unused=True)])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert (actual is None) == (expected is None)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_a_weight_cast_without_gradients_gets_none() -> None:
+    """The cast is outside autograd, so no gradient may reach the weight through a norm lifted around it."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = w.float()
+        return (scale * patterns.unit(x, 1e-6)).to(x.dtype)
+
+    torch._dynamo.reset()
+    x, w = inputs(torch.bfloat16)
+    y = torch.compile(function, backend="fastft", options={"lower": "eager", "strict": True})(x, w)
+    assert torch.autograd.grad(y.sum(), (x, w), allow_unused=True)[1] is None
+
+
+def test_under_a_transform_the_users_code_runs() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: norm(x, w).sum())(x)
+
+    torch._dynamo.reset()
+    x, w = (value.detach() for value in inputs())
+    compiled = torch.compile(function, backend="fastft", options={"lower": "eager", "strict": True})
+    torch.testing.assert_close(compiled(x, w), function(x, w))
+
+
+def test_forward_mode_keeps_its_tangent() -> None:
+    x, w = (value.detach() for value in inputs())
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, backend="fastft", options={"lower": "eager", "strict": True})
+    tangents = []
+    for function in (norm, compiled):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(function(dual, w)).tangent)
+    torch.testing.assert_close(tangents[1], tangents[0])
+
+
+def test_float64_is_rounded_where_the_user_rounds_it() -> None:
+    x, w = inputs(torch.float64)
+    _, report = lifted(norm, x, w)
+    assert [miss.reason for miss in report.near_misses] == ["x is float64 and is rounded to float32 first"]
+
+
+def test_one_odd_tensor_does_not_cost_the_graph() -> None:
+    """An empty row has no mean, and a float8 tensor no promotion; the other norm is lifted all the same."""
+    x, w = inputs()
+    eighth = torch.zeros(4).to(torch.float8_e4m3fn)
+    _, report = lifted(lambda x, w, e: (norm(x, w), norm(x[..., :0], w[:0]), e.view(2, 2)), x, w, eighth)
+    assert len(report.lifted) == 1
+    assert len(report.near_misses) == 1

@@ -171,10 +171,10 @@ def test_a_failing_rewrite_falls_back_with_one_warning(
 def test_a_failing_lowering_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_fx = compat.compile_fx
 
-    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
+    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], version: str) -> Callable:
         if any("fastft" in str(node.target) for node in gm.graph.nodes):
             raise RuntimeError("this op cannot be lowered")
-        return compile_fx(gm, example_inputs)
+        return compile_fx(gm, example_inputs, version)
 
     monkeypatch.setattr(compat, "compile_fx", failing)
     with pytest.warns(RuntimeWarning, match="because of RuntimeError: this op cannot be lowered"):
@@ -188,7 +188,7 @@ def test_strict_raises_instead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_that_is_not_ours_rises_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
+    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], version: str) -> Callable:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(compat, "compile_fx", failing)
@@ -234,3 +234,18 @@ def test_autocast() -> None:
         actual, expected = compiled(inputs()), model(inputs())
     assert actual.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.slow
+def test_caches_are_kept_apart_by_the_version_of_the_ops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch's caches hold the backward as it was traced; a corrected one must not be shadowed by it."""
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    misses = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for digest in ("one", "one", "two"):
+        monkeypatch.setattr(backend, "_sources", lambda digest=digest: digest)
+        torch._dynamo.reset()
+        before = counters["autograd_cache_miss"]
+        assert_trains_right(Block(), {"strict": True})
+        misses.append(counters["autograd_cache_miss"] - before)
+    assert misses == [1, 0, 1]

@@ -28,6 +28,25 @@ class Model(nn.Module):
         return self.weights[0] * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6))
 
 
+class Restless(nn.Module):
+    """Changes its buffers in every way, without a version to tell by, and goes on in place after a break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("rebound", torch.zeros(()))
+        self.register_buffer("hidden", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rebound = self.rebound + 1
+        self.hidden.data.add_(1)
+        y = self.linear(self.norm(x))
+        print("halfway")
+        y += x
+        return y
+
+
 class Breaking(nn.Module):
     """Prints halfway."""
 
@@ -90,7 +109,8 @@ def test_no_activation_is_kept() -> None:
     gm = capture(lambda x, weight: (rms_norm.llama(x, weight, 1e-6), x + 1), x, weight)
     y, z = explain._without_activations(gm)(x, weight)
     assert y.requires_grad
-    assert y.grad_fn is None
+    assert isinstance(y.grad_fn, explain._Grown._backward_cls)  # of the tensor itself, not of what computed it
+    assert next(function for function, _ in y.grad_fn.next_functions if function is not None).variable.numel() == 0
     assert not z.requires_grad
 
 
@@ -138,3 +158,37 @@ def test_a_failure_in_fastft_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     report = fastft.explain(Model(), torch.randn(2, 5, 16))
     assert [graph.failure for graph in report.graphs] == ["RuntimeError: forced"]
     assert "RuntimeError: forced" in str(report)
+
+
+def test_buffers_are_put_back_however_they_change() -> None:
+    model = Restless()
+    objects = dict(model.named_buffers())
+    before = {name: value.clone() for name, value in objects.items()}
+    report = fastft.explain(model.forward, torch.randn(5, 16))
+    assert (len(report.graphs), report.stopped_by) == (2, "")
+    for name, value in model.named_buffers():
+        assert value is objects[name]
+        assert torch.equal(value, before[name])
+
+
+def test_an_error_after_some_graphs_is_reported() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            print("halfway")
+            raise KeyError("no such expert")
+
+    report = fastft.explain(Failing(), torch.randn(5))
+    assert len(report.graphs) == 1
+    assert "no such expert" in str(report)
+    with pytest.raises(TypeError):
+        fastft.explain(Failing())
+
+
+def test_a_model_with_breaks_can_be_asked_often_and_compiled_afterwards() -> None:
+    model, x = Breaking(), torch.randn(2, 5, 16)
+    for _ in range(10):
+        assert len(fastft.explain(model, x).graphs) == 2
+    torch._dynamo.utils.counters.clear()
+    torch.compile(model, backend="fastft", options={"lower": "eager"})(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

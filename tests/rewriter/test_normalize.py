@@ -75,7 +75,6 @@ SAME = {  # spellings of one computation, on the inputs they are tried with
         (X, W),
     ),
     "quotient": ([lambda x, w: x / w, lambda x, w: torch.div(x, w), lambda x, w: x.true_divide(w)], (X, W)),
-    "promotion": ([lambda w, x: w * x, lambda w, x: w.float() * x], (W16, X)),
     "rsqrt": ([lambda x: x.pow(2).rsqrt(), lambda x: torch.rsqrt(x.pow(2))], (X,)),
     "default eps": (
         [
