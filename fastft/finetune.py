@@ -37,7 +37,7 @@ class Settings:
     nf4: bool = False
     rank: int = 16
     lr: float | None = None
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 8
     seq_len: int = 256
     seed: int = 0
