@@ -155,11 +155,7 @@ def explain(options: argparse.Namespace) -> int:
     quieten()
     rank = 0 if options.no_lora else options.rank
     model, batch = on_meta(options.model, rank=rank, batch_size=options.batch_size, seq_len=options.seq_len)
-    report = explain_model(model, **batch)
-    if hasattr(report, "print"):
-        report.print()
-    else:
-        print(report)
+    explain_model(model, **batch).print()
     return 0
 
 

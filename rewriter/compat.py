@@ -16,7 +16,6 @@ import torch
 from torch._dynamo import convert_frame
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx as _compile_fx
-from torch._inductor.exc import InvalidCxxCompiler
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -27,7 +26,6 @@ maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 
 __all__ = [
     "BackendCompilerFailed",
-    "InvalidCxxCompiler",
     "OpOverload",
     "compile_fx",
     "compile_once",
