@@ -178,5 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        # CPython ends `python -m` by SIGINT if Ctrl-C fell into an exec of source text (dataclasses and Dynamo run
+        # many), although it was caught; the next exec makes it forget that.
+        exec("")
         print("Stopped by Ctrl-C; nothing was written.", file=sys.stderr)
         return 130

@@ -149,6 +149,21 @@ def test_ctrl_c_before_the_first_step_writes_nothing(tiny: tuple[str, ...], tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_inside_an_exec_has_the_same_exit_code(tmp_path: Path) -> None:
+    """CPython remembers a KeyboardInterrupt that left an exec of a string, and kills `python -m` with it at the end."""
+    program = """
+from fastft import cli
+def interrupted():
+    exec("raise KeyboardInterrupt")
+cli.parser = interrupted
+raise SystemExit(cli.main())
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "nothing was written" in done.stderr
+
+
 def test_a_failure_leaves_the_former_result(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with staged(output) as folder:
