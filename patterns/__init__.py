@@ -1,4 +1,4 @@
-"""The rules: which PyTorch expressions become which op.  Most specific first; the first that applies wins."""
+"""The rules: which PyTorch expressions become which op.  The largest match wins, then the first."""
 
 from fastft.patterns import rms_norm
 

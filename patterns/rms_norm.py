@@ -69,7 +69,7 @@ def narrows(x: Tensor, **_: object) -> str | None:
 
 
 rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, unless=narrows)
-RULES = (  # the largest match wins, then the first
+RULES = (
     rule(layer_norm, None, because="the mean is subtracted first: this is a LayerNorm"),
     rule(llama, partial(rms_norm, offset=0.0, round_first=True)),
     rule(gemma, partial(rms_norm, offset=1.0, round_first=False)),

@@ -48,7 +48,7 @@ def fastft(
             raise
         original.restore()
         compiled = lower(gm, example_inputs, parsed)  # where this fails too, the fault is not ours: let it rise
-        warn_once(f"fastft left a graph as it was, because of {type(error).__name__}: {first_line(error)}")
+        warn_once(f"fastft left a graph as it was, because of {describe(error)}")
         return compiled
 
 
@@ -83,6 +83,6 @@ def log_report(report: GraphReport) -> None:
         log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, miss.reason)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, without the lines that follow."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
+def describe(error: BaseException) -> str:
+    """An error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

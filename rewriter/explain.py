@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.rewriter.backend import first_line
+from fastft.rewriter.backend import describe
 from fastft.rewriter.compat import compile_once, record_breaks, value_of
 from fastft.rewriter.graph import Snapshot
 from fastft.rewriter.report import GraphReport, Report
@@ -32,8 +32,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         try:
             report.graphs.append(rewrite(gm))
         except Exception as error:
-            cause = f"{type(error).__name__}: {first_line(error)}"
-            report.graphs.append(GraphReport(failure=cause))
+            report.graphs.append(GraphReport(failure=describe(error)))
         original.restore()
         return _without_activations(gm)
 
@@ -43,7 +42,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         except Exception as error:
             if not report.graphs:
                 raise
-            report.stopped_by = f"{type(error).__name__}: {first_line(error)}"
+            report.stopped_by = describe(error)
     return report
 
 

@@ -38,15 +38,14 @@ def bodies(gm: GraphModule) -> list[GraphModule]:
 
 
 class Snapshot:
-    """The graphs of ``gm`` and its bodies as they are now; ``restore`` puts them back."""
+    """The graphs of ``gm`` and its bodies as they are now; ``restore`` puts them back, once."""
 
     def __init__(self, gm: GraphModule):
         self._saved = [(body, compat.copy_graph(body.graph)) for body in bodies(gm)]
 
     def restore(self) -> None:
         for body, graph in self._saved:
-            body.graph = compat.copy_graph(graph)
-            body.recompile()
+            body.graph = graph
 
 
 def written(node: Node) -> list[Any]:

@@ -46,7 +46,8 @@ class _Lifting:
                 self._lift_at(anchor, rules)
         for cast in self.casts:
             cast.replace_all_uses_with(cast.args[0])
-        for node in reversed([node for node in self.graph.nodes if node in {*self.casts, *self.replaced}]):
+        unused = self.casts | set(self.replaced)
+        for node in reversed([node for node in self.graph.nodes if node in unused]):
             self.graph.erase_node(node)
 
     def _lift_at(self, anchor: Node, rules: Sequence[Rule]) -> None:

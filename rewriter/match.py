@@ -16,7 +16,7 @@ from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import name_of
 from fastft.rewriter.normalize import COMMUTATIVE
 from fastft.rewriter.pattern import ANY_SIZE, Pattern
-from fastft.rewriter.rule import Rule, dims
+from fastft.rewriter.rule import Rule, rank_fits
 
 Bindings = dict[Node, Any]  # a pattern's node -> the graph's node or literal
 
@@ -176,9 +176,9 @@ class _Matcher:
             return "" if number else f"{name} is not a number but {_show(actual)}"
         if not isinstance(actual, Node) or not isinstance(value, Tensor):
             return f"{name} is not a tensor but {_show(actual)}"
-        leading, names = dims(self.pattern.rule.shapes[name])
-        if value.dim() < len(names) or (value.dim() > len(names) and not leading):
-            return f"{name} has {value.dim()} dimensions, not '{self.pattern.rule.shapes[name]}': {_show(actual)}"
+        spec = self.pattern.rule.shapes[name]
+        if not rank_fits(spec, value.dim()):
+            return f"{name} has {value.dim()} dimensions, not '{spec}': {_show(actual)}"
         return "" if value.dtype == example.dtype else f"{name} is {value.dtype}, not {example.dtype}: {_show(actual)}"
 
     def _spell(self, node: Node) -> str:

@@ -78,7 +78,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML page."""
-        Path(path).write_text(self._html(), encoding="utf-8")
+        Path(path).write_text(self._repr_html_(), encoding="utf-8")
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._summary()]
@@ -101,9 +101,6 @@ class Report:
         return text.getvalue()
 
     def _repr_html_(self) -> str:
-        return self._html()
-
-    def _html(self) -> str:
         console = Console(file=io.StringIO(), record=True, width=140)
         console.print(self)
         return console.export_html()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -19,28 +19,20 @@ from fastft.rewriter.rule import Rule
 
 log = logging.getLogger("fastft")
 
-Pass = Callable[[GraphModule], None]
-
 
 def rewrite(gm: GraphModule, rules: Sequence[Rule] | None = None) -> GraphReport:
     """Rewrite ``gm`` and its bodies in place.  Raises what a pass raises."""
     report = GraphReport()
     chosen = patterns.RULES if rules is None else rules
     report.nodes_before = _size(gm)
-    _each_body(gm, "lift", lambda body: lift(body, chosen, report))
     for body in bodies(gm):
+        lift(body, chosen, report)
         body.graph.lint()
         body.recompile()
         report.left.update(_computed(body))
     report.nodes_after = _size(gm)
+    log.debug("%d nodes, then %d", report.nodes_before, report.nodes_after)
     return report
-
-
-def _each_body(gm: GraphModule, name: str, run: Pass) -> None:
-    before = _size(gm)
-    for body in bodies(gm):
-        run(body)
-    log.debug("%s: %d nodes, then %d", name, before, _size(gm))
 
 
 def _size(gm: GraphModule) -> int:

@@ -51,13 +51,19 @@ def dims(spec: str) -> tuple[bool, list[str]]:
     return leading, names[1:] if leading else names
 
 
+def rank_fits(spec: str, rank: int) -> bool:
+    """Whether a tensor of so many dimensions can have these."""
+    leading, names = dims(spec)
+    return rank >= len(names) if leading else rank == len(names)
+
+
 def shape_reason(shapes: Mapping[str, str], sizes: Mapping[str, Any], equal: Callable[[Any, Any], bool]) -> str | None:
     """Why these sizes do not fit the rule's shapes; a dimension of one name has one size everywhere."""
     known: dict[str, tuple[str, Any]] = {}
     for parameter, spec in shapes.items():
-        leading, names = dims(spec)
+        _, names = dims(spec)
         size = tuple(sizes[parameter])
-        if len(size) < len(names) or (len(size) > len(names) and not leading):
+        if not rank_fits(spec, len(size)):
             return f"{parameter} has {len(size)} dimensions and not '{spec}'"
         for name, length in zip(names, size[len(size) - len(names) :], strict=True):
             other, first = known.setdefault(name, (parameter, length))
