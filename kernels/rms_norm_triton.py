@@ -18,23 +18,15 @@ from fastft.kernels import layout
 
 @dataclass(frozen=True)
 class Config:
-    """A launch for rows of at most block_d elements; programs is per multiprocessor, for the persistent kernel."""
+    """A launch for rows of at most block_d elements; programs is per multiprocessor, for backward_weight_kernel."""
 
     block_d: int
     rows: int
     warps: int
-    programs: int = 0
+    programs: int
 
 
-ROWWISE = (  # forward and dx: 16 to 32 elements a thread, so that loads are 16 bytes wide
-    Config(64, rows=32, warps=4),
-    Config(128, rows=16, warps=4),
-    Config(256, rows=8, warps=4),
-    Config(1024, rows=2, warps=4),
-    Config(4096, rows=1, warps=8),
-    Config(16384, rows=1, warps=16),
-)
-PERSISTENT = (  # dx and dweight: the sum over rows stays in registers
+CONFIGS = (  # 16 to 32 elements a thread, so that loads are 16 bytes wide
     Config(64, rows=32, warps=4, programs=8),
     Config(128, rows=16, warps=4, programs=8),
     Config(256, rows=8, warps=4, programs=8),
@@ -58,6 +50,20 @@ def load_tile(ptr, start, d, mask):
 
 
 @triton.jit
+def store_tile(ptr, row, d, D, tile, mask):
+    """To a dense tensor."""
+    start = tl.cast(row, tl.int64) * D
+    tl.store(ptr + start[:, None] + d[None, :], tl.cast(tile, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def input_gradient(dy, unit, scale, rstd, D):
+    """dx: the gradient of unit = x * rstd, projected off unit and scaled by rstd."""
+    dunit = dy * scale[None, :]
+    return (dunit - unit * (tl.sum(dunit * unit, 1) / D)[:, None]) * rstd[:, None]
+
+
+@triton.jit
 def forward_kernel(
     y_ptr, rstd_ptr, x_ptr, weight_ptr, n_rows, D, n1, n2,
     x_s0, x_s1, x_s2, rstd_s0, rstd_s1, rstd_s2,
@@ -73,9 +79,7 @@ def forward_kernel(
     unit = x * rstd[:, None]
     if ROUND_FIRST:
         unit = tl.cast(tl.cast(unit, x_ptr.dtype.element_ty), tl.float32)
-    y = unit * (offset + weight)[None, :]
-    dense = tl.cast(row, tl.int64) * D
-    tl.store(y_ptr + dense[:, None] + d[None, :], tl.cast(y, y_ptr.dtype.element_ty), mask=mask)
+    store_tile(y_ptr, row, d, D, unit * (offset + weight)[None, :], mask)
     tl.store(rstd_ptr + row_start(row, n1, n2, rstd_s0, rstd_s1, rstd_s2), rstd, mask=row < n_rows)
 
 
@@ -93,11 +97,7 @@ def backward_kernel(
     x = load_tile(x_ptr, row_start(row, n1, n2, x_s0, x_s1, x_s2), d, mask)
     weight = tl.cast(tl.load(weight_ptr + d, mask=d < D, other=0.0), tl.float32)
     rstd = tl.load(rstd_ptr + row_start(row, n1, n2, rstd_s0, rstd_s1, rstd_s2), mask=row < n_rows, other=0.0)
-    unit = x * rstd[:, None]
-    dunit = dy * (offset + weight)[None, :]
-    dx = (dunit - unit * (tl.sum(dunit * unit, 1) / D)[:, None]) * rstd[:, None]
-    dense = tl.cast(row, tl.int64) * D
-    tl.store(dx_ptr + dense[:, None] + d[None, :], tl.cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+    store_tile(dx_ptr, row, d, D, input_gradient(dy, x * rstd[:, None], offset + weight, rstd, D), mask)
 
 
 @triton.jit
@@ -117,10 +117,7 @@ def backward_weight_kernel(
         x = load_tile(x_ptr, row_start(row, n1, n2, x_s0, x_s1, x_s2), d, mask)
         rstd = tl.load(rstd_ptr + row_start(row, n1, n2, rstd_s0, rstd_s1, rstd_s2), mask=row < n_rows, other=0.0)
         unit = x * rstd[:, None]
-        dunit = dy * scale[None, :]
-        dx = (dunit - unit * (tl.sum(dunit * unit, 1) / D)[:, None]) * rstd[:, None]
-        dense = tl.cast(row, tl.int64) * D
-        tl.store(dx_ptr + dense[:, None] + d[None, :], tl.cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+        store_tile(dx_ptr, row, d, D, input_gradient(dy, unit, scale, rstd, D), mask)
         if ROUND_FIRST:
             unit = tl.cast(tl.cast(unit, x_ptr.dtype.element_ty), tl.float32)
         dweight += dy * unit
@@ -128,9 +125,9 @@ def backward_weight_kernel(
     tl.store(partial, tl.sum(dweight, 0), mask=d < D)
 
 
-def config_for(row_length: int, table: tuple[Config, ...]) -> tuple[Config, dict[str, Any]]:
-    """The first row of the table that holds row_length elements, and the launch's meta-parameters."""
-    config = next(config for config in table if row_length <= config.block_d)
+def config_for(row_length: int) -> tuple[Config, dict[str, Any]]:
+    """The first configuration that holds row_length elements, and the launch's meta-parameters."""
+    config = next(config for config in CONFIGS if row_length <= config.block_d)
     block_d = max(16, triton.next_power_of_2(row_length))
     return config, {"ROWS": config.rows, "BLOCK_D": block_d, "num_warps": config.warps, "enable_fp_fusion": True}
 
@@ -146,7 +143,7 @@ def forward(
 ) -> None:
     y, rstd = outputs
     n_rows, D = rstd.numel(), y.shape[-1]
-    config, meta = config_for(D, ROWWISE)
+    config, meta = config_for(D)
     n1, n2, (x, rstd), (x_strides, rstd_strides) = layout.rows(y, x, rstd)
     forward_kernel[(triton.cdiv(n_rows, config.rows),)](
         y, rstd, x, weight.contiguous(), n_rows, D, n1, n2, *x_strides, *rstd_strides, eps, offset,
@@ -159,7 +156,7 @@ def backward(
 ) -> None:
     (dx,) = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
-    config, meta = config_for(D, ROWWISE)
+    config, meta = config_for(D)
     n1, n2, (dy, x, rstd), strides = layout.rows(dx, dy, x, rstd)
     backward_kernel[(triton.cdiv(n_rows, config.rows),)](
         dx, dy, x, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2], offset, **meta
@@ -172,7 +169,7 @@ def backward_weight(
 ) -> None:  # fmt: skip
     dx, dweight = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
-    config, meta = config_for(D, PERSISTENT)
+    config, meta = config_for(D)
     n_programs = min(triton.cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
     partial = torch.empty(n_programs, D, dtype=torch.float32, device=dx.device)
     n1, n2, (dy, x, rstd), strides = layout.rows(dx, dy, x, rstd)

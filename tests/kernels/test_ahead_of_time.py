@@ -16,20 +16,20 @@ from fastft.kernels import rms_norm_triton as norm  # noqa: E402
 
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # per block
 KERNELS = {
-    "forward": (norm.forward_kernel, norm.ROWWISE),
-    "backward": (norm.backward_kernel, norm.ROWWISE),
-    "backward_weight": (norm.backward_weight_kernel, norm.PERSISTENT),
+    "forward": norm.forward_kernel,
+    "backward": norm.backward_kernel,
+    "backward_weight": norm.backward_weight_kernel,
 }
 CONFIGS = [
     pytest.param(kernel, config, id=f"{name}-{config.block_d}")
-    for name, (kernel, table) in KERNELS.items()
-    for config in table
+    for name, kernel in KERNELS.items()
+    for config in norm.CONFIGS
 ]
 
 
 def compiled(kernel: Any, config: norm.Config, capability: int, dtype: str, **constants: Any) -> Any:
     """The kernel for contiguous, aligned tensors, unless constants has no n1 and n2."""
-    _, meta = norm.config_for(config.block_d, (config,))
+    _, meta = norm.config_for(config.block_d)
     options = {name: meta.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     values = {"ROUND_FIRST": True, **meta, **constants}
     values = {name: value for name, value in values.items() if name in kernel.arg_names}
@@ -77,13 +77,12 @@ def test_compiles_for_each_dtype_and_for_rows_on_three_axes(
 
 def test_every_kernel_is_listed() -> None:
     jitted = {value for name, value in vars(norm).items() if name.endswith("_kernel")}
-    assert jitted == {kernel for kernel, _ in KERNELS.values()}
+    assert jitted == set(KERNELS.values())
 
 
 def test_configurations_reach_the_longest_row() -> None:
     from fastft.kernels.dispatch import MAX_ROW
 
-    for _, table in KERNELS.values():
-        lengths = [config.block_d for config in table]
-        assert lengths == sorted(set(lengths))
-        assert lengths[-1] == MAX_ROW
+    lengths = [config.block_d for config in norm.CONFIGS]
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1] == MAX_ROW
