@@ -70,9 +70,20 @@ def parser() -> Parser:
     commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _add_finetune(commands)
     _add_explain(commands)
-    env = commands.add_parser("env", help="show versions, the device and the usable kernels", allow_abbrev=False)
-    env.set_defaults(parser=env, command=show_env)
+    _add(commands, "env", show_env, "show versions, the device and the usable kernels")
     return top
+
+
+def _add(
+    commands: argparse._SubParsersAction,
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str | None = None,
+) -> argparse.ArgumentParser:
+    it: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
+    it.set_defaults(parser=it, command=command)
+    return it
 
 
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
@@ -80,13 +91,13 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
     from fastft.presets import PRESETS
 
     default = Settings()
-    it = commands.add_parser(
+    it = _add(
+        commands,
         "finetune",
-        help="train a LoRA or QLoRA adapter",
-        description="Train a LoRA or QLoRA adapter. Without options: a tiny random Llama on the Python reference.",
-        allow_abbrev=False,
+        finetune,
+        "train a LoRA or QLoRA adapter",
+        "Train a LoRA or QLoRA adapter. Without options: a tiny random Llama on the Python reference.",
     )
-    it.set_defaults(parser=it, command=finetune)
     count, size = positive(int), positive(float)
     what = it.add_argument_group("what to train")
     what.add_argument("--model", default=default.model, help=f"hub id, folder, .gguf file or {', '.join(PRESETS)}")
@@ -120,13 +131,13 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_explain(commands: argparse._SubParsersAction) -> None:
-    it = commands.add_parser(
+    it = _add(
+        commands,
         "explain",
-        help="show what fastft does to a model",
-        description="Show what fastft does to a model. Its weights are neither loaded nor downloaded.",
-        allow_abbrev=False,
+        explain,
+        "show what fastft does to a model",
+        "Show what fastft does to a model. Its weights are neither loaded nor downloaded.",
     )
-    it.set_defaults(parser=it, command=explain)
     it.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file or preset")
     it.add_argument("--rank", type=positive(int), default=16, help="rank of the LoRA adapters (default: %(default)s)")
     it.add_argument("--no-lora", action="store_true", help="the bare model, all of it trained")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.table import Table
 
+from fastft.capability import BFLOAT16_FROM, TRITON_FROM
 from fastft.errors import UserError
 
 PACKAGES = ("fastft", "torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -58,15 +59,19 @@ def kernels(capability: tuple[int, int] | None, triton: bool) -> Iterator[tuple[
         missing = "no: triton is not installed"
     elif capability is None:
         missing = "no: there is no CUDA device; every op runs its PyTorch reference"
-    elif capability < (7, 5):
-        missing = f"no: capability {capability[0]}.{capability[1]} is below 7.5"
+    elif capability < TRITON_FROM:
+        missing = f"no: capability {_dotted(capability)} is below {_dotted(TRITON_FROM)}"
     else:
         missing = ""
-    old = "no: the GPU's capability is below 8.0"
-    recent = capability is not None and capability >= (8, 0)
+    old = f"no: the GPU's capability is below {_dotted(BFLOAT16_FROM)}"
+    recent = capability is not None and capability >= BFLOAT16_FROM
     yield "elementwise kernels (norm, rotary, activation, NF4)", missing or "yes"
     yield "matrix kernels on tensor cores", missing or ("yes" if recent else f"{old}; cuBLAS is used")
     yield "bfloat16", missing or ("yes" if recent else old)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def tables() -> list[Table]:
@@ -93,7 +98,7 @@ def _device(capability: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
         return
     free, total = torch.cuda.mem_get_info()
     yield "device", torch.cuda.get_device_name()
-    yield "capability", f"{capability[0]}.{capability[1]}"
+    yield "capability", _dotted(capability)
     yield "memory", f"{total / GIB:.1f} GiB, of which {free / GIB:.1f} GiB are free"
     yield "C compiler (for Triton)", c_compiler() or "not found (install gcc)"
 

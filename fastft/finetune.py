@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fastft import data, models, summary
+from fastft.capability import BFLOAT16_FROM
 from fastft.env import require_compiler, versions
 from fastft.errors import UserError
 from fastft.progress import Reporter
@@ -67,14 +68,14 @@ def run(settings: Settings, console: Console) -> int:
         on_disk = Path(base.location).exists()  # then the adapter is to load from any working directory
         save_adapter(model, tokenizer, os.path.abspath(final.location) if on_disk else final.location, folder)
         del model  # the other contender gets the memory
-        runs, failure = [ours], ""
+        runs, code, failure = [ours], 130 if ours.interrupted else 0, ""
         if settings.compare and not ours.interrupted:
-            failure = add_contender(settings, base, runs, console)
+            code, failure = add_contender(settings, base, runs, console)
         save_record(settings, runs, folder)
     conclude(settings, runs, final, output, console)
     if failure:
         print(failure, file=sys.stderr)
-    return 130 if any(each.interrupted for each in runs) or failure.startswith("Ctrl-C") else int(bool(failure))
+    return code
 
 
 def resolve(settings: Settings) -> tuple[Settings, models.Source]:
@@ -86,7 +87,7 @@ def resolve(settings: Settings) -> tuple[Settings, models.Source]:
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
         raise UserError(f"PyTorch finds no device {device} on this machine; see `fastft env`, or pass --device cpu.")
-    bf16 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+    bf16 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
     dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if bf16 else "float32"
     if dtype == "bfloat16" and device.startswith("cuda") and not bf16:
         raise UserError("This GPU's capability is below 8.0, so it has no bfloat16; pass --dtype float32.")
@@ -204,8 +205,8 @@ def contend(
     return model, trained
 
 
-def add_contender(settings: Settings, base: models.Source, runs: list[Run], console: Console) -> str:
-    """Train a second time without fastft; what went wrong, if anything did.
+def add_contender(settings: Settings, base: models.Source, runs: list[Run], console: Console) -> tuple[int, str]:
+    """Train a second time without fastft; the exit code, and what went wrong if anything did.
 
     In a process of its own: what the first run compiled, cached and allocated would flatter the second one's figures.
     """
@@ -219,16 +220,16 @@ def add_contender(settings: Settings, base: models.Source, runs: list[Run], cons
     try:
         result = receiver.recv()
     except EOFError:
-        return f"The run without fastft died; the folder {settings.output} has the run with it."
+        return 1, f"The run without fastft died; the folder {settings.output} has the run with it."
     except KeyboardInterrupt:
-        return f"Ctrl-C: the comparison was stopped; the folder {settings.output} has the run with fastft."
+        return 130, f"Ctrl-C: the comparison was stopped; the folder {settings.output} has the run with fastft."
     finally:
         process.terminate()
         process.join()
     if isinstance(result, str):
-        return f"The run without fastft failed: {result}"
+        return 1, f"The run without fastft failed: {result}"
     runs.append(result)
-    return ""
+    return 130 if result.interrupted else 0, ""
 
 
 def _second_process(sender: Any, settings: Settings, base: models.Source, terminal: bool) -> None:

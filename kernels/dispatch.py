@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.capability import BFLOAT16_FROM, TRITON_FROM
 from fastft.kernels.layout import has_unit_rows
 
 log = logging.getLogger("fastft")
@@ -37,9 +38,9 @@ def triton_dtypes(device: torch.device) -> frozenset[torch.dtype]:
     if torch.version.hip is not None:
         return everywhere | {torch.bfloat16}
     capability = torch.cuda.get_device_capability(device)
-    if capability < (7, 5):
+    if capability < TRITON_FROM:
         return frozenset()
-    return everywhere if capability < (8, 0) else everywhere | {torch.bfloat16}
+    return everywhere if capability < BFLOAT16_FROM else everywhere | {torch.bfloat16}
 
 
 def takes(row_length: int, tensors: Sequence[Tensor]) -> bool:
