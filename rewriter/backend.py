@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from fastft import kernels, patterns
-from fastft.rewriter import compat
 from fastft.rewriter.graph import Snapshot
+from fastft.rewriter.lower import compile_graph, lower
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rewrite import rewrite
@@ -42,31 +38,14 @@ def fastft(
     try:
         report = rewrite(gm)
         log_report(report)
-        return lower(gm, example_inputs, parsed)
+        return lower(gm, example_inputs, parsed, report)
     except Exception as error:
         if parsed.strict:
             raise
         original.restore()
-        compiled = lower(gm, example_inputs, parsed)  # where this fails too, the fault is not ours: let it rise
+        compiled = compile_graph(gm, example_inputs, parsed)  # where this fails too, the fault is not ours: let it rise
         warn_once(f"fastft left a graph as it was, because of {describe(error)}")
         return compiled
-
-
-def lower(gm: GraphModule, example_inputs: list[torch.Tensor], options: Options) -> Callable:
-    """Compile what the rewriter made of a graph."""
-    if options.lower == "eager":
-        return gm.forward
-    return compat.compile_fx(gm, example_inputs, version=f"fastft-{_sources()}")
-
-
-@functools.cache
-def _sources() -> str:
-    """A digest of the ops and the rules: torch's caches hold backward graphs, which a later version may correct."""
-    digest = hashlib.sha256()
-    for module in (kernels, patterns):
-        for path in sorted(Path(str(module.__file__)).parent.glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def warn_once(message: str) -> None:

@@ -6,49 +6,64 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import CodeType
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch._dynamo import convert_frame
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx as _compile_fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
-from torch.utils._pytree import tree_map_only
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, statically_known_true
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 
 __all__ = [
+    "CHECKPOINT",
     "BackendCompilerFailed",
     "OpOverload",
+    "apart",
+    "as_captured",
     "compile_fx",
     "compile_once",
     "copy_graph",
+    "current_fake_mode",
+    "describe_input",
+    "empty_like_fake",
     "fake_mode_of",
     "in_forward_mode",
     "is_higher_order",
     "is_mutable",
     "is_operator",
+    "is_plain",
     "is_template_size",
     "is_transform",
+    "kind_of_input",
     "maybe_mark_dynamic",
     "module_path",
     "record_breaks",
     "set_value",
+    "size_inputs",
     "source_line",
     "statically_known_true",
     "storage_key",
     "symbolic_tensors",
+    "symbols_of",
+    "tensors_in",
     "tree_map_only",
     "value_of",
     "written_to",
 ]
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # as torch.utils.checkpoint is captured
 
 _break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "graph_breaks")
 _IN_LIBRARY = re.compile(r"[/\\](torch|accelerate|peft)[/\\]|" + re.escape(str(Path(__file__).parent)))
@@ -118,6 +133,98 @@ def in_forward_mode() -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """The same number for a tensor and all its views."""
     return tensor.untyped_storage()._cdata
+
+
+def current_fake_mode(values: Iterable[Any]) -> FakeTensorMode:
+    """The mode in which a backend is to compile: that of Dynamo, or else of the example inputs."""
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    mode = mode or next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    if mode is None:
+        raise RuntimeError("there is no fake tensor to learn the mode from")
+    return mode
+
+
+def empty_like_fake(value: Any, mode: FakeTensorMode) -> Any:
+    """A fake tensor of ``mode`` with the metadata of ``value``, in storage of its own; a size is its own value."""
+    if not isinstance(value, Tensor):
+        return value
+    with mode, torch.no_grad():
+        offset = value.storage_offset()
+        size, stride = tuple(value.shape), tuple(value.stride())
+        if statically_known_true(offset == 0):
+            result = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+        else:
+            extent = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+            flat = torch.empty(extent, dtype=value.dtype, device=value.device)
+            result = flat.as_strided(size, stride, offset)
+    return result.requires_grad_(value.requires_grad)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a node's value, which may be a tuple."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is a strided tensor of no subclass, or a size."""
+    return isinstance(value, torch.SymInt) or (type(value) is FakeTensor and value.layout is torch.strided)
+
+
+def size_inputs(graph: Graph) -> dict[Any, Node]:
+    """For each symbol in the graph's shapes, the input that is its value."""
+    inputs = [(node, value_of(node)) for node in graph.find_nodes(op="placeholder")]
+    return {value.node.expr: node for node, value in inputs if isinstance(value, torch.SymInt)}
+
+
+def symbols_of(value: Any) -> list[Any]:
+    """The symbols in a tensor's shape and strides, by name."""
+    if not isinstance(value, Tensor) or type(value) is not FakeTensor:
+        return []
+    return sorted(free_symbols(value), key=str)
+
+
+def kind_of_input(node: Node) -> tuple:
+    """What compiled code relies on in an input: equal kinds may be passed to the same code."""
+    value = value_of(node)
+    if not isinstance(value, Tensor):
+        return type(value), repr(value)
+    geometry = repr((tuple(value.shape), tuple(value.stride()), value.storage_offset()))
+    properties = (value.dtype, value.device, value.layout, value.requires_grad, value.is_conj(), value.is_neg())
+    subclass = () if is_plain(value) or isinstance(value, torch.nn.Parameter) else (id(value),)
+    return type(value), geometry, *properties, _static_input(node), *subclass
+
+
+def _static_input(node: Node) -> str | None:
+    """Dynamo's word for inputs that stay where they are: parameters and buffers."""
+    return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+
+
+def describe_input(placeholder: Node, source: Node) -> None:
+    """Give a region's input what AOTAutograd reads of Dynamo's inputs."""
+    placeholder.meta = {key: source.meta[key] for key in ("example_value", "tensor_dict") if key in source.meta}
+    placeholder._dynamo_source = None  # a region serves many layers: no guard on one of them
+
+
+def as_captured(part: GraphModule, whole: GraphModule) -> GraphModule:
+    """Mark a part of a captured graph as captured itself, or AOTAutograd will not know its static inputs."""
+    if "dynamo_compile_id" in whole.meta:
+        part.meta["dynamo_compile_id"] = whole.meta["dynamo_compile_id"]
+    part._param_name_to_source = {}  # type: ignore[assignment]
+    return part
+
+
+@contextlib.contextmanager
+def apart(mode: FakeTensorMode) -> Iterator[None]:
+    """Compile a part of a graph: what AOTAutograd notes about it stays out of what Dynamo guards for the whole.
+
+    Guards on sizes still reach Dynamo, which owns the symbols.
+    """
+    around, context = TracingContext.try_get(), TracingContext(mode)
+    if around is not None:
+        context.tensor_to_context = around.tensor_to_context  # the symbols of inputs that are not fake yet
+    with tracing(context):
+        yield
 
 
 def compile_fx(gm: GraphModule, example_inputs: Sequence[torch.Tensor], version: str) -> Callable:

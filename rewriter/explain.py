@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from fastft.rewriter.backend import describe
 from fastft.rewriter.compat import compile_once, record_breaks, value_of
 from fastft.rewriter.graph import Snapshot
+from fastft.rewriter.regions import outline
 from fastft.rewriter.report import GraphReport, Report
 from fastft.rewriter.rewrite import rewrite
 
@@ -31,6 +32,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         original = Snapshot(gm)
         try:
             report.graphs.append(rewrite(gm))
+            outline(gm, report.graphs[-1])
         except Exception as error:
             report.graphs.append(GraphReport(failure=describe(error)))
         original.restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -29,12 +29,21 @@ def bodies(gm: GraphModule) -> list[GraphModule]:
     """``gm`` and every graph nested in it that may be rewritten: checkpointed regions, autograd.Functions."""
     found = {id(gm): gm}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and compat.is_higher_order(node.target) and node.target.name() in _BODIES:
+        if _runs_bodies(node):
             for argument in node.all_input_nodes:
                 body = getattr(gm, str(argument.target), None) if argument.op == "get_attr" else None
                 if isinstance(body, GraphModule):
                     found.update((id(inner), inner) for inner in bodies(body))
     return list(found.values())
+
+
+def size(gm: GraphModule, nodes: Iterable[Node]) -> int:
+    """How many nodes these are with those of the graphs that they run."""
+    total = 0
+    for node in nodes:
+        attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]
+        total += 1 + sum(size(body, body.graph.nodes) for body in attributes if isinstance(body, GraphModule))
+    return total
 
 
 class Snapshot:
@@ -62,6 +71,25 @@ def written(node: Node) -> list[Any]:
     if compat.is_mutable(node.target) or compat.is_higher_order(node.target):  # its body is not looked into
         return list(node.all_input_nodes)
     return out
+
+
+def _runs_bodies(node: Node) -> bool:
+    target: Any = node.target
+    return node.op == "call_function" and compat.is_higher_order(target) and target.name() in _BODIES
+
+
+def only_reads(gm: GraphModule, node: Node) -> bool:
+    """Whether this node runs nested graphs, all of them known, that write to none of what they are given."""
+    if not _runs_bodies(node):
+        return False
+    attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]
+    return all(not isinstance(body, GraphModule) or not _writes_to_inputs(body) for body in attributes)
+
+
+def _writes_to_inputs(body: GraphModule) -> bool:
+    given = body.graph.find_nodes(op="placeholder")
+    nodes = [node for node in body.graph.nodes if not only_reads(body, node)]
+    return any(may_alias(target, one) for node in nodes for target in written(node) for one in given)
 
 
 def switches_mode(node: Node) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 Lower = Literal["inductor", "eager"]
+Recompute = Literal["none", "full"]
 
 
 class OptionsError(ValueError):
@@ -19,10 +20,15 @@ class Options:
     """Options of the backend.
 
     lower: ``"inductor"`` compiles the rewritten graph; ``"eager"`` runs it as it is, for debugging and quick tests.
+    outline: compile each kind of layer once and call it for every layer of that kind; False compiles the graph whole.
+    recompute: ``"full"`` keeps of each layer only its inputs, and runs it again in backward; ``"none"`` leaves what is
+        kept to the model (its own checkpoints count) and to torch's partitioner.
     strict: raise where fastft would otherwise warn and compile the graph as the user wrote it.
     """
 
     lower: Lower = "inductor"
+    outline: bool = True
+    recompute: Recompute = "none"
     strict: bool = False
 
     def __post_init__(self) -> None:

@@ -35,11 +35,25 @@ class NearMiss:
 
 
 @dataclass
+class Region:
+    """A part of a graph that is compiled by itself: its module, how often it is called, its nodes, seconds to compile.
+
+    The backward of a region is compiled when it is first needed, and not in ``seconds``.
+    """
+
+    module: str
+    calls: int
+    nodes: int
+    seconds: float = 0.0
+
+
+@dataclass
 class GraphReport:
     """One graph that Dynamo captured.
 
     nodes_before, nodes_after: its size with its nested bodies.  left: how often each function that was not lifted
-    occurs.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
+    occurs.  regions: the parts that it is compiled in; if there are none, whole says why.  failure: what went wrong in
+    fastft, in which case the graph runs as the user wrote it.
     """
 
     nodes_before: int = 0
@@ -47,6 +61,8 @@ class GraphReport:
     lifted: list[Lifted] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
+    regions: list[Region] = field(default_factory=list)
+    whole: str = ""
     failure: str = ""
 
 

@@ -1,0 +1,59 @@
+"""Lower: what the rewriter made of a graph becomes a function, each kind of layer compiled once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fastft import kernels, patterns
+from fastft.rewriter import compat, regions
+from fastft.rewriter.options import Options
+from fastft.rewriter.regions import Piece
+from fastft.rewriter.report import GraphReport
+
+
+def lower(gm: GraphModule, example_inputs: list[Any], options: Options, report: GraphReport) -> Callable:
+    """Compile a graph in regions where it has layers, else whole; what was done goes into ``report``."""
+    pieces = regions.outline(gm, report) if options.outline else []
+    if not pieces:
+        return compile_graph(gm, example_inputs, options)
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    compiled: dict[Any, Callable] = {}
+    for piece in pieces:
+        if piece.key not in compiled:
+            began = time.perf_counter()
+            compiled[piece.key] = _compile_piece(gm, piece, given, options)
+            report.regions[len(compiled) - 1].seconds = time.perf_counter() - began
+    return regions.stitch(gm, pieces, compiled)
+
+
+def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options: Options) -> Callable:
+    part = regions.extract(gm, piece)
+    if options.recompute == "full" and regions.may_recompute(piece):
+        part = regions.recomputed(part)
+    inputs = regions.example_inputs(piece, given)
+    with compat.apart(compat.current_fake_mode(inputs)):
+        return compile_graph(part, inputs, options)
+
+
+def compile_graph(gm: GraphModule, example_inputs: list[Any], options: Options) -> Callable:
+    """Compile one graph as it is."""
+    if options.lower == "eager":
+        return gm.forward
+    return compat.compile_fx(gm, example_inputs, version=f"fastft-{_sources()}")
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the ops and the rules: torch's caches hold backward graphs, which a later version may correct."""
+    digest = hashlib.sha256()
+    for module in (kernels, patterns):
+        for path in sorted(Path(str(module.__file__)).parent.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
