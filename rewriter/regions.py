@@ -101,9 +101,7 @@ def recomputed(body: GraphModule) -> GraphModule:
         compat.describe_input(inputs[-1], node)
     root = nn.Module()
     root.add_module("body", body)
-    call = graph.create_node(
-        "call_function", compat.CHECKPOINT, (graph.get_attr("body"), *inputs), _CHECKPOINT_SETTINGS
-    )
+    call = graph.call_function(compat.CHECKPOINT, (graph.get_attr("body"), *inputs), {"use_reentrant": False})
     outputs = range(len(body.graph.output_node().all_input_nodes))
     graph.output(tuple(graph.call_function(operator.getitem, (call, place)) for place in outputs))
     return compat.as_captured(GraphModule(root, graph), body)
