@@ -7,6 +7,7 @@ classes) as well as after, and returns what the training loop calls.  Heavy impo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 Model = Any  # a module, or what torch.compile makes of one
@@ -33,15 +34,20 @@ def inductor(build: Build, lower: str) -> Model:
     return torch.compile(build())
 
 
-def fastft(build: Build, lower: str) -> Model:
+def fastft(build: Build, lower: str, **options: Any) -> Model:
     import torch
 
-    return torch.compile(build(), backend="fastft", options={"lower": lower})
+    return torch.compile(build(), backend="fastft", options={"lower": lower, **options})
 
 
-CONTENDERS: dict[str, Callable[[Build, str], Model]] = {
+MAIN: dict[str, Callable[[Build, str], Model]] = {
     "eager": eager,
     "eager-checkpoint": eager_checkpoint,
     "inductor": inductor,
     "fastft": fastft,
+}
+CONTENDERS = MAIN | {  # fastft with one option changed, to be asked for by name
+    "fastft-whole": partial(fastft, outline=False),
+    "fastft-recompute": partial(fastft, recompute="full"),
+    "fastft-graphs": partial(fastft, cuda_graphs=True),
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import resource
 import time
-import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from typing import Any
 
 import torch
 from contenders import CONTENDERS
+from occupancy import occupancy
 from presets import PRESETS
 from torch import Tensor
 
@@ -37,9 +37,32 @@ class Run:
     seed: int
     lower: str
 
+    @classmethod
+    def of(cls, asked: Row) -> Run:
+        """From what was asked, which may have more in it for the task at hand."""
+        return cls(**{field.name: asked[field.name] for field in fields(cls)})
 
-def machine(run: Run) -> Row:
-    device = device_of(run)
+
+@dataclass(frozen=True)
+class Training:
+    """A contender's model, ready to take steps."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    trained: list[torch.nn.Parameter]
+    clock: Clock
+    build_s: float
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss.  A copy of it, made at once: a CUDA graph that is replayed overwrites its outputs."""
+        self.optimizer.zero_grad()  # first, so that the last step's gradients can be looked at
+        loss = self.model(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach().clone()
+
+
+def machine(device: str) -> Row:
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
@@ -48,19 +71,12 @@ def machine(run: Run) -> Row:
     }
 
 
-def measure(run: Run) -> Row:
-    """What is measured, or the exception that came instead."""
-    try:
-        return {"status": "ok", **_train(run, device_of(run))}
-    except Exception as error:
-        return _failure(error)
+def device_of(asked: str | None) -> str:
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_of(run: Run) -> str:
-    return run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _train(run: Run, device: str) -> Row:
+def prepare(run: Run) -> Training:
+    device = device_of(run.device)
     clock, dtype = Clock(device), getattr(torch, run.dtype)
     import models  # seconds of imports, which a device that does not exist need not wait for
 
@@ -69,21 +85,27 @@ def _train(run: Run, device: str) -> Row:
         lambda: models.build(run.model, layers=run.layers, nf4=run.nf4, dtype=dtype, device=device, seed=run.seed),
         run.lower,
     )
-    row: Row = {"build_s": clock.now() - began, "model_gib": clock.allocated_gib()}
-
+    build_s = clock.now() - began
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    batches = make_batches(run, device)
+    return Training(model, torch.optim.AdamW(trained, lr=1e-4, fused=True), trained, clock, build_s)
+
+
+def measure(asked: Row) -> Row:
+    run = Run.of(asked)
+    training = prepare(run)
+    clock, trained = training.clock, training.trained
+    row: Row = {"build_s": training.build_s, "model_gib": clock.allocated_gib()}
+    batches = make_batches(run)
     clock.reset_peak()
     began = clock.now()
-    losses = [train_step(model, optimizer, batches[0])]
+    losses = [training.step(batches[0])]
     row["first_step_s"] = clock.now() - began
-    losses += [train_step(model, optimizer, batch) for batch in batches[1 : run.warmup]]
+    losses += [training.step(batch) for batch in batches[1 : run.warmup]]
     row["peak_warmup_gib"] = clock.peak_gib()
     clock.reset_peak()
     clock.mark()
     for batch in batches[run.warmup :]:
-        losses.append(train_step(model, optimizer, batch))
+        losses.append(training.step(batch))
         clock.mark()
     seconds = clock.intervals()
     p20, p50, p80 = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
@@ -96,29 +118,21 @@ def _train(run: Run, device: str) -> Row:
     row["trained_parameters"] = sum(p.numel() for p in trained)
     stats = torch._dynamo.utils.counters
     row |= {"graphs": stats["stats"]["unique_graphs"], "graph_breaks": sum(stats["graph_break"].values())}
-    return row
+    # last, so that its steps and its profiler change none of the figures above
+    return row | occupancy(lambda: training.step(batches[-1]), p50, cuda=clock.cuda)
 
 
-def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Tensor:
-    optimizer.zero_grad()  # first, so that the last step's gradients can be looked at
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def make_batches(run: Run, device: str) -> list[dict[str, Tensor]]:
-    """Fresh random tokens for every step, the same for every contender; labels are the ids."""
+def make_batches(run: Run) -> list[dict[str, Tensor]]:
+    """Fresh random tokens for every step, the same for every contender."""
     generator = torch.Generator().manual_seed(run.seed)
-    vocabulary, shape = PRESETS[run.model]["vocab_size"], (run.batch, run.length)
-    batches = []
-    for _ in range(run.warmup + run.steps):
-        ids = torch.randint(vocabulary, shape, generator=generator).to(device)
-        batch = {"input_ids": ids, "labels": ids}
-        if run.mask == "ones":
-            batch["attention_mask"] = torch.ones_like(ids)
-        batches.append(batch)
-    return batches
+    return [make_batch(run, run.batch, run.length, generator) for _ in range(run.warmup + run.steps)]
+
+
+def make_batch(run: Run, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random tokens; labels are the ids."""
+    ids = torch.randint(PRESETS[run.model]["vocab_size"], (batch, length), generator=generator)
+    ids = ids.to(device_of(run.device))
+    return {"input_ids": ids, "labels": ids} | ({"attention_mask": torch.ones_like(ids)} if run.mask == "ones" else {})
 
 
 class Clock:
@@ -160,19 +174,6 @@ class Clock:
 
     def allocated_gib(self) -> float:
         return torch.cuda.memory_allocated() / GIB if self.cuda else self.peak_gib()
-
-
-def first_line(text: str) -> str:
-    """The first line that says something; a line that ends in a colon only announces the next."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def _failure(error: Exception) -> Row:
-    memory = "out of memory" in str(error).lower()  # a compiler may have wrapped the exception
-    detail = "".join(traceback.format_exception(error))[-6000:]
-    reason = first_line(f"{type(error).__name__}: {error}")
-    return {"status": "out of memory" if memory else "error", "error": reason, "detail": detail}
 
 
 def _version(package: str) -> str | None:

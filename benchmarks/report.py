@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,42 @@ def title_of(rows: list[Row]) -> str:
 
 def show(rows: list[Row], console: Console | None = None) -> None:
     """Print the table, then the reason of each failure."""
+    present(title_of(rows), table(rows), rows, console)
+
+
+def present(title: str, made: Table, rows: list[Row], console: Console | None = None) -> None:
+    """Print a table and below it why rows are missing; plain where nobody watches, so that a log stays readable."""
     console = console or Console(soft_wrap=True)
     if not console.is_terminal or console.width > WIDTH:
         console = Console(file=console.file, width=WIDTH, soft_wrap=True)
-    console.print(title_of(rows), highlight=False)
-    console.print(table(rows, styled=console.is_terminal), highlight=False)
+    made.box = box.SIMPLE_HEAD if console.is_terminal else None
+    console.print(title, highlight=False)
+    console.print(made, highlight=False)
     for row in rows:
         if row["status"] != "ok":
-            reason = f"{row['contender']} {shape_of(row)}: {row['error']}"
-            console.print(reason[: WIDTH - 1], markup=False, highlight=False)
+            say(f"{row['contender']} {shape_of(row)}: {row['error']}", console)
+        if row.get("occupancy_error"):
+            say(f"{row['contender']} {shape_of(row)}, host and GPU time: {row['occupancy_error']}", console)
 
 
-def table(rows: list[Row], *, styled: bool) -> Table:
-    out = Table(box=box.SIMPLE_HEAD if styled else None, pad_edge=False, show_edge=False, collapse_padding=True)
-    out.add_column("batch")
-    out.add_column("contender", no_wrap=True)
-    names = ("s/step", "p20", "p80", "tokens/s", "ratio", "peak GiB", "ratio", "first s", "loss", "grad norm")
-    for name in names:
+def say(text: str, console: Console) -> None:
+    """One line, cut where it is too long."""
+    console.print(text[: WIDTH - 1], markup=False, highlight=False)
+
+
+def columns(left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table: words to the left, figures to the right."""
+    out = Table(pad_edge=False, show_edge=False, collapse_padding=True)
+    for name in left:
+        out.add_column(name, no_wrap=True)
+    for name in right:
         out.add_column(name, justify="right", no_wrap=True)
+    return out
+
+
+def table(rows: list[Row]) -> Table:
+    names = ("s/step", "p20", "p80", "tokens/s", "ratio", "peak GiB", "ratio", "first s", "host ms", "busy %")
+    out = columns(("batch", "contender"), (*names, "loss", "grad norm"))
     for shape, group in by_shape(rows).items():
         for row in group:
             cells = _cells(row, group[0]) if row["status"] == "ok" else [row["status"]]
@@ -63,16 +82,23 @@ def _cells(row: Row, base: Row) -> list[str]:
     return [
         *(seconds(row[f"seconds_{p}"]) for p in ("p50", "p20", "p80")),
         f"{row['tokens_per_s']:,.0f}",
-        _ratio(row, base, "tokens_per_s"),
+        ratio(row, base, "tokens_per_s"),
         f"{row['peak_gib']:.2f}",
-        _ratio(row, base, "peak_gib"),
+        ratio(row, base, "peak_gib"),
         f"{row['first_step_s']:.1f}",
+        figure(row.get("host_s"), 1e3),
+        figure(row.get("gpu_busy"), 100),
         f"{row['loss_last']:.4f}",
         f"{row['grad_norm_last']:.4g}",
     ]
 
 
-def _ratio(row: Row, base: Row, key: str) -> str:
+def figure(value: float | None, times: float = 1.0, form: str = ".0f") -> str:
+    """A number, or a dash where nothing was measured: on a CPU, in older rows, after a failure."""
+    return "-" if value is None else format(value * times, form)
+
+
+def ratio(row: Row, base: Row, key: str) -> str:
     return f"{row[key] / base[key]:.2f}" if base.get(key) else "-"
 
 

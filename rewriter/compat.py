@@ -34,6 +34,7 @@ __all__ = [
     "as_captured",
     "compile_fx",
     "compile_once",
+    "copies",
     "copy_graph",
     "current_fake_mode",
     "describe_input",
@@ -50,6 +51,7 @@ __all__ = [
     "maybe_mark_dynamic",
     "module_path",
     "record_breaks",
+    "same_addresses",
     "set_value",
     "size_inputs",
     "source_line",
@@ -225,6 +227,18 @@ def apart(mode: FakeTensorMode) -> Iterator[None]:
         context.tensor_to_context = around.tensor_to_context  # the symbols of inputs that are not fake yet
     with tracing(context):
         yield
+
+
+def same_addresses(values: Sequence[Any], pointers: list[int | None], places: list[int]) -> bool:
+    """Whether the tensors at these places lie at these addresses; one call for thousands of tensors."""
+    return torch._C._tensors_data_ptrs_at_indices_equal(list(values), pointers, places)
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each tensor, in few launches."""
+    grouped = [tensor for tensor in tensors if tensor.is_floating_point()]
+    copied = iter(torch._foreach_mul(grouped, 1.0) if grouped else [])
+    return [next(copied) if tensor.is_floating_point() else tensor.clone() for tensor in tensors]
 
 
 def compile_fx(gm: GraphModule, example_inputs: Sequence[torch.Tensor], version: str) -> Callable:

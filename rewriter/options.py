@@ -21,6 +21,8 @@ class Options:
 
     lower: ``"inductor"`` compiles the rewritten graph; ``"eager"`` runs it as it is, for debugging and quick tests.
     outline: compile each kind of layer once and call it for every layer of that kind; False compiles the graph whole.
+    cuda_graphs: launch the stack of layers as one CUDA graph forward and one backward, once it has been called twice
+        with the same shapes; for small models and short batches, where launching takes longer than computing.
     recompute: ``"full"`` keeps of each layer only its inputs, and runs it again in backward; ``"none"`` leaves what is
         kept to the model (its own checkpoints count) and to torch's partitioner.
     strict: raise where fastft would otherwise warn and compile the graph as the user wrote it.
@@ -28,6 +30,7 @@ class Options:
 
     lower: Lower = "inductor"
     outline: bool = True
+    cuda_graphs: bool = False
     recompute: Recompute = "none"
     strict: bool = False
 

@@ -65,18 +65,34 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
 
 def stitch(gm: GraphModule, pieces: Sequence[Piece], compiled: Mapping[Any, Callable]) -> Callable:
     """The graph as calls of its compiled pieces, one function of the graph's inputs."""
-    graph, values = Graph(), {}
-    root = nn.Module()
-    for node in gm.graph.find_nodes(op="placeholder"):
-        values[node] = graph.placeholder(node.name)
-    for number, key in enumerate(compiled):
-        root.add_module(f"region_{number}", _Call(compiled[key]))
-    names = {key: f"region_{number}" for number, key in enumerate(compiled)}
+    return _chain(pieces, compiled, gm.graph.find_nodes(op="placeholder"), gm.graph.output_node().args[0])
+
+
+def join(gm: GraphModule, pieces: Sequence[Piece], compiled: Mapping[Any, Callable]) -> tuple[Piece, Callable]:
+    """Consecutive pieces as one, and its function."""
+    joined = Piece([node for piece in pieces for node in piece.nodes], layer=False, key=tuple(map(id, pieces)))
+    inside = set(joined.nodes)
+    joined.inputs = [
+        node for node in dict.fromkeys(one for piece in pieces for one in piece.inputs) if node not in inside
+    ]
+    candidates = [node for piece in pieces for node in piece.outputs]
+    joined.outputs = [node for node in candidates if not inside.issuperset(node.users)]
+    return joined, _chain(pieces, compiled, joined.inputs, tuple(joined.outputs))
+
+
+def _chain(pieces: Sequence[Piece], compiled: Mapping[Any, Callable], inputs: Sequence[Node], outputs: Any) -> Callable:
+    """A function of ``inputs`` that calls the pieces one after another and lets go of what is no longer needed."""
+    graph, root = Graph(), nn.Module()
+    values = {node: graph.placeholder(node.name) for node in inputs}
+    names: dict[Any, str] = {}
     for piece in pieces:
+        if piece.key not in names:
+            names[piece.key] = f"region_{len(names)}"
+            root.add_module(names[piece.key], _Call(compiled[piece.key]))
         call = graph.call_module(names[piece.key], tuple(values[node] for node in piece.inputs))
         for place, node in enumerate(piece.outputs):
             values[node] = graph.call_function(operator.getitem, (call, place))
-    graph.output(map_arg(gm.graph.output_node().args[0], lambda node: values[node]))
+    graph.output(map_arg(outputs, values.__getitem__))
     return GraphModule(root, graph).forward
 
 

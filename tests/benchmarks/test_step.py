@@ -15,31 +15,35 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import checkout  # noqa: E402
+import contenders  # noqa: E402
 import report  # noqa: E402
 import step  # noqa: E402
+import workers  # noqa: E402
 
 Row = dict[str, Any]
-ASKED = {"contender", "batch", "length", *step.RUN_OPTIONS}
+QUICK = "--model tiny --device cpu --lower eager --steps 2 --warmup 1 --batches 1x32 --contenders fastft"
+ASKED = {"contender", "batch", "length", "model", "nf4", "dtype", "device", "mask", "seed", "lower"}
+ASKED |= {"layers", "steps", "warmup"}
 ABOUT = {"date", "commit", "status", "gpu", "cuda", "versions", "wall_s", "log"}
 MEASURED = {
     *("seconds", "seconds_p20", "seconds_p50", "seconds_p80", "tokens_per_s", "first_step_s", "build_s"),
     *("peak_gib", "peak_steps_gib", "peak_warmup_gib", "model_gib", "loss_first", "loss_last", "grad_norm_last"),
     *("trained_parameters", "graphs", "graph_breaks"),
 }
+ON_CUDA = {"host_s", "host_syncs", "gpu_busy_s", "gpu_busy", "occupancy_error"}
 
 
-def run_of(**changes: Any) -> Row:
+def job_of(**changes: Any) -> workers.Job:
     """What a worker is asked, quick by default."""
-    options = step.parse(["--model", "tiny", "--device", "cpu", "--lower", "eager", "--steps", "2", "--warmup", "1"])
-    run = {"contender": "fastft", "batch": 1, "length": 32} | {key: getattr(options, key) for key in step.RUN_OPTIONS}
-    return run | changes
+    (job,) = step.jobs(step.parse(QUICK.split()), Path("unused"))
+    return workers.Job(job.label, job.asked | changes, None)
 
 
 def row_of(contender: str, **changes: Any) -> Row:
     """A row as a worker would have measured it."""
-    row: Row = {**run_of(contender=contender), "status": "ok", "gpu": "Some GPU", "wall_s": 9.0}
+    row: Row = {**job_of(contender=contender).asked, "status": "ok", "gpu": "Some GPU", "wall_s": 9.0}
     row |= {"tokens_per_s": 1e4, "peak_gib": 20.0}
-    row |= dict.fromkeys(MEASURED - row.keys(), 0.5)
+    row |= dict.fromkeys(MEASURED - row.keys(), 0.5) | dict.fromkeys(ON_CUDA)
     return row | changes
 
 
@@ -53,7 +57,8 @@ def test_eager_and_fastft(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     for row in rows:
         assert row["status"] == "ok", row
-        assert row.keys() == ASKED | ABOUT | MEASURED
+        assert row.keys() == ASKED | ABOUT | MEASURED | ON_CUDA
+        assert {row[key] for key in ON_CUDA} == {None}
         assert len(row["seconds"]) == 2
         assert row["seconds_p20"] <= row["seconds_p50"] <= row["seconds_p80"]
         assert row["tokens_per_s"] == pytest.approx(32 / row["seconds_p50"])
@@ -70,7 +75,9 @@ def test_eager_and_fastft(tmp_path: Path) -> None:
 
 
 def test_a_crash_is_a_row(tmp_path: Path) -> None:
-    row = step.launch(run_of(device="nowhere"), step.make_environment(tmp_path), tmp_path / "1", timeout=120)
+    row = workers.launch(
+        "measure", job_of(device="nowhere"), workers.make_environment(tmp_path), tmp_path / "1", timeout=120
+    )
     assert row["status"] == "error"
     assert row["error"].startswith("RuntimeError: Expected one of cpu, cuda")
     assert "Traceback" in row["detail"]
@@ -78,15 +85,17 @@ def test_a_crash_is_a_row(tmp_path: Path) -> None:
 
 
 def test_a_timeout_is_a_row(tmp_path: Path) -> None:
-    row = step.launch(run_of(), step.make_environment(tmp_path), tmp_path / "1", timeout=0.2)
+    row = workers.launch("measure", job_of(), workers.make_environment(tmp_path), tmp_path / "1", timeout=0.2)
     assert (row["status"], row["error"]) == ("timeout", "no result after 0.2 s")
 
 
 def test_one_failure_does_not_stop_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = {"status": "out of memory", "error": "OutOfMemoryError: tried to allocate 9 GiB", "wall_s": 1.0}
-    monkeypatch.setattr(step, "launch", lambda run, *_: failed if run["contender"] == "eager" else row_of("fastft"))
+    monkeypatch.setattr(
+        workers, "launch", lambda _, job, *__: failed if job.asked["contender"] == "eager" else row_of("fastft")
+    )
     options = step.parse(f"--contenders eager,fastft --batches 1x32,4x64 --json {tmp_path / 'rows.json'}".split())
-    rows = step.run_all(options, tmp_path)
+    rows = workers.run_all("measure", step.jobs(options, tmp_path), options, tmp_path)
     assert [row["status"] for row in rows] == ["out of memory", "ok"] * 2
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
@@ -95,17 +104,57 @@ def test_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     failed = {"status": "out of memory", "error": "OutOfMemoryError: " + "very " * 60 + "long"}
     rows = [
         row_of("eager"),
-        {**run_of(contender="eager-checkpoint"), **failed},
-        row_of("fastft", tokens_per_s=123456.0, peak_gib=5.0, seconds_p50=123.456, grad_norm_last=1.234e-5),
+        {**job_of(contender="eager-checkpoint").asked, **failed},
+        row_of("fastft", tokens_per_s=123456.0, peak_gib=5.0, seconds_p50=123.456, grad_norm_last=1.234e-5)
+        | {"host_s": 0.1234, "gpu_busy": 0.987},
     ]
+    for key in ON_CUDA:
+        del rows[0][key]  # as in rows of before there were such figures
     report.show(rows)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 120
     fastft = next(line for line in out.splitlines() if "fastft" in line).split()
-    assert fastft[2:] == ["123.456", "0.500", "0.500", "123,456", "12.35", "5.00", "0.25", "0.5", "0.5000", "1.234e-05"]
+    times, ratios = ["123.456", "0.500", "0.500", "123,456", "12.35"], ["5.00", "0.25", "0.5"]
+    assert fastft[2:] == [*times, *ratios, "123", "99", "0.5000", "1.234e-05"]
+    eager = next(line for line in out.splitlines() if " eager " in line).split()
+    assert eager[10:12] == ["-", "-"]
     assert "eager-checkpoint 1x32: OutOfMemoryError: very" in out
     report.draw(rows, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 10_000
+
+
+def test_a_failed_profiler_is_told_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    report.show([row_of("fastft", host_s=0.02, occupancy_error="RuntimeError: no profiler")])
+    out = capsys.readouterr().out
+    assert " 20 " in out
+    assert "fastft 1x32, host and GPU time: RuntimeError: no profiler" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fastft", {}),
+        ("fastft-whole", {"outline": False}),
+        ("fastft-recompute", {"recompute": "full"}),
+        ("fastft-graphs", {"cuda_graphs": True}),
+    ],
+)
+def test_options_of_contenders(name: str, options: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", lambda model, **how: (model, how))
+    model, how = contenders.CONTENDERS[name](lambda: "a model", "eager")
+    assert model == "a model"
+    assert how == {"backend": "fastft", "options": {"lower": "eager", **options}}
+
+
+def test_contenders_with_options_run_only_when_asked_for() -> None:
+    assert step.parse([]).contenders == ["eager", "eager-checkpoint", "inductor", "fastft"]
+
+
+def test_caches(tmp_path: Path) -> None:
+    batches = ["--batches", "1x32,4x64"]
+    cold = [job.caches for job in step.jobs(step.parse(batches), tmp_path)]
+    assert len(set(cold)) == 8
+    assert {job.caches for job in step.jobs(step.parse([*batches, "--warm-cache"]), tmp_path)} == {None}
 
 
 def test_links_stand_in_for_an_installation(tmp_path: Path) -> None:

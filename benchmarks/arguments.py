@@ -1,0 +1,71 @@
+"""The command lines' common part: which model, how it runs, where the rows go."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import checkout
+from contenders import CONTENDERS
+from presets import PRESETS
+
+Row = dict[str, Any]
+Shape = tuple[int, int]
+Item = TypeVar("Item")
+RUN_OPTIONS = ("model", "nf4", "dtype", "device", "mask", "seed", "lower")
+
+
+def common(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose options every command has; RUN_OPTIONS go to the worker."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    add = parser.add_argument
+    add("--model", choices=tuple(PRESETS), default="llama-1b")
+    add("--nf4", action="store_true", help="quantise the base's projections with bitsandbytes")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add("--device", help="cuda if there is one, else cpu")
+    add("--mask", choices=("ones", "none"), default="ones", help="attention_mask passed to the model (default ones)")
+    add("--lower", default="inductor", help="fastft's option of that name")
+    add("--timeout", type=float, default=900, help="seconds for one process (default 900)")
+    add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")
+    add("--json", type=Path, help="write the rows here, after each one")
+    add("--rows", action="store_true", help="print each row as a line of JSON when it is done, besides the table")
+    return parser
+
+
+def asked(options: argparse.Namespace, *more: str) -> Row:
+    """What a worker is told of the options: the common ones and those named."""
+    return {key: getattr(options, key) for key in (*RUN_OPTIONS, *more)}
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def shape(text: str) -> Shape:
+    try:
+        batch, length = (positive(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not batch x length, such as 4x2048") from None
+    return batch, length
+
+
+def contender(name: str) -> str:
+    if name not in CONTENDERS:
+        raise argparse.ArgumentTypeError(f"no contender {name!r}; there are {', '.join(CONTENDERS)}")
+    return name
+
+
+def listed(item: Callable[[str], Item]) -> Callable[[str], list[Item]]:
+    """The type of a comma-separated list of ``item``."""
+
+    def items(text: str) -> list[Item]:
+        return [item(part) for part in text.split(",")]
+
+    items.__name__ = f"list of {item.__name__}"  # argparse names it where it cannot convert
+    return items
