@@ -87,7 +87,7 @@ def only_reads(gm: GraphModule, node: Node) -> bool:
 
 
 def _writes_to_inputs(body: GraphModule) -> bool:
-    given = body.graph.find_nodes(op="placeholder")
+    given = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
     nodes = [node for node in body.graph.nodes if not only_reads(body, node)]
     return any(may_alias(target, one) for node in nodes for target in written(node) for one in given)
 
