@@ -50,4 +50,5 @@ CONTENDERS = MAIN | {  # fastft with one option changed, to be asked for by name
     "fastft-whole": partial(fastft, outline=False),
     "fastft-recompute": partial(fastft, recompute="full"),
     "fastft-graphs": partial(fastft, cuda_graphs=True),
+    "fastft-plain": partial(fastft, cuda_graphs=False),
 }

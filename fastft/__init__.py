@@ -10,12 +10,17 @@ from fastft.rewriter.options import Options, OptionsError
 
 if TYPE_CHECKING:
     from fastft.rewriter.explain import explain
+    from fastft.rewriter.record import compilations
     from fastft.rewriter.report import Report
 
 __version__ = _version("fastft")
-__all__ = ["Options", "OptionsError", "Report", "__version__", "explain"]
+__all__ = ["Options", "OptionsError", "Report", "__version__", "compilations", "explain"]
 
-_LATER = {"explain": "fastft.rewriter.explain", "Report": "fastft.rewriter.report"}
+_LATER = {
+    "compilations": "fastft.rewriter.record",
+    "explain": "fastft.rewriter.explain",
+    "Report": "fastft.rewriter.report",
+}
 
 
 def __getattr__(name: str) -> object:

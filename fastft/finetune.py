@@ -191,7 +191,7 @@ def contend(
     batches = data.batches(
         examples, batch_size=settings.batch_size, pad_id=tokenizer.pad_token_id or 0, seed=settings.seed
     )
-    with Reporter(console, name, settings.steps) as reporter:
+    with Reporter(console, name, settings.steps) as reporter, compilation_shown(reporter):
         trained = train(
             model,
             batches,
@@ -203,6 +203,15 @@ def contend(
             on_step=reporter,
         )
     return model, trained
+
+
+@contextmanager
+def compilation_shown(reporter: Reporter) -> Iterator[None]:
+    """What is being compiled, in the bar of the run, which has the terminal to itself."""
+    from fastft.rewriter.progress import shown_by
+
+    with shown_by(lambda text: reporter.bar.update(reporter.task, description=text or "running...")):
+        yield
 
 
 def add_contender(settings: Settings, base: models.Source, runs: list[Run], console: Console) -> tuple[int, str]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from fastft.rewriter import shapes
 from fastft.rewriter.graph import Snapshot
 from fastft.rewriter.lower import compile_graph, lower
 from fastft.rewriter.options import Options, OptionsError
+from fastft.rewriter.record import Recording
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rewrite import rewrite
 
@@ -29,23 +31,34 @@ def fastft(
 ) -> Callable:
     """The function that torch.compile calls for each graph it captures; found by the name "fastft".
 
+    The first graph is for the sizes of the first batch; once a size changes, the second is for any batch and length.
+    Only 0 and 1 are sizes that Dynamo compiles for apart, before it asks a backend.
+
     options: see Options.  Raises OptionsError for one that does not exist, and for any ``mode``.
     """
     if mode not in (None, "default"):
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
+    shapes.watch(gm)
+    recording = Recording(gm)
+    compiled, report = _compile(gm, example_inputs, parsed)
+    recording.end(report)
+    log_report(report)
+    return compiled
+
+
+def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tuple[Callable, GraphReport]:
     original = Snapshot(gm)
     try:
         report = rewrite(gm)
-        log_report(report)
-        return lower(gm, example_inputs, parsed, report)
+        return lower(gm, example_inputs, options, report), report
     except Exception as error:
-        if parsed.strict:
+        if options.strict:
             raise
         original.restore()
-        compiled = compile_graph(gm, example_inputs, parsed)  # where this fails too, the fault is not ours: let it rise
+        compiled = compile_graph(gm, example_inputs, options)  # if this fails too, the fault is not ours: let it rise
         warn_once(f"fastft left a graph as it was, because of {describe(error)}")
-        return compiled
+        return compiled, GraphReport(failure=describe(error))
 
 
 def warn_once(message: str) -> None:
@@ -57,7 +70,11 @@ def warn_once(message: str) -> None:
 
 def log_report(report: GraphReport) -> None:
     """What happened to a graph, for ``logging.getLogger("fastft")``."""
-    log.info("%d lifted, %d near misses", len(report.lifted), len(report.near_misses))
+    regions = f"{len(report.regions)} regions" if report.regions else "one piece"
+    lifted, missed = len(report.lifted), len(report.near_misses)
+    log.info("compiled in %s, %.1f s; %d lifted, %d near misses", regions, report.seconds, lifted, missed)
+    if report.reason:
+        log.info("compiled again: %s", report.reason)
     for miss in report.near_misses:
         log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, miss.reason)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dynamo import convert_frame
+from torch._dynamo import convert_frame, pgo
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import counters, get_metrics_context
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx as _compile_fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -25,17 +27,24 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, static
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
+DYNAMIC = pgo.auto_dynamic  # the size, as Dynamo remembers it, of what it saw change
 
 __all__ = [
     "CHECKPOINT",
+    "DYNAMIC",
     "BackendCompilerFailed",
     "OpOverload",
+    "SizeEntry",
     "apart",
     "as_captured",
+    "break_log",
+    "cache_counts",
     "compile_fx",
     "compile_once",
     "copies",
     "copy_graph",
+    "current_backend",
+    "current_code",
     "current_fake_mode",
     "describe_input",
     "empty_like_fake",
@@ -50,12 +59,15 @@ __all__ = [
     "kind_of_input",
     "maybe_mark_dynamic",
     "module_path",
-    "record_breaks",
+    "recompile_reason",
+    "remembered_sizes",
     "same_addresses",
     "set_value",
     "size_inputs",
     "source_line",
+    "source_name",
     "statically_known_true",
+    "stays_in_place",
     "storage_key",
     "symbolic_tensors",
     "symbols_of",
@@ -67,8 +79,7 @@ __all__ = [
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # as torch.utils.checkpoint is captured
 
-_break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "graph_breaks")
-_IN_LIBRARY = re.compile(r"[/\\](torch|accelerate|peft)[/\\]|" + re.escape(str(Path(__file__).parent)))
+break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "graph_breaks")
 
 
 def value_of(argument: Any) -> Any:
@@ -194,10 +205,10 @@ def kind_of_input(node: Node) -> tuple:
     geometry = repr((tuple(value.shape), tuple(value.stride()), value.storage_offset()))
     properties = (value.dtype, value.device, value.layout, value.requires_grad, value.is_conj(), value.is_neg())
     subclass = () if is_plain(value) or isinstance(value, torch.nn.Parameter) else (id(value),)
-    return type(value), geometry, *properties, _static_input(node), *subclass
+    return type(value), geometry, *properties, stays_in_place(node), *subclass
 
 
-def _static_input(node: Node) -> str | None:
+def stays_in_place(node: Node) -> str | None:
     """Dynamo's word for inputs that stay where they are: parameters and buffers."""
     return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
 
@@ -290,6 +301,49 @@ def copy_graph(graph: Graph) -> Graph:
     return result
 
 
+def recompile_reason() -> str:
+    """Why Dynamo compiles again what it compiles now; "" for a first time."""
+    metrics = get_metrics_context()
+    return (metrics._metrics.get("recompile_reason", "unknown") or "") if metrics.in_progress() else ""
+
+
+def current_code() -> tuple[CodeType, Any]:
+    """The code that Dynamo compiles now, and the module that it is a method of, or None."""
+    tx = InstructionTranslator.current_tx()
+    return tx.f_code, tx.f_locals.get("self")
+
+
+def current_backend() -> Any:
+    """The backend that torch.compile was given, with its options."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return backend
+
+
+def remembered_sizes() -> dict[str, SizeEntry]:
+    """What Dynamo remembers of the inputs of the code that it compiles now; empty where it is to learn nothing."""
+    if not torch._dynamo.config.automatic_dynamic_shapes:
+        return {}
+    tx = InstructionTranslator.current_tx()
+    make: Callable = pgo.CodeId.make
+    told_apart_by = (tx.f_code, tx.closure)[: make.__code__.co_argcount]  # torch 2.11: by the code alone
+    return pgo.get_code_state()[make(*told_apart_by)].automatic_dynamic
+
+
+def source_name(placeholder: Node) -> str:
+    """Where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return source.name if source is not None else ""
+
+
+def cache_counts() -> Counter[str]:
+    """How often AOTAutograd's cache had a graph, had it not, or could not be asked, so far."""
+    prefix = "autograd_cache_"
+    found = counters["aot_autograd"]
+    return Counter({name: found[prefix + name] for name in ("hit", "miss", "bypass")})
+
+
 def is_higher_order(target: Any) -> bool:
     """Whether the node's target takes graph bodies as arguments (checkpoint, autograd.Function, ...)."""
     return isinstance(target, HigherOrderOperator)
@@ -320,42 +374,3 @@ def source_line(node: Node) -> str:
     """``file:line`` of the user's or the model's line that made this node; "" where Dynamo kept none."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return ":".join(frames[-1]) if frames else ""
-
-
-class _BreakHandler(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.breaks: dict[tuple[str, str], None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        place = re.search(r"in user code at (.+:\d+)$", text, re.MULTILINE)
-        reason = re.search(r"^Graph Break Reason: (.+)$", text, re.MULTILINE)
-        why = re.search(r"^\s*Explanation: (.+)$", text, re.MULTILINE) or reason
-        if not place or not reason or not why:
-            return
-        explained = why.group(1).strip()
-        if "gracefully" in reason.group(1) and any(explained == known for known, _ in self.breaks):
-            return  # Dynamo gives up a frame further out, for a reason told before
-        frames = [file for file in re.findall(r'File "([^"]+)", line (\d+)', text) if not _IN_LIBRARY.search(file[0])]
-        where = place.group(1) if not _IN_LIBRARY.search(place.group(1)) or not frames else ":".join(frames[-1])
-        self.breaks[explained, where] = None
-
-
-@contextlib.contextmanager
-def record_breaks(into: list[tuple[str, str]]) -> Iterator[None]:
-    """Collect the graph breaks that Dynamo meets meanwhile: the reason, and the ``file:line`` nearest to the user.
-
-    Dynamo tells them in full only to its log; the graphs know just those breaks that ended one of them.
-    """
-    handler, level, propagate = _BreakHandler(), _break_log.level, _break_log.propagate
-    _break_log.addHandler(handler)
-    _break_log.setLevel(logging.DEBUG)
-    _break_log.propagate = False
-    try:
-        yield
-    finally:
-        _break_log.removeHandler(handler)
-        _break_log.setLevel(level)
-        _break_log.propagate = propagate
-        into.extend(handler.breaks)

@@ -27,11 +27,17 @@ from fastft.rewriter.compat import value_of
 from fastft.rewriter.regions import Piece
 
 log = logging.getLogger("fastft")
+SMALL = 2**23  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
 MOST_CAPTURES = 8  # of one stack: for shapes, and for parameters that were moved
 
 
-def graph_layers(gm: GraphModule, pieces: list[Piece], compiled: dict[Any, Callable]) -> list[Piece]:
-    """The pieces with those from the first layer to the last as one, which runs as CUDA graphs."""
+def graph_layers(
+    gm: GraphModule, pieces: list[Piece], compiled: dict[Any, Callable], asked: bool | None
+) -> list[Piece]:
+    """The pieces with those from the first layer to the last as one, which runs as CUDA graphs if that is wanted.
+
+    asked: the user's word; None takes graphs where sizes are fixed and small.
+    """
     layers = [number for number, piece in enumerate(pieces) if piece.layer]
     first, end = layers[0], layers[-1] + 1
     stack, call = regions.join(gm, pieces[first:end], compiled)
@@ -40,7 +46,10 @@ def graph_layers(gm: GraphModule, pieces: list[Piece], compiled: dict[Any, Calla
         log.info("no CUDA graphs: the layers do not run on a CUDA device")
         return pieces
     own = [node.op == "placeholder" and isinstance(value_of(node), Tensor) for node in stack.inputs]
-    compiled[stack.key] = Graphed(call, [place for place, stays in enumerate(own) if not stays])
+    moving = [place for place, stays in enumerate(own) if not stays]
+    if asked is None and not all(_is_small(values[place]) for place in moving):
+        return pieces
+    compiled[stack.key] = Graphed(call, moving)
     return [*pieces[:first], stack, *pieces[end:]]
 
 
@@ -230,6 +239,12 @@ class _Replay(torch.autograd.Function):
 def _capturing(graph: Any, pool: Any) -> AbstractContextManager:
     """Capture into ``graph``, or just run if there is no pool; threads that load data may go on meanwhile."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local") if pool else nullcontext()
+
+
+def _is_small(value: Any) -> bool:
+    """Whether this is of a fixed size, and if it is a hidden state, so small that launching it takes long."""
+    fixed = isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)
+    return fixed and (not value.is_floating_point() or value.numel() <= SMALL)
 
 
 def _shape(value: Any) -> Any:

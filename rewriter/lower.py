@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
 
 from fastft import kernels, patterns
-from fastft.rewriter import compat, regions
+from fastft.rewriter import compat, cuda_graphs, progress, regions
 from fastft.rewriter.options import Options
 from fastft.rewriter.regions import Piece
 from fastft.rewriter.report import GraphReport
@@ -21,16 +21,36 @@ from fastft.rewriter.report import GraphReport
 def lower(gm: GraphModule, example_inputs: list[Any], options: Options, report: GraphReport) -> Callable:
     """Compile a graph in regions where it has layers, else whole; what was done goes into ``report``."""
     pieces = regions.outline(gm, report) if options.outline else []
-    if not pieces:
-        return compile_graph(gm, example_inputs, options)
+    with progress.line() as say:
+        if not pieces:
+            report.whole = report.whole if options.outline else "outline=False"
+            say(f"compiling a graph of {report.nodes_after} nodes")
+            return compile_graph(gm, example_inputs, options)
+        compiled = _compile_regions(gm, pieces, example_inputs, options, report, say)
+    if options.cuda_graphs is not False:
+        pieces = cuda_graphs.graph_layers(gm, pieces, compiled, options.cuda_graphs)
+    return regions.stitch(gm, pieces, compiled)
+
+
+def _compile_regions(
+    gm: GraphModule,
+    pieces: Sequence[Piece],
+    example_inputs: list[Any],
+    options: Options,
+    report: GraphReport,
+    say: Callable[[str], None],
+) -> dict[Any, Callable]:
+    """Each region once, in the order in which they are first called, which is that of the report."""
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     compiled: dict[Any, Callable] = {}
     for piece in pieces:
         if piece.key not in compiled:
+            region = report.regions[len(compiled)]
+            say(f"compiling region {len(compiled) + 1} of {len(report.regions)}, {region}")
             began = time.perf_counter()
             compiled[piece.key] = _compile_piece(gm, piece, given, options)
-            report.regions[len(compiled) - 1].seconds = time.perf_counter() - began
-    return regions.stitch(gm, pieces, compiled)
+            region.seconds = time.perf_counter() - began
+    return compiled
 
 
 def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options: Options) -> Callable:

@@ -22,7 +22,8 @@ class Options:
     lower: ``"inductor"`` compiles the rewritten graph; ``"eager"`` runs it as it is, for debugging and quick tests.
     outline: compile each kind of layer once and call it for every layer of that kind; False compiles the graph whole.
     cuda_graphs: launch the stack of layers as one CUDA graph forward and one backward, once it has been called twice
-        with the same shapes; for small models and short batches, where launching takes longer than computing.
+        with the same shapes.  None does so where a layer is so small that launching it takes longer than computing.
+        Backward then runs once for each forward (no retain_graph).
     recompute: ``"full"`` keeps of each layer only its inputs, and runs it again in backward; ``"none"`` leaves what is
         kept to the model (its own checkpoints count) and to torch's partitioner.
     strict: raise where fastft would otherwise warn and compile the graph as the user wrote it.
@@ -30,7 +31,7 @@ class Options:
 
     lower: Lower = "inductor"
     outline: bool = True
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     recompute: Recompute = "none"
     strict: bool = False
 
@@ -59,8 +60,8 @@ def nearest(word: str, valid: list[str]) -> str:
 
 
 def _check(name: str, value: object, hint: Any) -> None:
-    if hint is bool:
-        if not isinstance(value, bool):
+    if bool in (hint, *get_args(hint)):
+        if not isinstance(value, bool) and (value is not None or hint is bool):
             raise OptionsError(f"option {name!r} is True or False, not {value!r}.")
         return
     choices = get_args(hint)

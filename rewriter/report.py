@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+_NUMBERS = ("graph", "times", "calls", "nodes", "seconds")  # columns
+
 
 @dataclass(frozen=True)
 class Lifted:
@@ -46,6 +48,9 @@ class Region:
     nodes: int
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        return (self.module or "(the rest)") + (f" ({self.calls} layers)" if self.calls > 1 else "")
+
 
 @dataclass
 class GraphReport:
@@ -54,6 +59,10 @@ class GraphReport:
     nodes_before, nodes_after: its size with its nested bodies.  left: how often each function that was not lifted
     occurs.  regions: the parts that it is compiled in; if there are none, whole says why.  failure: what went wrong in
     fastft, in which case the graph runs as the user wrote it.
+
+    Known of graphs that were compiled: place, the code that it was captured from.  reason: why Dynamo compiled that
+    code again ("" for a first time, "unknown" where Dynamo does not tell).  seconds: what the backend took.  dynamic:
+    sizes of inputs that may change.  cache: hits, misses and bypasses of AOTAutograd's cache.
     """
 
     nodes_before: int = 0
@@ -64,6 +73,11 @@ class GraphReport:
     regions: list[Region] = field(default_factory=list)
     whole: str = ""
     failure: str = ""
+    place: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+    dynamic: list[str] = field(default_factory=list)
+    cache: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -97,19 +111,18 @@ class Report:
         Path(path).write_text(self._repr_html_(), encoding="utf-8")
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [self._summary()]
-        if self.breaks:
-            parts.append(_table("Graph breaks", ("at", "reason"), [(_short(at), why) for why, at in self.breaks]))
-        if self.lifted:
-            parts.append(_table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)))
-        if self.near_misses:
-            parts.append(_table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)))
-        if failures := [(str(number), graph.failure) for number, graph in enumerate(self.graphs) if graph.failure]:
-            parts.append(_table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), failures))
-        if self.stopped_by:
-            parts.append(Text(f"The model then failed with {self.stopped_by}", style="bold"))
-        parts.append(self._left())
-        return Group(*parts)
+        tables = [
+            _table("Graph breaks", ("at", "reason"), [(_short(at), why) for why, at in self.breaks]),
+            _table("Compiled", ("graph", "of", "seconds", "changing sizes", "cache"), _compiled(self.graphs)),
+            _table("Compiled again", ("reason", "times"), _counted(graph.reason for graph in self.graphs)),
+            _table("Regions, each compiled once", *_regions(self.graphs)),
+            _table("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in self.graphs)),
+            _table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)),
+            _table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)),
+            _table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), _failures(self.graphs)),
+        ]
+        stopped = [Text(f"The model then failed with {self.stopped_by}", style="bold")] if self.stopped_by else []
+        return Group(self._summary(), *(table for table in tables if table.row_count), *stopped, self._left())
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -123,7 +136,9 @@ class Report:
 
     def _summary(self) -> Text:
         before, after = (sum(getattr(graph, name) for graph in self.graphs) for name in ("nodes_before", "nodes_after"))
-        counts = f"{_count(len(self.graphs), 'graph')}, {_count(len(self.breaks), 'break')}"
+        seconds = sum(graph.seconds for graph in self.graphs)
+        breaks = f", {_count(len(self.breaks), 'break')}"
+        counts = _count(len(self.graphs), "graph") + (f" compiled in {seconds:.1f} s" if seconds else breaks)
         lifted = f"{len(self.lifted)} lifted, {_count(len(self.near_misses), 'near miss', 'near misses')}"
         return Text(f"{counts}; {before} nodes, {after} after rewriting; {lifted}\n", style="bold")
 
@@ -134,6 +149,43 @@ class Report:
             return Text("Nothing is left to Inductor.")
         shown = ", ".join(f"{times} {name}" for name, times in rest.most_common(12))
         return Text(f"Left to Inductor: {shown}" + (f", and {len(rest) - 12} more kinds" if len(rest) > 12 else ""))
+
+
+def _compiled(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [
+        (str(number), _short(graph.place), f"{graph.seconds:.1f}", ", ".join(graph.dynamic), _cache(graph.cache))
+        for number, graph in enumerate(graphs)
+        if graph.seconds
+    ]
+
+
+def _cache(counts: Counter[str]) -> str:
+    return ", ".join(f"{times} {name}" for name, times in counts.items() if times)
+
+
+def _regions(graphs: Sequence[GraphReport]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows; the graph only where there are several, and seconds where anything was compiled."""
+    rows = [(number, graph.seconds > 0, region) for number, graph in enumerate(graphs) for region in graph.regions]
+    cells = [
+        {
+            "graph": str(number) if len(graphs) > 1 else "",
+            "module": region.module or "(the rest)",
+            "calls": f"×{region.calls}",
+            "nodes": str(region.nodes),
+            "seconds": f"{region.seconds:.1f}" if timed else "",
+        }
+        for number, timed, region in rows
+    ]
+    columns = [name for name in (cells[0] if cells else ()) if any(row[name] for row in cells)]
+    return columns, [[row[name] for name in columns] for row in cells]
+
+
+def _counted(reasons: Iterable[str]) -> list[Sequence[str]]:
+    return [(_short(reason), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
+
+
+def _failures(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [(str(number), graph.failure) for number, graph in enumerate(graphs) if graph.failure]
 
 
 def _by_rule(lifted: Iterable[Lifted]) -> list[Sequence[str]]:
@@ -169,7 +221,7 @@ def _count(number: int, singular: str, plural: str = "") -> str:
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column == "times" else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

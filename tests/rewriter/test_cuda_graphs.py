@@ -55,11 +55,11 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def build(lower: str = "eager", dropout: float = 0.0) -> tuple[Model, Callable]:
+def build(lower: str = "eager", dropout: float = 0.0, asked: bool | None = True) -> tuple[Model, Callable]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model(dropout).cuda()
-    options = {"lower": lower, "cuda_graphs": True, "strict": True}
+    options = {"lower": lower, "cuda_graphs": asked, "strict": True}
     return model, torch.compile(model, backend="fastft", options=options)
 
 
@@ -188,3 +188,49 @@ def test_dropout_differs_from_call_to_call(lower: str, replays: list[str]) -> No
     assert len(replays) >= 4
     model.eval()
     torch.testing.assert_close(compiled(batch(0)), model(batch(0)))
+
+
+@pytest.mark.parametrize(("asked", "length", "graphs"), [(None, 5, True), (False, 5, False), (None, 2**17 + 8, False)])
+def test_small_layers_of_fixed_size_are_graphed_unasked(
+    asked: bool | None, length: int, graphs: bool, replays: list[str]
+) -> None:
+    _, compiled = build(asked=asked)
+    for seed in range(4):
+        compiled(batch(seed, length)).backward()
+    assert bool(replays) == graphs
+
+
+def test_changing_lengths_are_not_graphed_unasked(replays: list[str]) -> None:
+    _, compiled = build(asked=None)
+    for length in (5, 6, 7, 7, 7, 7):
+        compiled(batch(0, length)).backward()
+    assert not replays
+
+
+@torch.library.custom_op("fastft_test::synchronised", mutates_args=())
+def synchronised(x: Tensor) -> Tensor:
+    """A copy that waits for the device, which no capture allows."""
+    return x * float(x.sum().item() == x.sum().item())
+
+
+synchronised.register_fake(torch.empty_like)
+synchronised.register_autograd(lambda ctx, grad_output: grad_output)
+
+
+class Waiting(Layer):
+    """A layer that cannot be captured."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(synchronised(x), scale)
+
+
+def test_layers_that_cannot_be_captured_run_as_they_are(replays: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model, compiled = build()
+    model.layers = nn.ModuleList([Waiting(0.0) for _ in range(LAYERS)]).cuda()
+    for seed in range(4):
+        compiled(batch(seed)).backward()
+        actual = gradients(model)
+        model(batch(seed)).backward()
+        assert_same(actual, gradients(model))
+    assert len(replays) == 1, "one attempt, and no other"
+    assert "no CUDA graph" in caplog.text

@@ -1,0 +1,237 @@
+"""Whole models in regions: layers are shared, and train as when the graph is compiled whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fastft.rewriter import compat, regions
+from fastft.rewriter.lower import lower
+from fastft.rewriter.options import Options
+from fastft.rewriter.report import GraphReport
+from fastft.rewriter.rewrite import rewrite
+from models.families import FAMILIES, Family, Step, batch, build, step
+from models.test_families import check
+
+LLAMA, GEMMA3 = FAMILIES[0], FAMILIES[5]
+
+
+QUICK = (LLAMA, GEMMA3)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def depth(family: Family) -> int:
+    """Enough layers for several of each kind: one in six of Gemma 3's attends to all tokens, the others to a window."""
+    return 8 if family is GEMMA3 else 4
+
+
+def backend(reports: list[GraphReport], **options: Any) -> Callable:
+    """fastft, its reports kept."""
+
+    def compile_graph(gm: GraphModule, example_inputs: list[Any]) -> Callable:
+        reports.append(rewrite(gm))
+        return lower(gm, example_inputs, Options(**{"lower": "eager", **options}), reports[-1])
+
+    return compile_graph
+
+
+def through_aot(gm: GraphModule, example_inputs: list[Any], version: str) -> Callable:
+    """AOTAutograd and torch's partitioner, without Inductor."""
+    return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
+
+
+@pytest.fixture(params=["aot", pytest.param("eager", marks=pytest.mark.slow)])
+def lowering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The option that lowers in a way that takes seconds."""
+    monkeypatch.setattr(compat, "compile_fx", through_aot)
+    return {"lower": "eager" if request.param == "eager" else "inductor"}
+
+
+def assert_same(actual: Step, expected: Step, rtol: float) -> None:
+    """Loss, logits and every gradient, relative to the largest value of each."""
+    assert actual.gradients.keys() == expected.gradients.keys() != set()
+    pairs = {name: (actual.gradients[name], value) for name, value in expected.gradients.items()}
+    pairs |= {"logits": (actual.logits, expected.logits), "loss": (actual.loss, expected.loss)}
+    for name, (mine, other) in pairs.items():
+        assert mine.dtype == other.dtype
+        assert (mine - other).abs().max() <= rtol * other.abs().max(), name
+
+
+def variants() -> list[Any]:
+    """Every family with every variant; those that are quick enough for every day are not slow."""
+    return [
+        pytest.param(
+            family,
+            nf4,
+            checkpoint,
+            marks=[] if family in QUICK and not (nf4 or checkpoint) else [pytest.mark.slow],
+            id=name,
+        )
+        for family in FAMILIES
+        for nf4 in (False, True)
+        for checkpoint in (False, True)
+        for name in ["-".join([family.name, "nf4" if nf4 else "plain", "checkpoint" if checkpoint else "keep"])]
+    ]
+
+
+@pytest.mark.parametrize(("family", "nf4", "checkpoint"), variants())
+def test_layers_are_shared_and_train_as_in_one_graph(family: Family, nf4: bool, checkpoint: bool) -> None:
+    """Captured once; the same graph then runs in regions, and whole."""
+    model = build(family, nf4=nf4, checkpoint=checkpoint, train_norms=True, layers=depth(family))
+    reports: list[GraphReport] = []
+    in_regions, whole = True, 0
+
+    def both(gm: GraphModule, example_inputs: list[Any]) -> Callable:
+        outlined = backend(reports)(gm, example_inputs)
+
+        def run(*inputs: Any) -> Any:
+            nonlocal whole
+            whole += not in_regions
+            return outlined(*inputs) if in_regions else gm.forward(*inputs)
+
+        return run
+
+    compiled = torch.compile(model, backend=both)
+    actual = step(compiled, batch(padded=True), model)
+    in_regions = False
+    assert_same(actual, step(compiled, batch(padded=True), model), rtol=1e-6)
+    assert whole == len(reports) > 0
+    most = max(region.calls for report in reports for region in report.regions)
+    assert most >= depth(family) // 2
+
+
+def change_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "layers.2.mlp.down_proj" in name).mul_(-2)
+
+
+def swap(model: nn.Module) -> None:
+    """Two layers with each other's weights."""
+    layers = [
+        dict(model.get_submodule(f"base_model.model.model.layers.{number}").named_parameters()) for number in (0, 3)
+    ]
+    for name, first in layers[0].items():
+        last = layers[1][name]
+        first.data, last.data = last.data, first.data
+
+
+def load(model: nn.Module) -> None:
+    model.load_state_dict({name: value.sin() for name, value in model.state_dict().items()})
+
+
+def test_parameters_are_read_at_every_call(lowering: dict[str, str]) -> None:
+    model, reports = build(LLAMA, nf4=False, checkpoint=False, train_norms=True, layers=4), []
+    compiled = torch.compile(model, backend=backend(reports, **lowering))
+    before = step(compiled, batch(padded=False), model)
+    for change in (change_in_place, swap, load):
+        change(model)
+        actual, expected = step(compiled, batch(padded=False), model), step(model, batch(padded=False), model)
+        assert_same(actual, expected, rtol=1e-4)
+        assert (actual.logits - before.logits).abs().max() > 0.05 * before.logits.abs().max()
+        before = actual
+    assert len(reports) == 1  # not compiled again
+
+
+@pytest.mark.parametrize("recompute", ["full", pytest.param("none", marks=pytest.mark.slow)])
+def test_calls_do_not_share_state(lowering: dict[str, str], recompute: str) -> None:
+    """Two forwards before their backwards, the first of which then goes backward twice."""
+    model = build(LLAMA, nf4=False, checkpoint=False, train_norms=True, layers=4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = [batch(padded=padded) for padded in (True, False)]
+    inputs[1]["attention_mask"] = torch.ones_like(inputs[0]["attention_mask"])
+
+    def gradients(function: Callable) -> list[Tensor]:
+        first, second = (function(**one).loss for one in inputs)
+        return [
+            gradient
+            for loss, again in ((first, True), (second, False), (first, False))
+            for gradient in torch.autograd.grad(loss, trained, retain_graph=again)
+        ]
+
+    actual = gradients(torch.compile(model, backend=backend([], recompute=recompute, **lowering)))
+    for mine, other in zip(actual, gradients(model), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+def saved_bytes(layers: int, **options: Any) -> int:
+    """What a forward keeps for backward: each storage once; no parameters, no buffers, no states of the generator.
+
+    Torch keeps such a state for each attention that it will run again, whether or not it draws random numbers.
+    """
+    torch._dynamo.reset()
+    model = build(LLAMA, nf4=False, checkpoint=False, train_norms=True, layers=layers)
+    own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+    compiled = torch.compile(model, backend=backend([], lower="inductor", **options))
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.uint8 and (pointer := tensor.untyped_storage().data_ptr()) not in own:
+            kept[pointer] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = compiled(**batch(padded=False))
+    assert output.loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("lower_by", "recompute"),
+    [
+        ("aot", "full"),
+        pytest.param("aot", "none", marks=SLOW),
+        pytest.param("inductor", "full", marks=SLOW),
+        pytest.param("inductor", "none", marks=SLOW),
+    ],
+)
+def test_full_recompute_keeps_one_hidden_state_of_each_layer(
+    lower_by: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lower_by == "aot":
+        monkeypatch.setattr(compat, "compile_fx", through_aot)
+    hidden_state_bytes = 2 * 16 * 64 * 4  # [B, S, D] of float32
+    grown_bytes = saved_bytes(6, recompute=recompute) - saved_bytes(4, recompute=recompute)
+    if recompute == "full":
+        assert grown_bytes == 2 * hidden_state_bytes
+    else:
+        assert grown_bytes > 4 * hidden_state_bytes
+
+
+@SLOW
+def test_a_model_that_recomputes_itself_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    recomputed = regions.recomputed
+    monkeypatch.setattr(regions, "recomputed", lambda body: asked.append(body) or recomputed(body))
+    for checkpoint in (True, False):
+        torch._dynamo.reset()
+        model = build(LLAMA, nf4=False, checkpoint=checkpoint, train_norms=True, layers=4)
+        reports: list[GraphReport] = []
+        compiled = torch.compile(model, backend=backend(reports, recompute="full"))
+        assert_same(step(compiled, batch(padded=False), model), step(model, batch(padded=False), model), rtol=1e-4)
+        assert max(region.calls for report in reports for region in report.regions) >= 2
+        assert bool(asked) is not checkpoint
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("family", [LLAMA, GEMMA3], ids=lambda family: family.name)
+def test_on_the_gpu(family: Family, recompute: str) -> None:
+    """Regions in bfloat16 through Inductor, against float64 and torch's own error."""
+    model = build(
+        family, nf4=True, checkpoint=False, train_norms=True, layers=depth(family), dtype=torch.bfloat16, device="cuda"
+    )
+    reports: list[GraphReport] = []
+    compiled = torch.compile(model, backend=backend(reports, recompute=recompute, lower="inductor"))
+    check(model, compiled, batch(padded=True, device="cuda"), torch.compile(model))
+    assert max(region.calls for report in reports for region in report.regions) >= depth(family) // 2
