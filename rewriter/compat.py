@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -125,7 +126,18 @@ def is_template_size(size: torch.SymInt) -> bool:
 
 def written_to(tensor: torch.Tensor) -> bool:
     """Whether anything wrote to this tensor or a view of it while the graph was captured."""
-    return not tensor.is_inference() and tensor._version > 0
+    return not tensor.is_inference() and tensor._version > (0 if tensor._version == 0 else _made_by_writing(tensor))
+
+
+def _made_by_writing(tensor: torch.Tensor) -> int:
+    """How many writes it takes to make a fake of this graph input: some if it lies at an offset in its storage."""
+    at_offset = tensor.is_leaf and not tensor._is_view() and not statically_known_true(tensor.storage_offset() == 0)
+    return _writes_at_offset() if at_offset else 0
+
+
+@functools.cache
+def _writes_at_offset() -> int:
+    return FakeTensorMode().from_tensor(torch.nn.Parameter(torch.zeros(2)[1:]))._version
 
 
 _TRANSFORM = re.compile(

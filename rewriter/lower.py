@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from fastft import kernels, patterns
 from fastft.rewriter import compat, cuda_graphs, progress, regions
@@ -55,7 +56,10 @@ def _compile_regions(
 
 def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options: Options) -> Callable:
     part = regions.extract(gm, piece)
-    if options.recompute == "full" and regions.may_recompute(piece):
+    recompute = options.recompute == "full" and regions.may_recompute(piece)
+    if recompute and options.lower == "eager":  # torch's tag for compilers would not restore the random state here
+        return functools.partial(checkpoint, part.forward, use_reentrant=False)
+    if recompute:
         part = regions.recomputed(part)
     inputs = regions.example_inputs(piece, given)
     with compat.apart(compat.current_fake_mode(inputs)):
