@@ -19,8 +19,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, get_metrics_context
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx as _compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -34,6 +36,7 @@ __all__ = [
     "CHECKPOINT",
     "DYNAMIC",
     "BackendCompilerFailed",
+    "CustomPartitionerFn",
     "OpOverload",
     "SizeEntry",
     "apart",
@@ -59,6 +62,7 @@ __all__ = [
     "is_transform",
     "kind_of_input",
     "maybe_mark_dynamic",
+    "min_cut_rematerialization_partition",
     "module_path",
     "recompile_reason",
     "remembered_sizes",
@@ -264,11 +268,17 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     return [next(copied) if tensor.is_floating_point() else tensor.clone() for tensor in tensors]
 
 
-def compile_fx(gm: GraphModule, example_inputs: Sequence[torch.Tensor], version: str) -> Callable:
-    """Inductor, with its caches kept apart for each ``version`` of what the graph alone does not tell."""
+def compile_fx(
+    gm: GraphModule, example_inputs: Sequence[Any], version: str, partitioner: CustomPartitionerFn | None = None
+) -> Callable:
+    """Inductor, with its caches kept apart for each ``version`` of what the graph alone does not tell.
+
+    partitioner: decides what forward keeps for backward, in place of torch's own.
+    """
     tag = f"{torch.compiler.config.cache_key_tag}{version}"
+    patches = {"custom_partitioner_fn": partitioner} if partitioner is not None else None
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        return cast(Callable, _compile_fx(gm, example_inputs))
+        return cast(Callable, _compile_fx(gm, example_inputs, config_patches=patches))
 
 
 def compile_once(function: Callable, backend: Callable) -> Callable:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastft import kernels, patterns
 from fastft.rewriter import compat, cuda_graphs, progress, regions
 from fastft.rewriter.options import Options
+from fastft.rewriter.recompute import KeepInputs
 from fastft.rewriter.regions import Piece
 from fastft.rewriter.report import GraphReport
 
@@ -63,14 +64,16 @@ def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options
         part = regions.recomputed(part)
     inputs = regions.example_inputs(piece, given)
     with compat.apart(compat.current_fake_mode(inputs)):
-        return compile_graph(part, inputs, options)
+        return compile_graph(part, inputs, options, KeepInputs() if recompute else None)
 
 
-def compile_graph(gm: GraphModule, example_inputs: list[Any], options: Options) -> Callable:
+def compile_graph(
+    gm: GraphModule, example_inputs: list[Any], options: Options, partitioner: KeepInputs | None = None
+) -> Callable:
     """Compile one graph as it is."""
     if options.lower == "eager":
         return gm.forward
-    return compat.compile_fx(gm, example_inputs, version=f"fastft-{_sources()}")
+    return compat.compile_fx(gm, example_inputs, f"fastft-{_sources()}", partitioner)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.rewriter import compat, regions
+from fastft.rewriter import compat
 from fastft.rewriter.lower import lower
 from fastft.rewriter.options import Options
 from fastft.rewriter.report import GraphReport
@@ -42,7 +42,7 @@ def backend(reports: list[GraphReport], **options: Any) -> Callable:
     return compile_graph
 
 
-def through_aot(gm: GraphModule, example_inputs: list[Any], version: str) -> Callable:
+def through_aot(gm: GraphModule, example_inputs: list[Any], *_: Any) -> Callable:
     """AOTAutograd and torch's partitioner, without Inductor."""
     return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
 
@@ -210,8 +210,8 @@ def test_full_recompute_keeps_one_hidden_state_of_each_layer(
 @SLOW
 def test_a_model_that_recomputes_itself_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    recomputed = regions.recomputed
-    monkeypatch.setattr(regions, "recomputed", lambda body: asked.append(body) or recomputed(body))
+    recompute = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("fastft.rewriter.lower.checkpoint", lambda *a, **k: asked.append(1) or recompute(*a, **k))
     for checkpoint in (True, False):
         torch._dynamo.reset()
         model = build(LLAMA, nf4=False, checkpoint=checkpoint, train_norms=True, layers=4)

@@ -171,10 +171,10 @@ def test_a_failing_rewrite_falls_back_with_one_warning(
 def test_a_failing_lowering_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_fx = compat.compile_fx
 
-    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], version: str) -> Callable:
+    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: object) -> Callable:
         if any("fastft" in str(node.target) for node in gm.graph.nodes):
             raise RuntimeError("this op cannot be lowered")
-        return compile_fx(gm, example_inputs, version)
+        return compile_fx(gm, example_inputs, *settings)
 
     monkeypatch.setattr(compat, "compile_fx", failing)
     with pytest.warns(RuntimeWarning, match="because of RuntimeError: this op cannot be lowered"):
@@ -188,7 +188,7 @@ def test_strict_raises_instead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_that_is_not_ours_rises_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], version: str) -> Callable:
+    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: object) -> Callable:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(compat, "compile_fx", failing)

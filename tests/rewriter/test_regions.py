@@ -319,7 +319,7 @@ def check(model: nn.Module, inputs: tuple, *, dynamic: bool = False, rtol: float
     return report
 
 
-def through_aot(gm: torch.fx.GraphModule, example_inputs: list[Any], version: str) -> Callable:
+def through_aot(gm: torch.fx.GraphModule, example_inputs: list[Any], *_: Any) -> Callable:
     """AOTAutograd and torch's partitioner, without Inductor."""
     return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
 
