@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ def graph_layers(
     first, end = layers[0], layers[-1] + 1
     stack, call = regions.join(gm, pieces[first:end], compiled)
     values = [value_of(node) for node in stack.inputs]
-    if any(isinstance(value, Tensor) and value.device.type != "cuda" for value in values):
-        log.info("no CUDA graphs: the layers do not run on a CUDA device")
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    if len(devices) != 1 or devices.pop().type != "cuda":
+        log.info("no CUDA graphs: the layers do not run on one CUDA device")
         return pieces
     own = [node.op == "placeholder" and isinstance(value_of(node), Tensor) for node in stack.inputs]
     moving = [place for place, stays in enumerate(own) if not stays]
@@ -87,7 +89,7 @@ class Graphed:
         """Capture from the second call on; None if not yet, or if it cannot be done."""
         before = self.addresses.get(shapes)
         self.addresses[shapes] = [one.data_ptr() if isinstance(one, Tensor) else None for one in inputs]
-        if before is None or self.attempts >= MOST_CAPTURES:
+        if before is None or self.attempts >= MOST_CAPTURES or not _on_current_device(inputs):
             return None
         if self._moved(shapes, before):
             self.addresses[tuple(_shape(inputs[place]) for place in self.moving)] = self.addresses[shapes]
@@ -170,17 +172,19 @@ class Capture:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            capture._run(call, static)
+            capture._run(call, static, nullcontext)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(state)
-        capture._run(call, static, pool)
+        # threads that load data may go on meanwhile; torch's own stream for captures may be another device's
+        capturing = partial(torch.cuda.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        capture._run(call, static, capturing)
         return capture
 
-    def _run(self, call: Callable[..., tuple], static: Sequence[Any], pool: Any = None) -> None:
-        """Forward and backward, captured if there is a pool to capture into."""
+    def _run(self, call: Callable[..., tuple], static: Sequence[Any], capturing: Callable) -> None:
+        """Forward and backward, each in the context that ``capturing`` makes of its graph."""
         leaves = [static[place] for place in self.trained]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _capturing(self.forward, pool):
+        with capturing(self.forward):
             outputs = call(*static)
         if any(compat.copies([output])[0].stride() != output.stride() for output in outputs):
             raise ValueError("a stack of layers returns a tensor with gaps or repetitions")
@@ -188,7 +192,7 @@ class Capture:
         self.grad_outputs = [torch.zeros_like(output) for output in grown]
         grads: Sequence[Tensor | None] = [None] * len(leaves)
         if grown and leaves:
-            with _capturing(self.backward, pool):
+            with capturing(self.backward):
                 grads = torch.autograd.grad(grown, leaves, self.grad_outputs, allow_unused=True)
         self.outputs = [output.detach() for output in outputs]
         self.differentiable = [output.requires_grad for output in outputs]
@@ -236,9 +240,9 @@ class _Replay(torch.autograd.Function):
         return None, None, None, *(next(grads) if grad is not None else None for grad in capture.grad_inputs)
 
 
-def _capturing(graph: Any, pool: Any) -> AbstractContextManager:
-    """Capture into ``graph``, or just run if there is no pool; threads that load data may go on meanwhile."""
-    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local") if pool else nullcontext()
+def _on_current_device(inputs: Sequence[Any]) -> bool:
+    """Whether a stream that is made now is one of the device that the layers run on."""
+    return all(one.device.index == torch.cuda.current_device() for one in inputs if isinstance(one, Tensor))
 
 
 def _is_small(value: Any) -> bool:
