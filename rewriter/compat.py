@@ -49,7 +49,6 @@ __all__ = [
     "copy_graph",
     "current_backend",
     "current_code",
-    "current_fake_mode",
     "describe_input",
     "empty_like_fake",
     "fake_mode_of",
@@ -79,6 +78,7 @@ __all__ = [
     "tensors_in",
     "tree_map_only",
     "value_of",
+    "without_scope",
     "written_to",
 ]
 
@@ -99,7 +99,11 @@ def set_value(node: Node, value: Any) -> None:
 
 def fake_mode_of(values: Any) -> AbstractContextManager:
     """The mode under which these fake tensors were made; a null context for meta or real tensors."""
-    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), contextlib.nullcontext())
+    return _mode_in(values) or contextlib.nullcontext()
+
+
+def _mode_in(values: Iterable[Any]) -> FakeTensorMode | None:
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
 
 
 _template_shapes = ShapeEnv()
@@ -130,7 +134,7 @@ def is_template_size(size: torch.SymInt) -> bool:
 
 def written_to(tensor: torch.Tensor) -> bool:
     """Whether anything wrote to this tensor or a view of it while the graph was captured."""
-    return not tensor.is_inference() and tensor._version > (0 if tensor._version == 0 else _made_by_writing(tensor))
+    return not tensor.is_inference() and tensor._version > 0 and tensor._version > _made_by_writing(tensor)
 
 
 def _made_by_writing(tensor: torch.Tensor) -> int:
@@ -162,16 +166,6 @@ def in_forward_mode() -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """The same number for a tensor and all its views."""
     return tensor.untyped_storage()._cdata
-
-
-def current_fake_mode(values: Iterable[Any]) -> FakeTensorMode:
-    """The mode in which a backend is to compile: that of Dynamo, or else of the example inputs."""
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else None
-    mode = mode or next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    if mode is None:
-        raise RuntimeError("there is no fake tensor to learn the mode from")
-    return mode
 
 
 def empty_like_fake(value: Any, mode: FakeTensorMode) -> Any:
@@ -208,9 +202,7 @@ def size_inputs(graph: Graph) -> dict[Any, Node]:
 
 def symbols_of(value: Any) -> list[Any]:
     """The symbols in a tensor's shape and strides, by name."""
-    if not isinstance(value, Tensor) or type(value) is not FakeTensor:
-        return []
-    return sorted(free_symbols(value), key=str)
+    return sorted(free_symbols(value), key=str) if type(value) is FakeTensor else []
 
 
 def kind_of_input(node: Node) -> tuple:
@@ -244,16 +236,21 @@ def as_captured(part: GraphModule, whole: GraphModule) -> GraphModule:
 
 
 @contextlib.contextmanager
-def apart(mode: FakeTensorMode) -> Iterator[None]:
+def apart(given: Iterable[Any]) -> Iterator[FakeTensorMode]:
     """Compile a part of a graph: what AOTAutograd notes about it stays out of what Dynamo guards for the whole.
 
-    Guards on sizes still reach Dynamo, which owns the symbols.
+    Gives the mode in which to compile: that of Dynamo, or else of the inputs given for the whole.  Guards on sizes
+    still reach Dynamo, which owns the symbols.
     """
-    around, context = TracingContext.try_get(), TracingContext(mode)
+    around = TracingContext.try_get()
+    mode = (around.fake_mode if around is not None else None) or _mode_in(given)
+    if mode is None:
+        raise RuntimeError("there is no fake tensor to learn the mode from")
+    context = TracingContext(mode)
     if around is not None:
         context.tensor_to_context = around.tensor_to_context  # the symbols of inputs that are not fake yet
     with tracing(context):
-        yield
+        yield mode
 
 
 def same_addresses(values: Sequence[Any], pointers: list[int | None], places: list[int]) -> bool:
@@ -357,6 +354,11 @@ def source_name(placeholder: Node) -> str:
     """Where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
     source = getattr(placeholder, "_dynamo_source", None)
     return source.name if source is not None else ""
+
+
+def without_scope(source: str) -> str:
+    """``L['batch']['labels']`` as Dynamo spells it when it tells why it compiles again: ``batch['labels']``."""
+    return re.sub(r"^L\['(\w+)'\]", r"\1", source)
 
 
 def cache_counts() -> Counter[str]:

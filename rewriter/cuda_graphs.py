@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.fx import GraphModule
 
 from fastft.rewriter import compat, regions
 from fastft.rewriter.compat import value_of
@@ -32,25 +31,24 @@ SMALL = 2**23  # elements of a hidden state; see docs/performance.md for what gr
 MOST_CAPTURES = 8  # of one stack: for shapes, and for parameters that were moved
 
 
-def graph_layers(
-    gm: GraphModule, pieces: list[Piece], compiled: dict[Any, Callable], asked: bool | None
-) -> list[Piece]:
+def graph_layers(pieces: list[Piece], compiled: dict[Any, Callable], asked: bool | None) -> list[Piece]:
     """The pieces with those from the first layer to the last as one, which runs as CUDA graphs if that is wanted.
 
     asked: the user's word; None takes graphs where sizes are fixed and small.
     """
     layers = [number for number, piece in enumerate(pieces) if piece.layer]
     first, end = layers[0], layers[-1] + 1
-    stack, call = regions.join(gm, pieces[first:end], compiled)
+    stack = regions.join(pieces[first:end])
     values = [value_of(node) for node in stack.inputs]
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1 or devices.pop().type != "cuda":
         log.info("no CUDA graphs: the layers do not run on one CUDA device")
         return pieces
-    own = [node.op == "placeholder" and isinstance(value_of(node), Tensor) for node in stack.inputs]
-    moving = [place for place, stays in enumerate(own) if not stays]
+    stays = [node.op == "placeholder" and isinstance(value_of(node), Tensor) for node in stack.inputs]
+    moving = [place for place, stay in enumerate(stays) if not stay]
     if asked is None and not all(_is_small(values[place]) for place in moving):
         return pieces
+    call = regions.chain(pieces[first:end], compiled, stack.inputs, tuple(stack.outputs))
     compiled[stack.key] = Graphed(call, moving)
     return [*pieces[:first], stack, *pieces[end:]]
 
@@ -82,13 +80,12 @@ class Graphed:
                 return self.call(*inputs)
         ticket = Ticket()
         self.waiting = weakref.ref(ticket)
-        outputs = _Replay.apply(capture, ticket, inputs, *(inputs[place] for place in capture.trained))
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        return _Replay.apply(capture, ticket, inputs, *(inputs[place] for place in capture.trained))
 
     def _capture(self, shapes: Any, inputs: Sequence[Any]) -> Capture | None:
         """Capture from the second call on; None if not yet, or if it cannot be done."""
         before = self.addresses.get(shapes)
-        self.addresses[shapes] = [one.data_ptr() if isinstance(one, Tensor) else None for one in inputs]
+        self.addresses[shapes] = _addresses(inputs)
         if before is None or self.attempts >= MOST_CAPTURES or not _on_current_device(inputs):
             return None
         if self._moved(shapes, before):
@@ -143,7 +140,7 @@ class Capture:
     """The two graphs of a stack for inputs of one kind, and the tensors at their ends."""
 
     places: list[int]  # of the inputs that stay
-    pointers: list[int | None]
+    pointers: list[int | None]  # of all inputs
     buffers: dict[int, Buffer]
     trained: list[int]  # places of the inputs that need a gradient
     outputs: list[Tensor] = field(default_factory=list)
@@ -157,11 +154,10 @@ class Capture:
     def of(cls, call: Callable[..., tuple], moving: Sequence[int], inputs: Sequence[Any], pool: Any) -> Capture:
         """Run once to compile and to tune what has not been yet, then capture.  The random state stays as it is."""
         tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
-        buffers = {place: Buffer.like(inputs[place]) for place in moving if place in set(tensors)}
+        buffers = {place: Buffer.like(inputs[place]) for place in moving if isinstance(inputs[place], Tensor)}
         places = [place for place in tensors if place not in buffers]
-        pointers = [inputs[place].data_ptr() if place in set(places) else None for place in range(len(inputs))]
         trained = [place for place in tensors if inputs[place].requires_grad]
-        capture = cls(places, pointers, buffers, trained)
+        capture = cls(places, _addresses(inputs), buffers, trained)
         capture.load(inputs)
         static = list(inputs)
         for place in trained:  # leaves of their own: no hook of the user's parameters belongs into a graph
@@ -249,6 +245,11 @@ def _is_small(value: Any) -> bool:
     """Whether this is of a fixed size, and if it is a hidden state, so small that launching it takes long."""
     fixed = isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)
     return fixed and (not value.is_floating_point() or value.numel() <= SMALL)
+
+
+def _addresses(inputs: Sequence[Any]) -> list[int | None]:
+    """Where the inputs lie; None for numbers."""
+    return [one.data_ptr() if isinstance(one, Tensor) else None for one in inputs]
 
 
 def _shape(value: Any) -> Any:

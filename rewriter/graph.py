@@ -30,20 +30,20 @@ def bodies(gm: GraphModule) -> list[GraphModule]:
     found = {id(gm): gm}
     for node in gm.graph.nodes:
         if _runs_bodies(node):
-            for argument in node.all_input_nodes:
-                body = getattr(gm, str(argument.target), None) if argument.op == "get_attr" else None
-                if isinstance(body, GraphModule):
-                    found.update((id(inner), inner) for inner in bodies(body))
+            for body in _arguments(gm, node):
+                found.update((id(inner), inner) for inner in bodies(body))
     return list(found.values())
+
+
+def _arguments(gm: GraphModule, node: Node) -> list[GraphModule]:
+    """The graphs that a node is given."""
+    attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]
+    return [attribute for attribute in attributes if isinstance(attribute, GraphModule)]
 
 
 def size(gm: GraphModule, nodes: Iterable[Node]) -> int:
     """How many nodes these are with those of the graphs that they run."""
-    total = 0
-    for node in nodes:
-        attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]
-        total += 1 + sum(size(body, body.graph.nodes) for body in attributes if isinstance(body, GraphModule))
-    return total
+    return sum(1 + sum(size(body, body.graph.nodes) for body in _arguments(gm, node)) for node in nodes)
 
 
 class Snapshot:
@@ -80,10 +80,7 @@ def _runs_bodies(node: Node) -> bool:
 
 def only_reads(gm: GraphModule, node: Node) -> bool:
     """Whether this node runs nested graphs, all of them known, that write to none of what they are given."""
-    if not _runs_bodies(node):
-        return False
-    attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]
-    return all(not isinstance(body, GraphModule) or not _writes_to_inputs(body) for body in attributes)
+    return _runs_bodies(node) and not any(map(_writes_to_inputs, _arguments(gm, node)))
 
 
 def _writes_to_inputs(body: GraphModule) -> bool:

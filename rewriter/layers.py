@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
@@ -75,9 +76,7 @@ def _token(node: Node) -> Any:
     """What a node does, whatever it does it to."""
     value = value_of(node)
     metadata = (value.dtype, tuple(map(str, value.shape))) if isinstance(value, Tensor) else type(value)
-    literals = [repr(argument) for argument in (*node.args, *node.kwargs.values()) if not isinstance(argument, Node)]
-    target = node.op if node.op == "get_attr" else node.target
-    return node.op, target, metadata, *(re.sub(r"%?\b[a-z]\w*_\d+\b", "", literal) for literal in literals)
+    return node.op, node.target, metadata, repr(map_arg((node.args, node.kwargs), lambda _: None))
 
 
 def _crossing(nodes: Sequence[Node], start: int, cut: int) -> int:

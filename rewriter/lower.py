@@ -23,14 +23,15 @@ from fastft.rewriter.report import GraphReport
 def lower(gm: GraphModule, example_inputs: list[Any], options: Options, report: GraphReport) -> Callable:
     """Compile a graph in regions where it has layers, else whole; what was done goes into ``report``."""
     pieces = regions.outline(gm, report) if options.outline else []
+    if not options.outline:
+        report.whole = "outline=False"
     with progress.line() as say:
         if not pieces:
-            report.whole = report.whole if options.outline else "outline=False"
             say(f"compiling a graph of {report.nodes_after} nodes")
             return compile_graph(gm, example_inputs, options)
         compiled = _compile_regions(gm, pieces, example_inputs, options, report, say)
     if options.cuda_graphs is not False:
-        pieces = cuda_graphs.graph_layers(gm, pieces, compiled, options.cuda_graphs)
+        pieces = cuda_graphs.graph_layers(pieces, compiled, options.cuda_graphs)
     return regions.stitch(gm, pieces, compiled)
 
 
@@ -62,8 +63,8 @@ def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options
         return functools.partial(checkpoint, part.forward, use_reentrant=False)
     if recompute:
         part = regions.recomputed(part)
-    inputs = regions.example_inputs(piece, given)
-    with compat.apart(compat.current_fake_mode(inputs)):
+    with compat.apart(given.values()) as mode:
+        inputs = regions.example_inputs(piece, given, mode)
         return compile_graph(part, inputs, options, KeepInputs() if recompute else None)
 
 

@@ -75,4 +75,4 @@ def _dynamic(gm: GraphModule) -> list[str]:
 
 def _input_name(name: str, source: str) -> str:
     """``L['kwargs']['input_ids']`` as ``input_ids``, ``L['args'][0]`` as ``args[0]``."""
-    return re.sub(r"^L\['(\w+)'\]", r"\1", re.sub(r"^L\['\w+'\]\['(\w+)'\]$", r"\1", source)) or name
+    return compat.without_scope(re.sub(r"^L\['\w+'\]\['(\w+)'\]$", r"\1", source)) or name

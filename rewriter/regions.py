@@ -65,11 +65,11 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
 
 def stitch(gm: GraphModule, pieces: Sequence[Piece], compiled: Mapping[Any, Callable]) -> Callable:
     """The graph as calls of its compiled pieces, one function of the graph's inputs."""
-    return _chain(pieces, compiled, gm.graph.find_nodes(op="placeholder"), gm.graph.output_node().args[0])
+    return chain(pieces, compiled, gm.graph.find_nodes(op="placeholder"), gm.graph.output_node().args[0])
 
 
-def join(gm: GraphModule, pieces: Sequence[Piece], compiled: Mapping[Any, Callable]) -> tuple[Piece, Callable]:
-    """Consecutive pieces as one, and its function."""
+def join(pieces: Sequence[Piece]) -> Piece:
+    """Consecutive pieces as one."""
     joined = Piece([node for piece in pieces for node in piece.nodes], layer=False, key=tuple(map(id, pieces)))
     inside = set(joined.nodes)
     joined.inputs = [
@@ -77,10 +77,10 @@ def join(gm: GraphModule, pieces: Sequence[Piece], compiled: Mapping[Any, Callab
     ]
     candidates = [node for piece in pieces for node in piece.outputs]
     joined.outputs = [node for node in candidates if not inside.issuperset(node.users)]
-    return joined, _chain(pieces, compiled, joined.inputs, tuple(joined.outputs))
+    return joined
 
 
-def _chain(pieces: Sequence[Piece], compiled: Mapping[Any, Callable], inputs: Sequence[Node], outputs: Any) -> Callable:
+def chain(pieces: Sequence[Piece], compiled: Mapping[Any, Callable], inputs: Sequence[Node], outputs: Any) -> Callable:
     """A function of ``inputs`` that calls the pieces one after another and lets go of what is no longer needed."""
     graph, root = Graph(), nn.Module()
     values = {node: graph.placeholder(node.name) for node in inputs}
@@ -138,9 +138,11 @@ def extract(gm: GraphModule, piece: Piece) -> GraphModule:
     return compat.as_captured(GraphModule(gm, graph), gm)
 
 
-def example_inputs(piece: Piece, given: Mapping[Node, Any]) -> list[Any]:
-    """Empty tensors like those that Dynamo saw; what it gave itself for inputs that are no plain tensors."""
-    mode = compat.current_fake_mode(given.values())
+def example_inputs(piece: Piece, given: Mapping[Node, Any], mode: Any) -> list[Any]:
+    """Empty tensors like those that Dynamo saw; what it gave itself for inputs that are no plain tensors.
+
+    mode: the one that the empty tensors are fakes of.
+    """
     return [
         compat.empty_like_fake(value, mode) if compat.is_plain(value := value_of(node)) else given[node]
         for node in piece.inputs
@@ -157,7 +159,7 @@ def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> 
             pieces.append(Piece(list(nodes[stretch.start : stretch.stop]), layer=True))
         done = stretch.stop
     owner = {node: piece for piece in pieces for node in piece.nodes}
-    _connect(gm, pieces, owner)
+    _connect(gm, pieces)
     for piece in pieces:
         _check_modes(piece)
         _check_values(piece)
@@ -167,7 +169,7 @@ def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> 
     return pieces
 
 
-def _connect(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node, Piece]) -> None:
+def _connect(gm: GraphModule, pieces: Sequence[Piece]) -> None:
     """Find what each piece reads and what it is read for."""
     sizes = compat.size_inputs(gm.graph)
     for piece in pieces:
