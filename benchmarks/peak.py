@@ -15,7 +15,6 @@ higher.  Buffers inside a CUDA graph show when it is recorded, not when it is re
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,19 +45,19 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    batch, length = options.batch
-    asked = arguments.asked(options, "contender", "layers") | {"batch": batch, "length": length}
-    with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as folder:
-        scratch = Path(folder)
-        job = workers.Job(
-            f"{options.contender} {batch}x{length}", asked | {"warmup": WARMUP, "steps": 1}, scratch / "c"
-        )
-        rows = workers.run_all("peak", [job], options, scratch)
+    rows = workers.run_all("peak", jobs, options)
     report.present(f"{report.title_of(rows)}, {options.contender} {report.shape_of(rows[0])}", table(rows), rows)
     if rows[0]["status"] == "ok":
         print(checks(rows[0]))
         if options.png:
             draw(rows[0], options.png)
+
+
+def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
+    batch, length = options.batch
+    asked = arguments.asked(options, "contender", "layers") | {"batch": batch, "length": length}
+    asked |= {"warmup": WARMUP, "steps": 1}
+    return [workers.Job(f"{options.contender} {batch}x{length}", asked, scratch / "caches")]
 
 
 def measure(asked: Row) -> Row:

@@ -16,7 +16,6 @@ the sum of every timer; they are nested, so they do not add up.  Caches: hits/mi
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as folder:
-        rows = workers.run_all("startup", jobs(options, Path(folder)), options, Path(folder))
+    rows = workers.run_all("startup", jobs, options)
     # the layers are a column of the table, not a part of its title
     title = report.title_of([row | {"layers": None} for row in rows])
     report.present(f"{title}, {report.shape_of(rows[0])}", table(rows), rows)

@@ -29,7 +29,6 @@ Checkpointing is non-reentrant, every layer.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import arguments
@@ -55,8 +54,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as folder:
-        rows = workers.run_all("measure", jobs(options, Path(folder)), options, Path(folder))
+    rows = workers.run_all("measure", jobs, options)
     report.show(rows)
     if options.png:
         report.draw(rows, options.png)

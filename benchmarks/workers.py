@@ -14,9 +14,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,8 +41,17 @@ class Job:
     caches: Path | None
 
 
-def run_all(task: str, jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) -> list[Row]:
-    """The rows of all jobs, one process after another; options: see arguments.common."""
+def run_all(task: str, plan: Callable[[argparse.Namespace, Path], list[Job]], options: argparse.Namespace) -> list[Row]:
+    """The rows of all jobs, one process after another.
+
+    plan: makes the jobs, given the options and a folder that lives as long as they run.  options: see arguments.common.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        return _run(task, plan(options, scratch), options, scratch)
+
+
+def _run(task: str, jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) -> list[Row]:
     environment = make_environment(scratch)
     rows: list[Row] = []
     began = time.perf_counter()

@@ -61,8 +61,6 @@ def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options
     recompute = options.recompute == "full" and regions.may_recompute(piece)
     if recompute and options.lower == "eager":  # torch's tag for compilers would not restore the random state here
         return functools.partial(checkpoint, part.forward, use_reentrant=False)
-    if recompute:
-        part = regions.recomputed(part)
     with compat.apart(given.values()) as mode:
         inputs = regions.example_inputs(piece, given, mode)
         return compile_graph(part, inputs, options, KeepInputs() if recompute else None)

@@ -18,8 +18,8 @@ _SEEDS = ("prims.inductor_seed.default", "prims.inductor_seeds.default")  # of I
 class KeepInputs(compat.CustomPartitionerFn):
     """Torch's partitioner, told to recompute the whole forward.
 
-    The checkpoint around a layer tags its nodes for this, but torch 2.11 leaves out those inside an autograd.Function,
-    such as bitsandbytes' 4-bit projections.
+    An activation checkpoint around the layer would tag its nodes for this, but torch 2.11 leaves out those inside an
+    autograd.Function, such as bitsandbytes' 4-bit projections.
     """
 
     def __call__(

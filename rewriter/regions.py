@@ -109,20 +109,6 @@ def may_recompute(piece: Piece) -> bool:
     return piece.layer and not any(node.target is compat.CHECKPOINT for node in piece.nodes)
 
 
-def recomputed(body: GraphModule) -> GraphModule:
-    """A piece that keeps nothing but its inputs for backward: its graph as the body of an activation checkpoint."""
-    graph, inputs = Graph(), []
-    for node in body.graph.find_nodes(op="placeholder"):
-        inputs.append(graph.placeholder(node.name))
-        compat.describe_input(inputs[-1], node)
-    root = nn.Module()
-    root.add_module("body", body)
-    call = graph.call_function(compat.CHECKPOINT, (graph.get_attr("body"), *inputs), {"use_reentrant": False})
-    outputs = range(len(body.graph.output_node().all_input_nodes))
-    graph.output(tuple(graph.call_function(operator.getitem, (call, place)) for place in outputs))
-    return compat.as_captured(GraphModule(root, graph), body)
-
-
 def extract(gm: GraphModule, piece: Piece) -> GraphModule:
     """The piece as a graph of its own, which returns a tuple."""
     graph, values = Graph(), {}

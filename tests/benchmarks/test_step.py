@@ -95,7 +95,7 @@ def test_one_failure_does_not_stop_the_rest(tmp_path: Path, monkeypatch: pytest.
         workers, "launch", lambda _, job, *__: failed if job.asked["contender"] == "eager" else row_of("fastft")
     )
     options = step.parse(f"--contenders eager,fastft --batches 1x32,4x64 --json {tmp_path / 'rows.json'}".split())
-    rows = workers.run_all("measure", step.jobs(options, tmp_path), options, tmp_path)
+    rows = workers.run_all("measure", step.jobs, options)
     assert [row["status"] for row in rows] == ["out of memory", "ok"] * 2
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
 

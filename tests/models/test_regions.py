@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from aot import through_aot
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -40,11 +41,6 @@ def backend(reports: list[GraphReport], **options: Any) -> Callable:
         return lower(gm, example_inputs, Options(**{"lower": "eager", **options}), reports[-1])
 
     return compile_graph
-
-
-def through_aot(gm: GraphModule, example_inputs: list[Any], *_: Any) -> Callable:
-    """AOTAutograd and torch's partitioner, without Inductor."""
-    return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
 
 
 @pytest.fixture(params=["aot", pytest.param("eager", marks=pytest.mark.slow)])

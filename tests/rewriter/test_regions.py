@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from aot import through_aot
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -317,11 +318,6 @@ def check(model: nn.Module, inputs: tuple, *, dynamic: bool = False, rtol: float
     torch.testing.assert_close(trained(compiled, model, inputs), expected, rtol=rtol, atol=rtol)
     (report,) = reports
     return report
-
-
-def through_aot(gm: torch.fx.GraphModule, example_inputs: list[Any], *_: Any) -> Callable:
-    """AOTAutograd and torch's partitioner, without Inductor."""
-    return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(gm, example_inputs)
 
 
 RECOMPUTE = pytest.mark.parametrize("recompute", ["none", "full"])
