@@ -17,7 +17,7 @@ log = logging.getLogger("fastft")
 MAX_ROW = 16384  # one row is held by one program
 
 Reference = Callable[..., Tensor | tuple[Tensor, ...]]
-_verdicts: dict[Hashable, bool] = {}  # by op, device, row length and dtypes: whether Triton runs
+_verdicts: dict[Hashable, bool] = {}  # by op, row length, devices and dtypes: whether Triton runs
 
 
 def interpreting() -> bool:
@@ -43,25 +43,31 @@ def triton_dtypes(device: torch.device) -> frozenset[torch.dtype]:
     return everywhere if capability < BFLOAT16_FROM else everywhere | {torch.bfloat16}
 
 
-def takes(row_length: int, tensors: Sequence[Tensor]) -> bool:
+def takes(row_length: int, longest_row: int | None, tensors: Sequence[Tensor]) -> bool:
     """Whether the Triton kernels can do this call."""
     device = tensors[0].device
     dtypes = triton_dtypes(device)
-    fits = row_length <= MAX_ROW and all(tensor.numel() > 0 for tensor in tensors)
+    fits = longest_row is None or row_length <= longest_row
     return fits and all(tensor.device == device and tensor.dtype in dtypes for tensor in tensors)
 
 
-def fill(outputs: Sequence[Tensor], arguments: Sequence[Any], launcher: Callable[[], Callable], op: Reference) -> None:
+def fill(
+    outputs: Sequence[Tensor],
+    arguments: Sequence[Any],
+    launcher: Callable[[], Callable],
+    op: Reference,
+    longest_row: int | None = MAX_ROW,
+) -> None:
     """Write what the reference op(*arguments) returns into outputs, by launcher()(outputs, *arguments) if it can be.
 
     The first output has the rows; launcher is called only where Triton runs, as Triton may not be installed.
     """
-    first = outputs[0]
     tensors = [value for value in (*outputs, *arguments) if isinstance(value, Tensor)]
-    key = (op, first.device, first.shape[-1], *[tensor.dtype for tensor in tensors])
-    if first.numel() > 0:
+    row_length = outputs[0].shape[-1]
+    key = (op, row_length, *[(tensor.device, tensor.dtype) for tensor in tensors])
+    if all(tensor.numel() > 0 for tensor in tensors):
         if key not in _verdicts:
-            _verdicts[key] = takes(first.shape[-1], tensors)
+            _verdicts[key] = takes(row_length, longest_row, tensors)
         if _verdicts[key] and _launched(key, outputs, arguments, launcher()):
             return
     results = op(*arguments)
@@ -73,7 +79,7 @@ def _launched(
     key: tuple[Any, ...], outputs: Sequence[Tensor], arguments: Sequence[Any], launch: Callable[..., None]
 ) -> bool:
     """Launch; False, with a warning the first time, if the kernel cannot be compiled for this device."""
-    by_rows = has_unit_rows(outputs[0])
+    by_rows = all(has_unit_rows(output) for output in outputs if output.dim() == outputs[0].dim())
     targets = outputs if by_rows else [torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
     try:
         with torch.cuda.device_of(outputs[0]):  # Triton launches on the current device

@@ -1,35 +1,123 @@
-"""Every op with its plain PyTorch reference and some inputs, so that a test finds each of them without being told."""
+"""How an op is made: one call of define gives it a name, a fake, a FLOP formula, a dispatch and a row in REGISTRY.
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+The tests and the benchmarks find every op in REGISTRY and draw inputs for it from what its entry says of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+from torch.utils.flop_counter import register_flop_formula
 
-from fastft.rewriter.compat import OpOverload
+from fastft.kernels import dispatch
 
-Arguments = tuple[Any, ...]
+Results = Tensor | tuple[Tensor, ...]
+Shapes = Mapping[str, str]
+Choice = Mapping[str, Any]
+Case = tuple[Shapes, Choice]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """reference has the op's signature; examples(dtype, device) yields argument tuples of that dtype, seeded, small."""
+    """What is known of an op.
 
-    op: OpOverload
-    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
-    examples: Callable[[torch.dtype, torch.device], Iterator[Arguments]]
+    reference: plain PyTorch with the op's signature, differentiable if the op is: the specification.
+    cases: what it may be called with: the shapes of its tensors, by parameter, and the other arguments.  Sizes are
+        names or sums and products of them, "..." is any number of leading ones, as in {"x": "... D", "weight": "D"} or
+        {"q": "B S H 2*R+P"}.  A tensor left out is None.
+    statistics: tensors that are float32 whatever the others are (float64 beside float64).
+    gradients: the tensors that the op has a gradient for; () for an op without autograd.
+    """
+
+    op: CustomOpDef
+    reference: Callable[..., Results]
+    outputs: Callable[..., Results]
+    cases: tuple[Case, ...]
+    statistics: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = field(default=())
+
+    def arguments(self, tensors: Mapping[str, Tensor], choice: Choice) -> tuple[Any, ...]:
+        """A call's arguments, in order."""
+        return tuple(tensors.get(name, choice.get(name)) for name in self.parameters)
 
 
 REGISTRY: dict[str, Entry] = {}
 
 
-def register(
-    op: OpOverload,
-    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
-    examples: Callable[[torch.dtype, torch.device], Iterator[Arguments]],
-) -> None:
-    """Enter an op under its qualified name, as in ``fastft::rms_norm``."""
-    name = op._schema.name
-    if name in REGISTRY:
-        raise ValueError(f"{name} is already registered")
-    REGISTRY[name] = Entry(op, reference, examples)
+def define(
+    name: str,
+    reference: Callable[..., Results],
+    outputs: Callable[..., Results],
+    launcher: str,
+    *,
+    cases: Iterable[Case],
+    flops: int,
+    longest_row: int | None = dispatch.MAX_ROW,
+    statistics: Sequence[str] = (),
+    gradients: Sequence[str] = (),
+) -> CustomOpDef:
+    """Make the op ``fastft::name`` and enter it; the caller adds autograd.
+
+    outputs: empty results for the same arguments, or an error: the fake, and where the real op writes.
+    launcher: ``file.function`` in this folder, launches Triton: (outputs, *arguments).  Loaded when first needed.
+    flops: floating-point operations for each element of the first tensor, casts not counted.
+    longest_row: the longest last axis that the Triton kernels take.
+    """
+
+    def run(*arguments: Any) -> Results:
+        results = outputs(*arguments)
+        targets = (results,) if isinstance(results, Tensor) else results
+        dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest_row)
+        return results
+
+    op = torch.library.custom_op(
+        f"fastft::{name}", run, mutates_args=(), schema=torch.library.infer_schema(reference, mutates_args=())
+    )
+    op.register_fake(outputs)
+    register_flop_formula(getattr(torch.ops.fastft, name))(
+        lambda *given, **_: flops * prod(next(one for one in given if isinstance(one, torch.Size)))
+    )
+    REGISTRY[f"fastft::{name}"] = Entry(
+        op, reference, outputs, tuple(cases), tuple(statistics), tuple(gradients),
+        tuple(inspect.signature(reference).parameters),
+    )  # fmt: skip
+    return op
+
+
+def cases(shapes: Sequence[Shapes], choices: Sequence[Choice] = ({},)) -> tuple[Case, ...]:
+    """Each of these shapes with each of these choices."""
+    return tuple(itertools.product(shapes, choices))
+
+
+def load(launcher: str) -> Callable[..., None]:
+    """The function that ``file.function`` names; Triton is imported here and not before."""
+    file, _, function = launcher.rpartition(".")
+    return getattr(importlib.import_module(f"fastft.kernels.{file}"), function)
+
+
+def bytes_moved(values: Iterable[Any]) -> int:
+    """The bytes of these tensors, each element once: what a call has to read and write.  Expanded axes cost nothing."""
+    total_bytes = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            sizes = [size for size, stride in zip(value.shape, value.stride(), strict=True) if stride != 0]
+            total_bytes += prod(sizes) * value.element_size()
+    return total_bytes
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """What is computed in: float32, or float64 where one of these is float64."""
+    result = torch.float32
+    for dtype in dtypes:
+        result = torch.promote_types(result, dtype)
+    return result

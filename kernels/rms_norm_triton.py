@@ -1,11 +1,10 @@
-"""Triton kernels of rms_norm: rows of x [N, D] in tiles of [ROWS, BLOCK_D], float32 inside.
+"""Triton kernels of rms_norm and of the ops that add a residual stream to it.
 
-Rows are addressed as layout.rows describes; y and dx are dense, row r at r * D.
+Rows are addressed as layout.rows describes; y, total and dx are dense, row r at r * D.
 """
 # mypy: allow-untyped-defs
 
-import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,17 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import layout
-
-
-@dataclass(frozen=True)
-class Config:
-    """A launch for rows of at most block_d elements; programs is per multiprocessor, for backward_weight_kernel."""
-
-    block_d: int
-    rows: int
-    warps: int
-    programs: int
-
+from fastft.kernels.dispatch import MAX_ROW
+from fastft.kernels.tiles import (
+    Config,
+    config_for,
+    load_tile,
+    load_vector,
+    multiprocessors,
+    rounded,
+    row_start,
+    store_tile,
+)
 
 CONFIGS = (  # 16 to 32 elements a thread, so that loads are 16 bytes wide
     Config(64, rows=32, warps=4, programs=8),
@@ -32,28 +31,18 @@ CONFIGS = (  # 16 to 32 elements a thread, so that loads are 16 bytes wide
     Config(256, rows=8, warps=4, programs=8),
     Config(1024, rows=2, warps=4, programs=6),
     Config(4096, rows=1, warps=8, programs=3),
-    Config(16384, rows=1, warps=16, programs=1),
+    Config(MAX_ROW, rows=1, warps=16, programs=1),
 )
 
 
 @triton.jit
-def row_start(row, n1, n2, s0, s1, s2):
-    """Where rows [ROWS] begin, in elements; int64, as a tensor may have more than 2**31."""
-    outer = row // n2
-    start = tl.cast(outer // n1, tl.int64) * s0 + tl.cast(outer % n1, tl.int64) * s1
-    return start + tl.cast(row % n2, tl.int64) * s2
-
-
-@triton.jit
-def load_tile(ptr, start, d, mask):
-    return tl.cast(tl.load(ptr + start[:, None] + d[None, :], mask=mask, other=0.0), tl.float32)  # [ROWS, BLOCK_D]
-
-
-@triton.jit
-def store_tile(ptr, row, d, D, tile, mask):
-    """To a dense tensor."""
-    start = tl.cast(row, tl.int64) * D
-    tl.store(ptr + start[:, None] + d[None, :], tl.cast(tile, ptr.dtype.element_ty), mask=mask)
+def normalized(x, weight, D, eps, offset, x_ptr, ROUND_FIRST: tl.constexpr):
+    """y and rstd of rows x [ROWS, BLOCK_D]; x_ptr has the dtype to round to first."""
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)  # [ROWS]
+    unit = x * rstd[:, None]
+    if ROUND_FIRST:
+        unit = rounded(unit, x_ptr)
+    return unit * (offset + weight)[None, :], rstd
 
 
 @triton.jit
@@ -74,41 +63,39 @@ def forward_kernel(
     d = tl.arange(0, BLOCK_D)
     mask = (row < n_rows)[:, None] & (d < D)[None, :]
     x = load_tile(x_ptr, row_start(row, n1, n2, x_s0, x_s1, x_s2), d, mask)
-    weight = tl.cast(tl.load(weight_ptr + d, mask=d < D, other=0.0), tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)  # [ROWS]
-    unit = x * rstd[:, None]
-    if ROUND_FIRST:
-        unit = tl.cast(tl.cast(unit, x_ptr.dtype.element_ty), tl.float32)
-    store_tile(y_ptr, row, d, D, unit * (offset + weight)[None, :], mask)
+    y, rstd = normalized(x, load_vector(weight_ptr, d, d < D), D, eps, offset, x_ptr, ROUND_FIRST)
+    store_tile(y_ptr, row, d, D, y, mask)
     tl.store(rstd_ptr + row_start(row, n1, n2, rstd_s0, rstd_s1, rstd_s2), rstd, mask=row < n_rows)
 
 
 @triton.jit
 def backward_kernel(
-    dx_ptr, dy_ptr, x_ptr, weight_ptr, rstd_ptr, n_rows, D, n1, n2,
-    dy_s0, dy_s1, dy_s2, x_s0, x_s1, x_s2, rstd_s0, rstd_s1, rstd_s2,
+    dx_ptr, dy_ptr, x_ptr, addend_ptr, weight_ptr, rstd_ptr, n_rows, D, n1, n2,
+    dy_s0, dy_s1, dy_s2, x_s0, x_s1, x_s2, addend_s0, addend_s1, addend_s2, rstd_s0, rstd_s1, rstd_s2,
     offset: tl.float32,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (row < n_rows)[:, None] & (d < D)[None, :]
     dy = load_tile(dy_ptr, row_start(row, n1, n2, dy_s0, dy_s1, dy_s2), d, mask)
     x = load_tile(x_ptr, row_start(row, n1, n2, x_s0, x_s1, x_s2), d, mask)
-    weight = tl.cast(tl.load(weight_ptr + d, mask=d < D, other=0.0), tl.float32)
     rstd = tl.load(rstd_ptr + row_start(row, n1, n2, rstd_s0, rstd_s1, rstd_s2), mask=row < n_rows, other=0.0)
-    store_tile(dx_ptr, row, d, D, input_gradient(dy, x * rstd[:, None], offset + weight, rstd, D), mask)
+    dx = input_gradient(dy, x * rstd[:, None], offset + load_vector(weight_ptr, d, d < D), rstd, D)
+    if ADD:
+        dx += load_tile(addend_ptr, row_start(row, n1, n2, addend_s0, addend_s1, addend_s2), d, mask)
+    store_tile(dx_ptr, row, d, D, dx, mask)
 
 
 @triton.jit
 def backward_weight_kernel(
-    dx_ptr, partial_ptr, dy_ptr, x_ptr, weight_ptr, rstd_ptr, n_rows, D, n1, n2,
-    dy_s0, dy_s1, dy_s2, x_s0, x_s1, x_s2, rstd_s0, rstd_s1, rstd_s2,
+    dx_ptr, partial_ptr, dy_ptr, x_ptr, addend_ptr, weight_ptr, rstd_ptr, n_rows, D, n1, n2,
+    dy_s0, dy_s1, dy_s2, x_s0, x_s1, x_s2, addend_s0, addend_s1, addend_s2, rstd_s0, rstd_s1, rstd_s2,
     offset: tl.float32,
-    ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
-    scale = offset + tl.cast(tl.load(weight_ptr + d, mask=d < D, other=0.0), tl.float32)
+    scale = offset + load_vector(weight_ptr, d, d < D)
     dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for first in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
@@ -117,25 +104,27 @@ def backward_weight_kernel(
         x = load_tile(x_ptr, row_start(row, n1, n2, x_s0, x_s1, x_s2), d, mask)
         rstd = tl.load(rstd_ptr + row_start(row, n1, n2, rstd_s0, rstd_s1, rstd_s2), mask=row < n_rows, other=0.0)
         unit = x * rstd[:, None]
-        store_tile(dx_ptr, row, d, D, input_gradient(dy, unit, scale, rstd, D), mask)
+        dx = input_gradient(dy, unit, scale, rstd, D)
+        if ADD:
+            dx += load_tile(addend_ptr, row_start(row, n1, n2, addend_s0, addend_s1, addend_s2), d, mask)
+        store_tile(dx_ptr, row, d, D, dx, mask)
         if ROUND_FIRST:
-            unit = tl.cast(tl.cast(unit, x_ptr.dtype.element_ty), tl.float32)
+            unit = rounded(unit, x_ptr)
         dweight += dy * unit
     partial = partial_ptr + tl.cast(tl.program_id(0), tl.int64) * D + d
     tl.store(partial, tl.sum(dweight, 0), mask=d < D)
 
 
-def config_for(row_length: int) -> tuple[Config, dict[str, Any]]:
-    """The first configuration that holds row_length elements, and the launch's meta-parameters."""
-    config = next(config for config in CONFIGS if row_length <= config.block_d)
-    block_d = max(16, triton.next_power_of_2(row_length))
-    return config, {"ROWS": config.rows, "BLOCK_D": block_d, "num_warps": config.warps, "enable_fp_fusion": True}
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many there are; two stand for the interpreter's, so that a program meets several tiles there too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    for config in CONFIGS:
+        meta = config.meta(config.block_d)
+        for add in (False, True):
+            yield backward_kernel, {"ADD": add, **meta}
+            for round_first in (False, True):
+                yield backward_weight_kernel, {"ADD": add, "ROUND_FIRST": round_first, **meta}
+        for round_first in (False, True):
+            yield forward_kernel, {"ROUND_FIRST": round_first, **meta}
 
 
 def forward(
@@ -143,38 +132,40 @@ def forward(
 ) -> None:
     y, rstd = outputs
     n_rows, D = rstd.numel(), y.shape[-1]
-    config, meta = config_for(D)
+    config = config_for(CONFIGS, D)
     n1, n2, (x, rstd), (x_strides, rstd_strides) = layout.rows(y, x, rstd)
     forward_kernel[(triton.cdiv(n_rows, config.rows),)](
         y, rstd, x, weight.contiguous(), n_rows, D, n1, n2, *x_strides, *rstd_strides, eps, offset,
-        ROUND_FIRST=round_first, **meta,
+        ROUND_FIRST=round_first, **config.meta(D),
     )  # fmt: skip
 
 
 def backward(
-    outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool
-) -> None:
+    outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
+    addend: Tensor | None = None,
+) -> None:  # fmt: skip
     (dx,) = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
-    config, meta = config_for(D)
-    n1, n2, (dy, x, rstd), strides = layout.rows(dx, dy, x, rstd)
+    config = config_for(CONFIGS, D)
+    n1, n2, (dy, x, other, rstd), strides = layout.rows(dx, dy, x, dy if addend is None else addend, rstd)
     backward_kernel[(triton.cdiv(n_rows, config.rows),)](
-        dx, dy, x, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2], offset, **meta
-    )
+        dx, dy, x, other, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
+        *strides[3], offset, ADD=addend is not None, **config.meta(D),
+    )  # fmt: skip
 
 
 def backward_weight(
     outputs: tuple[Tensor, Tensor], dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float,
-    round_first: bool,
+    round_first: bool, addend: Tensor | None = None,
 ) -> None:  # fmt: skip
     dx, dweight = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
-    config, meta = config_for(D)
+    config = config_for(CONFIGS, D)
     n_programs = min(triton.cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
     partial = torch.empty(n_programs, D, dtype=torch.float32, device=dx.device)
-    n1, n2, (dy, x, rstd), strides = layout.rows(dx, dy, x, rstd)
+    n1, n2, (dy, x, other, rstd), strides = layout.rows(dx, dy, x, dy if addend is None else addend, rstd)
     backward_weight_kernel[(n_programs,)](
-        dx, partial, dy, x, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
-        offset, ROUND_FIRST=round_first, **meta,
+        dx, partial, dy, x, other, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1],
+        *strides[2], *strides[3], offset, ADD=addend is not None, ROUND_FIRST=round_first, **config.meta(D),
     )  # fmt: skip
     dweight.copy_(partial.sum(0))

@@ -1,5 +1,8 @@
 """The rules: which PyTorch expressions become which op.  The largest match wins, then the first."""
 
-from fastft.patterns import rms_norm
+import fastft.kernels  # noqa: F401  (registers the ops that the rules name)
+from fastft.patterns import add_rms_norm, glu, layer_norm, norm_rotary, rms_norm, rotary
 
-RULES = (*rms_norm.RULES,)
+LIFT = (*rms_norm.RULES, *layer_norm.RULES, *rotary.RULES, *glu.RULES)  # of a model's own code
+FUSE = (*add_rms_norm.FUSE, *norm_rotary.FUSE, *rotary.FUSE)  # of what was lifted
+RULES = (*LIFT, *FUSE)

@@ -51,13 +51,6 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Written out as an RMSNorm of what is left without the mean."""
-    h = x.float()
-    h = h - h.mean(-1, keepdim=True)
-    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
     """fastft::rms_norm"""
     return torch.ops.fastft.rms_norm(x, weight, eps, offset, round_first)[0]
@@ -68,14 +61,13 @@ def narrows(x: Tensor, **_: object) -> str | None:
     return "x is float64 and is rounded to float32 first" if x.dtype == torch.float64 else None
 
 
-rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, unless=narrows)
+rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, cast=("x", "weight"), unless=narrows)
 RULES = (
-    rule(layer_norm, None, because="the mean is subtracted first: this is a LayerNorm"),
     rule(llama, partial(rms_norm, offset=0.0, round_first=True)),
     rule(gemma, partial(rms_norm, offset=1.0, round_first=False)),
     rule(gpt_oss, partial(rms_norm, offset=0.0, round_first=False)),
     rule(gpt_oss_widened, partial(rms_norm, offset=0.0, round_first=False)),
-    rule(gemma4, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.pow),
+    rule(gemma4, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.pow, rare=False),
     Rule(
         torch_rms_norm,
         partial(rms_norm, offset=0.0, round_first=False),

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from fastft.rewriter import shapes
-from fastft.rewriter.graph import Snapshot
+from fastft.rewriter.graph import Snapshot, describe
 from fastft.rewriter.lower import compile_graph, lower
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.record import Recording
@@ -50,7 +50,7 @@ def fastft(
 def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tuple[Callable, GraphReport]:
     original = Snapshot(gm)
     try:
-        report = rewrite(gm)
+        report = rewrite(gm, across_layers=not options.outline)
         return lower(gm, example_inputs, options, report), report
     except Exception as error:
         if options.strict:
@@ -77,8 +77,3 @@ def log_report(report: GraphReport) -> None:
         log.info("compiled again: %s", report.reason)
     for miss in report.near_misses:
         log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, miss.reason)
-
-
-def describe(error: BaseException) -> str:
-    """An error's class and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

@@ -26,8 +26,8 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, statically_known_true
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
+from torch.utils._pytree import tree_leaves
 
 maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 DYNAMIC = pgo.auto_dynamic  # the size, as Dynamo remembers it, of what it saw change
@@ -52,17 +52,18 @@ __all__ = [
     "describe_input",
     "empty_like_fake",
     "fake_mode_of",
+    "fake_tensor",
     "in_forward_mode",
     "is_higher_order",
     "is_mutable",
     "is_operator",
     "is_plain",
-    "is_template_size",
     "is_transform",
     "kind_of_input",
     "maybe_mark_dynamic",
     "min_cut_rematerialization_partition",
     "module_path",
+    "propagate",
     "recompile_reason",
     "remembered_sizes",
     "same_addresses",
@@ -73,10 +74,8 @@ __all__ = [
     "statically_known_true",
     "stays_in_place",
     "storage_key",
-    "symbolic_tensors",
     "symbols_of",
     "tensors_in",
-    "tree_map_only",
     "value_of",
     "without_scope",
     "written_to",
@@ -97,6 +96,14 @@ def set_value(node: Node, value: Any) -> None:
     node.meta["example_value"] = value
 
 
+def propagate(node: Node) -> None:
+    """Record what a new call computes, from what its arguments are."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
+    with fake_mode_of(tensors_in((args, kwargs))), torch.no_grad():
+        function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        set_value(node, cast(Callable, function)(*args, **kwargs))
+
+
 def fake_mode_of(values: Any) -> AbstractContextManager:
     """The mode under which these fake tensors were made; a null context for meta or real tensors."""
     return _mode_in(values) or contextlib.nullcontext()
@@ -106,30 +113,13 @@ def _mode_in(values: Iterable[Any]) -> FakeTensorMode | None:
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
 
 
-_template_shapes = ShapeEnv()
-_template_mode = FakeTensorMode(shape_env=_template_shapes)
-_template_sizes: dict[str, torch.SymInt] = {}
+_template_mode = FakeTensorMode()
 
 
-def symbolic_tensors(shapes: Sequence[Sequence[str]], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
-    """Fake tensors of these dtypes whose dimensions have names and no sizes; one name is one size everywhere."""
+def fake_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A fake tensor that belongs to no graph."""
     with _template_mode:
-        return [
-            torch.empty(tuple(map(_template_size, names)), dtype=dtype)
-            for names, dtype in zip(shapes, dtypes, strict=True)
-        ]
-
-
-def _template_size(name: str) -> torch.SymInt:
-    if name not in _template_sizes:
-        _template_sizes[name] = _template_shapes.create_unbacked_symint()
-        torch._check(_template_sizes[name] >= 2)
-    return _template_sizes[name]
-
-
-def is_template_size(size: torch.SymInt) -> bool:
-    """Whether this size comes from ``symbolic_tensors``."""
-    return size.node.shape_env is _template_shapes
+        return torch.empty(tuple(shape), dtype=dtype)
 
 
 def written_to(tensor: torch.Tensor) -> bool:

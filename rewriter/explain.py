@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.rewriter.backend import describe
 from fastft.rewriter.breaks import record_breaks
 from fastft.rewriter.compat import compile_once, value_of
-from fastft.rewriter.graph import Snapshot
+from fastft.rewriter.graph import Snapshot, describe
 from fastft.rewriter.regions import outline
 from fastft.rewriter.report import GraphReport, Report
 from fastft.rewriter.rewrite import rewrite

@@ -117,3 +117,8 @@ def name_of(target: Any) -> str:
     if compat.is_operator(target):
         return str(target).removesuffix(".default")
     return getattr(target, "__name__", None) or str(target)
+
+
+def describe(error: BaseException) -> str:
+    """An error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

@@ -35,6 +35,12 @@ def proposals(nodes: Sequence[Node]) -> Iterator[list[Stretch]]:
     yield by_period(nodes)
 
 
+def layer_of(path: str) -> str:
+    """The numbered module that a module's path lies in: ``layers.7`` of ``layers.7.mlp``; "" if there is none."""
+    found = re.match(r"(?:^|.*?\.)\d+(?=\.|$)", path)
+    return found.group() if found else ""
+
+
 def by_module(paths: Sequence[str], depth: int) -> list[Stretch]:
     """One stretch for each numbered module: ``layers.7`` is one at depth 1, ``stages.0.layers.7`` at depth 2.
 

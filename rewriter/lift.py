@@ -6,49 +6,62 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import between
+from fastft.rewriter.layers import layer_of
 from fastft.rewriter.match import Match, Mismatch, find
 from fastft.rewriter.normalize import view
 from fastft.rewriter.pattern import templates
 from fastft.rewriter.report import GraphReport, Lifted, NearMiss
 from fastft.rewriter.rule import Rule
-from fastft.rewriter.verify import Verifier
+from fastft.rewriter.verify import Verifier, place
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})  # what a reference is traced at
 
 
 def lift(gm: GraphModule, rules: Sequence[Rule], report: GraphReport) -> None:
     """Apply ``rules`` to one graph; what matched and what nearly did goes into ``report``."""
-    _Lifting(gm.graph, rules, report).run()
+    report.lifted += _Lifting(gm, rules, report.near_misses).run()
+
+
+def fuse(gm: GraphModule, rules: Sequence[Rule], report: GraphReport, *, across_layers: bool) -> None:
+    """Apply ``rules``, which merge what was lifted.  What stays apart is nothing missed.
+
+    across_layers: or else all that is merged belongs to one layer.
+    """
+    report.fused += _Lifting(gm, rules, [], across_layers).run()
 
 
 class _Lifting:
     """Matches are found in a normalised view and carried out in the graph itself."""
 
-    def __init__(self, graph: Graph, rules: Sequence[Rule], report: GraphReport):
-        self.graph, self.rules, self.report = graph, rules, report
+    def __init__(self, gm: GraphModule, rules: Sequence[Rule], near_misses: list[NearMiss], across_layers: bool = True):
+        self.rules, self.near_misses, self.across_layers = rules, near_misses, across_layers
+        graph = self.graph = gm.graph
         self.view, self.originals = view(graph)
-        self.casts = set(graph.nodes) - set(self.originals.values())  # those that return their input, as the view saw
-        self.replaced: list[Node] = []
-        self.verifier = Verifier(self.view)
+        self.casts = set(graph.nodes) - set(self.originals.values())  # what returns its input, as the view saw
+        self.replaced: set[Node] = set()  # of the view
+        self.unused: list[Node] = []  # of the graph
+        self.lifted: list[Lifted] = []
+        self.verifier = Verifier(gm, self.view)
         values = [value_of(node) for node in graph.nodes]
         self.dtypes = frozenset(value.dtype for value in values if isinstance(value, Tensor)) & DTYPES
 
-    def run(self) -> None:
+    def run(self) -> list[Lifted]:
         for anchor in self.view.nodes:
             rules = [rule for rule in self.rules if anchor.target == rule.anchor]
-            if rules:
+            if rules and anchor not in self.replaced:
                 self._lift_at(anchor, rules)
         for cast in self.casts:
             cast.replace_all_uses_with(cast.args[0])
-        unused = self.casts | set(self.replaced)
+        unused = self.casts.union(self.unused)
         for node in reversed([node for node in self.graph.nodes if node in unused]):
             self.graph.erase_node(node)
+        return self.lifted
 
     def _lift_at(self, anchor: Node, rules: Sequence[Rule]) -> None:
         """Apply the rule that explains most of the graph around this anchor, or keep the nearest's reason.
@@ -59,39 +72,53 @@ class _Lifting:
         found = sorted((one for one in attempts if isinstance(one, Match)), key=lambda match: -len(match.calls))
         refusals = []
         for match in found:
-            refusal = self.verifier.reason(match)
+            refusal = self._refusal(match)
             if refusal is None:
-                self.report.lifted.append(Lifted(match.rule.name, *_place(match.root)))
+                self.lifted.append(Lifted(match.rule.name, *_place(match.roots[0])))
                 self._replace(match)
                 return
             refusals.append((match.rule, refusal))
             if match.rule.replacement is None:
                 break
-        missed = [one for one in attempts if isinstance(one, Mismatch) and one.reason]
+        missed = [one for one in attempts if isinstance(one, Mismatch) and one.reason and one.rule.rare]
         if not refusals and missed:
             nearest = max(missed, key=lambda mismatch: (mismatch.matched, mismatch.rule.replacement is not None))
             refusals.append((nearest.rule, nearest.reason))
         if refusals:
             rule, reason = refusals[0]
-            self.report.near_misses.append(NearMiss(rule.name, *_place(anchor), reason))
+            self.near_misses.append(NearMiss(rule.name, *_place(anchor), reason))
+
+    def _refusal(self, match: Match) -> str | None:
+        calls = match.calls.values()
+        if not self.replaced.isdisjoint(calls):
+            return "a part of it is part of another match"
+        if not self.across_layers and len({layer_of(compat.module_path(node)) for node in calls}) > 1:
+            return "it spans layers"
+        return self.verifier.reason(match)
 
     def _replace(self, found: Match) -> None:
-        """Put the replacement's calls where the root was, and take the matched nodes out."""
+        """Put the replacement's calls where all they need is known, and take the matched nodes out."""
         assert found.rule.replacement is not None
-        root, tracer = self.originals[found.root], GraphAppendingTracer(self.graph)
+        roots = [self.originals[root] for root in found.roots]
+        at, tracer = self.originals[place(found)], GraphAppendingTracer(self.graph)
         arguments = {
             name: Proxy(self.originals[bound], tracer) if isinstance(bound, Node) else bound
             for name, bound in found.arguments.items()
         }
-        previous = root.prev
-        with self.graph.inserting_before(root):
-            result = found.rule.replacement(**arguments).node
-        for node in between(previous, root):
-            node.meta = {key: value for key, value in root.meta.items() if key != "example_value"}
-        compat.set_value(result, value_of(root))
-        root.replace_all_uses_with(result)
-        self.replaced += [self.originals[node] for node in found.calls.values()]
-        self.originals[found.root] = result
+        previous = at.prev
+        with self.graph.inserting_before(at):
+            given = found.rule.replacement(**arguments)
+        results = [one.node for one in (given if isinstance(given, tuple) else (given,))]
+        latest = max(roots)
+        for node in between(previous, at):
+            node.meta = {key: value for key, value in latest.meta.items() if key != "example_value"}
+            compat.propagate(node)
+        self.replaced.update(found.calls.values())
+        self.unused += [self.originals[node] for node in found.calls.values()]
+        for view_root, root, result in zip(found.roots, roots, results, strict=True):
+            compat.set_value(result, value_of(root))
+            root.replace_all_uses_with(result)
+            self.originals[view_root] = result
 
 
 def _place(node: Node) -> tuple[str, str]:

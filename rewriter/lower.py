@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastft import kernels, patterns
 from fastft.rewriter import compat, cuda_graphs, progress, regions
 from fastft.rewriter.options import Options
-from fastft.rewriter.recompute import KeepInputs
+from fastft.rewriter.recompute import Partitioner
 from fastft.rewriter.regions import Piece
 from fastft.rewriter.report import GraphReport
 
@@ -63,16 +63,16 @@ def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options
         return functools.partial(checkpoint, part.forward, use_reentrant=False)
     with compat.apart(given.values()) as mode:
         inputs = regions.example_inputs(piece, given, mode)
-        return compile_graph(part, inputs, options, KeepInputs() if recompute else None)
+        return compile_graph(part, inputs, options, all_of_it=recompute)
 
 
 def compile_graph(
-    gm: GraphModule, example_inputs: list[Any], options: Options, partitioner: KeepInputs | None = None
+    gm: GraphModule, example_inputs: list[Any], options: Options, *, all_of_it: bool = False
 ) -> Callable:
-    """Compile one graph as it is."""
+    """Compile one graph as it is; all_of_it: its backward computes all of its forward again."""
     if options.lower == "eager":
         return gm.forward
-    return compat.compile_fx(gm, example_inputs, f"fastft-{_sources()}", partitioner)
+    return compat.compile_fx(gm, example_inputs, f"fastft-{_sources()}", Partitioner(all_of_it=all_of_it))
 
 
 @functools.cache

@@ -34,9 +34,9 @@ class Match:
         return self.pattern.rule
 
     @property
-    def root(self) -> Node:
-        """The node whose value the reference returns."""
-        return self.bindings[self.pattern.root]
+    def roots(self) -> list[Node]:
+        """The nodes whose values the reference returns."""
+        return [self.bindings[root] for root in self.pattern.roots]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def find(pattern: Pattern, anchor: Node) -> Match | Mismatch:
     """The match in which ``anchor`` is the pattern's anchor, or why there is none."""
     if anchor.target != pattern.anchor.target or not _literals_agree(pattern.anchor, anchor):
         return Mismatch(pattern.rule, 0)
-    unreached = f"the result of {name_of(anchor.target)} does not reach {name_of(pattern.root.target)}"
+    unreached = f"the result of {name_of(anchor.target)} does not reach {name_of(pattern.roots[0].target)}"
     best = Mismatch(pattern.rule, 0, unreached)
     for root in _roots(pattern, anchor):
         attempt = match(pattern, root)
@@ -75,9 +75,9 @@ def find(pattern: Pattern, anchor: Node) -> Match | Mismatch:
 
 
 def match(pattern: Pattern, root: Node) -> Match | Mismatch:
-    """Match the pattern top-down from ``root``."""
+    """Match the pattern top-down from ``root``, the first of its roots."""
     matcher = _Matcher(pattern)
-    bindings = next(matcher.unify(pattern.root, root, {}), None)
+    bindings = next(matcher.unify_roots([root]), None)
     if bindings is not None:
         return Match(pattern, bindings)
     return Mismatch(pattern.rule, matcher.matched, matcher.reason)
@@ -89,7 +89,7 @@ def _roots(pattern: Pattern, anchor: Node) -> Iterator[Node]:
     queue, seen = deque([(anchor, 0)]), {anchor}
     while queue:
         node, distance = queue.popleft()
-        if (node.op, node.target) == (pattern.root.op, pattern.root.target):
+        if (node.op, node.target) == (pattern.roots[0].op, pattern.roots[0].target):
             yield node
         for user in node.users if distance < reach else ():
             if user not in seen:
@@ -106,6 +106,8 @@ def _literals_agree(expected: Node, actual: Node) -> bool:
 def _same(expected: Any, actual: Any) -> bool:
     """Whether two literals are the same; a node that holds a size counts as that size."""
     actual = value_of(actual)
+    if isinstance(expected, slice) and isinstance(actual, slice):
+        return all(_same(getattr(expected, name), getattr(actual, name)) for name in ("start", "stop", "step"))
     if expected is ANY_SIZE:
         return isinstance(actual, (int, torch.SymInt)) and not isinstance(actual, bool)
     if isinstance(expected, dict) and isinstance(actual, dict):
@@ -124,6 +126,27 @@ class _Matcher:
         self.names = {node: name for name, node in pattern.parameters.items()}
         self.matched, self.reason = -1, ""
 
+    def unify_roots(self, actual: list[Node]) -> Iterator[Bindings]:
+        """Bindings of all roots; those after the given ones are looked for among the users of what is bound by then."""
+        pending: list[tuple[int, Bindings]] = [(0, {})]
+        while pending:
+            at, bound = pending.pop()
+            if at == len(self.pattern.roots):
+                yield bound
+                return
+            root = self.pattern.roots[at]
+            candidates = [actual[at]] if at < len(actual) else self._candidates(root, bound)
+            found = [extended for node in candidates for extended in self.unify(root, node, bound)]
+            pending += [(at + 1, extended) for extended in reversed(found)]
+
+    def _candidates(self, root: Node, bound: Bindings) -> list[Node]:
+        """What another root may be: itself if it is bound already, else a call that shares an argument."""
+        if root in bound:
+            return [bound[root]]
+        shared = [bound[argument] for argument in root.all_input_nodes if argument in bound]
+        taken = {bound[node] for node in self.pattern.calls if node in bound}
+        return [user for user in shared[0].users if user not in taken] if shared else []
+
     def unify(self, expected: Any, actual: Any, bound: Bindings) -> Iterator[Bindings]:
         """Every extension of ``bound`` under which ``expected`` is ``actual``."""
         reason = self._differs(expected, actual, bound)
@@ -141,7 +164,8 @@ class _Matcher:
         if expected.target in COMMUTATIVE and all(isinstance(argument, Node) for argument in actual.args):
             orders.append(actual.args[::-1])
         for order in orders:
-            pairs = sorted(zip(expected.args, order, strict=True), key=lambda pair: pair[0] in self.names)
+            pairs = list(zip(expected.args, order, strict=True))
+            pairs.sort(key=lambda pair: isinstance(pair[0], Node) and pair[0] in self.names)
             yield from self._unify_all(pairs, bound)  # parameters last: they fit nearly anything, and explain little
 
     def _unify_all(self, pairs: list[tuple[Any, Any]], bound: Bindings) -> Iterator[Bindings]:
@@ -171,6 +195,8 @@ class _Matcher:
     def _not_parameter(self, expected: Node, actual: Any) -> str:
         """Why ``actual`` cannot be bound to this parameter of the reference."""
         name, example, value = self.names[expected], value_of(expected), value_of(actual)
+        if isinstance(example, bool):
+            return "" if isinstance(actual, bool) else f"{name} is not a bool but {_show(actual)}"
         if not isinstance(example, Tensor):
             number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
             return "" if number else f"{name} is not a number but {_show(actual)}"
@@ -179,7 +205,8 @@ class _Matcher:
         spec = self.pattern.rule.shapes[name]
         if not rank_fits(spec, value.dim()):
             return f"{name} has {value.dim()} dimensions, not '{spec}': {_show(actual)}"
-        return "" if value.dtype == example.dtype else f"{name} is {value.dtype}, not {example.dtype}: {_show(actual)}"
+        of_dtype = name not in self.pattern.rule.cast or value.dtype == example.dtype
+        return "" if of_dtype else f"{name} is {value.dtype}, not {example.dtype}: {_show(actual)}"
 
     def _spell(self, node: Node) -> str:
         """The pattern's call, as far as it is known, in the reference's words."""

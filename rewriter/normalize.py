@@ -1,8 +1,8 @@
 """One spelling for each computation: every call of a graph in its canonical form.
 
 Methods, operators and functions become one call; arguments become positional with defaults dropped; dimensions count
-from the end; casts that change nothing are dropped.  Models and the patterns' references go through the same function,
-which is what makes them comparable.  What the table does not know stays as it is.
+from the end; casts and dropouts that change nothing are dropped.  Models and the patterns' references go through the
+same function, which is what makes them comparable.  What the table does not know stays as it is.
 
 A model is normalised in a copy that is only looked at: what is not lifted runs as the user wrote it.  The bits of a
 canonical form are those of the spelling it stands for, forward and backward, wherever nothing overflows.
@@ -35,7 +35,19 @@ SIGNATURES: dict[Callable, Signature] = {
     torch.square: _UNARY,
     torch.rsqrt: _UNARY,
     torch.sqrt: _UNARY,
+    torch.neg: _UNARY,
+    torch.sigmoid: _UNARY,
+    torch.tanh: _UNARY,
+    torch.relu: signature(lambda input, inplace=False: ...),
+    F.silu: signature(lambda input, inplace=False: ...),
+    F.gelu: signature(lambda input, *, approximate="none": ...),
+    F.dropout: signature(lambda input, p=0.5, training=True, inplace=False: ...),
+    torch.cat: signature(lambda tensors, dim=0: ...),
+    torch.stack: signature(lambda tensors, dim=0: ...),
+    torch.flatten: signature(lambda input, start_dim=0, end_dim=-1: ...),
+    torch.transpose: signature(lambda input, dim0, dim1: ...),
     torch.rms_norm: signature(lambda input, normalized_shape, weight=None, eps=None: ...),
+    F.layer_norm: signature(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: ...),
 }
 
 ALIASES: dict[Callable, Callable] = {
@@ -49,8 +61,18 @@ ALIASES: dict[Callable, Callable] = {
     torch.divide: torch.div,
     torch.true_divide: torch.div,
     F.rms_norm: torch.rms_norm,
+    F.relu: torch.relu,
+    F.sigmoid: torch.sigmoid,
+    F.tanh: torch.tanh,
+    torch.negative: torch.neg,
+    operator.neg: torch.neg,
+    torch.concat: torch.cat,
+    torch.concatenate: torch.cat,
+    torch.swapaxes: torch.transpose,
+    torch.swapdims: torch.transpose,
 }
-_METHODS = {function.__name__: function for function in [*SIGNATURES, torch.multiply, torch.divide, torch.true_divide]}
+_RENAMED_METHODS = [function for function in ALIASES if getattr(torch, function.__name__, None) is function]
+_METHODS = {function.__name__: function for function in [*SIGNATURES, *_RENAMED_METHODS]}
 _RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # numpy's words, which torch accepts too
 
 COMMUTATIVE = frozenset({torch.add, torch.mul})
@@ -69,7 +91,7 @@ def view(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
 
 
 def normalize(graph: Graph) -> None:
-    """Bring every call of ``graph`` into its canonical form, in place."""
+    """Bring every call of ``graph`` into its canonical form, in place.  It can be compared then, and no longer run."""
     for node in list(graph.nodes):
         if isinstance(value_of(node), Tensor):
             _normalize_node(node)
@@ -78,6 +100,8 @@ def normalize(graph: Graph) -> None:
 def _normalize_node(node: Node) -> None:
     if (dtype := _cast_dtype(node)) is not None:
         _normalize_cast(node, dtype)
+    elif node.target is operator.getitem:
+        _normalize_index(node)
     elif (function := _canonical_function(node)) is not None:
         _normalize_call(node, function)
 
@@ -94,18 +118,19 @@ def _normalize_call(node: Node, function: Callable) -> None:
     number_first = len(node.args) == 2 and not isinstance(value_of(node.args[0]), Tensor)
     if function in COMMUTATIVE and number_first and not node.kwargs:
         node.args = node.args[::-1]  # a number comes second
-    if node.args and not isinstance(value_of(node.args[0]), Tensor):
+    if node.args and not isinstance(value_of(node.args[0]), (Tensor, tuple, list)):
         return  # 1 - x, 1 / x: the functions take no number first
     bound = _bind(SIGNATURES[function], node)
     if bound is None:
         return
     args, kwargs = bound
+    if function is F.dropout and node.args and _drops_nothing(args):
+        _erase(node)
+        return
     if _is_square(function, args):
         function, args = torch.pow, (args[0], 2)
-    elif function is torch.mean and len(args) > 1:
-        args = (args[0], _from_end(args[1], value_of(args[0]).dim()), *args[2:])
-    elif function is torch.rms_norm:
-        args = _with_eps(args)
+    elif function in _FORMS:
+        args = _FORMS[function](args, node)
     node.op, node.target, node.args, node.kwargs = "call_function", function, args, kwargs
 
 
@@ -117,12 +142,94 @@ def _is_square(function: Callable, args: tuple) -> bool:
     return by_itself or function is torch.square or (function is torch.pow and args[1] == 2)
 
 
-def _with_eps(args: tuple) -> tuple:
-    """rms_norm's default eps, spelt out: the machine epsilon of the dtype that it computes in."""
-    if len(args) == 4:
-        return args
+def _drops_nothing(args: tuple) -> bool:
+    """A dropout that returns its own input."""
+    _, p, training, inplace = (*args, *(0.5, True, False)[len(args) - 1 :])
+    return (p == 0 or training is False) and not inplace
+
+
+def _rms_norm_form(args: tuple, node: Node) -> tuple:
+    """The default eps spelt out: the machine epsilon of the dtype that it computes in."""
     computed_in = torch.promote_types(value_of(args[0]).dtype, torch.float32)
-    return (*args, *(None,) * (3 - len(args)), torch.finfo(computed_in).eps)
+    return args if len(args) == 4 else (*args, *(None,) * (3 - len(args)), torch.finfo(computed_in).eps)
+
+
+def _layer_norm_form(args: tuple, node: Node) -> tuple:
+    """All five spelt out."""
+    return (*args, *(None, None, 1e-5)[len(args) - 2 :])
+
+
+def _mean_form(args: tuple, node: Node) -> tuple:
+    return (args[0], _from_end(args[1], value_of(args[0]).dim()), *args[2:]) if len(args) > 1 else args
+
+
+def _join_form(args: tuple, node: Node) -> tuple:
+    """cat and stack: the tensors one by one, then the dimension of the result."""
+    tensors, dim = (*args, 0)[:2]
+    return (*tensors, _from_end(dim, value_of(node).dim()))
+
+
+def _flatten_form(args: tuple, node: Node) -> tuple:
+    tensor, *dims = (*args, *(0, -1)[len(args) - 1 :])
+    return (tensor, *(_from_end(dim, value_of(tensor).dim()) for dim in dims))
+
+
+def _transpose_form(args: tuple, node: Node) -> tuple:
+    return (args[0], *sorted(_from_end(dim, value_of(args[0]).dim()) for dim in args[1:]))
+
+
+_FORMS: dict[Callable, Callable[[tuple, Node], tuple]] = {
+    torch.mean: _mean_form,
+    torch.rms_norm: _rms_norm_form,
+    F.layer_norm: _layer_norm_form,
+    torch.cat: _join_form,
+    torch.stack: _join_form,
+    torch.flatten: _flatten_form,
+    torch.transpose: _transpose_form,
+}
+
+
+def _normalize_index(node: Node) -> None:
+    """x[..., a:b], whatever the spelling, where all is taken of every axis but the last; equal parts by name too."""
+    source, index = node.args
+    if isinstance(source, Node) and isinstance(index, int):
+        part = _part(source, index)
+        if part is not None:
+            node.args = (source.args[0], (Ellipsis, part))
+        return
+    index = index if isinstance(index, tuple) else (index,)
+    rank = value_of(source).dim() if isinstance(value_of(source), Tensor) else None
+    reaches_last = len(index) == rank or (Ellipsis in index[:1] and len(index) > 1)
+    *others, last = index
+    if rank is None or not reaches_last or not isinstance(last, slice):
+        return
+    if all(one is Ellipsis or one == slice(None) for one in others):
+        step = None if last.step == 1 else last.step
+        node.args = (source, (Ellipsis, slice(None if _is_zero(last.start) else last.start, last.stop, step)))
+
+
+def _part(source: Node, index: int) -> slice | None:
+    """What part of the last axis this is, of a tensor in equal parts along it."""
+    name = source.target if source.op == "call_method" else getattr(source.target, "__name__", "")
+    form = {"chunk": _CHUNK, "split": _SPLIT}.get(str(name))
+    whole = value_of(source.args[0]) if source.args else None
+    bound = _bind(form, source) if form is not None and isinstance(whole, Tensor) else None
+    if bound is None or len(bound[0]) < 3 or _from_end(bound[0][2], whole.dim()) != -1:
+        return None
+    size, count = whole.shape[-1], bound[0][1]
+    if not isinstance(count, int) or not isinstance(size, int) or index < 0:
+        return None
+    length = -(-size // count) if form is _CHUNK else count
+    start, stop = index * length, (index + 1) * length
+    return slice(start or None, None if stop >= size else stop, None)
+
+
+_CHUNK = signature(lambda input, chunks, dim=0: ...)
+_SPLIT = signature(lambda input, split_size_or_sections, dim=0: ...)
+
+
+def _is_zero(value: Any) -> bool:
+    return type(value) is int and value == 0
 
 
 def _bind(form: Signature, node: Node) -> tuple[tuple, dict[str, Any]] | None:
@@ -176,7 +283,14 @@ def _normalize_cast(node: Node, dtype: torch.dtype) -> None:
     source = node.args[0]
     assert isinstance(source, Node)
     if value_of(source).dtype == dtype:  # .to() then returns its own input
-        node.replace_all_uses_with(source)
-        node.graph.erase_node(node)
+        _erase(node)
     else:
         node.op, node.target, node.args, node.kwargs = "call_method", "to", (source, dtype), {}
+
+
+def _erase(node: Node) -> None:
+    """Take out a call that returns its first argument."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)

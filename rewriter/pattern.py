@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 
 from fastft.rewriter import compat
@@ -19,15 +18,19 @@ from fastft.rewriter.normalize import normalize
 from fastft.rewriter.rule import Rule, dims
 
 ANY_SIZE = object()  # in a template: a number that depends on the shapes, known only once they are
+_SIZES = ((64, 2), (96, 3))  # two choices of the first named size, halved for each further one, and of leading ones
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """A normalised trace of ``rule.reference`` at given dtypes and shapes."""
+    """A normalised trace of ``rule.reference`` at given dtypes and shapes.
+
+    roots: the nodes that it returns; the first is above the anchor.
+    """
 
     rule: Rule
     graph: Graph
-    root: Node
+    roots: tuple[Node, ...]
     anchor: Node
     parameters: Mapping[str, Node]
 
@@ -38,42 +41,75 @@ class Pattern:
 
     @functools.cached_property
     def height(self) -> int:
-        """How many calls lie above the anchor on the longest way to the root."""
+        """How many calls lie above the anchor on the longest way to the first root."""
         heights = {self.anchor: 0}
         for node in self.graph.nodes:
             below = [heights[argument] for argument in node.all_input_nodes if argument in heights]
             if below:
                 heights[node] = max(below) + 1
-        return heights[self.root]
+        return heights[self.roots[0]]
 
 
 def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
     """Trace ``rule.reference`` at these values: fake tensors and numbers."""
     graph = capture(rule.reference, *(values[name] for name in inspect.signature(rule.reference).parameters)).graph
     normalize(graph)
-    for node in graph.nodes:
-        node.args, node.kwargs = compat.tree_map_only(torch.SymInt, _or_any_size, (node.args, dict(node.kwargs)))
-    root = graph.output_node().args[0]
-    assert isinstance(root, Node), f"{rule.name}: a reference returns one tensor"
+    graph.eliminate_dead_code()  # chunks whose parts became slices
+    returned = graph.output_node().args[0]
+    roots = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+    assert all(isinstance(root, Node) for root in roots), f"{rule.name}: a reference returns tensors"
     anchors = list(graph.find_nodes(op="call_function", target=rule.anchor))
     assert anchors, f"{rule.name}: the anchor does not occur in the reference"
     parameters = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-    return Pattern(rule, graph, root, anchors[-1], parameters)
+    return Pattern(rule, graph, roots, anchors[0], parameters)
 
 
 @functools.cache
 def template(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> Pattern:
-    """The pattern that finds candidates: symbolic sizes, one dtype for each tensor parameter of ``rule.shapes``."""
-    names = [dims(spec) for spec in rule.shapes.values()]
-    tensors = compat.symbolic_tensors([("leading",) * leading + tuple(named) for leading, named in names], dtypes)
-    scalars = [name for name in inspect.signature(rule.reference).parameters if name not in rule.shapes]
-    return trace(rule, dict(zip(rule.shapes, tensors, strict=True)) | dict.fromkeys(scalars, 0.5))
+    """The pattern that finds candidates: open sizes, one dtype for each tensor that the reference casts.
+
+    Traced at two choices of sizes: a number that is not the same in both depends on them.
+    """
+    first, second = (trace(rule, _values(rule, dtypes, *sizes)) for sizes in _SIZES)
+    for node, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
+        node.args, node.kwargs = _opened(node.args, other.args), _opened(dict(node.kwargs), dict(other.kwargs))
+    return first
 
 
-def templates(rule: Rule, present: frozenset[torch.dtype]) -> list[Pattern]:
+def _opened(first: Any, second: Any) -> Any:
+    """The first, with ANY_SIZE where the second differs."""
+    if isinstance(first, slice):
+        return slice(*(_opened(getattr(first, name), getattr(second, name)) for name in ("start", "stop", "step")))
+    if isinstance(first, dict):
+        return {key: _opened(value, second[key]) for key, value in first.items()}
+    if isinstance(first, (tuple, list)):
+        return type(first)(map(_opened, first, second))
+    return ANY_SIZE if type(first) is int and first != second else first
+
+
+def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: int) -> dict[str, Any]:
+    """Fake tensors of the rule's shapes and a number for each other parameter."""
+    sizes: dict[str, int] = {}
+    for spec in rule.shapes.values():
+        for name in dims(spec)[1]:
+            sizes.setdefault(name, largest >> len(sizes))
+    of_dtype = dict(zip(rule.cast, dtypes, strict=True))
+    values: dict[str, Any] = {}
+    for parameter, given in inspect.signature(rule.reference).parameters.items():
+        if parameter in rule.shapes:
+            spec = rule.shapes[parameter]
+            some, names = dims(spec)
+            shape = (1 if spec.startswith("*") else leading,) * some + tuple(sizes[name] for name in names)
+            values[parameter] = compat.fake_tensor(shape, of_dtype.get(parameter, torch.float32))
+        else:
+            values[parameter] = False if given.annotation in (bool, "bool") else 0.5
+    return values
+
+
+def templates(rule: Rule, present: frozenset[torch.dtype]) -> Iterator[Pattern]:
     """One template for each assignment of the dtypes that occur in a graph."""
-    ordered = sorted(present, key=str)
-    return [template(rule, dtypes) for dtypes in itertools.product(ordered, repeat=len(rule.shapes))]
+    for dtypes in itertools.product(sorted(present, key=str), repeat=len(rule.cast)):
+        yield template(rule, dtypes)
 
 
 def capture(function: Callable, *values: Any) -> GraphModule:
@@ -97,7 +133,7 @@ class _Propagate(Interpreter):
 def _fold(graph: Graph) -> None:
     """Write dtypes, sizes and other values that are not tensors into the calls that use them, as Dynamo does."""
     for node in list(graph.nodes):
-        if node.op not in ("placeholder", "output") and not isinstance(value_of(node), Tensor):
+        if node.op not in ("placeholder", "output") and not compat.tensors_in(value_of(node)):
             for user in list(node.users):
                 user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), functools.partial(_write, node))
             graph.erase_node(node)
@@ -105,7 +141,3 @@ def _fold(graph: Graph) -> None:
 
 def _write(folded: Node, argument: Node) -> Any:
     return value_of(folded) if argument is folded else argument
-
-
-def _or_any_size(size: torch.SymInt) -> Any:
-    return ANY_SIZE if compat.is_template_size(size) else size

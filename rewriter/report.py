@@ -56,9 +56,9 @@ class Region:
 class GraphReport:
     """One graph that Dynamo captured.
 
-    nodes_before, nodes_after: its size with its nested bodies.  left: how often each function that was not lifted
-    occurs.  regions: the parts that it is compiled in; if there are none, whole says why.  failure: what went wrong in
-    fastft, in which case the graph runs as the user wrote it.
+    nodes_before, nodes_after: its size with its nested bodies.  fused: what was made of several things lifted.  left:
+    how often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none,
+    whole says why.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
 
     Known of graphs that were compiled: place, the code that it was captured from.  reason: why Dynamo compiled that
     code again ("" for a first time, "unknown" where Dynamo does not tell).  seconds: what the backend took.  dynamic:
@@ -68,6 +68,7 @@ class GraphReport:
     nodes_before: int = 0
     nodes_after: int = 0
     lifted: list[Lifted] = field(default_factory=list)
+    fused: list[Lifted] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
     regions: list[Region] = field(default_factory=list)
@@ -98,6 +99,11 @@ class Report:
         return [lifted for graph in self.graphs for lifted in graph.lifted]
 
     @property
+    def fused(self) -> list[Lifted]:
+        """What was made of several lifted things, over all graphs."""
+        return [fused for graph in self.graphs for fused in graph.fused]
+
+    @property
     def near_misses(self) -> list[NearMiss]:
         """Everything that nearly did, over all graphs."""
         return [miss for graph in self.graphs for miss in graph.near_misses]
@@ -118,6 +124,7 @@ class Report:
             _table("Regions, each compiled once", *_regions(self.graphs)),
             _table("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in self.graphs)),
             _table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)),
+            _table("Of these, fused", ("rule", "times", "modules"), _by_rule(self.fused)),
             _table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)),
             _table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), _failures(self.graphs)),
         ]

@@ -9,24 +9,31 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.fx import GraphModule
 
-import fastft.kernels  # noqa: F401  (registers the ops)
 from fastft import patterns
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import bodies, name_of
-from fastft.rewriter.lift import lift
+from fastft.rewriter.lift import fuse, lift
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rule import Rule
 
 log = logging.getLogger("fastft")
 
 
-def rewrite(gm: GraphModule, rules: Sequence[Rule] | None = None) -> GraphReport:
-    """Rewrite ``gm`` and its bodies in place.  Raises what a pass raises."""
+def rewrite(
+    gm: GraphModule, rules: Sequence[Rule] = patterns.LIFT, merging: Sequence[Rule] = patterns.FUSE,
+    *, across_layers: bool = False,
+) -> GraphReport:  # fmt: skip
+    """Rewrite ``gm`` and its bodies in place.  Raises what a pass raises.
+
+    rules: what is lifted; merging: what is made of it.  across_layers: whether a layer's last addition may be merged
+    with the next one's norm.  Two tensors instead of one go from layer to layer then, and the first and the last layer
+    are of kinds of their own.
+    """
     report = GraphReport()
-    chosen = patterns.RULES if rules is None else rules
     report.nodes_before = _size(gm)
     for body in bodies(gm):
-        lift(body, chosen, report)
+        lift(body, rules, report)
+        fuse(body, merging, report, across_layers=across_layers)
         body.graph.lint()
         body.recompile()
         report.left.update(_computed(body))

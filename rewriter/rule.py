@@ -10,13 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """Where ``reference`` occurs in a graph, ``replacement`` is called instead.
+    """Where ``reference`` occurs in a graph, ``replacement`` is called instead.  Either may return several tensors.
 
     reference: a straight-line PyTorch function.  It is the pattern, the specification and the tests' oracle at once.
-        Parameters annotated ``Tensor`` match any tensor, those annotated ``float`` or ``int`` a literal number.
+        Parameters annotated ``Tensor`` match any tensor, those annotated ``float``, ``int`` or ``bool`` a literal.
     replacement: a function of the same parameters, made of ``torch.ops.fastft`` calls; None declines what matches.
     anchor: the rarest function of the reference; each of its calls in a graph is either matched or reported.
-    shapes: a tensor parameter's dimensions, by name; "..." stands for any number of leading ones.
+    shapes: a tensor parameter's dimensions, by name; "..." stands for any number of leading ones, and "*" for any that
+        broadcast with those of other tensors.
+    cast: the tensor parameters whose dtype decides which calls the reference makes: it casts them.
+    rare: whether a call of the anchor that is not part of a match is worth telling.
     unless: called with the bound values, says why the rule does not apply, or None.
     because: for a rule without replacement, the reason it gives.
     """
@@ -25,6 +28,8 @@ class Rule:
     replacement: Callable | None
     anchor: Callable
     shapes: Mapping[str, str]
+    cast: tuple[str, ...] = ()
+    rare: bool = True
     unless: Callable[..., str | None] = lambda **_: None
     because: str = ""
 
@@ -47,7 +52,7 @@ def table(rules: Iterable[Rule]) -> str:
 def dims(spec: str) -> tuple[bool, list[str]]:
     """``"... S D"`` as (leading dimensions allowed, names of the others)."""
     names = spec.split()
-    leading = bool(names) and names[0] == "..."
+    leading = bool(names) and names[0] in ("...", "*")
     return leading, names[1:] if leading else names
 
 

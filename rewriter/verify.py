@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fastft.rewriter import compat, match, pattern
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import between, may_alias, name_of, switches_mode, written
+from fastft.rewriter.graph import between, describe, may_alias, name_of, only_reads, switches_mode, written
 from fastft.rewriter.match import Match
 from fastft.rewriter.rule import Rule, shape_reason
 
@@ -18,7 +18,8 @@ from fastft.rewriter.rule import Rule, shape_reason
 class Verifier:
     """Runs the checks; remembers the verdicts that depend on shapes, dtypes and numbers alone."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, gm: GraphModule, graph: Graph) -> None:
+        self._gm = gm  # holds the bodies that nodes of graph, which is a view of its own, run
         self._verdicts: dict[Any, str | None] = {}
         transforms = [node for node in graph.nodes if compat.is_transform(node.target)]
         self._transformed = bool(transforms) or compat.in_forward_mode()
@@ -31,14 +32,20 @@ class Verifier:
         if self._transformed:
             return "the graph holds a torch.func transform or forward-mode differentiation"
         try:
-            return used_outside(found) or disturbed(found) or self._by_value(rule, values, found)
+            return (
+                used_outside(found)
+                or disturbed(found, self._gm)
+                or unplaced(found)
+                or self._by_value(rule, values, found)
+            )
         except Exception as error:  # one odd value must not cost the whole graph
-            return f"it could not be checked: {type(error).__name__}: {error}"
+            return f"it could not be checked: {describe(error)}"
 
     def _by_value(self, rule: Rule, values: dict[str, Any], found: Match) -> str | None:
-        key = (rule, *map(_key, values.values()), _key(value_of(found.root)))
+        results = [value_of(root) for root in found.roots]
+        key = (rule, *map(_key, values.values()), *map(_key, results))
         if None in key or key not in self._verdicts:
-            self._verdicts[key] = unfit(rule, values) or retraced(found, values) or replaced(rule, values, found.root)
+            self._verdicts[key] = unfit(rule, values) or retraced(found, values) or replaced(rule, values, results)
         return self._verdicts[key]
 
 
@@ -52,11 +59,11 @@ def unfit(rule: Rule, values: dict[str, Any]) -> str | None:
 def retraced(found: Match, values: dict[str, Any]) -> str | None:
     """The reference, traced again at the matched shapes and numbers, is the subgraph, node by node."""
     again = pattern.trace(found.rule, values)
-    second = match.match(again, found.root)
+    second = match.match(again, found.roots[0])
     if isinstance(second, match.Mismatch):
         return f"traced at these shapes the reference differs: {second.reason}"
-    for node, actual in second.calls.items():
-        want, got = value_of(node), value_of(actual)
+    pairs = [pair for node, actual in second.calls.items() for pair in _tensors(node, actual)]
+    for want, got, actual in pairs:
         if want.dtype != got.dtype or want.device != got.device or not _same_sizes(want.shape, got.shape):
             return f"{name_of(actual.target)} gives {_describe(got)} where the reference gives {_describe(want)}"
     return None
@@ -64,17 +71,17 @@ def retraced(found: Match, values: dict[str, Any]) -> str | None:
 
 def used_outside(found: Match) -> str | None:
     """No inner value is used outside the match, or it would have to be computed all the same."""
-    inner = set(found.calls.values()) - {found.root}
-    for node in inner:
+    calls = set(found.calls.values())
+    for node in calls.difference(found.roots):
         for user in node.users:
-            if user not in inner and user is not found.root:
+            if user not in calls:
                 line = compat.source_line(user)
                 by = "the graph's output" if user.op == "output" else name_of(user.target)
                 return f"{name_of(node.target)} is also used by {by}" + (f" ({line})" if line else "")
     return None
 
 
-def disturbed(found: Match) -> str | None:
+def disturbed(found: Match, gm: GraphModule) -> str | None:
     """Nothing in the graph writes to a value of the match, and no mode is switched between its first call and its root.
 
     Writes before the match would do no harm, nor would all of those after it; but where a write is cannot be told of
@@ -82,37 +89,67 @@ def disturbed(found: Match) -> str | None:
     """
     values = [node for node in found.bindings.values() if isinstance(node, Node)]
     for node in values:
-        if compat.written_to(value_of(node)):
+        if any(map(compat.written_to, compat.tensors_in(value_of(node)))):
             return f"{node.name} is written to in place"
-    for node in between(min(found.calls.values()), found.root):
+    for node in between(min(found.calls.values()), max(found.roots)):
         if switches_mode(node):
             return f"{name_of(node.target)} is called halfway"
-        if any(may_alias(target, value) for target in written(node) for value in values):
+        if not only_reads(gm, node) and any(may_alias(target, value) for target in written(node) for value in values):
             return f"{name_of(node.target)} writes to a value of the match"
     return None
 
 
-def replaced(rule: Rule, values: dict[str, Any], root: Node) -> str | None:
-    """The replacement gives what the root gave, and a gradient to every input that needs one."""
+def place(found: Match) -> Node:
+    """The node before which the replacement is put: the last root, or an earlier one's first use."""
+    calls = set(found.calls.values())
+    users = [user for root in found.roots for user in root.users if user not in calls]
+    return min([max(found.roots), *users])
+
+
+def unplaced(found: Match) -> str | None:
+    """All that the replacement is given is known where it is put."""
+    given = [value for value in found.arguments.values() if isinstance(value, Node)]
+    return None if max(given) < place(found) else "a result is used before all that the replacement needs is known"
+
+
+def replaced(rule: Rule, values: dict[str, Any], expected: list[Tensor]) -> str | None:
+    """The replacement gives what the roots gave, and a gradient to every input that needs one."""
     assert rule.replacement is not None
-    expected = value_of(root)
     with compat.fake_mode_of(values.values()), torch.enable_grad():
         inputs = {name: _detached(value) for name, value in values.items()}
-        result = rule.replacement(**inputs)
-        if not isinstance(result, Tensor) or result.dtype != expected.dtype or result.device != expected.device:
-            return f"the replacement gives {_describe(result)}, not {_describe(expected)}"
-        if not _same_sizes(result.shape, expected.shape) or not _same_sizes(result.stride(), expected.stride()):
-            return f"the replacement is laid out as {_describe(result)}, not {_describe(expected)}"
+        given = rule.replacement(**inputs)
+        results = list(given) if isinstance(given, tuple) else [given]
+        for result, one in zip(results, expected, strict=True):
+            if not isinstance(result, Tensor) or result.dtype != one.dtype or result.device != one.device:
+                return f"the replacement gives {_describe(result)}, not {_describe(one)}"
+            if not _same_sizes(result.shape, one.shape) or not _same_strides(result, one):
+                return f"the replacement is laid out as {_describe(result)}, not {_describe(one)}"
         wanted = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
-        return _without_gradient(result, wanted) if expected.requires_grad else None
+        return _without_gradient(results, wanted) if any(one.requires_grad for one in expected) else None
 
 
-def _without_gradient(result: Tensor, inputs: dict[str, Tensor]) -> str | None:
-    gradients = torch.autograd.grad(result, list(inputs.values()), torch.ones_like(result), allow_unused=True)
+def _without_gradient(results: list[Tensor], inputs: dict[str, Tensor]) -> str | None:
+    ones = [torch.ones_like(result) for result in results]
+    gradients = torch.autograd.grad(results, list(inputs.values()), ones, allow_unused=True)
     for (name, value), gradient in zip(inputs.items(), gradients, strict=True):
         if gradient is None or gradient.dtype != value.dtype or not _same_sizes(gradient.shape, value.shape):
             return f"the replacement gives {name} no gradient of its own shape and dtype"
     return None
+
+
+def _same_strides(left: Tensor, right: Tensor) -> bool:
+    """But for axes of one element, which have none."""
+    pairs = zip(left.shape, left.stride(), right.stride(), strict=True)
+    return all(
+        compat.statically_known_true(size == 1) or compat.statically_known_true(one == other)
+        for size, one, other in pairs
+    )
+
+
+def _tensors(expected: Node, actual: Node) -> list[tuple[Tensor, Tensor, Node]]:
+    """The tensors of two calls that should be the same, side by side, and the second call."""
+    want, got = compat.tensors_in(value_of(expected)), compat.tensors_in(value_of(actual))
+    return [(one, other, actual) for one, other in zip(want, got, strict=True)]
 
 
 def _detached(value: Any) -> Any:

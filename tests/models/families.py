@@ -3,7 +3,8 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import bitsandbytes
 import torch
@@ -27,25 +28,110 @@ _SIZES = {
 }
 
 
+Counts = dict[str, tuple[int, int]]  # a for every layer, and b: a * L + b in L layers
+
+
 @dataclass(frozen=True)
 class Family:
-    """A configuration class of transformers, the rule its norms match, and how many norms L layers have."""
+    """A configuration class of transformers, and what rules apply how often; missed: reasons for what is left."""
 
     name: str
     config: str
-    rule: str
-    norms: Callable[[int], int]
+    lifted: Counts
+    fused: Counts
+    missed: Counts = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> int:
+        """How many RMSNorms and LayerNorms a model of LAYERS layers has."""
+        return sum(times for rule, times in expected(self.lifted, LAYERS).items() if "norm" in rule)
+
+
+def expected(counts: Counts, layers: int) -> dict[str, int]:
+    """How often each rule applies to so many layers."""
+    return {rule: each * layers + once for rule, (each, once) in counts.items()}
+
+
+ROPE = {"rotary.half": (2, 0)}  # queries and keys
+INTERLEAVED = {"rotary.interleaved": (2, 0)}
+PART = {"rotary.half_of_a_part": (2, 0)}
+PAIR = {"rotary.queries_and_keys": (1, 0)}
+SWIGLU, GEGLU = {"glu.silu": (1, 0)}, {"glu.gelu_tanh": (1, 0)}
+LLAMA_FUSED = {**PAIR, "add_rms_norm.before_a_block": (1, 0)}  # the other norm of a layer is the next one's first
+LAYER_NORMS = {"layer_norm.torch_layer_norm": (2, 1)}
+NOTHING_GATED = "it multiplies nothing; Inductor fuses it with its neighbours"
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def llama(norms: int = 2, rotary: Counts = ROPE) -> Counts:
+    """RMSNorms a layer and one at the end, rotary embedding, SwiGLU."""
+    return {"rms_norm.llama": (norms, 1), **rotary, **SWIGLU}
 
 
 FAMILIES = (
-    Family("llama", "LlamaConfig", "rms_norm.llama", lambda layers: 2 * layers + 1),
-    Family("mistral", "MistralConfig", "rms_norm.llama", lambda layers: 2 * layers + 1),
-    Family("qwen2", "Qwen2Config", "rms_norm.llama", lambda layers: 2 * layers + 1),
-    Family("qwen3", "Qwen3Config", "rms_norm.llama", lambda layers: 4 * layers + 1),  # q_norm and k_norm
-    Family("gemma2", "Gemma2Config", "rms_norm.gemma", lambda layers: 4 * layers + 1),  # before and after each block
-    Family("gemma3", "Gemma3TextConfig", "rms_norm.gemma", lambda layers: 6 * layers + 1),  # both
-    Family("phi3", "Phi3Config", "rms_norm.llama", lambda layers: 2 * layers + 1),
-)
+    Family("llama", "LlamaConfig", llama(), LLAMA_FUSED),
+    Family("mistral", "MistralConfig", llama(), LLAMA_FUSED),
+    Family("qwen2", "Qwen2Config", llama(), LLAMA_FUSED),
+    Family(  # q_norm and k_norm
+        "qwen3", "Qwen3Config", llama(4),
+        {"norm_rotary.normed_then_transposed": (1, 0), "add_rms_norm.before_a_block": (1, 0)},
+    ),
+    Family(  # norms before and after each block
+        "gemma2", "Gemma2Config", {"rms_norm.gemma": (4, 1), **ROPE, **GEGLU},
+        {**PAIR, "add_rms_norm.around_an_addition": (1, 0), "add_rms_norm.after_a_block": (1, 0)},
+    ),
+    Family(  # both
+        "gemma3", "Gemma3TextConfig", {"rms_norm.gemma": (6, 1), **ROPE, **GEGLU},
+        {"norm_rotary.normed": (1, 0), "add_rms_norm.around_an_addition": (1, 0), "add_rms_norm.after_a_block": (1, 0)},
+    ),
+    Family(
+        "phi3", "Phi3Config", {"rms_norm.llama": (2, 1), **PART, "glu.silu_packed": (1, 0)}, LLAMA_FUSED
+    ),
+)  # fmt: skip
+OTHERS = (
+    Family("gemma", "GemmaConfig", {"rms_norm.gemma": (2, 1), **ROPE, **GEGLU}, LLAMA_FUSED),
+    Family("granite", "GraniteConfig", llama(), LLAMA_FUSED, sizes={"residual_multiplier": 0.22}),
+    Family("smollm3", "SmolLM3Config", llama(), LLAMA_FUSED),
+    Family("olmo2", "Olmo2Config", llama(4), {**PAIR, "add_rms_norm.after_a_block": (2, 0)}),
+    Family(
+        "exaone4", "Exaone4Config", llama(4), {"norm_rotary.normed": (1, 0), "add_rms_norm.after_a_block": (2, 0)},
+        sizes={"sliding_window": 4096},
+    ),
+    Family("ernie4_5", "Ernie4_5Config", llama(2, INTERLEAVED), LLAMA_FUSED),
+    Family("helium", "HeliumConfig", llama(2, INTERLEAVED), LLAMA_FUSED),
+    Family(
+        "glm4", "Glm4Config",
+        {"rms_norm.llama": (4, 1), "rotary.interleaved_part": (2, 0), "glu.silu_packed": (1, 0)},
+        {**PAIR, "add_rms_norm.around_an_addition": (1, 0), "add_rms_norm.after_a_block": (1, 0)},
+    ),
+    Family(
+        "gpt_oss", "GptOssConfig", {"rms_norm.llama": (2, 1), "rotary.half_by_parts": (2, 0)}, LLAMA_FUSED,
+        sizes={"num_local_experts": 4, "experts_implementation": "eager"},
+    ),
+    Family("olmo", "OlmoConfig", {"layer_norm.without_weight": (2, 1), **ROPE, **SWIGLU}, PAIR),
+    Family("stablelm", "StableLmConfig", {**LAYER_NORMS, **PART, **SWIGLU}, PAIR),
+    Family(
+        "starcoder2", "Starcoder2Config", {**LAYER_NORMS, **ROPE}, PAIR,
+        {f"glu.plain_gelu_tanh: {NOTHING_GATED}": (1, 0)}
+    ),
+    Family("nemotron", "NemotronConfig", {**LAYER_NORMS, **PART}, PAIR, {f"glu.plain_relu: {NOTHING_GATED}": (1, 0)}),
+    Family(  # attention and MLP beside each other, of one norm
+        "cohere", "CohereConfig",
+        {"layer_norm.cohere": (1, 1), "rotary.interleaved": (2, 0), **SWIGLU}, PAIR,
+    ),
+    Family("phi", "PhiConfig", {"layer_norm.torch_layer_norm": (1, 1), **PART}, PAIR),
+    Family("gpt_neox", "GPTNeoXConfig", {**LAYER_NORMS, **PART}, PAIR, {f"glu.plain_gelu: {NOTHING_GATED}": (1, 0)}),
+    Family(
+        "falcon", "FalconConfig", {"layer_norm.torch_layer_norm": (1, 1), **ROPE}, PAIR,
+        {f"glu.plain_gelu: {NOTHING_GATED}": (1, 0)}, {"new_decoder_architecture": False, "head_dim": None},
+    ),
+    Family(  # queries and keys each with angles of their own, though equal ones
+        "gptj", "GPTJConfig", {"layer_norm.torch_layer_norm": (1, 1), "rotary.interleaved_part": (2, 0)}, {},
+        sizes={**NO_DROPOUT, "rotary_dim": 8},
+    ),
+    Family("gpt2", "GPT2Config", LAYER_NORMS, {}, sizes=NO_DROPOUT),
+)  # fmt: skip
 
 
 def build(
@@ -57,16 +143,23 @@ def build(
     layers: int = LAYERS,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    lora: bool = True,
 ) -> nn.Module:
-    """A PEFT model with random adapters, in train mode; norm weights are random, so that a dropped one shows."""
+    """A PEFT model with random adapters, in train mode; norm weights are random, so that a dropped one shows.
+
+    lora: False leaves out PEFT and trains every parameter.
+    """
     torch.manual_seed(0)
-    config = getattr(transformers, family.config)(**{**_SIZES, "num_hidden_layers": layers})
+    sizes = {**_SIZES, "num_hidden_layers": layers, **family.sizes}
+    config = getattr(transformers, family.config)(**{name: value for name, value in sizes.items() if value is not None})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and "norm" in name:
+        if parameter.dim() == 1 and ("norm" in name or ".ln_" in name):
             nn.init.normal_(parameter, mean=0.5, std=0.5)
     if nf4:
         model = _quantized(model, dtype, device)
+    if not lora:
+        return model.to(device).train()
     model = get_peft_model(
         model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     )

@@ -141,7 +141,7 @@ def break_rewriting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail after the graph has been changed, which is the worst moment."""
     rewrite = backend.rewrite
 
-    def failing(gm: torch.fx.GraphModule) -> None:
+    def failing(gm: torch.fx.GraphModule, **_: bool) -> None:
         report = rewrite(gm)
         assert report.lifted
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.rms_norm.default):

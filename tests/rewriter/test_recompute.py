@@ -1,6 +1,7 @@
-"""The partitioner of recompute="full": what it keeps where torch tagged nothing."""
+"""The partitioner: what it keeps where torch tagged nothing."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fastft.rewriter.recompute import KeepInputs, tag_forward
+from fastft.rewriter.recompute import Partitioner, tag_forward
+from fastft.rewriter.rewrite import rewrite
 
 
 def saved(partitioner: Callable, dropout: float = 0.0) -> tuple[list[tuple[int, ...]], list[Tensor]]:
@@ -41,7 +43,7 @@ def saved(partitioner: Callable, dropout: float = 0.0) -> tuple[list[tuple[int, 
 
 def test_nothing_but_the_inputs_is_kept() -> None:
     usual, expected = saved(min_cut_rematerialization_partition)
-    kept, actual = saved(KeepInputs())
+    kept, actual = saved(Partitioner(all_of_it=True))
     assert usual
     assert not kept
     for one, other in zip(actual, expected, strict=True):
@@ -59,14 +61,53 @@ def test_seeds_and_what_depends_on_a_gradient_are_not_tagged() -> None:
     user.meta = {"recompute": CheckpointPolicy.MUST_SAVE, "ac_graph_id": 7}
     grad = graph.call_function(torch.ops.aten.mul.Tensor, (inner, tangent))
     last = graph.call_function(torch.ops.aten.sin.default, (grad,))
-    tag_forward(graph)
+    tag_forward(graph, all_of_it=True)
     assert inner.meta == {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 7}
     assert user.meta["recompute"] is CheckpointPolicy.MUST_SAVE
     assert not any("recompute" in node.meta for node in (x, tangent, seed, grad, last))
 
 
 def test_the_partitioner_names_itself_to_the_caches() -> None:
-    assert KeepInputs().uuid() == KeepInputs().uuid() != ""
+    full, usual = (Partitioner(all_of_it=all_of_it).uuid() for all_of_it in (True, False))
+    assert full == Partitioner(all_of_it=True).uuid() != ""
+    assert full != usual
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_product_of_a_gated_activation_is_computed_again(packed: bool) -> None:
+    """An MLP keeps its input and what gate and up are; torch by itself would keep their product too."""
+
+    def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        if packed:
+            a, b = (x @ torch.cat((gate, up), -1)).chunk(2, -1)
+        else:
+            a, b = x @ gate, x @ up
+        return (torch.nn.functional.silu(a) * b) @ down
+
+    rows, hidden, inner = 5, 6, 14
+    weights = [torch.randn(*size, requires_grad=True) for size in ((hidden, inner), (hidden, inner), (inner, hidden))]
+    x = torch.randn(rows, hidden, requires_grad=True)
+    kept: dict[bool, list[tuple[int, ...]]] = {}
+    for ours in (False, True):
+        torch._dynamo.reset()
+
+        def backend(gm: GraphModule, example_inputs: list[Any], ours: bool = ours) -> Callable:
+            assert [one.rule for one in rewrite(gm).lifted] == ["glu.silu_packed" if packed else "glu.silu"]
+            partitioner = Partitioner(all_of_it=False) if ours else min_cut_rematerialization_partition
+            run = lambda graph, _: make_boxed_func(graph.forward)  # noqa: E731
+            partition = partial(partitioner, compiler="inductor")
+            return aot_module_simplified(gm, example_inputs, run, partition_fn=partition)
+
+        compiled, shapes = torch.compile(mlp, backend=backend), kept.setdefault(ours, [])
+        compiled(x, *weights)  # compiles, which saves things of its own
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=shapes: s.append(tuple(t.shape)) or t, lambda t: t):
+            y = compiled(x, *weights)
+        actual = torch.autograd.grad(y.square().sum(), [x, *weights])
+        expected = torch.autograd.grad(mlp(x, *weights).square().sum(), [x, *weights])
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    products = {ours: sum(sorted(shape) == [rows, inner] for shape in kept[ours]) for ours in kept}  # or transposed
+    assert products == ({False: 1, True: 0} if packed else {False: 3, True: 2})
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_explain_shows_regions_without_seconds_and_records_nothing() -> None:
 
 
 def test_a_fallback_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(gm: torch.fx.GraphModule) -> None:
+    def failing(gm: torch.fx.GraphModule, **_: bool) -> None:
         raise RuntimeError("forced")
 
     monkeypatch.setattr(backend, "rewrite", failing)

@@ -1,0 +1,125 @@
+"""y = (x - mean) * rstd * weight + bias,  rstd = (var + eps) ** -0.5,  mean and variance over the last axis.
+
+Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.  x [..., D]; weight and bias [D], either may be None;
+mean and rstd [...] are kept for backward, float32 (float64 for a float64 x).  All is float32 and y is rounded once, to
+x's dtype, as torch.nn.functional.layer_norm does.  y and dx have the memory order of x.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.kernels.registry import cases, define, wide
+
+
+def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward in plain PyTorch."""
+    h = x.to(wide(x.dtype))
+    mean = h.mean(-1, keepdim=True)
+    centred = h - mean
+    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    y = centred * rstd
+    if weight is not None:
+        y = y * weight.to(h.dtype)
+    if bias is not None:
+        y = y + bias.to(h.dtype)
+    return y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _unit(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x.to(wide(x.dtype)) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+
+
+def reference_backward(grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """dx: the gradient of unit = (x - mean) * rstd without its mean and its projection on unit, scaled by rstd."""
+    unit = _unit(x, mean, rstd)
+    dunit = grad_output.to(unit.dtype)
+    if weight is not None:
+        dunit = dunit * weight.to(unit.dtype)
+    projected = dunit.mean(-1, keepdim=True) + unit * (dunit * unit).mean(-1, keepdim=True)
+    return ((dunit - projected) * rstd.unsqueeze(-1)).to(x.dtype)
+
+
+def reference_backward_weight(
+    grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and dweight and dbias in float32."""
+    unit = _unit(x, mean, rstd)
+    dy = grad_output.to(unit.dtype)
+    dweight, dbias = (value.reshape(-1, x.shape[-1]).sum(0) for value in (dy * unit, dy))
+    return reference_backward(grad_output, x, weight, mean, rstd), dweight, dbias
+
+
+def new_outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty y, mean and rstd."""
+    torch._check(x.dim() > 0 and x.shape[-1] > 0, lambda: f"no rows in x {tuple(x.shape)}")
+    torch._check(x.is_floating_point(), lambda: f"x is {x.dtype}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        torch._check(
+            value is None or (value.dim() == 1 and value.shape[0] == x.shape[-1] and value.is_floating_point()),
+            lambda name=name: f"{name} is not one floating-point number for each of {x.shape[-1]} columns",
+        )
+    y = torch.empty_like(x)
+    mean, rstd = (torch.empty_like(y[..., 0], dtype=wide(x.dtype)) for _ in range(2))
+    return y, mean, rstd
+
+
+def new_gradients(
+    grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty dx, dweight and dbias."""
+    torch._check(grad_output.shape == x.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(x.shape)}")
+    torch._check(mean.shape == rstd.shape == x.shape[:-1], lambda: f"mean {tuple(mean.shape)}, x {tuple(x.shape)}")
+    dweight, dbias = (torch.empty(x.shape[-1:], dtype=wide(x.dtype), device=x.device) for _ in range(2))
+    return torch.empty_like(x), dweight, dbias
+
+
+def new_dx(*arguments: Any) -> Tensor:
+    return new_gradients(*arguments)[0]
+
+
+_FORWARD = [
+    {"x": "... D", "weight": "D", "bias": "D"},
+    {"x": "... D", "weight": "D"},
+    {"x": "... D", "bias": "D"},
+    {"x": "... D"},
+]
+_BACKWARD = [
+    {"grad_output": "... D", "x": "... D", "weight": "D", "mean": "...", "rstd": "..."},
+    {"grad_output": "... D", "x": "... D", "mean": "...", "rstd": "..."},
+]
+layer_norm = define(
+    "layer_norm", reference, new_outputs, "layer_norm_triton.forward",
+    cases=cases(_FORWARD, [{"eps": 1e-5}]), gradients=("x", "weight", "bias"), flops=8,
+)  # fmt: skip
+layer_norm_backward = define(
+    "layer_norm_backward", reference_backward, new_dx, "layer_norm_triton.backward",
+    cases=cases(_BACKWARD), statistics=("mean", "rstd"), flops=10,
+)  # fmt: skip
+layer_norm_backward_weight = define(
+    "layer_norm_backward_weight", reference_backward_weight, new_gradients, "layer_norm_triton.backward_weight",
+    cases=cases(_BACKWARD), statistics=("mean", "rstd"), flops=13,
+)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.dtypes = [None if value is None else value.dtype for value in (weight, bias)]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return None, None, None, None
+    if not any(ctx.needs_input_grad[1:3]):
+        return layer_norm_backward(grad_y, *ctx.saved_tensors), None, None, None
+    dx, *found = layer_norm_backward_weight(grad_y, *ctx.saved_tensors)
+    needed = zip(found, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
+    parameters = [value.to(dtype) if needs else None for value, dtype, needs in needed]
+    return dx if ctx.needs_input_grad[0] else None, *parameters, None
+
+
+layer_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,130 @@
+"""Rotary position embedding -> fastft::rotary, and of queries and keys together -> fastft::rotary_qk.
+
+The references differ in which elements are a pair, in what is rotated of a head, in what cos and sin hold and in where
+they round.  Source: Su et al., RoFormer, arXiv:2104.09864.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastft.rewriter.rule import Rule
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """(-b, a) of halves a and b."""
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+
+def rotate_every_two(x: Tensor) -> Tensor:
+    """(-b, a) of every two elements a and b."""
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Llama and most others: pairs half a head apart."""
+    return x * cos + rotate_half(x) * sin
+
+
+def half_of_a_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GPT-NeoX, Phi, StableLM: the first part of each head."""
+    rotated, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat((rotated * cos + rotate_half(rotated) * sin, passed), -1)
+
+
+def half_by_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GPT-OSS: the halves by themselves, one angle a pair."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def half_widened(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs half a head apart, in float32."""
+    h = x.float()
+    return (h * cos + rotate_half(h) * sin).to(x.dtype)
+
+
+def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Helium, GPT-J with all of a head: pairs of neighbours."""
+    return x * cos + rotate_every_two(x) * sin
+
+
+def interleaved_part(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GPT-J, CodeGen, GLM: the first part of each head."""
+    rotated, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat((rotated * cos + rotate_every_two(rotated) * sin, passed), -1)
+
+
+def interleaved_widened(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Cohere: pairs of neighbours, in float32."""
+    h = x.float()
+    return (h * cos + rotate_every_two(h) * sin).to(x.dtype)
+
+
+def interleaved_widened_late(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """ERNIE 4.5: pairs of neighbours, turned before they are cast to float32."""
+    return (x.float() * cos + rotate_every_two(x).float() * sin).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool) -> Tensor:
+    """fastft::rotary"""
+    return torch.ops.fastft.rotary(x, cos, sin, interleaved, per_pair, contiguous)
+
+
+def widened(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """fastft::rotary in float32, rounded at the end"""
+    return torch.ops.fastft.rotary(x, cos, sin, interleaved, False, False).to(x.dtype)
+
+
+WHOLE = {"x": "... D", "cos": "* D", "sin": "* D"}
+PART = {"x": "... D", "cos": "* R", "sin": "* R"}
+
+
+def rule(reference: object, interleaved: bool, shapes: dict[str, str] = WHOLE, **more: object) -> Rule:
+    """Joined halves and parts are contiguous, as torch.cat is; otherwise the result is laid out as x."""
+    per_pair, contiguous = reference is half_by_parts, shapes is PART
+    replacement = partial(rotary, interleaved=interleaved, per_pair=per_pair, contiguous=contiguous)
+    return Rule(reference, replacement, **{"anchor": torch.neg, "shapes": shapes, **more})
+
+
+def wide_rule(reference: object, interleaved: bool) -> Rule:
+    return Rule(reference, partial(widened, interleaved=interleaved), torch.neg, WHOLE, cast=("x",))
+
+
+RULES = (
+    rule(half, False),
+    rule(half_of_a_part, False, PART),
+    rule(half_by_parts, False, PART, anchor=torch.sub, rare=False),
+    rule(interleaved, True),
+    rule(interleaved_part, True, PART),
+    wide_rule(half_widened, False),
+    wide_rule(interleaved_widened, True),
+    wide_rule(interleaved_widened_late, True),
+)
+
+
+def queries_and_keys(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
+) -> tuple[Tensor, Tensor]:
+    """Two tensors rotated by the same angles."""
+    angles = (cos, sin, interleaved, per_pair, contiguous)
+    return torch.ops.fastft.rotary(q, *angles), torch.ops.fastft.rotary(k, *angles)
+
+
+def rotary_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
+) -> tuple[Tensor, Tensor]:
+    """fastft::rotary_qk"""
+    results = torch.ops.fastft.rotary_qk(q, k, cos, sin, interleaved, per_pair, contiguous)
+    return results[0], results[1]
+
+
+FUSE = (
+    Rule(
+        queries_and_keys,
+        rotary_qk,
+        torch.ops.fastft.rotary,
+        {"q": "... D", "k": "... D", "cos": "* R", "sin": "* R"},
+    ),
+)
