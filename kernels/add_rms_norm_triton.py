@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import layout
-from fastft.kernels.rms_norm_triton import CONFIGS, normalized
-from fastft.kernels.tiles import config_for, load_tile, load_vector, rounded, row_start, store_tile
+from fastft.kernels.rms_norm_triton import normalized
+from fastft.kernels.tiles import CONFIGS, config_for, load_tile, load_vector, rounded, row_start, store_tile
 
 
 @triton.jit

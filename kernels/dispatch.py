@@ -15,6 +15,7 @@ from fastft.kernels.layout import has_unit_rows
 
 log = logging.getLogger("fastft")
 MAX_ROW = 16384  # one row is held by one program
+MAX_ROW_WITH_SUMS = 8192  # and a row of float32 sums beside it: longer ones do not fit into registers
 
 Reference = Callable[..., Tensor | tuple[Tensor, ...]]
 _verdicts: dict[Hashable, bool] = {}  # by op, row length, devices and dtypes: whether Triton runs

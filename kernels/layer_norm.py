@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.kernels import dispatch
 from fastft.kernels.registry import cases, define, wide
 
 
@@ -99,7 +100,7 @@ layer_norm_backward = define(
 )  # fmt: skip
 layer_norm_backward_weight = define(
     "layer_norm_backward_weight", reference_backward_weight, new_gradients, "layer_norm_triton.backward_weight",
-    cases=cases(_BACKWARD), statistics=("mean", "rstd"), flops=13,
+    cases=cases(_BACKWARD), statistics=("mean", "rstd"), flops=13, longest_row=dispatch.MAX_ROW_WITH_SUMS,
 )  # fmt: skip
 
 

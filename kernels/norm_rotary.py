@@ -12,7 +12,7 @@ from torch import Tensor
 from fastft.kernels import rms_norm
 from fastft.kernels.registry import Shapes, define
 from fastft.kernels.rms_norm import BACKWARD_SPELLINGS, SPELLINGS, new_rstd
-from fastft.kernels.rotary import angle_cases, new_output, rotate
+from fastft.kernels.rotary import LONGEST_HEAD, angle_cases, new_output, rotate
 
 
 def reference(
@@ -95,15 +95,15 @@ _FORWARD_CASES = [(_weighted(shapes), choice) for shapes, choice in angle_cases(
 _BACKWARD_CASES = [(_backward(shapes), choice) for shapes, choice in angle_cases("q", "k", choices=BACKWARD_SPELLINGS)]
 norm_rotary = define(
     "norm_rotary", reference, new_outputs, "norm_rotary_triton.forward",
-    cases=_FORWARD_CASES, gradients=("q", "k", "q_weight", "k_weight"), flops=7,
+    cases=_FORWARD_CASES, gradients=("q", "k", "q_weight", "k_weight"), flops=7, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 norm_rotary_backward = define(
     "norm_rotary_backward", reference_backward, new_dx, "norm_rotary_triton.backward",
-    cases=_BACKWARD_CASES, statistics=("q_rstd", "k_rstd"), flops=10,
+    cases=_BACKWARD_CASES, statistics=("q_rstd", "k_rstd"), flops=10, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 norm_rotary_backward_weight = define(
     "norm_rotary_backward_weight", reference_backward_weight, new_gradients, "norm_rotary_triton.backward_weight",
-    cases=_BACKWARD_CASES, statistics=("q_rstd", "k_rstd"), flops=12,
+    cases=_BACKWARD_CASES, statistics=("q_rstd", "k_rstd"), flops=12, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 
 

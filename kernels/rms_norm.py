@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.kernels import dispatch
 from fastft.kernels.registry import cases, define, wide
 
 SPELLINGS = (  # offset and round_first: Llama, GPT-OSS, Gemma
@@ -117,7 +118,7 @@ rms_norm_backward = define(
 )  # fmt: skip
 rms_norm_backward_weight = define(
     "rms_norm_backward_weight", reference_backward_weight, new_gradients, "rms_norm_triton.backward_weight",
-    cases=_BACKWARD, statistics=("rstd",), flops=9,
+    cases=_BACKWARD, statistics=("rstd",), flops=9, longest_row=dispatch.MAX_ROW_WITH_SUMS,
 )  # fmt: skip
 
 

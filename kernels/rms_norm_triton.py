@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import layout
-from fastft.kernels.dispatch import MAX_ROW
+from fastft.kernels.dispatch import MAX_ROW_WITH_SUMS
 from fastft.kernels.tiles import (
-    Config,
+    CONFIGS,
     config_for,
     load_tile,
     load_vector,
@@ -23,15 +23,6 @@ from fastft.kernels.tiles import (
     rounded,
     row_start,
     store_tile,
-)
-
-CONFIGS = (  # 16 to 32 elements a thread, so that loads are 16 bytes wide
-    Config(64, rows=32, warps=4, programs=8),
-    Config(128, rows=16, warps=4, programs=8),
-    Config(256, rows=8, warps=4, programs=8),
-    Config(1024, rows=2, warps=4, programs=6),
-    Config(4096, rows=1, warps=8, programs=3),
-    Config(MAX_ROW, rows=1, warps=16, programs=1),
 )
 
 
@@ -121,7 +112,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         meta = config.meta(config.block_d)
         for add in (False, True):
             yield backward_kernel, {"ADD": add, **meta}
-            for round_first in (False, True):
+            for round_first in (False, True) if config.block_d <= MAX_ROW_WITH_SUMS else ():
                 yield backward_weight_kernel, {"ADD": add, "ROUND_FIRST": round_first, **meta}
         for round_first in (False, True):
             yield forward_kernel, {"ROUND_FIRST": round_first, **meta}

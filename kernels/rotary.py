@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fastft.kernels.registry import Case, Choice, define
 
+LONGEST_HEAD = 1024  # that the Triton kernels take
+
 
 def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The first and the second elements of the pairs."""
@@ -105,34 +107,38 @@ def new_gradients_qk(grad_q: Tensor, grad_k: Tensor, *angles: Any) -> tuple[Tens
     return new_gradient(grad_q, *angles), new_gradient(grad_k, *angles)
 
 
+_WAYS = (("B H S", "B 1 S"), ("B S H", "B S 1"), ("B S H", "1 S 1"), ("B H S", "S"))  # axes of tensors and of angles
+
+
 def angle_cases(*heads: str, choices: Sequence[Choice] = ({},)) -> list[Case]:
-    """Positions before or after the heads, all of each head rotated or a part of it; heads names the tensors."""
+    """All of each head rotated or a part of it, in every way; heads names the tensors."""
     found: list[Case] = []
-    for axes, angles in (("B H S", "B 1 S"), ("B S H", "B S 1"), ("B S H", "1 S 1"), ("B H S", "S")):
-        for size in ("2*R", "2*R+P"):
-            for interleaved, per_pair, choice in itertools.product((False, True), (False, True), choices):
-                shapes = {name: f"{axes.replace('H', 'H' + str(index))} {size}" for index, name in enumerate(heads)}
-                shapes |= dict.fromkeys(("cos", "sin"), f"{angles} {'R' if per_pair else '2*R'}")
-                found.append((shapes, {"interleaved": interleaved, "per_pair": per_pair, **choice}))
+    for size, interleaved, per_pair in itertools.product(("2*R", "2*R+P"), (False, True), (False, True)):
+        for _ in range(2):
+            axes, angles = _WAYS[len(found) // 2 % len(_WAYS)]
+            shapes = {name: f"{axes.replace('H', 'H' + str(index))} {size}" for index, name in enumerate(heads)}
+            shapes |= dict.fromkeys(("cos", "sin"), f"{angles} {'R' if per_pair else '2*R'}")
+            choice = choices[len(found) % len(choices)]
+            found.append((shapes, {"interleaved": interleaved, "per_pair": per_pair, **choice}))
     return found
 
 
 _LAYOUTS = [{"contiguous": False}, {"contiguous": True}]
 rotary = define(
     "rotary", reference, new_output, "rotary_triton.forward",
-    cases=angle_cases("x", choices=_LAYOUTS), gradients=("x",), flops=3,
+    cases=angle_cases("x", choices=_LAYOUTS), gradients=("x",), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 rotary_backward = define(
     "rotary_backward", reference_backward, new_gradient, "rotary_triton.backward",
-    cases=angle_cases("grad_output"), flops=3,
+    cases=angle_cases("grad_output"), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 rotary_qk = define(
     "rotary_qk", reference_qk, new_outputs_qk, "rotary_triton.forward_qk",
-    cases=angle_cases("q", "k", choices=_LAYOUTS), gradients=("q", "k"), flops=3,
+    cases=angle_cases("q", "k", choices=_LAYOUTS), gradients=("q", "k"), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 rotary_qk_backward = define(
     "rotary_qk_backward", reference_qk_backward, new_gradients_qk, "rotary_triton.backward_qk",
-    cases=angle_cases("grad_q", "grad_k"), flops=3,
+    cases=angle_cases("grad_q", "grad_k"), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import layout
-from fastft.kernels.dispatch import MAX_ROW
+from fastft.kernels.rotary import LONGEST_HEAD
 from fastft.kernels.tiles import Config, config_for, load_tile, row_start, store_at
 
 CONFIGS = (  # 8 pairs a thread, so that loads are 16 bytes wide
@@ -21,9 +21,7 @@ CONFIGS = (  # 8 pairs a thread, so that loads are 16 bytes wide
     Config(64, rows=32, warps=4),
     Config(128, rows=16, warps=4),
     Config(256, rows=8, warps=4),
-    Config(1024, rows=2, warps=4),
-    Config(4096, rows=1, warps=4),
-    Config(MAX_ROW, rows=1, warps=16),
+    Config(LONGEST_HEAD, rows=2, warps=4),
 )
 
 

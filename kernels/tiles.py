@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastft.kernels.dispatch import MAX_ROW, MAX_ROW_WITH_SUMS
+
 
 @dataclass(frozen=True)
 class Config:
@@ -23,6 +25,17 @@ class Config:
         """The launch's meta-parameters for rows of this length."""
         block_d = max(16, triton.next_power_of_2(row_length))
         return {"ROWS": self.rows, "BLOCK_D": block_d, "num_warps": self.warps}
+
+
+CONFIGS = (  # of whole rows; 8 to 32 elements a thread, so that loads are 16 bytes wide
+    Config(64, rows=16, warps=4, programs=8),
+    Config(128, rows=16, warps=4, programs=8),
+    Config(256, rows=8, warps=4, programs=8),
+    Config(1024, rows=2, warps=4, programs=6),
+    Config(4096, rows=1, warps=8, programs=3),
+    Config(MAX_ROW_WITH_SUMS, rows=1, warps=16, programs=1),
+    Config(MAX_ROW, rows=1, warps=16),
+)
 
 
 def config_for(configs: Sequence[Config], row_length: int) -> Config:

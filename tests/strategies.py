@@ -70,7 +70,7 @@ class Spec:
             shape = list(self.shape)
             shape[-2], shape[-3] = shape[-3], shape[-2]
             return normal(*shape).transpose(-2, -3)
-        if self.layout == "sliced":  # a part of each row of a fused projection
+        if self.layout == "sliced" and axes > 0:  # a part of each row of a fused projection
             return normal(*self.shape[:-1], 3 * self.shape[-1] + 8)[..., 8 : 8 + self.shape[-1]]
         if self.layout == "chunked" and axes > 2:  # some heads of a fused projection
             return normal(*self.shape[:-2], 2 * self.shape[-2] + 1, self.shape[-1])[..., 1 : 1 + self.shape[-2], :]

@@ -1,88 +1,141 @@
 """Every kernel, in every configuration, compiles for every generation of GPUs; none is needed here."""
 
+import importlib
 import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from strategies import INTERPRETING
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
-pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")]
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fastft.kernels import rms_norm_triton as norm  # noqa: E402
+import fastft.kernels  # noqa: E402
+from fastft.capability import BFLOAT16_FROM  # noqa: E402
+from fastft.kernels import tiles  # noqa: E402
 
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # per block
-KERNELS = {
-    "forward": norm.forward_kernel,
-    "backward": norm.backward_kernel,
-    "backward_weight": norm.backward_weight_kernel,
-}
-CONFIGS = [
-    pytest.param(kernel, config, id=f"{name}-{config.block_d}")
-    for name, kernel in KERNELS.items()
-    for config in norm.CONFIGS
-]
+FLOAT32 = re.compile(r"(\w*_)?(rstd|mean|partial\w*)_ptr")  # the other pointers have the dtype of the rows
+ALIGNED = re.compile(r"D|half|\w+_s\d|\w*stride")  # sizes and strides that are multiples of 16 in a model
+ELEMENTS_A_THREAD = 8  # of a tile, from which on loads of 16 bits can be 16 bytes wide
+MODULES = sorted(path.stem for path in Path(str(fastft.kernels.__file__)).parent.glob("*_triton.py"))
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compiled(kernel: Any, config: norm.Config, capability: int, dtype: str, **constants: Any) -> Any:
-    """The kernel for contiguous, aligned tensors, unless constants has no n1 and n2."""
-    _, meta = norm.config_for(config.block_d)
-    options = {name: meta.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    values = {"ROUND_FIRST": True, **meta, **constants}
-    values = {name: value for name, value in values.items() if name in kernel.arg_names}
+def variants() -> Iterator[Any]:
+    for name in MODULES:
+        for kernel, constants in importlib.import_module(f"fastft.kernels.{name}").variants():
+            values = [str(value) for value in constants.values() if not isinstance(value, tuple)]
+            yield pytest.param(kernel, constants, id="-".join([name, kernel.__name__, *values]))
 
-    def type_of(name: str) -> str:
+
+VARIANTS = list(variants())
+
+
+def compiled(kernel: Any, constants: dict[str, Any], capability: int, row: str) -> Any:
+    """The kernel for rows of a dtype that lie side by side, aligned, in one merged axis.
+
+    A tuple among the constants is the signature of a tuple argument.
+    """
+    values = {name: value for name, value in constants.items() if name != "num_warps" and not isinstance(value, tuple)}
+    values |= {name: 1 for name in ("n1", "n2") if name in kernel.arg_names}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def typed(given: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(given, tuple):
+            return tuple(typed(one, (*path, at)) for at, one in enumerate(given))
+        if given.startswith("*") or len(path) == 3:  # pointers, and strides in a tuple of their own
+            attributes[path] = [["tt.divisibility", 16]]
+        return f"*{row}" if given == "*row" else given
+
+    def type_of(at: int, name: str) -> Any:
         if name in values:
             return "constexpr"
+        if isinstance(constants.get(name), tuple):
+            return typed(constants[name], (at,))
         if name.endswith("_ptr"):
-            return "*fp32" if name in ("rstd_ptr", "partial_ptr") else f"*{dtype}"
-        return "fp32" if name in ("eps", "offset") else "i32"
+            return typed("*fp32" if FLOAT32.fullmatch(name) else "*row", (at,))
+        if ALIGNED.fullmatch(name):
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        return "fp32" if name in ("eps", "inner_eps", "offset") else "i32"
 
-    signature = {name: type_of(name) for name in kernel.arg_names}
-    aligned = [
-        (index,)
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name == "D" or re.fullmatch(r"\w+_s\d", name)
-    ]
-    attributes = {index: [["tt.divisibility", 16]] for index in aligned}
+    signature = {name: type_of(at, name) for at, name in enumerate(kernel.arg_names)}
     source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": constants["num_warps"]}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def check(binary: Any, capability: int) -> None:
+def check(binary: Any, capability: int, folder: Path) -> None:
     assert binary.metadata.shared <= SHARED_MEMORY[capability]
     assert not re.search(r"\.f64\b", binary.asm["ptx"]), "double precision"
-    assert len(binary.asm["cubin"]) > 0
+    file = folder / "kernel.cubin"
+    file.write_bytes(binary.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], f"registers spill: {usage}"
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize(("kernel", "config"), CONFIGS)
-def test_compiles(kernel: Any, config: norm.Config, capability: int) -> None:
-    binary = compiled(kernel, config, capability, "bf16" if capability >= 80 else "fp16", n1=1, n2=1)
-    check(binary, capability)
-    assert re.search(r"ld\.global\.\S*v4", binary.asm["ptx"]), "loads are 16 bytes wide"
+def row_dtype(capability: int) -> str:
+    return "bf16" if divmod(capability, 10) >= BFLOAT16_FROM else "fp16"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("round_first", [True, False])
-@pytest.mark.parametrize(("kernel", "config"), [CONFIGS[1], CONFIGS[7], CONFIGS[13]])
-def test_compiles_for_each_dtype_and_for_rows_on_three_axes(
-    kernel: Any, config: norm.Config, round_first: bool, dtype: str
-) -> None:
-    check(compiled(kernel, config, 90, dtype, ROUND_FIRST=round_first), 90)
+@pytest.mark.parametrize(("kernel", "constants"), VARIANTS)
+def test_every_variant_on_one_generation(kernel: Any, constants: dict[str, Any], tmp_path: Path) -> None:
+    binary = compiled(kernel, constants, 90, "bf16")
+    check(binary, 90, tmp_path)
+    sizes = [value for name, value in constants.items() if name.startswith("BLOCK") and value > 0]
+    if min(sizes) * constants.get("ROWS", 1) >= ELEMENTS_A_THREAD * 32 * constants["num_warps"]:
+        assert re.search(r"ld\.global\.\S*v4", binary.asm["ptx"]), "loads are not 16 bytes wide"
 
 
-def test_every_kernel_is_listed() -> None:
-    jitted = {value for name, value in vars(norm).items() if name.endswith("_kernel")}
-    assert jitted == set(KERNELS.values())
+@pytest.mark.parametrize("capability", [one for one in SHARED_MEMORY if one != 90])
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_on_the_others(module: str, capability: int, tmp_path: Path) -> None:
+    """The first and the last variant of each kernel: the least and the most of one program."""
+    by_kernel: dict[str, list[Any]] = {}
+    for kernel, constants in importlib.import_module(f"fastft.kernels.{module}").variants():
+        by_kernel.setdefault(kernel.__name__, []).append((kernel, constants))
+    for found in by_kernel.values():
+        for kernel, constants in (found[0], found[-1]):
+            check(compiled(kernel, constants, capability, row_dtype(capability)), capability, tmp_path)
+
+
+@pytest.mark.parametrize("row", ["fp32", "fp16"])
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_for_each_dtype(module: str, row: str, tmp_path: Path) -> None:
+    by_kernel = {kernel.__name__: (kernel, values) for kernel, values in _variants_of(module) if is_middle(values)}
+    for kernel, constants in by_kernel.values():
+        check(compiled(kernel, constants, 90, row), 90, tmp_path)
+
+
+def _variants_of(module: str) -> list[tuple[Any, dict[str, Any]]]:
+    return list(importlib.import_module(f"fastft.kernels.{module}").variants())
+
+
+def is_middle(constants: dict[str, Any]) -> bool:
+    """Not among the longest rows, which in float32 take twice the registers and are rare."""
+    return all(value <= 4096 for name, value in constants.items() if name.startswith("BLOCK"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_is_listed(module: str) -> None:
+    imported = importlib.import_module(f"fastft.kernels.{module}")
+    jitted = {
+        name
+        for name, value in vars(imported).items()
+        if name.endswith("_kernel") and value.__module__ == imported.__name__
+    }
+    assert jitted == {kernel.__name__ for kernel, _ in _variants_of(module)} != set()
 
 
 def test_configurations_reach_the_longest_row() -> None:
     from fastft.kernels.dispatch import MAX_ROW
 
-    lengths = [config.block_d for config in norm.CONFIGS]
+    lengths = [config.block_d for config in tiles.CONFIGS]
     assert lengths == sorted(set(lengths))
     assert lengths[-1] == MAX_ROW

@@ -35,11 +35,11 @@ def test_nothing_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_triton_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "triton_dtypes", lambda device: frozenset({torch.float32}))
     x = torch.empty(2, 8)
-    assert dispatch.takes(8, [x, x])
-    assert not dispatch.takes(dispatch.MAX_ROW + 1, [x, x])
-    assert not dispatch.takes(8, [x, x.double()])
-    assert not dispatch.takes(8, [x, torch.empty(0, 8)])
-    assert not dispatch.takes(8, [x, x.to("meta")])
+    assert dispatch.takes(8, 8, [x, x])
+    assert dispatch.takes(10**6, None, [x, x])
+    assert not dispatch.takes(9, 8, [x, x])
+    assert not dispatch.takes(8, 8, [x, x.double()])
+    assert not dispatch.takes(8, 8, [x, x.to("meta")])
 
 
 @pytest.fixture
@@ -67,6 +67,33 @@ def test_a_kernel_that_does_not_compile_warns_once(arguments: tuple, caplog: pyt
     assert len(launches) == 1
     assert [record.name for record in caplog.records] == ["fastft"]
     assert "shared memory" in caplog.text
+
+
+def test_one_call_across_devices_does_not_settle_the_next(arguments: tuple) -> None:
+    launches = []
+
+    def launch(outputs: tuple, *arguments: object) -> None:
+        launches.append(outputs)
+
+    x, weight, *others = arguments
+    dispatch._verdicts.clear()
+    outputs = torch.empty(3, 8), torch.empty(3)
+    with pytest.raises(RuntimeError):  # the reference's own error: the weight lies elsewhere
+        dispatch.fill(outputs, (x, weight.to("meta").requires_grad_(), *others), lambda: launch, _on_one_device)
+    dispatch.fill(outputs, arguments, lambda: launch, _on_one_device)
+    assert len(launches) == 1
+
+
+def _on_one_device(x: torch.Tensor, weight: torch.Tensor, *others: object) -> tuple[torch.Tensor, ...]:
+    if x.device != weight.device:
+        raise RuntimeError("tensors on two devices")
+    return reference(x, weight, *others)
+
+
+def test_nothing_is_launched_for_no_elements(arguments: tuple) -> None:
+    x, weight, *others = arguments
+    outputs = torch.empty(0, 8), torch.empty(0)
+    dispatch.fill(outputs, (x[:0], weight, *others), lambda: pytest.fail("launched"), reference)
 
 
 def test_other_errors_are_not_hidden(arguments: tuple) -> None:

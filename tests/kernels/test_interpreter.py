@@ -16,10 +16,10 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the process it starts")
-@pytest.mark.parametrize("file", ["test_rms_norm.py", "test_registry.py"])
+@pytest.mark.parametrize("file", ["test_ops.py", "test_rms_norm.py", "test_algebra.py"])
 def test_in_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
     result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

@@ -1,0 +1,117 @@
+"""Calls of an op, drawn from what its entry in the registry says of its arguments.
+
+A drawn Call prints as the code that builds it, so a failure can be pasted.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from strategies import LAYOUTS, UPSTREAM, Spec, dtypes, lengths, seeds
+from torch import Tensor
+
+from fastft.kernels import REGISTRY
+from fastft.kernels.registry import Entry, Shapes
+
+ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40}  # sizes that rows are made of, and the longest drawn
+Sizes = dict[str, Any]  # by name; "..." has a tuple
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of REGISTRY[op]: the case, a Spec for each tensor; upstream gradients and which inputs need one."""
+
+    op: str
+    case: int
+    specs: tuple[tuple[str, Spec], ...]
+    upstream: str = "random"
+    needs: tuple[str, ...] = ()
+
+    @property
+    def entry(self) -> Entry:
+        return REGISTRY[self.op]
+
+    def tensors(self, device: str) -> dict[str, Tensor]:
+        """What the specs say, on a device."""
+        return {name: spec.build(device) for name, spec in self.specs}
+
+    def arguments(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+        """All arguments, with these tensors in their places."""
+        return self.entry.arguments(tensors, self.entry.cases[self.case][1])
+
+
+def shape_of(spec: str, sizes: Sizes) -> tuple[int, ...]:
+    """The shape that "B S 2*R+P" or "... D" stands for."""
+    axes = [sizes["..."] if token == "..." else (eval(token, {}, sizes),) for token in spec.split()]
+    return tuple(itertools.chain.from_iterable(axes))
+
+
+def names_in(shapes: Shapes) -> list[str]:
+    return sorted({name for spec in shapes.values() for name in re.findall(r"[A-Za-z]\w*", spec)})
+
+
+@st.composite
+def sizes(draw: st.DrawFn, shapes: Shapes) -> Sizes:
+    """A size for each name, and leading ones."""
+    found: Sizes = {"...": tuple(draw(st.lists(st.integers(1, 5), max_size=3)))}
+    for name in names_in(shapes):
+        found[name] = draw(lengths(ROW_NAMES[name]) if name in ROW_NAMES else st.integers(1, 5))
+    return found
+
+
+@st.composite
+def calls(draw: st.DrawFn, op: str) -> Call:
+    """Any call that the op is defined for, of bounded size."""
+    entry = REGISTRY[op]
+    case = draw(st.integers(0, len(entry.cases) - 1))
+    shapes = entry.cases[case][0]
+    drawn = draw(sizes(shapes))
+    common = draw(dtypes)
+    mixed, scale = draw(st.booleans()), draw(st.sampled_from((1.0, 0.03, 20.0)))
+    specs = []
+    for at, (name, spec) in enumerate(shapes.items()):
+        dtype = torch.float32 if name in entry.statistics else draw(dtypes) if mixed else common
+        alone = scale if at == 0 and entry.gradients else 1.0  # products of several large factors overflow float16
+        specs.append((name, Spec(shape_of(spec, drawn), dtype, draw(st.sampled_from(LAYOUTS)), draw(seeds), alone)))
+    given = [name for name in entry.gradients if name in shapes]
+    needs = tuple(name for name in given if draw(st.booleans())) or tuple(given)
+    return Call(op, case, tuple(specs), draw(st.sampled_from(UPSTREAM)), needs)
+
+
+def examples(op: str, dtype: torch.dtype, count: int = 5) -> Iterator[Call]:
+    """Some calls, always the same, the first five each larger than the one before; cases from all over the list."""
+    entry = REGISTRY[op]
+    for number in range(count):
+        case = number * len(entry.cases) // count
+        shapes = entry.cases[case][0]
+        chosen = random.Random(number)
+        size = 2 + number % 5
+        drawn: Sizes = {"...": (size, 3)}
+        for name in names_in(shapes):
+            drawn[name] = 8 * size if name in ROW_NAMES else size
+        specs = [
+            (
+                name,
+                Spec(
+                    shape_of(spec, drawn),
+                    torch.float32 if name in entry.statistics else dtype,
+                    chosen.choice(("contiguous", "transposed", "sliced")),
+                    seed=number + at,
+                ),
+            )
+            for at, (name, spec) in enumerate(shapes.items())
+        ]
+        yield Call(op, case, tuple(specs), needs=tuple(name for name in entry.gradients if name in shapes))
+
+
+def nearby(tensor: Tensor, seed: int) -> Tensor:
+    """The tensor with every element a little larger or smaller, in the same dtype and layout."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    moved = tensor.double() * (0.99 + 0.02 * noise)
+    return torch.empty_like(tensor).copy_(moved)

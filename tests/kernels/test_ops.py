@@ -1,0 +1,252 @@
+"""What holds for every op: the registry finds them and says how they are called, so a new op needs no test of its own.
+
+On a CPU the ops run their reference, in Triton's interpreter (test_interpreter.py) and on a GPU their kernels.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from compare import FORWARD, GRADIENT, assert_close_to_truth, assert_same_metadata
+from draw import Call, calls, examples, nearby
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import DEVICES, DTYPES, INTERPRETING, upstream
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastft.kernels import REGISTRY
+from fastft.kernels.registry import bytes_moved
+
+OPS = sorted(REGISTRY)
+every_op = pytest.mark.parametrize("name", OPS)
+every_differentiable_op = pytest.mark.parametrize("name", [name for name in OPS if REGISTRY[name].gradients])
+on_devices = pytest.mark.parametrize("device", DEVICES)
+compiled_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of the kernels, and is slow there")
+
+
+def outputs_of(function: Callable, call: Call, tensors: dict[str, Tensor]) -> list[Tensor]:
+    results = function(*call.arguments(tensors))
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def leaves(call: Call, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors apart from any graph; those that the call says need a gradient."""
+    detached = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    return {name: tensor.requires_grad_(name in call.needs) for name, tensor in detached.items()}
+
+
+def evaluate(function: Callable, call: Call, tensors: dict[str, Tensor], upstreams: Sequence[Tensor | None]) -> Any:
+    """Outputs and, where the op has any, gradients for what the call says, given a gradient of each output or None."""
+    results = outputs_of(function, call, tensors)
+    pairs = [(one, grad) for one, grad in zip(results, upstreams, strict=True) if grad is not None]
+    pairs = [(one, grad) for one, grad in pairs if one.requires_grad]  # k's result does not when only q does
+    if not pairs:
+        return [one.detach() for one in results], []
+    given = [grad.to(one.dtype) for one, grad in pairs]
+    wanted = [tensors[name] for name in call.needs]
+    gradients = torch.autograd.grad([one for one, _ in pairs], wanted, given, allow_unused=True)
+    zeros = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, gradients, strict=True)]
+    return [one.detach() for one in results], zeros
+
+
+def check(call: Call, device: str) -> None:
+    """The op against its reference in float64, with the reference's own error in the call's dtypes for a measure."""
+    entry, tensors = call.entry, call.tensors(device)
+    given = leaves(call, tensors)
+    results = outputs_of(entry.op, call, given)
+    upstreams = [upstream(one, call.upstream, at) if one.requires_grad else None for at, one in enumerate(results)]
+    assert any(one is not None for one in upstreams) == bool(call.needs)
+    actual = evaluate(entry.op, call, given, upstreams)
+
+    def measured(values: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        low = evaluate(entry.reference, call, leaves(call, values), upstreams)
+        exact = evaluate(entry.reference, call, leaves(call, values, torch.float64), upstreams)
+        return list(zip([*low[0], *low[1]], [*exact[0], *exact[1]], strict=True))
+
+    here, *around = (
+        measured({name: nearby(tensor, seed) if seed else tensor for name, tensor in tensors.items()})
+        for seed in range(3)
+    )
+    empty = entry.outputs(*call.arguments(tensors))
+    for mine, other in zip(actual[0], [empty] if isinstance(empty, Tensor) else empty, strict=True):
+        assert_same_metadata(mine, other)
+    for name, gradient in zip(call.needs, actual[1], strict=True):
+        assert gradient.dtype == tensors[name].dtype, name
+        assert gradient.shape == tensors[name].shape, name
+    factors = [FORWARD] * len(actual[0]) + [GRADIENT] * len(actual[1])
+    for at, (mine, factor) in enumerate(zip([*actual[0], *actual[1]], factors, strict=True)):
+        eager, truth = here[at]
+        assert_close_to_truth(mine, eager, truth, factor, others=[one[at] for one in around])
+
+
+@every_op
+@on_devices
+@given(data=st.data())
+def test_agrees_with_its_reference(name: str, device: str, data: st.DataObject) -> None:
+    check(data.draw(calls(name)), device)
+
+
+@every_op
+@on_devices
+def test_agrees_in_every_case(name: str, device: str) -> None:
+    count = len(REGISTRY[name].cases)
+    for number, call in enumerate(itertools.chain(*(examples(name, dtype, count) for dtype in DTYPES))):
+        if number % count % len(DTYPES) == number // count:  # each case in one dtype, each dtype in several cases
+            check(call, device)
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """torch.empty is filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def arguments(name: str, device: str) -> Iterator[tuple]:
+    for dtype in DTYPES:
+        for call in examples(name, dtype):
+            yield call.arguments(call.tensors(device))
+
+
+def test_every_op_is_registered() -> None:
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastft::")}
+    assert names == set(REGISTRY)
+
+
+@compiled_only
+@every_op
+@on_devices
+def test_opcheck(name: str, device: str) -> None:
+    for call in examples(name, torch.float32, 3):
+        torch.library.opcheck(call.entry.op, call.arguments(leaves(call, call.tensors(device))))
+
+
+@every_op
+@on_devices
+def test_fake_results_are_as_the_real_ones(name: str, device: str) -> None:
+    for values in arguments(name, device):
+        real = tree_leaves(REGISTRY[name].op(*values))
+        with torch._subclasses.FakeTensorMode() as mode:
+            moved = tree_map(lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v, values)
+            fake = tree_leaves(REGISTRY[name].op(*moved))
+        for mine, value in zip(fake, real, strict=True):
+            assert_same_metadata(mine, value)
+
+
+@every_op
+@on_devices
+def test_inputs_are_neither_written_nor_returned(name: str, device: str) -> None:
+    for values in arguments(name, device):
+        before = [value.clone() if isinstance(value, Tensor) else value for value in values]
+        results = tree_leaves(REGISTRY[name].op(*values))
+        for value, kept in zip(values, before, strict=True):
+            assert torch.equal(value, kept) if isinstance(value, Tensor) else value == kept
+        inputs = {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
+        storages = {result.untyped_storage().data_ptr() for result in results}
+        assert len(storages) == len(results)
+        assert inputs.isdisjoint(storages)
+
+
+@every_op
+@on_devices
+def test_every_element_is_written(name: str, device: str) -> None:
+    for values in arguments(name, device):
+        with poison():
+            results = tree_leaves(REGISTRY[name].op(*values))
+        assert all(torch.isfinite(result).all() for result in results)
+
+
+@every_op
+@on_devices
+def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
+    """Sums over rows too: one program after another, whatever the order in which they end."""
+    for values in arguments(name, device):
+        first, second = (tree_leaves(REGISTRY[name].op(*values)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_op
+@on_devices
+def test_no_rows(name: str, device: str) -> None:
+    for call in examples(name, torch.float32, 1):
+        shapes = call.entry.cases[call.case][0]
+        tensors = call.tensors(device)
+        leading = {key: value for key, value in tensors.items() if shapes[key].startswith(("...", "B"))}
+        empty = {key: value[:0] if key in leading else value for key, value in tensors.items()}
+        results, gradients = evaluate(
+            call.entry.op, call, leaves(call, empty), [None] * len(outputs_of(call.entry.op, call, empty))
+        )
+        assert results[0].numel() == 0
+        assert not gradients
+        needing = leaves(call, empty)
+        outputs = [one for one in outputs_of(call.entry.op, call, needing) if one.requires_grad]
+        if outputs:
+            found = torch.autograd.grad(
+                outputs, [needing[key] for key in call.needs], [torch.ones_like(o) for o in outputs]
+            )
+            assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found)
+
+
+@every_op
+def test_flops_grow_with_the_input(name: str) -> None:
+    counts = {}
+    for call in examples(name, torch.float32):
+        given = call.arguments(call.tensors("cpu"))
+        with FlopCounterMode(display=False) as counter:
+            call.entry.op(*given)
+        counts[given[0].numel()] = counter.get_total_flops()
+    ordered = [counts[size] for size in sorted(counts)]
+    assert ordered[0] > 0
+    assert ordered == sorted(set(ordered))
+
+
+def test_bytes_are_those_of_each_element_once() -> None:
+    x, weight = torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(8)
+    assert bytes_moved([x, weight, 1e-6, None, True]) == 3 * 8 * 2 + 8 * 4
+    assert bytes_moved([weight.expand(5, 8)]) == 8 * 4
+
+
+@compiled_only
+@every_differentiable_op
+@on_devices
+def test_gradcheck(name: str, device: str) -> None:
+    for call in examples(name, torch.float64, 2):
+        tensors = leaves(call, call.tensors(device), torch.float64)
+
+        def differentiable(*values: Tensor, call: Call = call, tensors: dict[str, Tensor] = tensors) -> list[Tensor]:
+            results = outputs_of(call.entry.op, call, tensors | dict(zip(call.needs, values, strict=True)))
+            return [one for one in results if one.requires_grad]
+
+        few = {key: value[tuple(slice(0, 2) for _ in value.shape[:-1])] for key, value in tensors.items()}
+        call_tensors = {key: few[key].detach().requires_grad_(value.requires_grad) for key, value in tensors.items()}
+        tensors.update(call_tensors)
+        assert torch.autograd.gradcheck(differentiable, [tensors[key] for key in call.needs])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_op
+def test_more_than_two_to_the_31_elements_apart(name: str) -> None:
+    """The rows of the first tensor lie so far apart that the last one begins beyond 2**31 elements."""
+    for call in examples(name, torch.bfloat16, 2):
+        tensors = call.tensors("cuda")
+        first = next(iter(tensors))
+        value = tensors[first].contiguous()
+        step = 2**31 // max(value.shape[0] - 1, 1) + 64
+        strides = (step, *value.stride()[1:])
+        storage = torch.empty(step * (value.shape[0] - 1) + value[0].numel(), dtype=value.dtype, device="cuda")
+        apart = storage.as_strided(value.shape, strides).copy_(value)
+        assert (value.shape[0] - 1) * apart.stride(0) >= 2**31
+        close, far = (outputs_of(call.entry.op, call, tensors | {first: one}) for one in (value, apart))
+        assert all(torch.equal(one, other) for one, other in zip(close, far, strict=True))
+        del storage, apart
