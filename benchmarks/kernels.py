@@ -5,18 +5,21 @@
 
 A shape is rows x hidden x intermediate.  Every call is recorded in a CUDA graph and replayed, so that what is timed is
 the GPU's work and not its launches; "launched" is the time of a call from Python.  Contenders take turns, on copies of
-the inputs that do not fit into the L2 cache.  Bytes are those that have to be moved: forward, the op's arguments and
-results; backward, the gradients of the results, what the op saved, and the gradients of its inputs.  A contender whose
-results are not the reference's is not timed.
+the inputs that do not fit into the L2 cache.  Bytes are those that have to be moved: forward, the op's arguments, its
+results and what it keeps for backward; backward, the gradients of the results, what was kept, and the gradients of the
+inputs, one that is another's too counted once.  A contender whose results or gradients are not those of the reference
+in float32 is not timed.  One that cannot be recorded is timed without a graph and marked *.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ CONTENDERS = ("fastft", "inductor", "liger", "eager")
 SHAPES = ("16384x4096x14336", "4096x4096x14336", "16384x2048x8192", "16384x8192x8192", "512x4096x14336")
 L2_BYTES = 3 * 50 * 2**20  # three times an H100's
 TOLERANCE = 2e-2  # of the largest value: bfloat16, rounded in other places
-CALLS = 8  # in one graph
+CALLS = 8  # in one graph, or more
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,7 +47,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", type=lambda text: text.split(","), default=list(SHAPES), help="rows x hidden x intermediate, ...")
     add("--ops", type=lambda text: text.split(","), default=[""], help="the beginnings of names (default all)")
-    add("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS))
+    add("--contenders", type=arguments.listed(contender), default=list(CONTENDERS))
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", default="cuda", help="cpu runs everything without graphs, to try this script out")
     add("--rounds", type=arguments.positive, default=15)
@@ -54,12 +57,28 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def contender(name: str) -> str:
+    if name not in CONTENDERS:
+        raise argparse.ArgumentTypeError(f"no contender {name!r}; there are {', '.join(CONTENDERS)}")
+    return name
+
+
 def main(words: Sequence[str] | None = None) -> None:
     options = parse(words)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("kernels.py needs a CUDA device; --device cpu only tries it out.")
     torch._functorch.config.donated_buffer = False  # backward is run many times
     torch._dynamo.config.recompile_limit = 64
+    with one_stream(options.device):
+        compare(options)
+
+
+def one_stream(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Backward runs on the stream of its forward, and the default stream cannot be recorded: all is done on another."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
+
+
+def compare(options: argparse.Namespace) -> None:
     copy = copy_gb_per_s(options)
     common = {**machine(options.device), "dtype": options.dtype, "copy_gb_per_s": copy, "commit": options.commit}
     common["date"] = datetime.date.today().isoformat()
@@ -70,9 +89,22 @@ def main(words: Sequence[str] | None = None) -> None:
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1))
         print(f"{case.name} {case.shape} done", flush=True)
-    report.present(f"{common['gpu'] or 'CPU'}, {options.dtype}, a copy moves {copy:,.0f} GB/s", table(rows), [])
+    report.present(
+        f"{common['gpu'] or 'CPU'}, {options.dtype}, microseconds; a copy moves {copy:,.0f} GB/s", table(rows), []
+    )
+    for line in reasons(rows):
+        print(line[: report.WIDTH])
     if options.png:
         draw(rows, options.png)
+
+
+def reasons(rows: list[Row]) -> list[str]:
+    """Why times are missing or marked, once for each contender and reason."""
+    found: dict[tuple[str, str], str] = {}
+    for row in rows:
+        if why := row.get("error") or row.get("not_recorded"):
+            found.setdefault((row["contender"], why), f"{row['op']} {row['shape']} {row['direction']}")
+    return [f"{name}, first at {where}: {why}" for (name, why), where in found.items()]
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -91,7 +123,8 @@ def copy_gb_per_s(options: argparse.Namespace) -> float:
     """A device-to-device copy of 256 MiB and more, both directions counted, by the same clock."""
     source = torch.zeros(2**27 if options.device == "cuda" else 2**16, dtype=torch.bfloat16, device=options.device)
     target = torch.empty_like(source)
-    run = recorded([lambda: target.copy_(source)] * CALLS, options.device)
+    calls = [lambda: target.copy_(source)] * CALLS
+    run = recorded(calls) if options.device == "cuda" else in_turn(calls)
     seconds = [timed(run, options.device) / CALLS for _ in range(4 * options.rounds)]  # the first ones wake the clocks
     return 2 * source.numel() * 2 / quantiles(seconds[len(seconds) // 2 :])[1] / 1e9
 
@@ -104,56 +137,89 @@ def measured(case: Case, options: argparse.Namespace) -> Iterator[Row]:
         "liger": case.liger,
         "eager": case.reference,
     }
-    chosen = {name: functions[name] for name in options.contenders if functions[name] is not None}
-    forward_bytes, backward_bytes = bytes_of(case)
-    for direction, moved in (("forward", forward_bytes), ("backward", backward_bytes)):
-        runs: dict[str, Callable[[], Any]] = {}
+    chosen = {name: found for name in options.contenders if (found := functions[name]) is not None}
+    errors = {name: attempt(agrees, case, function) for name, function in chosen.items()}
+    for direction, moved in zip(("forward", "backward"), bytes_of(case), strict=True):
         rows: dict[str, Row] = {}
+        runs: dict[str, Callable[[], Any]] = {}
         for name, function in chosen.items():
             row = {"op": case.name, "shape": case.shape, "direction": direction, "contender": name, "bytes": moved}
-            rows[name] = {**row, "status": "ok"}
-            try:
-                agrees(case, function)
-                calls = prepared(case, function, direction, moved if options.device == "cuda" else L2_BYTES)
-                rows[name]["launched_us"] = 1e6 * timed(calls[0], options.device, times=10) / 10
-                runs[name] = recorded((calls * CALLS)[: max(CALLS, len(calls))], options.device)
-                rows[name]["calls"] = max(CALLS, len(calls))
-            except Exception as error:  # a peer that cannot do this case is a row, not the end
-                rows[name] |= {"status": "failed", "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(options.rounds):
-            for name, run in runs.items():
-                seconds[name].append(timed(run, options.device) / rows[name]["calls"])
-        for name, found in seconds.items():
-            p20, p50, p80 = quantiles(found)
-            rows[name] |= {"us_p20": p20 * 1e6, "us": p50 * 1e6, "us_p80": p80 * 1e6, "gb_per_s": moved / p50 / 1e9}
+            rows[name] = row | {"status": "ok"}
+            error = errors[name] or attempt(ready, rows[name], runs, case, function, options.device)
+            if error:  # a peer that cannot do this case is a row, not the end
+                rows[name] |= {"status": "failed", "error": error}
+        take_turns(rows, runs, options)
         yield from rows.values()
+
+
+def attempt(action: Callable[..., None], *given: Any) -> str | None:
+    """The first line of what went wrong."""
+    try:
+        action(*given)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    return None
+
+
+def ready(row: Row, runs: dict[str, Callable[[], Any]], case: Case, function: Function, device: str) -> None:
+    """Add what is timed to runs, recorded if it can be; how is noted in the row."""
+    calls = prepared(case, function, row["direction"], row["bytes"] if device == "cuda" else L2_BYTES)
+    calls[0]()  # compiled here, not in what is timed
+    row["launched_us"] = 1e6 * timed(calls[0], device, times=10) / 10
+    calls *= -(-CALLS // len(calls))
+    row |= {"calls": len(calls), "graph": device == "cuda"}
+    runs[row["contender"]] = in_turn(calls)
+    if device == "cuda":
+        problem = attempt(lambda: runs.update({row["contender"]: recorded(calls)}))
+        row |= {"graph": False, "not_recorded": problem} if problem else {}
+
+
+def take_turns(rows: dict[str, Row], runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> None:
+    """Time everyone, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, options.device) / rows[name]["calls"])
+    for name, found in seconds.items():
+        p20, p50, p80 = quantiles(found)
+        times = {"us_p20": p20 * 1e6, "us": p50 * 1e6, "us_p80": p80 * 1e6}
+        rows[name] |= {**times, "gb_per_s": rows[name]["bytes"] / p50 / 1e9}
 
 
 def _outputs(result: Any) -> list[Tensor]:
     return [one for one in (result if isinstance(result, (tuple, list)) else (result,)) if isinstance(one, Tensor)]
 
 
-def inputs(case: Case) -> list[Tensor]:
+def inputs(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Fresh copies in the same layout; those that are trained need a gradient."""
     return [
-        torch.empty_like(value).copy_(value).requires_grad_(name in case.trained)
+        torch.empty_like(value, dtype=dtype).copy_(value).requires_grad_(name in case.trained)
         for name, value in case.tensors.items()
     ]
 
 
-def differentiated(case: Case, function: Function) -> tuple[list[Tensor], Callable[[], Any]]:
+def upstream(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of outputs like these: the same numbers for every contender, of the case's dtype."""
+    dtype = next(iter(case.tensors.values())).dtype
+    generator = torch.Generator(outputs[0].device).manual_seed(0)
+    drawn = (torch.randn(one.shape, generator=generator, device=one.device, dtype=dtype) for one in outputs)
+    return [torch.empty_like(one).copy_(value) for one, value in zip(outputs, drawn, strict=True)]
+
+
+def differentiated(
+    case: Case, function: Function, dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], Callable[[], Any]]:
     """The outputs and a backward of them that can be run again and again."""
-    given = inputs(case)
+    given = inputs(case, dtype)
     outputs = [one for one in _outputs(function(*given)) if one.requires_grad]
-    upstream = [torch.empty_like(one).copy_(torch.cos(one.detach().float())) for one in outputs]
+    gradients = upstream(case, outputs)
     wanted = [one for one in given if one.requires_grad]
-    return outputs, lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
+    return outputs, lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
 
 
 def prepared(case: Case, function: Function, direction: str, moved_bytes: int) -> list[Callable[[], Any]]:
     """The same call on as many copies of the inputs as do not fit into the L2 cache together."""
-    copies = range(max(1, min(CALLS, -(-L2_BYTES // moved_bytes))))
+    copies = range(-(-L2_BYTES // moved_bytes))
     if direction == "backward":
         return [differentiated(case, function)[1] for _ in copies]
 
@@ -162,16 +228,15 @@ def prepared(case: Case, function: Function, direction: str, moved_bytes: int) -
             return function(*given)
 
     copied = [[one.detach() for one in inputs(case)] for _ in copies]
-    return [lambda given=given: forward(given) for given in copied]
+    return [partial(forward, given) for given in copied]
 
 
 def agrees(case: Case, function: Function) -> None:
-    """Raise if outputs or gradients are not those of the reference."""
-    (expected, expected_backward), (actual, backward) = (
-        differentiated(case, one) for one in (case.reference, function)
-    )
+    """Raise if outputs or gradients are not those of the reference in float32."""
+    expected, expected_backward = differentiated(case, case.reference, torch.float32)
+    actual, backward = differentiated(case, function)
     for mine, other in zip([*actual, *backward()], [*expected, *expected_backward()], strict=True):
-        error = (mine.float() - other.float()).abs().max() / other.float().abs().max()
+        error = (mine.float() - other).abs().max() / other.abs().max()
         if not error < TOLERANCE:
             raise ValueError(f"off by {error.item():.1%} of the largest value")
 
@@ -180,29 +245,38 @@ def bytes_of(case: Case) -> tuple[int, int]:
     """What has to be moved, forward and backward."""
     from fastft.kernels.registry import bytes_moved
 
-    saved: dict[int, Tensor] = {}
+    kept: list[Tensor] = []
     given = inputs(case)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = _outputs(case.ours(*given))
-    trained = [one for one in given if one.requires_grad]
     results = [one for one in outputs if one.requires_grad]
-    return bytes_moved([*given, *outputs]), bytes_moved([*results, *saved.values(), *trained])
+    gradients = upstream(case, results)
+    found = torch.autograd.grad(results, [one for one in given if one.requires_grad], gradients)
+    return bytes_moved(distinct(*given, *outputs, *kept)), bytes_moved(distinct(*gradients, *kept, *found))
 
 
-def recorded(calls: Sequence[Callable[[], Any]], device: str) -> Callable[[], Any]:
-    """All of these as one CUDA graph; on a CPU one after another."""
-    if device != "cuda":
-        return lambda: [call() for call in calls]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:
-            call()
-    torch.cuda.synchronize()
+def distinct(*tensors: Tensor) -> list[Tensor]:
+    """Each memory once: the gradients of both addends are one tensor."""
+    return list({tensor.data_ptr(): tensor for tensor in tensors}.values())
+
+
+def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """All of these one after another; all results live until the end, so that each call writes elsewhere."""
+    return lambda: [call() for call in calls]
+
+
+def recorded(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """All of these as one CUDA graph."""
+    for call in calls[:3]:
+        call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        for call in calls:
-            call()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="relaxed"):
+        in_turn(calls)()
     return graph.replay
 
 
@@ -237,20 +311,27 @@ def groups(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
 
 
 def table(rows: list[Row]) -> Table:
+    """Microseconds in a graph and, in the last two columns, launched from Python; x: the best other over fastft."""
     names = [name for name in CONTENDERS if any(row["contender"] == name for row in rows)]
-    out = report.columns(
-        ("op", "shape", "pass"), ("GB/s", "of copy", *(f"{name} us" for name in names), "x", "launched")
-    )
+    launched = ("fastft", "inductor")
+    figures = ("GB/s", "copy", *names, "x", "launched", "inductor's")
+    out = report.columns(("op", "shape", "pass"), figures)
     for (op, shape, direction), found in groups(rows).items():
-        ours, others = found["fastft"], [row["us"] for name, row in found.items() if name != "fastft" and "us" in row]
-        if "us" not in ours:
-            out.add_row(op, shape, direction, ours.get("error", ""), style="red")
-            continue
-        speed, share = f"{ours['gb_per_s']:,.0f}", f"{ours['gb_per_s'] / ours['copy_gb_per_s']:.0%}"
-        times = [f"{found[name]['us']:.1f}" if "us" in found.get(name, {}) else "-" for name in names]
-        best = f"{min(others) / ours['us']:.2f}" if others else "-"
-        out.add_row(op, shape, direction, speed, share, *times, best, f"{ours['launched_us']:.0f}")
+        ours = found.get("fastft", {})
+        share = ours["gb_per_s"] / ours["copy_gb_per_s"] if "us" in ours else None
+        speeds = [report.figure(ours.get("gb_per_s"), form=",.0f"), report.figure(share, form=".0%")]
+        others = [row["us"] for name, row in found.items() if name != "fastft" and "us" in row]
+        best = f"{min(others) / ours['us']:.2f}" if others and "us" in ours else "-"
+        times = [report.figure(found.get(name, {}).get("us"), form=".1f") + _mark(found.get(name)) for name in names]
+        waits = [report.figure(found.get(name, {}).get("launched_us")) for name in launched]
+        short = {"forward": "fwd", "backward": "bwd"}[direction]
+        style = "red" if ours.get("status") == "failed" else None
+        out.add_row(op, shape, short, *speeds, *times, best, *waits, style=style)
     return out
+
+
+def _mark(row: Row | None) -> str:
+    return "*" if row and row["device"] != "cpu" and row.get("graph") is False else ""
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 Row = dict[str, Any]
 GIB = 2**30
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "fastft")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "fastft")
 
 
 @dataclass(frozen=True)
