@@ -1,9 +1,12 @@
 """The one tolerance: an op may err twice as much as PyTorch's own expression in that dtype, against float64."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 FORWARD, GRADIENT = 2.0, 3.0
 
@@ -41,7 +44,8 @@ def assert_close_to_truth(
     truth is float64; eager is the same mathematics by plain PyTorch in actual's dtype.  atol allows what any right
     implementation may differ by: one rounding of the result, and a few of float32's of the largest term inside.
     That term is as large as the result unless magnitude says more (terms that cancel: a sum, a projection).
-    others: eager and truth for inputs close by.  On a few numbers eager may err little by luck, and does not always.
+    others: further values and truths to measure eager's error by: at inputs close by, as on a few numbers eager may err
+    little by luck, and with every step rounded another way, as terms that cancel exactly need not do so elsewhere.
     """
     assert truth.dtype == torch.float64, "the truth is computed in float64"
     assert actual.shape == truth.shape == eager.shape, f"{actual.shape}, eager {eager.shape}, truth {truth.shape}"
@@ -69,3 +73,23 @@ def _largest(values: Tensor) -> float:
 
 def _root_mean_square(values: Tensor) -> float:
     return values.square().mean().sqrt().item()
+
+
+class RoundedOtherwise(TorchDispatchMode):
+    """In float64, every step errs by up to float32's eps, at random: what arithmetic in float32 may do to a result."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(one.alias_info is not None for one in func._schema.returns):  # views and writes
+            return result
+        return tree_map_only(torch.Tensor, self._err, result)
+
+    def _err(self, value: Tensor) -> Tensor:
+        if value.dtype != torch.float64:
+            return value
+        noise = torch.rand(value.shape, generator=self.generator, dtype=torch.float64)
+        return value * (1.0 + torch.finfo(torch.float32).eps * (2.0 * noise - 1.0))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from compare import FORWARD, GRADIENT, assert_close_to_truth, assert_same_metadata
-from draw import Call, calls, examples, nearby
+from compare import FORWARD, GRADIENT, RoundedOtherwise, assert_close_to_truth, assert_same_metadata
 from hypothesis import given
 from hypothesis import strategies as st
+from op_calls import Call, calls, examples, nearby
 from strategies import DEVICES, DTYPES, INTERPRETING, upstream
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -68,10 +68,19 @@ def check(call: Call, device: str) -> None:
         exact = evaluate(entry.reference, call, leaves(call, values, torch.float64), upstreams)
         return list(zip([*low[0], *low[1]], [*exact[0], *exact[1]], strict=True))
 
+    def disturbed(seed: int) -> list[tuple[Tensor, Tensor]]:
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}  # whose backward runs in this thread
+        given = [None if one is None else one.cpu() for one in upstreams]
+        exact = evaluate(entry.reference, call, leaves(call, on_cpu, torch.float64), given)
+        with RoundedOtherwise(seed):
+            noisy = evaluate(entry.reference, call, leaves(call, on_cpu, torch.float64), given)
+        return list(zip([*noisy[0], *noisy[1]], [*exact[0], *exact[1]], strict=True))
+
     here, *around = (
         measured({name: nearby(tensor, seed) if seed else tensor for name, tensor in tensors.items()})
         for seed in range(3)
     )
+    around += [disturbed(seed) for seed in range(2)]
     empty = entry.outputs(*call.arguments(tensors))
     for mine, other in zip(actual[0], [empty] if isinstance(empty, Tensor) else empty, strict=True):
         assert_same_metadata(mine, other)

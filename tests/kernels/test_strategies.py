@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import assert_close_to_truth, assert_same_metadata
+from compare import RoundedOtherwise, assert_close_to_truth, assert_same_metadata
 from hypothesis import find, given
 from hypothesis import strategies as st
 from strategies import LAYOUTS, UPSTREAM, Spec, layouts, lengths, requires_grad, seeds, shapes, specs, upstream
@@ -105,3 +105,13 @@ def test_the_comparison_rejects_other_dtypes_shapes_and_strides() -> None:
     with pytest.raises(AssertionError, match="stride"):
         assert_same_metadata(truth, truth.t().contiguous().t())
     assert_same_metadata(truth[:1], truth.t().contiguous().t()[:1, :].contiguous())
+
+
+def test_other_roundings_show_where_terms_cancel() -> None:
+    x = torch.rand(1000, dtype=torch.float64) + 1.0
+    with RoundedOtherwise(0):
+        difference = x * 3.0 - x * 3.0
+        view = x.reshape(10, 100)
+    eps = torch.finfo(torch.float32).eps
+    assert 2 * eps < difference.abs().max() < 2 * 6 * eps
+    assert torch.equal(view.flatten(), x)
