@@ -6,7 +6,7 @@ A drawn Call prints as the code that builds it, so a failure can be pasted.
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,11 @@ def calls(draw: st.DrawFn, op: str) -> Call:
     return Call(op, case, tuple(specs), draw(st.sampled_from(UPSTREAM)), needs)
 
 
-def examples(op: str, dtype: torch.dtype, count: int = 5) -> Iterator[Call]:
-    """Some calls, always the same, the first five each larger than the one before; cases from all over the list."""
+def examples(op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48)) -> Iterator[Call]:
+    """Some calls, always the same, the first five each larger than the one before; cases from all over the list.
+
+    rows: the sizes that rows are made of, in turn.
+    """
     entry = REGISTRY[op]
     for number in range(count):
         case = number * len(entry.cases) // count
@@ -93,7 +96,7 @@ def examples(op: str, dtype: torch.dtype, count: int = 5) -> Iterator[Call]:
         size = 2 + number % 5
         drawn: Sizes = {"...": (size, 3)}
         for name in names_in(shapes):
-            drawn[name] = 8 * size if name in ROW_NAMES else size
+            drawn[name] = rows[number % len(rows)] if name in ROW_NAMES else size
         specs = [
             (
                 name,

@@ -109,6 +109,15 @@ def test_agrees_in_every_case(name: str, device: str) -> None:
             check(call, device)
 
 
+@every_op
+@on_devices
+def test_agrees_on_long_rows(name: str, device: str) -> None:
+    """In every configuration of the kernels, and beyond them where the reference takes over."""
+    for dtype in DTYPES[:2]:
+        for call in examples(name, dtype, 6, rows=(64, 130, 700, 2500, 5000, 9000)):
+            check(call, device)
+
+
 @contextmanager
 def poison() -> Iterator[None]:
     """torch.empty is filled with NaN."""

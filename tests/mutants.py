@@ -1,0 +1,170 @@
+"""Break each kernel in three ways and see whether the tests of the ops notice: python tests/mutants.py [--file rotary]
+
+A mutant is the package with one expression of a kernel's source changed: a sign, a mask left out, a reduction over the
+wrong axis (an index, where a kernel reduces nothing).  The tests run in Triton's interpreter.  Exit status 1 if a
+mutant survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import checkout  # noqa: E402
+
+SIGN, MASK, AXIS, INDEX = "wrong sign", "dropped mask", "wrong reduction axis", "wrong index"
+TESTS = "test_agrees or test_every_element or test_inputs"
+
+
+class Mutant(NamedTuple):
+    """One change: in the function where of kernels/<file>_triton.py, which ops' kernel it is part of, old becomes new."""
+
+    kernel: str  # file.kernel
+    kind: str
+    where: str  # file.function
+    old: str
+    new: str
+
+
+def over_all_rows(inner: str, rows: str) -> str:
+    """A sum over rows where one of each row belongs, in the same shape."""
+    return f"(tl.sum(tl.sum({inner}, 1), 0) + 0.0 * {rows})"
+
+
+WHOLE_ROWS = "(d < D)[None, :]", "(d < BLOCK_D)[None, :]"
+MUTANTS = (
+    Mutant("rms_norm.forward_kernel", SIGN, "rms_norm.normalized", "(offset + weight)", "(offset - weight)"),
+    Mutant("rms_norm.forward_kernel", MASK, "rms_norm.forward_kernel", *WHOLE_ROWS),
+    Mutant("rms_norm.forward_kernel", AXIS, "rms_norm.normalized", "tl.sum(x * x, 1)", over_all_rows("x * x", "tl.sum(x, 1)")),
+    Mutant("rms_norm.backward_kernel", SIGN, "rms_norm.input_gradient", "(dunit - unit", "(dunit + unit"),
+    Mutant("rms_norm.backward_kernel", MASK, "rms_norm.backward_kernel", *WHOLE_ROWS),
+    Mutant(
+        "rms_norm.backward_kernel", AXIS, "rms_norm.input_gradient", "tl.sum(dunit * unit, 1)",
+        over_all_rows("dunit * unit", "rstd"),
+    ),
+    Mutant("rms_norm.backward_weight_kernel", SIGN, "rms_norm.backward_weight_kernel", "dweight += dy", "dweight -= dy"),
+    Mutant("rms_norm.backward_weight_kernel", MASK, "rms_norm.backward_weight_kernel", *WHOLE_ROWS),
+    Mutant(
+        "rms_norm.backward_weight_kernel", AXIS, "rms_norm.backward_weight_kernel", "tl.sum(dweight, 0)",
+        "tl.sum(tl.sum(dweight, 1), 0) + 0.0 * d",
+    ),
+    Mutant("add_rms_norm.add_kernel", SIGN, "add_rms_norm.add_kernel", "total += load", "total -= load"),
+    Mutant("add_rms_norm.add_kernel", MASK, "add_rms_norm.add_kernel", *WHOLE_ROWS),
+    Mutant("add_rms_norm.add_kernel", AXIS, "rms_norm.normalized", "tl.sum(x * x, 1)", over_all_rows("x * x", "tl.sum(x, 1)")),
+    Mutant("layer_norm.forward_kernel", SIGN, "layer_norm.forward_kernel", "x - mean", "x + mean"),
+    Mutant("layer_norm.forward_kernel", MASK, "layer_norm.forward_kernel", "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]"),
+    Mutant("layer_norm.forward_kernel", AXIS, "layer_norm.forward_kernel", "tl.sum(x, 1) /", over_all_rows("x", "tl.sum(x, 1)") + " /"),
+    Mutant("layer_norm.backward_kernel", SIGN, "layer_norm.input_gradient", "(dunit - projected)", "(dunit + projected)"),
+    Mutant("layer_norm.backward_kernel", MASK, "layer_norm.backward_kernel", *WHOLE_ROWS),
+    Mutant(
+        "layer_norm.backward_kernel", AXIS, "layer_norm.input_gradient", "tl.sum(dunit * unit, 1)",
+        over_all_rows("dunit * unit", "rstd"),
+    ),
+    Mutant("layer_norm.backward_weight_kernel", SIGN, "layer_norm.backward_weight_kernel", "dbias += dy", "dbias -= dy"),
+    Mutant("layer_norm.backward_weight_kernel", MASK, "layer_norm.backward_weight_kernel", *WHOLE_ROWS),
+    Mutant(
+        "layer_norm.backward_weight_kernel", AXIS, "layer_norm.backward_weight_kernel", "tl.sum(dbias, 0)",
+        "tl.sum(tl.sum(dbias, 1), 0) + 0.0 * d",
+    ),
+    Mutant("rotary.rotary_kernel", SIGN, "rotary.rotated", "a * cos_a - b", "a * cos_a + b"),
+    Mutant("rotary.rotary_kernel", MASK, "rotary.store_pairs", "(i < half)[None, :]", "(i >= 0)[None, :]"),
+    Mutant("rotary.rotary_kernel", INDEX, "rotary.rotate_rows", "n2, cos_strides)", "n2, x_strides)"),
+    Mutant("norm_rotary.forward_kernel", SIGN, "norm_rotary.scaled", "(offset + weight)", "(offset - weight)"),
+    Mutant("norm_rotary.forward_kernel", MASK, "norm_rotary.forward_rows", "row < n_rows", "row >= 0"),
+    Mutant("norm_rotary.forward_kernel", AXIS, "norm_rotary.forward_rows", "tl.sum(b * b, 1)", over_all_rows("b * b", "tl.sum(b, 1)")),
+    Mutant("norm_rotary.backward_kernel", SIGN, "norm_rotary.backward_rows", "(dunit_a - unit_a", "(dunit_a + unit_a"),
+    Mutant("norm_rotary.backward_kernel", MASK, "norm_rotary.backward_rows", "row < n_rows", "row >= 0"),
+    Mutant("norm_rotary.backward_kernel", AXIS, "norm_rotary.backward_rows", "tl.sum(sum_b, 0)", "(tl.sum(tl.sum(sum_b, 1), 0) + 0.0 * tl.sum(sum_b, 0))"),
+    Mutant("glu.forward_kernel", SIGN, "glu.activation", "x / (1.0 + tl.exp(-x))", "x / (1.0 + tl.exp(x))"),
+    Mutant("glu.forward_kernel", MASK, "glu.tile_of", "(d < D)[None, :]", "(d >= 0)[None, :]"),
+    Mutant("glu.forward_kernel", INDEX, "glu.forward_kernel", "n2, up_s0, up_s1, up_s2), d", "n2, gate_s0, gate_s1, gate_s2), d"),
+    Mutant("glu.backward_kernel", SIGN, "glu.activation_and_slope", "s + x * (s * rest)", "s - x * (s * rest)"),
+    Mutant("glu.backward_kernel", MASK, "glu.tile_of", "(row < n_rows)[:, None]", "(row >= 0)[:, None]"),
+    Mutant("glu.backward_kernel", INDEX, "glu.tile_of", "% pieces * BLOCK_D", "% pieces * ROWS"),
+)  # fmt: skip
+
+
+def path_of(where: str) -> Path:
+    return ROOT / "kernels" / f"{where.split('.')[0]}_triton.py"
+
+
+def mutated(mutant: Mutant) -> str:
+    """The file's source with the change made, once, in the function that it names."""
+    source = path_of(mutant.where).read_text(encoding="utf-8")
+    function = mutant.where.split(".")[1]
+    found = re.search(rf"^def {function}\(.*?(?=^@|^def |\Z)", source, re.MULTILINE | re.DOTALL)
+    if found is None or mutant.old not in found.group():
+        raise ValueError(f"{mutant.where} has no {mutant.old!r}")
+    return source[: found.start()] + found.group().replace(mutant.old, mutant.new, 1) + source[found.end() :]
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """The first test that fails, None if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout.link_package(Path(folder))
+        target = Path(folder) / "fastft" / "kernels" / path_of(mutant.where).name
+        target.unlink()
+        target.write_text(mutated(mutant), encoding="utf-8")
+        ops = mutant.kernel.split(".")[0] if not mutant.kernel.startswith("add") else "add"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+        ]
+        command += ["--rootdir", str(ROOT), "-m", "not gpu", "-k", f"({TESTS}) and {ops}"]
+        command += [str(ROOT / "tests" / "kernels" / "test_ops.py"), "--tb=no"]
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "FASTFT_HYPOTHESIS_PROFILE": "interpreter",
+            "PYTHONPATH": folder,
+        }
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode == 0 and " passed" in done.stdout:
+        return None
+    named = re.search(r"^FAILED \S+?::(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and named:
+        return named.group(1)
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"  # it wrote where it should not
+    raise RuntimeError(f"the tests did not run: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+
+
+def chosen(file: str) -> Iterator[Mutant]:
+    yield from (mutant for mutant in MUTANTS if mutant.kernel.startswith(file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--file", default="", help="only kernels whose name begins so")
+    options = parser.parse_args()
+    table, survivors = Table("kernel", "mutant", "caught by"), 0
+    for mutant in chosen(options.file):
+        caught = caught_by(mutant)
+        survivors += caught is None
+        table.add_row(mutant.kernel, mutant.kind, caught or "[red]nothing[/red]")
+        print(f"{mutant.kernel}, {mutant.kind}: {caught or 'NOT CAUGHT'}", flush=True)
+    Console(width=150).print(table)
+    raise SystemExit(f"{survivors} survived" if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
