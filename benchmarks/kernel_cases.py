@@ -88,7 +88,9 @@ def heads(rows: int, hidden: int, new: Callable[..., Tensor]) -> Iterator[Case]:
     ops, shape = torch.ops.fastft, f"{rows}x{hidden}"
     length = min(rows, LENGTH)
     q, k = (new(rows // length, length, count, HEAD).transpose(1, 2) for count in (hidden // HEAD, hidden // HEAD // 4))
-    cos, sin, q_weight, k_weight = new(1, 1, length, HEAD), new(1, 1, length, HEAD), new(HEAD), new(HEAD)
+    turned_by = new(1, 1, length, HEAD // 2)
+    angles = torch.cat((turned_by, turned_by), -1)  # alike in both halves, which Liger takes for granted
+    cos, sin, q_weight, k_weight = angles.cos(), angles.sin(), new(HEAD), new(HEAD)
 
     def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotary.half(q, cos, sin), rotary.half(k, cos, sin)

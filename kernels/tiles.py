@@ -32,7 +32,7 @@ CONFIGS = (  # of whole rows; 8 to 32 elements a thread, so that loads are 16 by
     Config(128, rows=16, warps=4, programs=8),
     Config(256, rows=8, warps=4, programs=8),
     Config(1024, rows=2, warps=4, programs=6),
-    Config(4096, rows=1, warps=8, programs=3),
+    Config(4096, rows=1, warps=8, programs=2),
     Config(MAX_ROW_WITH_SUMS, rows=1, warps=16, programs=1),
     Config(MAX_ROW, rows=1, warps=16),
 )
