@@ -114,7 +114,9 @@ def _backward_add_rms_norm(
     ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     total, weight, rstd = ctx.saved_tensors
-    dtotal, dweight = gradients(ctx.needs_input_grad[2], grad_y, total, weight, rstd, *ctx.spelling, grad_total)
+    offset, round_first = ctx.spelling
+    trained = ctx.needs_input_grad[2]
+    dtotal, dweight = gradients(trained, grad_y, total, weight, rstd, offset, round_first, grad_total)
     dx, dresidual = (_cast(dtotal, *one) for one in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True))
     return dx, dresidual, dweight, None, None, None
 
@@ -150,7 +152,8 @@ def _backward_sandwich(
 ) -> tuple[Tensor | None, ...]:
     x, inner_weight, inner_rstd, total, weight, rstd = ctx.saved_tensors
     needs_x, needs_residual, needs_inner_weight, needs_weight, *_ = ctx.needs_input_grad
-    dtotal, dweight = gradients(needs_weight, grad_y, total, weight, rstd, *ctx.spelling, grad_total)
+    offset, round_first = ctx.spelling
+    dtotal, dweight = gradients(needs_weight, grad_y, total, weight, rstd, offset, round_first, grad_total)
     dx = dinner_weight = None
     if needs_x or needs_inner_weight:
         dx, dinner_weight = gradients(needs_inner_weight, dtotal, x, inner_weight, inner_rstd, *ctx.spelling)

@@ -88,4 +88,5 @@ def rms_norm_add(
 def rms_norm_add_rms_norm(
     outputs: Sequence[Tensor], x: Tensor, residual: Tensor, inner_weight: Tensor, weight: Tensor, *spelling: Any
 ) -> None:
-    launch(*outputs, x, residual, inner_weight, weight, *spelling)
+    y, total, inner_rstd, rstd = outputs
+    launch(y, total, inner_rstd, rstd, x, residual, inner_weight, weight, *spelling)

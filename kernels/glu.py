@@ -9,6 +9,7 @@ Primer, 2021, arXiv:2109.08668).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastft.kernels.registry import cases, define, wide
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -33,7 +34,8 @@ def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def reference_packed(gate_up: Tensor, activation: str) -> Tensor:
     """The same of two halves."""
-    return reference(*gate_up.chunk(2, -1), activation)
+    gate, up = gate_up.chunk(2, -1)
+    return reference(gate, up, activation)
 
 
 def derivative(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,8 @@ def reference_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation
 
 def reference_packed_backward(grad_output: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     """The gradient of gate_up."""
-    return torch.cat(reference_backward(grad_output, *gate_up.chunk(2, -1), activation), -1)
+    gate, up = gate_up.chunk(2, -1)
+    return torch.cat(reference_backward(grad_output, gate, up, activation), -1)
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:
@@ -91,7 +94,8 @@ def new_gradients(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str
 
 
 def new_packed_gradient(grad_output: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    new_gradients(grad_output, *gate_up.chunk(2, -1), activation)
+    gate, up = gate_up.chunk(2, -1)
+    new_gradients(grad_output, gate, up, activation)
     return torch.empty_like(gate_up)
 
 

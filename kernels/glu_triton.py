@@ -153,9 +153,11 @@ def backward(outputs: tuple[Tensor, Tensor], dy: Tensor, gate: Tensor, up: Tenso
 
 
 def packed_forward(outputs: tuple[Tensor], gate_up: Tensor, activation: str) -> None:
-    forward(outputs, *gate_up.chunk(2, -1), activation)
+    gate, up = gate_up.chunk(2, -1)
+    forward(outputs, gate, up, activation)
 
 
 def packed_backward(outputs: tuple[Tensor], dy: Tensor, gate_up: Tensor, activation: str) -> None:
     (dgate_up,) = outputs
-    launch_backward(dgate_up, *dgate_up.chunk(2, -1), dy, *gate_up.chunk(2, -1), activation)
+    (dgate, dup), (gate, up) = dgate_up.chunk(2, -1), gate_up.chunk(2, -1)
+    launch_backward(dgate_up, dgate, dup, dy, gate, up, activation)

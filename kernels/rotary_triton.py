@@ -19,7 +19,7 @@ from fastft.kernels.tiles import Config, config_for, load_tile, row_start, store
 CONFIGS = (  # 8 pairs a thread, so that loads are 16 bytes wide
     Config(32, rows=64, warps=4),
     Config(64, rows=32, warps=4),
-    Config(128, rows=8, warps=2),
+    Config(128, rows=8, warps=2, programs=8),
     Config(256, rows=8, warps=4),
     Config(LONGEST_HEAD, rows=2, warps=4),
 )

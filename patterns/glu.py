@@ -1,9 +1,11 @@
-"""Gated activations -> fastft::glu and, where gate and up are halves of one tensor, fastft::glu_packed:  act(gate) * up.
+"""Gated activations, act(gate) * up -> fastft::glu, or fastft::glu_packed where gate and up are halves of one tensor.
 
 Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,12 +93,12 @@ def glu_packed(gate_up: Tensor, activation: str) -> Tensor:
     return torch.ops.fastft.glu_packed(gate_up, activation)
 
 
-def separate(reference: object, activation: str, anchor: object, **more: object) -> Rule:
+def separate(reference: Callable, activation: str, anchor: Callable, **more: Any) -> Rule:
     shapes = {"gate": "... I", "up": "... I"}
     return Rule(reference, partial(glu, activation=activation), anchor, shapes, **more)
 
 
-def packed(reference: object, activation: str, anchor: object) -> Rule:
+def packed(reference: Callable, activation: str, anchor: Callable) -> Rule:
     return Rule(reference, partial(glu_packed, activation=activation), anchor, {"gate_up": "... I"})
 
 

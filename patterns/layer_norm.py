@@ -50,7 +50,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 def rounds_first(x: Tensor, **_: object) -> str | None:
     """The op rounds once, at the end."""
-    return None if x.dtype == torch.float32 else "it rounds before it scales, which a LayerNorm does not"
+    early = None if x.dtype == torch.float32 else "it rounds before it scales, which a LayerNorm does not"
+    return narrows(x=x) or early
 
 
 rule = partial(Rule, replacement=layer_norm, anchor=F.layer_norm)

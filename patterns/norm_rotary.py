@@ -4,6 +4,7 @@ These rules merge what patterns/rms_norm.py and patterns/rotary.py lifted.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def norm_rotary(
     return results[0], results[1]
 
 
-def norm_rotary_of_transposed(q: Tensor, k: Tensor, *others: object, **named: object) -> tuple[Tensor, Tensor]:
+def norm_rotary_of_transposed(q: Tensor, k: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """fastft::norm_rotary"""
     return norm_rotary(torch.transpose(q, -3, -2), torch.transpose(k, -3, -2), *others, **named)
 

@@ -4,11 +4,14 @@ The references differ in which elements are a pair, in what is rotated of a head
 they round.  Source: Su et al., RoFormer, arXiv:2104.09864.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastft.patterns.rms_norm import narrows
 from fastft.rewriter.rule import Rule
 
 
@@ -77,25 +80,32 @@ def widened(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.ops.fastft.rotary(x, cos, sin, interleaved, False, False).to(x.dtype)
 
 
+def one_angle_a_pair(x: Tensor, cos: Tensor, **_: object) -> str | None:
+    """A single angle would broadcast over all pairs."""
+    whole = 2 * cos.shape[-1] == x.shape[-1]
+    return None if whole else f"cos has {cos.shape[-1]} angles for {x.shape[-1]} elements and not one a pair"
+
+
 WHOLE = {"x": "... D", "cos": "* D", "sin": "* D"}
 PART = {"x": "... D", "cos": "* R", "sin": "* R"}
 
 
-def rule(reference: object, interleaved: bool, shapes: dict[str, str] = WHOLE, **more: object) -> Rule:
+def rule(reference: Callable, interleaved: bool, shapes: dict[str, str] = WHOLE, **more: Any) -> Rule:
     """Joined halves and parts are contiguous, as torch.cat is; otherwise the result is laid out as x."""
     per_pair, contiguous = reference is half_by_parts, shapes is PART
     replacement = partial(rotary, interleaved=interleaved, per_pair=per_pair, contiguous=contiguous)
-    return Rule(reference, replacement, **{"anchor": torch.neg, "shapes": shapes, **more})
+    settings: dict[str, Any] = {"anchor": torch.neg, "shapes": shapes, **more}
+    return Rule(reference, replacement, **settings)
 
 
-def wide_rule(reference: object, interleaved: bool) -> Rule:
-    return Rule(reference, partial(widened, interleaved=interleaved), torch.neg, WHOLE, cast=("x",))
+def wide_rule(reference: Callable, interleaved: bool) -> Rule:
+    return Rule(reference, partial(widened, interleaved=interleaved), torch.neg, WHOLE, cast=("x",), unless=narrows)
 
 
 RULES = (
     rule(half, False),
     rule(half_of_a_part, False, PART),
-    rule(half_by_parts, False, PART, anchor=torch.sub, rare=False),
+    rule(half_by_parts, False, PART, anchor=torch.sub, rare=False, unless=one_angle_a_pair),
     rule(interleaved, True),
     rule(interleaved_part, True, PART),
     wide_rule(half_widened, False),

@@ -27,7 +27,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 DYNAMIC = pgo.auto_dynamic  # the size, as Dynamo remembers it, of what it saw change
@@ -101,7 +101,10 @@ def propagate(node: Node) -> None:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
     with fake_mode_of(tensors_in((args, kwargs))), torch.no_grad():
         function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
-        set_value(node, cast(Callable, function)(*args, **kwargs))
+        result = cast(Callable, function)(*args, **kwargs)
+    # A real op writes its results in place; .data is the same tensor without that history, which a fake one has not.
+    real = lambda tensor: tensor if isinstance(tensor, FakeTensor) else tensor.data  # noqa: E731
+    set_value(node, tree_map_only(Tensor, real, result))
 
 
 def fake_mode_of(values: Any) -> AbstractContextManager:

@@ -14,7 +14,7 @@ from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import between
 from fastft.rewriter.layers import layer_of
 from fastft.rewriter.match import Match, Mismatch, find
-from fastft.rewriter.normalize import view
+from fastft.rewriter.normalize import splits, view
 from fastft.rewriter.pattern import templates
 from fastft.rewriter.report import GraphReport, Lifted, NearMiss
 from fastft.rewriter.rule import Rule
@@ -59,8 +59,9 @@ class _Lifting:
         for cast in self.casts:
             cast.replace_all_uses_with(cast.args[0])
         unused = self.casts.union(self.unused)
-        for node in reversed([node for node in self.graph.nodes if node in unused]):
-            self.graph.erase_node(node)
+        for node in reversed(list(self.graph.nodes)):
+            if node in unused or (not node.users and splits(node)):  # whose parts were matched as slices
+                self.graph.erase_node(node)
         return self.lifted
 
     def _lift_at(self, anchor: Node, rules: Sequence[Rule]) -> None:

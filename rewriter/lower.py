@@ -66,9 +66,7 @@ def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options
         return compile_graph(part, inputs, options, all_of_it=recompute)
 
 
-def compile_graph(
-    gm: GraphModule, example_inputs: list[Any], options: Options, *, all_of_it: bool = False
-) -> Callable:
+def compile_graph(gm: GraphModule, example_inputs: list[Any], options: Options, *, all_of_it: bool = False) -> Callable:
     """Compile one graph as it is; all_of_it: its backward computes all of its forward again."""
     if options.lower == "eager":
         return gm.forward

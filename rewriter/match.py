@@ -140,12 +140,12 @@ class _Matcher:
             pending += [(at + 1, extended) for extended in reversed(found)]
 
     def _candidates(self, root: Node, bound: Bindings) -> list[Node]:
-        """What another root may be: itself if it is bound already, else a call that shares an argument."""
+        """What another root may be: itself if it is bound already, else a later call that shares an argument."""
         if root in bound:
             return [bound[root]]
         shared = [bound[argument] for argument in root.all_input_nodes if argument in bound]
-        taken = {bound[node] for node in self.pattern.calls if node in bound}
-        return [user for user in shared[0].users if user not in taken] if shared else []
+        first = bound[self.pattern.roots[0]]
+        return sorted(user for user in shared[0].users if user > first) if shared else []
 
     def unify(self, expected: Any, actual: Any, bound: Bindings) -> Iterator[Bindings]:
         """Every extension of ``bound`` under which ``expected`` is ``actual``."""
@@ -178,7 +178,7 @@ class _Matcher:
     def _differs(self, expected: Any, actual: Any, bound: Bindings) -> str:
         """Why ``actual`` cannot be ``expected``, by itself; "" if it can."""
         if not isinstance(expected, Node):
-            return "" if _same(expected, actual) else f"expected {expected}, found {_show(actual)}"
+            return "" if _same(expected, actual) else f"expected {_literal(expected)}, found {_show(actual)}"
         if expected in bound:
             same = bound[expected] is actual or (not isinstance(actual, Node) and _same(bound[expected], actual))
             return (
@@ -214,13 +214,23 @@ class _Matcher:
 
     def _spell_argument(self, argument: Any) -> str:
         if not isinstance(argument, Node):
-            return str(argument)
+            return _literal(argument)
         return self.names.get(argument) or f"{name_of(argument.target)}(…)"
 
     def _note(self, bound: Bindings, reason: str, at: Any) -> None:
         if len(bound) > self.matched:
             line = compat.source_line(at) if isinstance(at, Node) else ""
             self.matched, self.reason = len(bound), reason + (f" ({line})" if line else "")
+
+
+def _literal(expected: Any) -> str:
+    """A pattern's literal for people; n is a size that is open."""
+    if isinstance(expected, slice):
+        parts = (expected.start, expected.stop, expected.step)
+        return ":".join("" if part is None else _literal(part) for part in parts)
+    if isinstance(expected, (tuple, list)):
+        return f"({', '.join(map(_literal, expected))})"
+    return "n" if expected is ANY_SIZE else "..." if expected is Ellipsis else str(expected)
 
 
 def _show(value: Any) -> str:

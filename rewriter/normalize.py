@@ -142,9 +142,14 @@ def _is_square(function: Callable, args: tuple) -> bool:
     return by_itself or function is torch.square or (function is torch.pow and args[1] == 2)
 
 
+def _completed(args: tuple, defaults: tuple, required: int) -> tuple[Any, ...]:
+    """args with the defaults of those left out; so many of them have none."""
+    return args + defaults[len(args) - required :]
+
+
 def _drops_nothing(args: tuple) -> bool:
     """A dropout that returns its own input."""
-    _, p, training, inplace = (*args, *(0.5, True, False)[len(args) - 1 :])
+    _, p, training, inplace = _completed(args, (0.5, True, False), 1)
     return (p == 0 or training is False) and not inplace
 
 
@@ -156,7 +161,7 @@ def _rms_norm_form(args: tuple, node: Node) -> tuple:
 
 def _layer_norm_form(args: tuple, node: Node) -> tuple:
     """All five spelt out."""
-    return (*args, *(None, None, 1e-5)[len(args) - 2 :])
+    return _completed(args, (None, None, 1e-5), 2)
 
 
 def _mean_form(args: tuple, node: Node) -> tuple:
@@ -170,7 +175,7 @@ def _join_form(args: tuple, node: Node) -> tuple:
 
 
 def _flatten_form(args: tuple, node: Node) -> tuple:
-    tensor, *dims = (*args, *(0, -1)[len(args) - 1 :])
+    tensor, *dims = _completed(args, (0, -1), 1)
     return (tensor, *(_from_end(dim, value_of(tensor).dim()) for dim in dims))
 
 
@@ -195,7 +200,7 @@ def _normalize_index(node: Node) -> None:
     if isinstance(source, Node) and isinstance(index, int):
         part = _part(source, index)
         if part is not None:
-            node.args = (source.args[0], (Ellipsis, part))
+            _take(node, source.args[0], part)
         return
     index = index if isinstance(index, tuple) else (index,)
     rank = value_of(source).dim() if isinstance(value_of(source), Tensor) else None
@@ -205,15 +210,21 @@ def _normalize_index(node: Node) -> None:
         return
     if all(one is Ellipsis or one == slice(None) for one in others):
         step = None if last.step == 1 else last.step
-        node.args = (source, (Ellipsis, slice(None if _is_zero(last.start) else last.start, last.stop, step)))
+        _take(node, source, slice(None if _is_zero(last.start) else last.start, last.stop, step))
+
+
+def _take(node: Node, source: Any, part: slice) -> None:
+    index: Any = (Ellipsis, part)
+    node.args = (source, index)
 
 
 def _part(source: Node, index: int) -> slice | None:
     """What part of the last axis this is, of a tensor in equal parts along it."""
-    name = source.target if source.op == "call_method" else getattr(source.target, "__name__", "")
-    form = {"chunk": _CHUNK, "split": _SPLIT}.get(str(name))
+    form = _split_form(source)
     whole = value_of(source.args[0]) if source.args else None
-    bound = _bind(form, source) if form is not None and isinstance(whole, Tensor) else None
+    if form is None or not isinstance(whole, Tensor):
+        return None
+    bound = _bind(form, source)
     if bound is None or len(bound[0]) < 3 or _from_end(bound[0][2], whole.dim()) != -1:
         return None
     size, count = whole.shape[-1], bound[0][1]
@@ -222,6 +233,16 @@ def _part(source: Node, index: int) -> slice | None:
     length = -(-size // count) if form is _CHUNK else count
     start, stop = index * length, (index + 1) * length
     return slice(start or None, None if stop >= size else stop, None)
+
+
+def splits(node: Node) -> bool:
+    """Whether this call makes views of parts of its argument, and nothing else."""
+    return node.op in ("call_function", "call_method") and _split_form(node) is not None
+
+
+def _split_form(node: Node) -> Signature | None:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return {"chunk": _CHUNK, "split": _SPLIT}.get(str(name))
 
 
 _CHUNK = signature(lambda input, chunks, dim=0: ...)

@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import FORWARD, GRADIENT, assert_close_to_truth
+from lifting import calls, compiled, lifted
 from torch import Tensor
 
 from fastft.patterns import rms_norm as patterns
-from fastft.rewriter.graph import name_of
-from fastft.rewriter.pattern import capture
-from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULES = {rule.reference.__name__: rule for rule in patterns.RULES if rule.replacement is not None}
@@ -23,15 +20,6 @@ def inputs(x_dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | Non
     x = torch.randn(2, 5, 16, generator=generator).to(x_dtype).requires_grad_()
     weight = torch.randn(16, generator=generator).to(weight_dtype or x_dtype).requires_grad_()
     return x, weight
-
-
-def lifted(function: Callable, *values: Tensor) -> tuple[torch.fx.GraphModule, GraphReport]:
-    gm = capture(function, *values)
-    return gm, rewrite(gm)
-
-
-def calls(gm: torch.fx.GraphModule) -> list[str]:
-    return [name_of(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
@@ -227,11 +215,6 @@ def test_a_near_miss_is_left_alone_and_explained(function: Callable, reason: str
 
 def test_gradients_switched_off_halfway_are_respected() -> None:
     """Symbolic tracing would run the switch, so the graph is captured by torch.compile."""
-    graphs = []
-
-    def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
-        graphs.append(rewrite(gm))
-        return gm.forward
 
     def function(x: Tensor, w: Tensor) -> Tensor:
         rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -239,9 +222,11 @@ def test_gradients_switched_off_halfway_are_respected() -> None:
             y = w * (x * rstd)
         return y + x
 
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend)(*inputs())
-    assert [miss.reason for graph in graphs for miss in graph.near_misses] == ["_set_grad_enabled is called halfway"]
+    captures: list = []
+    compiled(function, captures)(*inputs())
+    assert [miss.reason for _, report in captures for miss in report.near_misses] == [
+        "_set_grad_enabled is called halfway"
+    ]
 
 
 def test_in_low_precision_what_is_not_widened_is_another_function() -> None:

@@ -1,0 +1,112 @@
+"""What the tests of the patterns share: a function rewritten, the calls left in it, its values held to the truth."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from compare import FORWARD, GRADIENT, assert_close_to_truth, assert_same_metadata
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
+
+from fastft.rewriter.graph import name_of
+from fastft.rewriter.pattern import capture
+from fastft.rewriter.report import GraphReport
+from fastft.rewriter.rewrite import rewrite
+
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type_as}
+Capture = tuple[GraphModule, GraphReport]
+
+
+def lifted(function: Callable, *values: Any) -> Capture:
+    """A straight-line function, captured and rewritten."""
+    gm = capture(function, *values)
+    return gm, rewrite(gm)
+
+
+def compiled(function: Callable, captures: list[Capture], *, across_layers: bool = False) -> Callable:
+    """A function or module, captured by torch.compile: with its modules, its modes and what symbolic tracing runs."""
+
+    def backend(gm: GraphModule, _: object) -> Callable:
+        captures.append((gm, rewrite(gm, across_layers=across_layers)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend)
+
+
+def calls(gm: GraphModule) -> list[str]:
+    return [name_of(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+
+
+def ops(gm: GraphModule) -> list[str]:
+    """The calls of fastft's ops."""
+    return [name.removeprefix("fastft.") for name in calls(gm) if name.startswith("fastft.")]
+
+
+def rules(report: GraphReport) -> tuple[list[str], list[str]]:
+    """The names of what was lifted and of what was fused."""
+    return [one.rule for one in report.lifted], [one.rule for one in report.fused]
+
+
+def reasons(report: GraphReport) -> list[str]:
+    return [miss.reason for miss in report.near_misses]
+
+
+def gradient_like(value: Tensor) -> Tensor:
+    """The same numbers for every shape, in the memory order and dtype of value."""
+    numbers = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    return torch.empty_like(value).copy_(numbers)
+
+
+def run(function: Callable, values: Sequence[Tensor], like: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and, of all values that need one, gradients; like: outputs whose dtypes the upstream gradients have."""
+    given = function(*values)
+    outputs = [given] if isinstance(given, Tensor) else list(given)
+    upstream = [gradient_like(one).to(output.dtype) for one, output in zip(like or outputs, outputs, strict=True)]
+    trained = [value for value in values if value.requires_grad]
+    pairs = [pair for pair in zip(outputs, upstream, strict=True) if pair[0].requires_grad]
+    found = _gradients(pairs, trained) if pairs and trained else ()
+    return [output.detach() for output in outputs], list(found)
+
+
+def _gradients(pairs: list[tuple[Tensor, Tensor]], trained: list[Tensor]) -> tuple[Tensor, ...]:
+    outputs, upstream = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, trained, upstream, materialize_grads=True)
+
+
+class _Exact(TorchFunctionMode):
+    """Every cast returns its input, so that a function of float64 computes in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in _CASTS else func(*args, **(kwargs or {}))
+
+
+def truth(function: Callable, values: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients in float64, without the roundings of the function."""
+    exact = [value.detach().double().requires_grad_(value.requires_grad) for value in values]
+    with _Exact():
+        return run(function, exact, like)
+
+
+def assert_right(actual: Callable, function: Callable, values: Sequence[Tensor], exact: Callable | None = None) -> None:
+    """Outputs and gradients as near to the truth as eager's, with eager's dtypes, and outputs with its strides."""
+    eager, eager_gradients = run(function, values)
+    mine, gradients = run(actual, values)
+    right, right_gradients = truth(exact or function, values, eager)
+    magnitude = max(value.detach().abs().max().item() for value in values)
+    for got, other, one in zip(mine, eager, right, strict=True):
+        assert_same_metadata(got, other)
+        assert_close_to_truth(got, other, one, FORWARD, magnitude)
+    for got, other, one in zip(gradients, eager_gradients, right_gradients, strict=True):
+        assert_close_to_truth(got, other, one, GRADIENT, magnitude)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Random numbers that need a gradient."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def frozen(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Random numbers that need none."""
+    return normal(*shape, dtype=dtype, seed=seed).detach()
