@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        angles = positions[:, None] * 10.0 ** (-torch.arange(SIZE // 2, device=ids.device) / 4)
+        angles = positions[:, None] * 10.0 ** (torch.arange(SIZE // 2, device=ids.device) / -4)
         angles = torch.cat((angles, angles), -1).to(self.head.weight.dtype)
         cos, sin = angles.cos(), angles.sin()
         x = self.embedding(ids)

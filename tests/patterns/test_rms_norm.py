@@ -269,7 +269,7 @@ def test_two_norms_of_one_input_become_two_ops() -> None:
     x, w = inputs()
     gm, report = lifted(lambda x, w: norm(x, w) + norm(x, w + 1), x, w)
     assert len(report.lifted) == 2
-    assert calls(gm).count("fastft.rms_norm") == 2
+    assert [name for name in calls(gm) if name.startswith("fastft")] == ["fastft.rms_norm", "fastft.rms_norm_add"]
 
 
 AS_WRITTEN = {  # code around a norm that must run as it is written, and norms in odd company
