@@ -97,6 +97,20 @@ def test_the_counts_follow_the_layers(family: Family, layers: int) -> None:
     assert_counts(fastft.explain(model, **batch(padded=False)).graphs, family, layers)
 
 
+@by_name((FAMILIES[0], FAMILIES[3], FAMILIES[4]))
+def test_under_autocast(family: Family) -> None:
+    """The residual stream is float32 and the blocks bfloat16: as much is lifted and fused."""
+    torch._dynamo.reset()
+    model = build(family, nf4=False, checkpoint=False, train_norms=True)
+    reports: list[GraphReport] = []
+
+    def cast(run: Callable) -> Callable:
+        return lambda **inputs: torch.autocast("cpu", torch.bfloat16)(run)(**inputs)
+
+    check(model, cast(torch.compile(model, backend=rewriting(reports))), batch(padded=False), cast(model))
+    assert_counts(reports, family, LAYERS)
+
+
 @pytest.mark.slow
 @by_name((FAMILIES[0], FAMILIES[5]))
 def test_through_inductor(family: Family) -> None:
