@@ -113,8 +113,9 @@ def test_agrees_in_every_case(name: str, device: str) -> None:
 @on_devices
 def test_agrees_on_long_rows(name: str, device: str) -> None:
     """In every configuration of the kernels, and beyond them where the reference takes over."""
-    for dtype in DTYPES[:2]:
-        for call in examples(name, dtype, 6, rows=(64, 130, 700, 2500, 5000, 9000)):
+    rows = (64, 130, 700, 2500, 5000, 9000)
+    for number, call in enumerate(examples(name, DTYPES[-1], len(rows), rows)):
+        if not INTERPRETING or number % 2 == 0:  # where they take seconds each
             check(call, device)
 
 
