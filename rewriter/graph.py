@@ -103,8 +103,8 @@ def may_alias(left: Any, right: Any) -> bool:
 
 
 def between(first: Node, last: Node) -> Iterator[Node]:
-    """The nodes strictly after ``first`` and before ``last``, in graph order."""
-    node = first.next
+    """The nodes strictly after ``first`` and before ``last``, in graph order; none if they are the same."""
+    node = first.next if first is not last else last
     while node is not last and node.op != "root":
         yield node
         node = node.next

@@ -109,6 +109,8 @@ def place(found: Match) -> Node:
 def unplaced(found: Match) -> str | None:
     """All that the replacement is given is known where it is put."""
     given = [value for value in found.arguments.values() if isinstance(value, Node)]
+    if not set(found.calls.values()).isdisjoint(given):
+        return "what is computed inside is also an argument"
     return None if max(given) < place(found) else "a result is used before all that the replacement needs is known"
 
 

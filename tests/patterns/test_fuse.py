@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import assert_right, lifted, normal, ops, reasons, rules
-from torch import Tensor
+from lifting import assert_right, compiled, lifted, normal, ops, reasons, rules
+from torch import Tensor, nn
 
 from fastft.patterns import rms_norm
 
@@ -130,11 +130,6 @@ def norm_used_twice(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor,
     return y + r, y.exp()
 
 
-def norm_added_to_itself(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    y = NORM(x, w, 1e-5)
-    return y + y
-
-
 def norm_added_to_its_input(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return x + NORM(x, w, 1e-5)
 
@@ -202,4 +197,92 @@ def weight_after_the_total_is_used(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -
     return NORM(total, weight, 1e-5), shown
 
 
-APART: list = []
+PLAIN, TOOK_ONE = ["rms_norm"], ["add_rms_norm", "rms_norm"]
+APART = [  # what must not be merged, or only in part, and what is left
+    (two_norms_of_a_sum, TOOK_ONE),
+    (norm_used_twice, PLAIN),
+    (norm_added_to_its_input, ["rms_norm_add"]),
+    (sum_with_itself, ["add_rms_norm"]),
+    (other_offset, ["rms_norm_add", "rms_norm"]),
+    (other_rounding, ["rms_norm_add", "rms_norm"]),
+    (scaled_sum, PLAIN),
+    (scaled_sum_after, PLAIN),
+    (difference, PLAIN),
+    (broadcast_residual, PLAIN),
+    (broadcast_branch, PLAIN),
+    (bias_added, PLAIN),
+    (number_added, PLAIN),
+    (added_in_place, []),
+    (real_dropout, PLAIN),
+    (weight_of_the_total, PLAIN),
+    (weight_after_the_total_is_used, PLAIN),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("function", "expected"), APART, ids=[case[0].__name__ for case in APART])
+def test_what_differs_is_not_merged(function: Callable, expected: list[str], dtype: torch.dtype) -> None:
+    values = stream(dtype)
+    gm, _ = lifted(function, *values)
+    assert ops(gm) == expected
+    assert_right(gm, function, values)
+
+
+def norm_added_to_itself(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    y = NORM(x, w, 1e-5)
+    return y + y
+
+
+def inner_norm_added_to_itself(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    y = NORM(x, v, 1e-5)
+    total = y + y
+    return NORM(total, w, 1e-5), total
+
+
+@pytest.mark.parametrize("function", [norm_added_to_itself, inner_norm_added_to_itself])
+def test_what_is_computed_inside_is_no_argument(function: Callable) -> None:
+    """The residual would be a value that the op replaces."""
+    values = stream()
+    gm, _ = lifted(function, *values)
+    assert "rms_norm_add" not in ops(gm)
+    assert_right(gm, function, values)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.RMSNorm(D, eps=1e-5), nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.norm = nn.RMSNorm(D, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("across_layers", [False, True])
+def test_an_addition_and_the_next_layers_norm(across_layers: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Layers(), normal(B, S, D)
+    captures: list = []
+    y = compiled(model, captures, across_layers=across_layers)(x)
+    ((gm, report),) = captures
+    assert rules(report)[0] == ["rms_norm.torch_rms_norm"] * 4
+    if across_layers:
+        assert ops(gm) == ["rms_norm"] + ["add_rms_norm"] * 3
+        assert [one.module for one in report.fused] == ["layers.1.norm", "layers.2.norm", "norm"]
+    else:
+        assert (ops(gm), report.fused) == (["rms_norm"] * 4, [])
+    trained = [x, *model.parameters()]
+    torch.testing.assert_close(y, model(x))
+    for mine, eager in zip(*(torch.autograd.grad(one.exp().sum(), trained) for one in (y, model(x))), strict=True):
+        torch.testing.assert_close(mine, eager)

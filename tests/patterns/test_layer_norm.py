@@ -272,3 +272,20 @@ def test_gradients_switched_off_halfway_are_respected() -> None:
     y = compiled(function, captures)(normal(B, S, D), normal(D))
     assert reasons(captures[0][1]) == ["_set_grad_enabled is called halfway"]
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm], ids=["layer_norm", "rms_norm"])
+def test_a_mode_that_is_switched_after_the_norm_does_not_matter(norm: Callable) -> None:
+    """Nor before it; a match of one call has no halfway."""
+
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = norm(x, (D,), w)
+        with torch.no_grad():
+            z = x.exp()
+        return y, z
+
+    captures: list = []
+    y, _ = compiled(function, captures)(normal(B, S, D), normal(D))
+    assert reasons(captures[0][1]) == []
+    assert ops(captures[0][0]) == [norm.__name__]
+    assert y.requires_grad

@@ -88,6 +88,63 @@ SAME = {  # spellings of one computation, on the inputs they are tried with
         [lambda x: F.rms_norm(x, (8,)), lambda x: F.rms_norm(x, (8,), eps=torch.finfo(torch.float32).eps)],
         (X16,),
     ),
+    "negative": ([lambda x: -x, lambda x: x.neg(), lambda x: torch.neg(x), lambda x: torch.negative(x)], (X,)),
+    "sigmoid": ([lambda x: torch.sigmoid(x), lambda x: x.sigmoid(), lambda x: F.sigmoid(x)], (X,)),
+    "tanh": ([lambda x: torch.tanh(x), lambda x: x.tanh(), lambda x: F.tanh(x)], (X,)),
+    "relu": (
+        [lambda x: torch.relu(x), lambda x: x.relu(), lambda x: F.relu(x), lambda x: F.relu(x, inplace=False)],
+        (X,),
+    ),
+    "silu": ([lambda x: F.silu(x), lambda x: F.silu(input=x), lambda x: F.silu(x, inplace=False)], (X,)),
+    "gelu": ([lambda x: F.gelu(x), lambda x: F.gelu(x, approximate="none"), lambda x: F.gelu(input=x)], (X,)),
+    "dropout of nothing": (
+        [
+            lambda x: x + 1,
+            lambda x: F.dropout(x, 0.0) + 1,
+            lambda x: F.dropout(x, p=0.0, training=True) + 1,
+            lambda x: F.dropout(x, 0.5, False) + 1,
+            lambda x: F.dropout(x, training=False) + 1,
+        ],
+        (X,),
+    ),
+    "transpose": (
+        [
+            lambda x: x.transpose(1, 2),
+            lambda x: x.transpose(-1, -2),
+            lambda x: torch.transpose(x, dim0=2, dim1=1),
+            lambda x: x.swapaxes(1, 2),
+            lambda x: torch.swapdims(x, 1, 2),
+        ],
+        (X,),
+    ),
+    "flatten": (
+        [
+            lambda x: x.flatten(-2),
+            lambda x: x.flatten(1),
+            lambda x: torch.flatten(x, 1, -1),
+            lambda x: x.flatten(start_dim=1, end_dim=2),
+        ],
+        (X,),
+    ),
+    "the second half": (
+        [
+            lambda x: x[..., 4:],
+            lambda x: x[:, :, 4:],
+            lambda x: x[:, :, 4::1],
+            lambda x: x[..., x.shape[-1] // 2 :],
+        ],
+        (X,),
+    ),
+    "the first half": ([lambda x: x[..., :4], lambda x: x[..., 0:4], lambda x: x[:, :, :4]], (X,)),
+    "every second": ([lambda x: x[..., ::2], lambda x: x[:, :, 0::2]], (X,)),
+    "default eps of layer_norm": (
+        [
+            lambda x, w: F.layer_norm(x, (8,), w),
+            lambda x, w: F.layer_norm(x, (8,), w, None, 1e-5),
+            lambda x, w: F.layer_norm(x, normalized_shape=(8,), weight=w, bias=None),
+        ],
+        (X, W),
+    ),
 }
 CASES = [(name, spelling, inputs) for name, (spellings, inputs) in SAME.items() for spelling in spellings]
 
@@ -112,6 +169,35 @@ def test_spellings_become_one_and_keep_the_bits(name: str, spelling: Callable, i
         assert actual is None or (actual.dtype == expected.dtype and torch.equal(actual, expected))
 
 
+COMPARED = {  # forms that are compared alone: they no longer run
+    "cat": [
+        lambda x: torch.cat((x, x + 1), -1),
+        lambda x: torch.cat([x, x + 1], dim=-1),
+        lambda x: torch.concat((x, x + 1), 2),
+        lambda x: torch.cat(tensors=(x, x + 1), dim=2),
+        lambda x: torch.concatenate((x, x + 1), axis=-1),
+    ],
+    "stack": [lambda x: torch.stack((x, x + 1), -1), lambda x: torch.stack([x, x + 1], dim=3)],
+    "halves": [
+        lambda x: (x[..., :4], x[..., 4:]),
+        lambda x: tuple(x.chunk(2, -1)[index] for index in (0, 1)),
+        lambda x: tuple(x.chunk(2, dim=2)[index] for index in (0, 1)),
+        lambda x: tuple(torch.chunk(x, 2, dim=-1)[index] for index in (0, 1)),
+        lambda x: tuple(x.split(4, -1)[index] for index in (0, 1)),
+        lambda x: tuple(torch.split(x, 4, dim=2)[index] for index in (0, 1)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_spellings_of_what_joins_and_splits_become_one(name: str) -> None:
+    graphs = [capture(function, X).graph for function in COMPARED[name]]
+    for graph in graphs:
+        normalize(graph)
+        graph.eliminate_dead_code()  # chunks whose parts became slices
+    assert [spell(graph) for graph in graphs] == [spell(graphs[0])] * len(graphs)
+
+
 DIFFERENT = {
     "the order of a quotient": (lambda x, w: x / w, lambda x, w: w / x),
     "a number taken away": (lambda x, w: x - 1, lambda x, w: 1 - x),
@@ -122,6 +208,19 @@ DIFFERENT = {
     "a copy": (lambda x, w: x.to(torch.float32), lambda x, w: x.to(torch.float32, copy=True)),
     "in place": (lambda x, w: (x + 0).mul(w), lambda x, w: (x + 0).mul_(w)),
     "another function": (lambda x, w: F.relu(x), lambda x, w: F.silu(x)),
+    "an approximation": (lambda x, w: F.gelu(x), lambda x, w: F.gelu(x, approximate="tanh")),
+    "a function in place": (lambda x, w: F.silu(x + 0), lambda x, w: F.silu(x + 0, inplace=True)),
+    "something dropped": (lambda x, w: F.dropout(x, 0.5), lambda x, w: F.dropout(x, 0.5, training=False)),
+    "a dropout in place": (lambda x, w: F.dropout(x + 0, 0.0), lambda x, w: F.dropout(x + 0, 0.0, True, True)),
+    "the order of a join": (lambda x, w: torch.cat((x, x + 1), -1), lambda x, w: torch.cat((x + 1, x), -1)),
+    "the axis of a join": (lambda x, w: torch.cat((x, x), -1), lambda x, w: torch.cat((x, x), 1)),
+    "the place of a stack": (lambda x, w: torch.stack((x, x), -1), lambda x, w: torch.stack((x, x), -2)),
+    "other axes": (lambda x, w: x.transpose(1, 2), lambda x, w: x.transpose(0, 1)),
+    "the other half": (lambda x, w: x.chunk(2, -1)[0], lambda x, w: x.chunk(2, -1)[1]),
+    "halves of another axis": (lambda x, w: x.chunk(2, -1)[0], lambda x, w: x.chunk(2, 1)[0]),
+    "a part of another size": (lambda x, w: x.split(4, -1)[0], lambda x, w: x.split(2, -1)[0]),
+    "another step": (lambda x, w: x[..., ::2], lambda x, w: x[..., ::4]),
+    "a slice of all": (lambda x, w: x[..., :4], lambda x, w: x[:1, :, :4]),
 }
 
 
