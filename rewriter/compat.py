@@ -382,7 +382,9 @@ def module_path(node: Node) -> str:
     """The dotted path of the module that made this node, as ``named_modules`` spells it; "" at the top."""
     stack = node.meta.get("nn_module_stack") or {}
     raw = list(stack.values())[-1][0] if stack else ""
-    path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", re.sub(r"^L\['\w+'\]", "", raw))
+    # A forward behind a decorator's ``wrapper(*args, **kwargs)`` has the model at args[0].
+    root = r"^L\['args'\]\[0\]|^L\['\w+'\]"
+    path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", re.sub(root, "", raw))
     path = re.sub(r"\['?([^\]']+)'?\]", r".\1", path)
     return re.sub(r"^\.?(_orig_mod\b\.?)?", "", path)
 

@@ -1,5 +1,6 @@
 """Where layers are thought to begin and end: by the numbers in module paths, and by what repeats itself."""
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fastft.rewriter import layers
+from fastft.rewriter import compat, layers
 
 
 def cut(paths: str, depth: int = 1) -> list[str]:
@@ -83,6 +84,20 @@ class Nested(nn.Module):
         return x
 
 
+def decorated(forward: Callable) -> Callable:
+    """As transformers' decorators wrap a model's forward."""
+
+    @functools.wraps(forward)
+    def wrapper(*args: object, **kwargs: object) -> object:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Nested):
+    forward = decorated(Nested.forward)
+
+
 def gated(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
     return x + torch.tanh(x @ weights[0]) * torch.sigmoid(x @ weights[1])
 
@@ -127,6 +142,13 @@ def nodes_of(model: Callable, *inputs: Tensor) -> list[Node]:
     torch._dynamo.reset()
     torch.compile(model, backend=backend, fullgraph=True)(*inputs)
     return captured
+
+
+@pytest.mark.parametrize("kind", [Nested, Decorated])
+def test_paths_are_named_as_the_model_names_them(kind: type[Nested]) -> None:
+    model = kind(1, 2)
+    found = {compat.module_path(node) for node in nodes_of(model, X)}
+    assert {"", "stages.0.0.up", "stages.1.1.down"} <= found <= {name for name, _ in model.named_modules()}
 
 
 def crossing(nodes: list[Node], at: int) -> int:
