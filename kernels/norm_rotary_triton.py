@@ -16,9 +16,8 @@ from fastft.kernels.rotary_triton import (
     CONFIGS,
     SIGNATURE,
     blocks,
-    load_angles,
     load_pairs,
-    rotated,
+    rotated_by_angles,
     rows_of,
     starts,
     store_pairs,
@@ -40,7 +39,7 @@ def forward_rows(
     ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    y_ptr, x_ptr, cos_ptr, sin_ptr, n_rows, n1, n2, x_strides, cos_strides, sin_strides = given
+    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = given
     weight_ptr, rstd_ptr, rstd_strides = more
     row = tile * ROWS + tl.arange(0, ROWS)
     rows, always, origin = row < n_rows, tl.full([1], 1, tl.int1), tl.full([1], 0, tl.int64)
@@ -57,10 +56,7 @@ def forward_rows(
     weight_a, weight_b = load_pairs(weight_ptr, origin, half, always, INTERLEAVED, 1, BLOCK_H)  # [1, BLOCK_H]
     a = scaled(a, rstd, weight_a, offset, x_ptr, ROUND_FIRST)
     b = scaled(b, rstd, weight_b, offset, x_ptr, ROUND_FIRST)
-    cos_start, sin_start = starts(row, n1, n2, cos_strides), starts(row, n1, n2, sin_strides)
-    cos_a, cos_b = load_angles(cos_ptr, cos_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
-    sin_a, sin_b = load_angles(sin_ptr, sin_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
-    a, b = rotated(a, b, cos_a, cos_b, sin_a, sin_b, False)
+    a, b = rotated_by_angles(a, b, given, row, half, False, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
     store_pairs(y_ptr, y_start, half, rows, a, b, INTERLEAVED, ROWS, BLOCK_H)
     if BLOCK_P > 0:
         weight = load_tile(weight_ptr, origin, d, (d < D)[None, :])
@@ -91,7 +87,7 @@ def backward_rows(
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx of every n_programs-th tile, and the partial sum of dweight over them."""
-    dx_ptr, dy_ptr, cos_ptr, sin_ptr, n_rows, n1, n2, dy_strides, cos_strides, sin_strides = given
+    dx_ptr, dy_ptr, _, _, n_rows, n1, n2, dy_strides, _, _ = given
     x_ptr, weight_ptr, rstd_ptr, partial_ptr, x_strides, rstd_strides = more
     always, origin = tl.full([1], 1, tl.int1), tl.full([1], 0, tl.int64)
     d = 2 * half + tl.arange(0, BLOCK_P if BLOCK_P > 0 else 1)
@@ -105,10 +101,8 @@ def backward_rows(
         start, dx_start = starts(row, n1, n2, x_strides), tl.cast(row, tl.int64) * D
         dy_start = starts(row, n1, n2, dy_strides)
         a, b = load_pairs(dy_ptr, dy_start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
-        cos_start, sin_start = starts(row, n1, n2, cos_strides), starts(row, n1, n2, sin_strides)
-        cos_a, cos_b = load_angles(cos_ptr, cos_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
-        sin_a, sin_b = load_angles(sin_ptr, sin_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
-        a, b = rotated(a, b, cos_a, cos_b, sin_a, sin_b, True)  # the gradient of what was rotated
+        # The gradient of what was rotated.
+        a, b = rotated_by_angles(a, b, given, row, half, True, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
         rstd = tl.load(rstd_ptr + starts(row, n1, n2, rstd_strides), mask=rows, other=0.0)[:, None]
         unit_a, unit_b = load_pairs(x_ptr, start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
         unit_a, unit_b = unit_a * rstd, unit_b * rstd

@@ -82,20 +82,31 @@ def starts(row, n1, n2, strides):
 
 
 @triton.jit
+def rotated_by_angles(
+    a, b, given, row, half,
+    BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The pairs a and b of these rows, rotated by the angles that rows_of gave."""
+    _, _, cos_ptr, sin_ptr, n_rows, n1, n2, _, cos_strides, sin_strides = given
+    rows = row < n_rows
+    cos_start, sin_start = starts(row, n1, n2, cos_strides), starts(row, n1, n2, sin_strides)
+    cos_a, cos_b = load_angles(cos_ptr, cos_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
+    sin_a, sin_b = load_angles(sin_ptr, sin_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
+    return rotated(a, b, cos_a, cos_b, sin_a, sin_b, BACK)
+
+
+@triton.jit
 def rotate_rows(
     given, tile, D, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    y_ptr, x_ptr, cos_ptr, sin_ptr, n_rows, n1, n2, x_strides, cos_strides, sin_strides = given
+    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = given
     row = tile * ROWS + tl.arange(0, ROWS)
     rows = row < n_rows
     start, y_start = starts(row, n1, n2, x_strides), tl.cast(row, tl.int64) * D
     a, b = load_pairs(x_ptr, start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
-    cos_start, sin_start = starts(row, n1, n2, cos_strides), starts(row, n1, n2, sin_strides)
-    cos_a, cos_b = load_angles(cos_ptr, cos_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
-    sin_a, sin_b = load_angles(sin_ptr, sin_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
-    a, b = rotated(a, b, cos_a, cos_b, sin_a, sin_b, BACK)
+    a, b = rotated_by_angles(a, b, given, row, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
     store_pairs(y_ptr, y_start, half, rows, a, b, INTERLEAVED, ROWS, BLOCK_H)
     if BLOCK_P > 0:
         d = 2 * half + tl.arange(0, BLOCK_P)

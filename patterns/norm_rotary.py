@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft.patterns.add_rms_norm import norm
+from fastft.patterns.rotary import queries_and_keys
 from fastft.rewriter.rule import Rule
 
 
@@ -19,8 +20,7 @@ def normed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gemma 3: norms of transposed heads."""
     new_q, new_k = norm(q, q_weight, eps, offset, round_first), norm(k, k_weight, eps, offset, round_first)
-    angles = (cos, sin, interleaved, per_pair, contiguous)
-    return torch.ops.fastft.rotary(new_q, *angles), torch.ops.fastft.rotary(new_k, *angles)
+    return queries_and_keys(new_q, new_k, cos, sin, interleaved, per_pair, contiguous)
 
 
 def normed_then_transposed(
@@ -30,8 +30,7 @@ def normed_then_transposed(
     """Qwen 3: norms before heads and positions are transposed."""
     new_q = norm(q, q_weight, eps, offset, round_first).transpose(-3, -2)
     new_k = norm(k, k_weight, eps, offset, round_first).transpose(-3, -2)
-    angles = (cos, sin, interleaved, per_pair, contiguous)
-    return torch.ops.fastft.rotary(new_q, *angles), torch.ops.fastft.rotary(new_k, *angles)
+    return queries_and_keys(new_q, new_k, cos, sin, interleaved, per_pair, contiguous)
 
 
 def norm_rotary(

@@ -43,44 +43,41 @@ def over_all_rows(inner: str, rows: str) -> str:
     return f"(tl.sum(tl.sum({inner}, 1), 0) + 0.0 * {rows})"
 
 
-WHOLE_ROWS = "(d < D)[None, :]", "(d < BLOCK_D)[None, :]"
+MASKED_ALIKE = (
+    "rms_norm.forward_kernel", "rms_norm.backward_kernel", "rms_norm.backward_weight_kernel", "add_rms_norm.add_kernel",
+    "layer_norm.backward_kernel", "layer_norm.backward_weight_kernel",
+)  # fmt: skip
 MUTANTS = (
+    *(Mutant(kernel, MASK, kernel, "(d < D)[None, :]", "(d < BLOCK_D)[None, :]") for kernel in MASKED_ALIKE),
+    *(
+        Mutant(
+            f"{norm}.backward_kernel", AXIS, f"{norm}.input_gradient", "tl.sum(dunit * unit, 1)",
+            over_all_rows("dunit * unit", "rstd"),
+        )
+        for norm in ("rms_norm", "layer_norm")
+    ),
     Mutant("rms_norm.forward_kernel", SIGN, "rms_norm.normalized", "(offset + weight)", "(offset - weight)"),
-    Mutant("rms_norm.forward_kernel", MASK, "rms_norm.forward_kernel", *WHOLE_ROWS),
     Mutant("rms_norm.forward_kernel", AXIS, "rms_norm.normalized", "tl.sum(x * x, 1)", over_all_rows("x * x", "tl.sum(x, 1)")),
     Mutant("rms_norm.backward_kernel", SIGN, "rms_norm.input_gradient", "(dunit - unit", "(dunit + unit"),
-    Mutant("rms_norm.backward_kernel", MASK, "rms_norm.backward_kernel", *WHOLE_ROWS),
-    Mutant(
-        "rms_norm.backward_kernel", AXIS, "rms_norm.input_gradient", "tl.sum(dunit * unit, 1)",
-        over_all_rows("dunit * unit", "rstd"),
-    ),
     Mutant("rms_norm.backward_weight_kernel", SIGN, "rms_norm.backward_weight_kernel", "dweight += dy", "dweight -= dy"),
-    Mutant("rms_norm.backward_weight_kernel", MASK, "rms_norm.backward_weight_kernel", *WHOLE_ROWS),
     Mutant(
         "rms_norm.backward_weight_kernel", AXIS, "rms_norm.backward_weight_kernel", "tl.sum(dweight, 0)",
         "tl.sum(tl.sum(dweight, 1), 0) + 0.0 * d",
     ),
     Mutant("add_rms_norm.add_kernel", SIGN, "add_rms_norm.add_kernel", "total += load", "total -= load"),
-    Mutant("add_rms_norm.add_kernel", MASK, "add_rms_norm.add_kernel", *WHOLE_ROWS),
     Mutant("add_rms_norm.add_kernel", AXIS, "rms_norm.normalized", "tl.sum(x * x, 1)", over_all_rows("x * x", "tl.sum(x, 1)")),
     Mutant("layer_norm.forward_kernel", SIGN, "layer_norm.forward_kernel", "x - mean", "x + mean"),
     Mutant("layer_norm.forward_kernel", MASK, "layer_norm.forward_kernel", "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]"),
     Mutant("layer_norm.forward_kernel", AXIS, "layer_norm.forward_kernel", "tl.sum(x, 1) /", over_all_rows("x", "tl.sum(x, 1)") + " /"),
     Mutant("layer_norm.backward_kernel", SIGN, "layer_norm.input_gradient", "(dunit - projected)", "(dunit + projected)"),
-    Mutant("layer_norm.backward_kernel", MASK, "layer_norm.backward_kernel", *WHOLE_ROWS),
-    Mutant(
-        "layer_norm.backward_kernel", AXIS, "layer_norm.input_gradient", "tl.sum(dunit * unit, 1)",
-        over_all_rows("dunit * unit", "rstd"),
-    ),
     Mutant("layer_norm.backward_weight_kernel", SIGN, "layer_norm.backward_weight_kernel", "dbias += dy", "dbias -= dy"),
-    Mutant("layer_norm.backward_weight_kernel", MASK, "layer_norm.backward_weight_kernel", *WHOLE_ROWS),
     Mutant(
         "layer_norm.backward_weight_kernel", AXIS, "layer_norm.backward_weight_kernel", "tl.sum(dbias, 0)",
         "tl.sum(tl.sum(dbias, 1), 0) + 0.0 * d",
     ),
     Mutant("rotary.rotary_kernel", SIGN, "rotary.rotated", "a * cos_a - b", "a * cos_a + b"),
     Mutant("rotary.rotary_kernel", MASK, "rotary.store_pairs", "(i < half)[None, :]", "(i >= 0)[None, :]"),
-    Mutant("rotary.rotary_kernel", INDEX, "rotary.rotate_rows", "n2, cos_strides)", "n2, x_strides)"),
+    Mutant("rotary.rotary_kernel", INDEX, "rotary.rotated_by_angles", "n2, cos_strides)", "n2, given[7])"),
     Mutant("norm_rotary.forward_kernel", SIGN, "norm_rotary.scaled", "(offset + weight)", "(offset - weight)"),
     Mutant("norm_rotary.forward_kernel", MASK, "norm_rotary.forward_rows", "row < n_rows", "row >= 0"),
     Mutant("norm_rotary.forward_kernel", AXIS, "norm_rotary.forward_rows", "tl.sum(b * b, 1)", over_all_rows("b * b", "tl.sum(b, 1)")),
@@ -118,25 +115,12 @@ def caught_by(mutant: Mutant) -> str | None:
         target.unlink()
         target.write_text(mutated(mutant), encoding="utf-8")
         ops = mutant.kernel.split(".")[0] if not mutant.kernel.startswith("add") else "add"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            str(ROOT / "pyproject.toml"),
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-c", str(ROOT / "pyproject.toml")]
         command += ["--rootdir", str(ROOT), "-m", "not gpu", "-k", f"({TESTS}) and {ops}"]
         command += [str(ROOT / "tests" / "kernels" / "test_ops.py"), "--tb=no"]
-        environment = {
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "FASTFT_HYPOTHESIS_PROFILE": "interpreter",
-            "PYTHONPATH": folder,
-        }
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
+        environment |= {"PYTHONPATH": folder}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode == 0 and " passed" in done.stdout:
         return None
