@@ -37,11 +37,13 @@ class Entry:
         {"q": "B S H 2*R+P"}.  A tensor left out is None.
     statistics: tensors that are float32 whatever the others are (float64 beside float64).
     gradients: the tensors that the op has a gradient for; () for an op without autograd.
+    fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
     """
 
     op: CustomOpDef
     reference: Callable[..., Results]
     outputs: Callable[..., Results]
+    fill: Callable[[Sequence[Tensor], Sequence[Any]], None]
     cases: tuple[Case, ...]
     statistics: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
@@ -75,10 +77,12 @@ def define(
     longest_row: the longest last axis that the Triton kernels take.
     """
 
+    def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+        dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest_row)
+
     def run(*arguments: Any) -> Results:
         results = outputs(*arguments)
-        targets = (results,) if isinstance(results, Tensor) else results
-        dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest_row)
+        fill((results,) if isinstance(results, Tensor) else results, arguments)
         return results
 
     op = torch.library.custom_op(
@@ -89,7 +93,7 @@ def define(
         lambda *given, **_: flops * prod(next(one for one in given if isinstance(one, torch.Size)))
     )
     REGISTRY[f"fastft::{name}"] = Entry(
-        op, reference, outputs, tuple(cases), tuple(statistics), tuple(gradients),
+        op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(gradients),
         tuple(inspect.signature(reference).parameters),
     )  # fmt: skip
     return op

@@ -53,6 +53,7 @@ def assert_close_to_truth(
     if truth.numel() == 0:
         return
     assert torch.isfinite(truth).all(), "the case itself is not finite: draw smaller values"
+    assert torch.isfinite(eager).all(), "eager itself overflows, and then bounds nothing: draw smaller values"
     assert torch.isfinite(actual).all(), f"{int((~torch.isfinite(actual)).sum())} values are not finite"
     error, eager_errors = actual.double() - truth, [one.double() - right for one, right in ((eager, truth), *others)]
     inside = 8 * torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps

@@ -34,6 +34,30 @@ def outputs_of(function: Callable, call: Call, tensors: dict[str, Tensor]) -> li
     return [results] if isinstance(results, Tensor) else list(results)
 
 
+def arguments(name: str, device: str) -> Iterator[tuple]:
+    for dtype in DTYPES:
+        for call in examples(name, dtype):
+            yield call.arguments(call.tensors(device))
+
+
+@every_op
+@on_devices
+def test_nothing_is_written_around_the_results(name: str, device: str) -> None:
+    """As many rows as a program takes, before and after each result, stay as they are."""
+    for values in arguments(name, device):
+        results = tree_leaves(REGISTRY[name].outputs(*values))
+        margins = [64 * max(128, one.shape[-1]) for one in results]
+        buffers = [one.new_full((one.numel() + 2 * margin,), 7.0) for one, margin in zip(results, margins, strict=True)]
+        trios = list(zip(results, buffers, margins, strict=True))
+        targets = [buffer.as_strided(one.shape, one.stride(), margin) for one, buffer, margin in trios]
+        REGISTRY[name].fill(targets, values)
+        for buffer, margin in zip(buffers, margins, strict=True):
+            assert (buffer[:margin] == 7.0).all(), "written before the first element"
+            assert (buffer[-margin:] == 7.0).all(), "written after the last element"
+        for target, expected in zip(targets, tree_leaves(REGISTRY[name].op(*values)), strict=True):
+            assert torch.equal(target, expected)
+
+
 def leaves(call: Call, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors apart from any graph; those that the call says need a gradient."""
     detached = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in tensors.items()}
@@ -129,12 +153,6 @@ def poison() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def arguments(name: str, device: str) -> Iterator[tuple]:
-    for dtype in DTYPES:
-        for call in examples(name, dtype):
-            yield call.arguments(call.tensors(device))
 
 
 def test_every_op_is_registered() -> None:
