@@ -25,6 +25,12 @@ FLOAT32 = re.compile(r"(\w*_)?(rstd|mean|partial\w*)_ptr")  # the other pointers
 ALIGNED = re.compile(r"D|half|\w+_s\d|\w*stride")  # sizes and strides that are multiples of 16 in a model
 ELEMENTS_A_THREAD = 8  # of a tile, from which on loads of 16 bits can be 16 bytes wide
 MODULES = sorted(path.stem for path in Path(str(fastft.kernels.__file__)).parent.glob("*_triton.py"))
+SPILLS_IN_3_8 = pytest.mark.xfail(
+    triton.__version__.startswith("3.8."),
+    reason="the assembler of Triton 3.8 (torch 2.14) stores one number before the loop and loads it after",
+    strict=True,
+)
+SPILLING = {"rms_norm_triton-backward_weight_kernel-False-True-8-256-4": SPILLS_IN_3_8}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -32,7 +38,8 @@ def variants() -> Iterator[Any]:
     for name in MODULES:
         for kernel, constants in importlib.import_module(f"fastft.kernels.{name}").variants():
             values = [str(value) for value in constants.values() if not isinstance(value, tuple)]
-            yield pytest.param(kernel, constants, id="-".join([name, kernel.__name__, *values]))
+            variant = "-".join([name, kernel.__name__, *values])
+            yield pytest.param(kernel, constants, id=variant, marks=SPILLING.get(variant, ()))
 
 
 VARIANTS = list(variants())
