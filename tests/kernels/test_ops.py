@@ -44,17 +44,18 @@ def arguments(name: str, device: str) -> Iterator[tuple]:
 @on_devices
 def test_nothing_is_written_around_the_results(name: str, device: str) -> None:
     """As many rows as a program takes, before and after each result, stay as they are."""
-    for values in arguments(name, device):
-        results = tree_leaves(REGISTRY[name].outputs(*values))
+    for call in examples(name, DTYPES[-1]):
+        values = call.arguments(call.tensors(device))
+        results = tree_leaves(call.entry.outputs(*values))
         margins = [64 * max(128, one.shape[-1]) for one in results]
         buffers = [one.new_full((one.numel() + 2 * margin,), 7.0) for one, margin in zip(results, margins, strict=True)]
         trios = list(zip(results, buffers, margins, strict=True))
         targets = [buffer.as_strided(one.shape, one.stride(), margin) for one, buffer, margin in trios]
-        REGISTRY[name].fill(targets, values)
+        call.entry.fill(targets, values)
         for buffer, margin in zip(buffers, margins, strict=True):
             assert (buffer[:margin] == 7.0).all(), "written before the first element"
             assert (buffer[-margin:] == 7.0).all(), "written after the last element"
-        for target, expected in zip(targets, tree_leaves(REGISTRY[name].op(*values)), strict=True):
+        for target, expected in zip(targets, tree_leaves(call.entry.op(*values)), strict=True):
             assert torch.equal(target, expected)
 
 
