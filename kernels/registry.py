@@ -5,7 +5,6 @@ The tests and the benchmarks find every op in REGISTRY and draw inputs for it fr
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import itertools
@@ -104,7 +103,6 @@ def cases(shapes: Sequence[Shapes], choices: Sequence[Choice] = ({},)) -> tuple[
     return tuple(itertools.product(shapes, choices))
 
 
-@functools.cache
 def load(launcher: str) -> Callable[..., None]:
     """The function that ``file.function`` names; Triton is imported here and not before."""
     file, _, function = launcher.rpartition(".")
