@@ -34,27 +34,24 @@ def outputs_of(function: Callable, call: Call, tensors: dict[str, Tensor]) -> li
     return [results] if isinstance(results, Tensor) else list(results)
 
 
-def arguments(name: str, device: str) -> Iterator[tuple]:
-    for dtype in DTYPES:
-        for call in examples(name, dtype):
-            yield call.arguments(call.tensors(device))
+def framed(empty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A tensor like this one, and what lies before and after it: as many rows as a program takes, or more."""
+    margin = 64 * max(128, empty.shape[-1])
+    buffer = empty.new_full((empty.numel() + 2 * margin,), 7.0)
+    return buffer.as_strided(empty.shape, empty.stride(), margin), buffer[:margin], buffer[-margin:]
 
 
 @every_op
 @on_devices
 def test_nothing_is_written_around_the_results(name: str, device: str) -> None:
-    """As many rows as a program takes, before and after each result, stay as they are."""
     for call in examples(name, DTYPES[-1]):
         values = call.arguments(call.tensors(device))
-        results = tree_leaves(call.entry.outputs(*values))
-        margins = [64 * max(128, one.shape[-1]) for one in results]
-        buffers = [one.new_full((one.numel() + 2 * margin,), 7.0) for one, margin in zip(results, margins, strict=True)]
-        trios = list(zip(results, buffers, margins, strict=True))
-        targets = [buffer.as_strided(one.shape, one.stride(), margin) for one, buffer, margin in trios]
+        frames = [framed(one) for one in tree_leaves(call.entry.outputs(*values))]
+        targets = [target for target, _, _ in frames]
         call.entry.fill(targets, values)
-        for buffer, margin in zip(buffers, margins, strict=True):
-            assert (buffer[:margin] == 7.0).all(), "written before the first element"
-            assert (buffer[-margin:] == 7.0).all(), "written after the last element"
+        for _, before, after in frames:
+            assert (before == 7.0).all(), "written before the first element"
+            assert (after == 7.0).all(), "written after the last element"
         for target, expected in zip(targets, tree_leaves(call.entry.op(*values)), strict=True):
             assert torch.equal(target, expected)
 
@@ -154,6 +151,12 @@ def poison() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def arguments(name: str, device: str) -> Iterator[tuple]:
+    for dtype in DTYPES:
+        for call in examples(name, dtype):
+            yield call.arguments(call.tensors(device))
 
 
 def test_every_op_is_registered() -> None:
