@@ -20,7 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastft.kernels import dispatch
 
-Results = Tensor | tuple[Tensor, ...]
+Results = Tensor | tuple[Tensor, ...] | list[Tensor]
+Fill = Callable[[Sequence[Tensor], Sequence[Any]], None]
 Shapes = Mapping[str, str]
 Choice = Mapping[str, Any]
 Case = tuple[Shapes, Choice]
@@ -34,23 +35,37 @@ class Entry:
     cases: what it may be called with: the shapes of its tensors, by parameter, and the other arguments.  Sizes are
         names or sums and products of them, "..." is any number of leading ones, as in {"x": "... D", "weight": "D"} or
         {"q": "B S H 2*R+P"}.  A tensor left out is None.
+        "weights.0" and "weights.1" are the elements of a list, which is empty where none is named, and "bytes N" is
+        uint8.  A list of names among the other arguments is one of their sizes.
     statistics: tensors that are float32 whatever the others are (float64 beside float64).
-    gradients: the tensors that the op has a gradient for; () for an op without autograd.
+    alike: tensors, or lists of them, that have one dtype.
+    gradients: the tensors, or lists of them, that the op has a gradient for; () for an op without autograd.
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
     """
 
     op: CustomOpDef
     reference: Callable[..., Results]
     outputs: Callable[..., Results]
-    fill: Callable[[Sequence[Tensor], Sequence[Any]], None]
+    fill: Fill
     cases: tuple[Case, ...]
     statistics: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
     parameters: tuple[str, ...] = field(default=())
+    lists: frozenset[str] = frozenset()
 
     def arguments(self, tensors: Mapping[str, Tensor], choice: Choice) -> tuple[Any, ...]:
-        """A call's arguments, in order."""
-        return tuple(tensors.get(name, choice.get(name)) for name in self.parameters)
+        """A call's arguments, in order; tensors by name, those of a list as "weights.0"."""
+        lists: dict[str, list[Tensor]] = {}
+        for name, tensor in tensors.items():
+            lists.setdefault(parameter_of(name), []).append(tensor)
+        given = {**choice, **lists, **tensors}
+        return tuple(given.get(name, () if name in self.lists else None) for name in self.parameters)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a tensor is given for: weights, for "weights.0"."""
+    return name.partition(".")[0]
 
 
 REGISTRY: dict[str, Entry] = {}
@@ -60,24 +75,30 @@ def define(
     name: str,
     reference: Callable[..., Results],
     outputs: Callable[..., Results],
-    launcher: str,
+    launcher: str | Fill,
     *,
     cases: Iterable[Case],
-    flops: int,
+    flops: int | Callable[..., int],
     longest_row: int | None = dispatch.MAX_ROW,
     statistics: Sequence[str] = (),
+    alike: Sequence[str] = (),
     gradients: Sequence[str] = (),
 ) -> CustomOpDef:
     """Make the op ``fastft::name`` and enter it; the caller adds autograd.
 
     outputs: empty results for the same arguments, or an error: the fake, and where the real op writes.
     launcher: ``file.function`` in this folder, launches Triton: (outputs, *arguments).  Loaded when first needed.
-    flops: floating-point operations for each element of the first tensor, casts not counted.
+        Or a function that fills the outputs by itself, as Entry.fill.
+    flops: floating-point operations for each element of the first tensor, casts not counted; or a function of the
+        arguments, in which a tensor is its shape.
     longest_row: the longest last axis that the Triton kernels take.
     """
 
     def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-        dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest_row)
+        if callable(launcher):
+            launcher(targets, arguments)
+        else:
+            dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest_row)
 
     def run(*arguments: Any) -> Results:
         results = outputs(*arguments)
@@ -88,12 +109,17 @@ def define(
         f"fastft::{name}", run, mutates_args=(), schema=torch.library.infer_schema(reference, mutates_args=())
     )
     op.register_fake(outputs)
-    register_flop_formula(getattr(torch.ops.fastft, name))(
-        lambda *given, **_: flops * prod(next(one for one in given if isinstance(one, torch.Size)))
-    )
+
+    def count(*given: Any, **_: Any) -> int:
+        if callable(flops):
+            return flops(*given)
+        return flops * prod(next(one for one in given if isinstance(one, torch.Size)))
+
+    register_flop_formula(getattr(torch.ops.fastft, name))(count)
+    parameters = inspect.signature(reference).parameters
     REGISTRY[f"fastft::{name}"] = Entry(
-        op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(gradients),
-        tuple(inspect.signature(reference).parameters),
+        op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
+        tuple(parameters), frozenset(name for name, one in parameters.items() if "Sequence" in str(one.annotation)),
     )  # fmt: skip
     return op
 

@@ -16,9 +16,9 @@ from strategies import LAYOUTS, UPSTREAM, Spec, dtypes, lengths, seeds
 from torch import Tensor
 
 from fastft.kernels import REGISTRY
-from fastft.kernels.registry import Entry, Shapes
+from fastft.kernels.registry import Entry, Shapes, parameter_of
 
-ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40}  # sizes that rows are made of, and the longest drawn
+ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40, "K": 300, "N": 40}  # sizes that rows are made of, and the longest drawn
 Sizes = dict[str, Any]  # by name; "..." has a tuple
 
 
@@ -31,6 +31,7 @@ class Call:
     specs: tuple[tuple[str, Spec], ...]
     upstream: str = "random"
     needs: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, Any], ...] = ()  # what the names in the case's other arguments stand for
 
     @property
     def entry(self) -> Entry:
@@ -42,17 +43,37 @@ class Call:
 
     def arguments(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
         """All arguments, with these tensors in their places."""
-        return self.entry.arguments(tensors, self.entry.cases[self.case][1])
+        choice = self.entry.cases[self.case][1]
+        named = {name: [eval(one, {}, dict(self.sizes)) for one in value] for name, value in choice.items() if is_named(value)}
+        return self.entry.arguments(tensors, {**choice, **named})
+
+
+def is_named(value: Any) -> bool:
+    """Whether an argument is a list of sizes that are named as those of tensors are."""
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def fixed_dtype(entry: Entry, name: str, spec: str) -> torch.dtype | None:
+    """The dtype of this tensor, where it is not that of the others."""
+    return (
+        torch.uint8 if spec.startswith("bytes") else torch.float32 if parameter_of(name) in entry.statistics else None
+    )
 
 
 def shape_of(spec: str, sizes: Sizes) -> tuple[int, ...]:
     """The shape that "B S 2*R+P" or "... D" stands for."""
-    axes = [sizes["..."] if token == "..." else (eval(token, {}, sizes),) for token in spec.split()]
+    tokens = spec.removeprefix("bytes").split()
+    axes = [sizes["..."] if token == "..." else (eval(token, {}, sizes),) for token in tokens]
     return tuple(itertools.chain.from_iterable(axes))
 
 
+def trainable(entry: Entry, shapes: Shapes) -> list[str]:
+    """The tensors that may get a gradient."""
+    return [name for name, spec in shapes.items() if parameter_of(name) in entry.gradients and "bytes" not in spec]
+
+
 def names_in(shapes: Shapes) -> list[str]:
-    return sorted({name for spec in shapes.values() for name in re.findall(r"[A-Za-z]\w*", spec)})
+    return sorted({name for spec in shapes.values() for name in re.findall(r"[A-Za-z]\w*", spec)} - {"bytes"})
 
 
 @st.composite
@@ -75,12 +96,12 @@ def calls(draw: st.DrawFn, op: str) -> Call:
     mixed, scale = draw(st.booleans()), draw(st.sampled_from((1.0, 0.03, 20.0)))
     specs = []
     for at, (name, spec) in enumerate(shapes.items()):
-        dtype = torch.float32 if name in entry.statistics else draw(dtypes) if mixed else common
+        dtype = fixed_dtype(entry, name, spec) or (draw(dtypes) if mixed and parameter_of(name) not in entry.alike else common)
         alone = scale if at == 0 and entry.gradients else 1.0  # products of several large factors overflow float16
         specs.append((name, Spec(shape_of(spec, drawn), dtype, draw(st.sampled_from(LAYOUTS)), draw(seeds), alone)))
-    given = [name for name in entry.gradients if name in shapes]
+    given = trainable(entry, shapes)
     needs = tuple(name for name in given if draw(st.booleans())) or tuple(given)
-    return Call(op, case, tuple(specs), draw(st.sampled_from(UPSTREAM)), needs)
+    return Call(op, case, tuple(specs), draw(st.sampled_from(UPSTREAM)), needs, tuple(drawn.items()))
 
 
 def examples(op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48)) -> Iterator[Call]:
@@ -102,18 +123,20 @@ def examples(op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = 
                 name,
                 Spec(
                     shape_of(spec, drawn),
-                    torch.float32 if name in entry.statistics else dtype,
+                    fixed_dtype(entry, name, spec) or dtype,
                     chosen.choice(("contiguous", "transposed", "sliced")),
                     seed=number + at,
                 ),
             )
             for at, (name, spec) in enumerate(shapes.items())
         ]
-        yield Call(op, case, tuple(specs), needs=tuple(name for name in entry.gradients if name in shapes))
+        yield Call(op, case, tuple(specs), needs=tuple(trainable(entry, shapes)), sizes=tuple(drawn.items()))
 
 
 def nearby(tensor: Tensor, seed: int) -> Tensor:
     """The tensor with every element a little larger or smaller, in the same dtype and layout."""
+    if not tensor.is_floating_point():
+        return tensor
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
     moved = tensor.double() * (0.99 + 0.02 * noise)

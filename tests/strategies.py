@@ -50,7 +50,7 @@ def shapes(draw: st.DrawFn, largest_row: int = 300, most_rows: int = 48, most_ax
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor of normal values to be built; any layout but contiguous is a view of a larger or permuted buffer."""
+    """A tensor of normal values, or of any bytes, to be built; any layout but contiguous is a view of a larger or permuted buffer."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -62,6 +62,8 @@ class Spec:
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
+            if not self.dtype.is_floating_point:
+                return torch.randint(256, shape, generator=generator, dtype=self.dtype).to(device)
             values = torch.randn(shape, generator=generator, dtype=torch.float64) * self.scale
             return values.to(self.dtype).to(device)
 

@@ -1,0 +1,135 @@
+"""Weights from 4 bits an element, as bitsandbytes packs them: Dettmers et al., QLoRA, 2023, arXiv:2305.14314.
+
+value = code[nibble] * absmax of its block of blocksize elements, in float32, then rounded once; the first of two
+elements is in a byte's upper half.  Where the absmax are themselves quantised (nested, or double, quantisation)
+absmax = absmax_code[absmax_8bit] * absmax of its block of 256 blocks + absmax_offset.  Bit for bit what bitsandbytes
+gives, for NF4 and FP4.
+
+packed: any shape and dtype of (rows * columns + 1) // 2 bytes.  absmax float32 [blocks]; nested: absmax float32
+[blocks / 256], absmax_8bit uint8 [blocks], absmax_code float32 [256], absmax_offset float32 [].
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.kernels import dispatch
+from fastft.kernels.registry import cases, define, load
+
+NESTED_BLOCK = 256  # absmax values that share one of their own
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+CODES = {
+    # The quantiles of a normal distribution, QLoRA's appendix E; bitsandbytes' rounding of them.
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # A sign, two bits of exponent and one of mantissa, divided by the largest.
+    "fp4": tuple(
+        sign * value / 12.0 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def code_of(quant_type: str, device: torch.device) -> Tensor:
+    """The 16 values of a type, float32, on a device."""
+    return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
+
+
+def reference(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[rows, columns] of dtype, in plain PyTorch."""
+    if absmax_8bit is not None and absmax_code is not None and absmax_offset is not None:
+        outer = absmax.repeat_interleave(NESTED_BLOCK)[: absmax_8bit.numel()]
+        absmax = absmax_code[absmax_8bit.int()] * outer + absmax_offset
+    code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=packed.device)
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), -1)  # of each byte
+    values = pairs[packed.reshape(-1).view(torch.uint8).int()].view(-1)
+    count = rows * columns
+    whole = count // blocksize * blocksize
+    scaled = [values[:whole].view(-1, blocksize) * absmax[: whole // blocksize, None]]
+    if whole < count:
+        scaled.append(values[whole:count] * absmax[-1])
+    return torch.cat([one.reshape(-1) for one in scaled]).view(rows, columns).to(dtype)
+
+
+def check(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str,
+) -> None:  # fmt: skip
+    """Raise where the numbers of bytes and blocks do not fit [rows, columns], or a setting is none of bitsandbytes'."""
+    count = rows * columns
+    given = packed.numel() * packed.element_size()
+    torch._check(given == -(-count // 2), lambda: f"{given} bytes for {rows} x {columns} elements of 4 bits")
+    torch._check(quant_type in CODES, lambda: f"quant_type {quant_type!r} is none of {', '.join(CODES)}")
+    torch._check(blocksize in BLOCKSIZES, lambda: f"blocksize {blocksize} is none of {BLOCKSIZES}")
+    nested = [absmax_8bit, absmax_code, absmax_offset]
+    torch._check(len({one is None for one in nested}) == 1, lambda: "nested statistics come all three or not at all")
+    blocks = -(-count // blocksize)
+    if absmax_8bit is not None:
+        torch._check(absmax_8bit.numel() == blocks, lambda: f"{absmax_8bit.numel()} absmax for {blocks} blocks")
+        blocks = -(-blocks // NESTED_BLOCK)
+    torch._check(absmax.numel() == blocks, lambda: f"{absmax.numel()} absmax for {blocks} blocks")
+
+
+def new_output(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Empty [rows, columns]."""
+    check(packed, absmax, absmax_8bit, absmax_code, absmax_offset, rows, columns, blocksize, quant_type)
+    return torch.empty(rows, columns, dtype=dtype, device=packed.device)
+
+
+def dequantize_into(out: Tensor, packed: Tensor, statistics: Sequence[Tensor], blocksize: int, quant_type: str) -> None:
+    """Write a weight into out [rows, columns], whose rows may lie apart.
+
+    statistics: absmax, or for nested quantisation absmax, absmax_8bit, absmax_code and absmax_offset.
+    """
+    nested = [*statistics[1:], None, None, None][:3]
+    arguments = (packed, statistics[0], *nested, *out.shape, blocksize, quant_type, out.dtype)
+    fill([out], arguments)
+
+
+def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    (out,) = targets
+    packed, absmax = arguments[:2]
+    supported = out.dtype in dispatch.triton_dtypes(out.device) and packed.device == absmax.device == out.device
+    if supported and out.numel() > 0 and out.stride(-1) == 1:
+        with torch.cuda.device_of(out):
+            load("dequantize_4bit_triton.forward")(targets, *arguments)
+    else:
+        out.copy_(reference(*arguments))
+
+
+_CHOICES = [
+    {"rows": 6, "columns": 64, "blocksize": 64, "quant_type": "nf4", "dtype": torch.float32},
+    {"rows": 3, "columns": 128, "blocksize": 128, "quant_type": "fp4", "dtype": torch.float16},
+    {"rows": 5, "columns": 52, "blocksize": 64, "quant_type": "nf4", "dtype": torch.float16},
+    {"rows": 3, "columns": 37, "blocksize": 32, "quant_type": "fp4", "dtype": torch.float32},
+    {"rows": 70, "columns": 320, "blocksize": 64, "quant_type": "nf4", "dtype": torch.float32},
+]
+
+
+def _case(choice: dict[str, Any], nested: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """The shapes follow from the numbers."""
+    count = choice["rows"] * choice["columns"]
+    blocks = -(-count // choice["blocksize"])
+    shapes = {"packed": f"bytes {-(-count // 2)}", "absmax": f"{-(-blocks // NESTED_BLOCK) if nested else blocks}"}
+    if nested:
+        shapes |= {"absmax_8bit": f"bytes {blocks}", "absmax_code": "256", "absmax_offset": ""}
+    return shapes, choice
+
+
+dequantize_4bit = define(
+    "dequantize_4bit", reference, new_output, fill,
+    cases=[_case(choice, nested) for choice in _CHOICES for nested in (False, True)],
+    statistics=("absmax", "absmax_code", "absmax_offset"), flops=4,
+)  # fmt: skip

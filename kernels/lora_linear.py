@@ -1,0 +1,332 @@
+"""Projections of one input, side by side, each with its adapters:  y_i = x W_i^T + bias_i + sum_j s_j (x_j A_j^T) B_j^T.
+
+Sources: Hu et al., LoRA, 2021, arXiv:2106.09685; Dettmers et al., QLoRA, 2023, arXiv:2305.14314.
+
+A group has n siblings, such as the queries', the keys' and the values' projections.  x [..., K]; y [..., N] has their
+results beside each other, N the sum of features.  The arguments, which are the fields of Group:
+
+x: [..., K], floating point.
+weights: n of [features[i], K] in x's dtype; or, with a quant_type, packed as dequantize_4bit takes them.
+absmax: of 4-bit weights, one for each; for nested quantisation also absmax_8bit, absmax_code and absmax_offset.
+biases: [features[biased[i]]] in x's dtype, for the siblings that biased names.
+lora_a, lora_b: A [r, K] and B [features[adapted[j]], r] of adapter j, of any floating-point dtype and any rank; it
+    belongs to the sibling adapted[j] and is scaled by scales[j].
+inputs: what the adapters read, if that is not x but (with dropout) one [..., K] for each of them.
+blocksize, quant_type: of 4-bit weights, "" for others.
+
+y has x's dtype; products are summed in float32 at least.  The second result, x_j A_j^T of all adapters beside each
+other [..., sum of r], float32, is for backward.  No weight is kept in 16 bits.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.kernels import dequantize_4bit
+from fastft.kernels.dequantize_4bit import dequantize_into
+from fastft.kernels.registry import Case, define, parameter_of, wide
+
+
+class Group(NamedTuple):
+    """The arguments of a call."""
+
+    x: Tensor
+    weights: Sequence[Tensor]
+    absmax: Sequence[Tensor]
+    absmax_8bit: Sequence[Tensor]
+    absmax_code: Sequence[Tensor]
+    absmax_offset: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    features: Sequence[int]
+    biased: Sequence[int]
+    adapted: Sequence[int]
+    scales: Sequence[float]
+    blocksize: int
+    quant_type: str
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where y has each sibling."""
+        ends = [sum(self.features[: at + 1]) for at in range(len(self.features))]
+        return [slice(end - size, end) for end, size in zip(ends, self.features, strict=True)]
+
+    @property
+    def ranks(self) -> list[slice]:
+        """Where the second result has each adapter."""
+        sizes = [a.shape[0] for a in self.lora_a]
+        return [slice(sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
+
+    @property
+    def adapters(self) -> list[tuple[Tensor, Tensor, float, slice, slice]]:
+        """A, B, scale, the columns of y and those of the second result, of each adapter."""
+        columns = [self.columns[at] for at in self.adapted]
+        return list(zip(self.lora_a, self.lora_b, self.scales, columns, self.ranks, strict=True))
+
+    def statistics_of(self, sibling: int) -> Sequence[Tensor]:
+        """A 4-bit weight's absmax and what there is beside it."""
+        lists = (self.absmax, self.absmax_8bit, self.absmax_code, self.absmax_offset)
+        return [one[sibling] for one in lists if one]
+
+    def weight_into(self, out: Tensor, sibling: int) -> None:
+        """Write a 4-bit weight into out [features, K]."""
+        dequantize_into(out, self.weights[sibling], self.statistics_of(sibling), self.blocksize, self.quant_type)
+
+    def weight(self, sibling: int) -> Tensor:
+        """A weight in x's dtype."""
+        if not self.quant_type:
+            return self.weights[sibling]
+        low = self.x.dtype if self.x.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        out = torch.empty(self.features[sibling], self.x.shape[-1], dtype=low, device=self.x.device)
+        self.weight_into(out, sibling)
+        return out.to(self.x.dtype)
+
+    def bias(self, sibling: int) -> Tensor | None:
+        """A sibling's bias, if it has one."""
+        return self.biases[self.biased.index(sibling)] if sibling in self.biased else None
+
+
+def reference(
+    x: Tensor, weights: Sequence[Tensor], absmax: Sequence[Tensor], absmax_8bit: Sequence[Tensor],
+    absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor], biases: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor], features: Sequence[int],
+    biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int, quant_type: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The forward in plain PyTorch, as PEFT writes it: adapters compute in their own dtype."""
+    group = Group(
+        x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
+        adapted, scales, blocksize, quant_type,
+    )  # fmt: skip
+    results = [F.linear(x, group.weight(at), group.bias(at)) for at in range(len(features))]
+    products = [x.new_empty(*x.shape[:-1], 0, dtype=wide(x.dtype))]
+    for at, (sibling, a, b, scale) in enumerate(zip(adapted, lora_a, lora_b, scales, strict=True)):
+        given, dtype = inputs[at] if inputs else x, torch.promote_types(a.dtype, b.dtype)
+        product = F.linear(given.to(dtype), a.to(dtype))
+        results[sibling] = results[sibling] + F.linear(product, b.to(dtype)) * scale
+        products.append(product.to(products[0].dtype))
+    return torch.cat([one.to(x.dtype) for one in results], -1), torch.cat(products, -1)
+
+
+def reference_backward(
+    grad_output: Tensor, s: Tensor, x: Tensor, weights: Sequence[Tensor], absmax: Sequence[Tensor],
+    absmax_8bit: Sequence[Tensor], absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor],
+    biases: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor],
+    features: Sequence[int], biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int,
+    quant_type: str, needed: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that are needed, in the order of differentiable(), in plain PyTorch; s: the second result."""
+    group = Group(
+        x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
+        adapted, scales, blocksize, quant_type,
+    )  # fmt: skip
+    rows = lambda tensor: tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])  # noqa: E731
+    grads = [rows(grad_output[..., columns]) for columns in group.columns]
+    dx = sum(grad @ group.weight(at) for at, grad in enumerate(grads))
+    das, dbs, dinputs = [], [], []
+    for at, (a, b, scale, columns, ranks) in enumerate(group.adapters):
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        grad, given = rows(grad_output[..., columns]).to(dtype) * scale, rows(inputs[at] if inputs else x)
+        ds = grad @ b.to(dtype)
+        das.append((ds.T @ given.to(dtype)).to(a.dtype))
+        dbs.append((grad.T @ rows(s[..., ranks]).to(dtype)).to(b.dtype))
+        dinput = ds @ a.to(dtype)
+        dinputs += [dinput.to(given.dtype)] if inputs else []
+        dx = dx if inputs else dx + dinput.to(x.dtype)
+    dweights = [grad.T @ rows(x) for grad in grads] if not quant_type else [x.new_empty(0)] * len(weights)
+    dbiases = [grads[at].sum(0, dtype=bias.dtype) for at, bias in zip(biased, biases, strict=True)]
+    found = [dx, *dweights, *dbiases, *das, *dbs, *dinputs]
+    given = differentiable(group)
+    return [one.reshape(like.shape) for one, like, need in zip(found, given, needed, strict=True) if need]
+
+
+def differentiable(group: Group) -> list[Tensor]:
+    """The arguments that may need a gradient."""
+    return [group.x, *group.weights, *group.biases, *group.lora_a, *group.lora_b, *group.inputs]
+
+
+def _check(group: Group) -> None:
+    x, n, K = group.x, len(group.features), group.x.shape[-1]
+    torch._check(x.dim() > 0 and x.is_floating_point(), lambda: f"x {x.dtype} of {x.dim()} dimensions")
+    torch._check(len(group.weights) == n > 0, lambda: f"{len(group.weights)} weights for {n} siblings")
+    if group.quant_type:
+        nested = (group.absmax_8bit, group.absmax_code, group.absmax_offset)
+        complete = len(group.absmax) == n and {len(one) for one in nested} in ({0}, {n})
+        torch._check(complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights")
+        for at in range(n):
+            parts = [*group.statistics_of(at), None, None, None][:4]
+            dequantize_4bit.check(group.weights[at], *parts, group.features[at], K, group.blocksize, group.quant_type)
+    for weight, size in zip(group.weights, group.features, strict=True):
+        fits = group.quant_type or (weight.shape == (size, K) and weight.dtype == x.dtype)
+        torch._check(bool(fits), lambda: f"a weight {weight.dtype} {tuple(weight.shape)} for ({size}, {K}), {x.dtype}")
+    for bias, at in zip(group.biases, group.biased, strict=True):
+        fits = bias.shape == (group.features[at],) and bias.dtype == x.dtype
+        torch._check(fits, lambda: f"a bias {bias.dtype} {tuple(bias.shape)} for {group.features[at]} {x.dtype}")
+    for a, b, _, columns, _ in group.adapters:
+        size = columns.stop - columns.start
+        fits = a.shape == (a.shape[0], K) and b.shape == (size, a.shape[0])
+        torch._check(fits, lambda: f"A {tuple(a.shape)} and B {tuple(b.shape)} between {K} and {size} features")
+    torch._check(len(group.inputs) in (0, len(group.lora_a)), lambda: f"{len(group.inputs)} inputs of adapters")
+    torch._check(all(one.shape == x.shape for one in group.inputs), lambda: "an adapter's input has another shape")
+
+
+def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Empty y and the products with A; raises where shapes or dtypes do not fit."""
+    group = Group(*arguments)
+    _check(group)
+    rank = sum(a.shape[0] for a in group.lora_a)
+    lead = group.x.shape[:-1]
+    return group.x.new_empty(*lead, sum(group.features)), group.x.new_empty(*lead, rank, dtype=wide(group.x.dtype))
+
+
+def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tensor]:
+    """Empty gradients, of those that are needed."""
+    *given, needed = arguments
+    group = Group(*given)
+    y = new_outputs(*given)[0]
+    torch._check(grad_output.shape == y.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(y.shape)}")
+    tensors = differentiable(group)
+    torch._check(len(needed) == len(tensors), lambda: f"{len(needed)} marks for {len(tensors)} tensors")
+    chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in chosen]
+
+
+def flops(x: torch.Size, *arguments: Any) -> int:
+    """2 for each element of a weight or an adapter, a row."""
+    lora_a, lora_b, features = arguments[6], arguments[7], arguments[9]
+    return 2 * prod(x[:-1]) * (x[-1] * sum(features) + sum(prod(one) for one in (*lora_a, *lora_b)))
+
+
+def flops_backward(grad_output: torch.Size, s: torch.Size, x: torch.Size, *arguments: Any) -> int:
+    """The same for the gradient of x or for that of the weights, twice for adapters."""
+    weights, lora_a, lora_b, features = arguments[0], arguments[6], arguments[7], arguments[9]
+    products = int(arguments[-1][0]) + int(any(arguments[-1][1 : 1 + len(weights)]))
+    adapters = sum(prod(one) for one in (*lora_a, *lora_b))
+    return 2 * prod(x[:-1]) * (products * x[-1] * sum(features) + 2 * adapters)
+
+
+def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    from fastft.kernels import lora_plan
+
+    lora_plan.forward(targets, Group(*arguments))
+
+
+def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    from fastft.kernels import lora_plan
+
+    grad_output, s, *given, needed = arguments
+    lora_plan.backward(targets, grad_output, s, Group(*given), needed)
+
+
+def _plain(features: str, biased: Sequence[int], adapters: Sequence[tuple[int, str]], inputs: bool = False) -> Case:
+    """A case of weights that are not quantised.  features: names; adapters: their siblings, and names of their ranks."""
+    names = features.split()
+    shapes = {"x": "... K"}
+    shapes |= {f"weights.{at}": f"{name} K" for at, name in enumerate(names)}
+    shapes |= {f"biases.{at}": names[sibling] for at, sibling in enumerate(biased)}
+    shapes |= {f"lora_a.{at}": f"{rank} K" for at, (_, rank) in enumerate(adapters)}
+    shapes |= {f"lora_b.{at}": f"{names[sibling]} {rank}" for at, (sibling, rank) in enumerate(adapters)}
+    shapes |= {f"inputs.{at}": "... K" for at in range(len(adapters) if inputs else 0)}
+    return shapes, {
+        "features": names, "biased": list(biased), "adapted": [sibling for sibling, _ in adapters],
+        "scales": [0.5, 2.0, 1.0, 0.25][: len(adapters)], "blocksize": 0, "quant_type": "",
+    }  # fmt: skip
+
+
+def _four_bit(
+    features: Sequence[int], columns: int, adapters: Sequence[tuple[int, int]], blocksize: int, quant_type: str,
+    nested: bool = False,
+) -> Case:  # fmt: skip
+    """A case of 4-bit weights, whose sizes are numbers.  adapters: their siblings and ranks."""
+    shapes, choice = _plain(
+        " ".join(map(str, features)), (), [(sibling, str(rank)) for sibling, rank in adapters]
+    )
+    shapes = {name: spec.replace("K", str(columns)) for name, spec in shapes.items() if "weights" not in name}
+    for at, size in enumerate(features):
+        blocks = -(-size * columns // blocksize)
+        shapes[f"weights.{at}"] = f"bytes {-(-size * columns // 2)}"
+        shapes[f"absmax.{at}"] = str(-(-blocks // 256) if nested else blocks)
+        more = {"absmax_8bit": f"bytes {blocks}", "absmax_code": "256", "absmax_offset": ""} if nested else {}
+        shapes |= {f"{name}.{at}": spec for name, spec in more.items()}
+    return shapes, {**choice, "features": list(features), "blocksize": blocksize, "quant_type": quant_type}
+
+
+_CASES = [
+    _plain("N", (), [(0, "R")]),
+    _plain("N P 2", (0, 2), [(0, "R"), (1, "Q"), (2, "R")]),
+    _plain("N P", (1,), [(0, "R"), (0, "Q")]),
+    _plain("N P", (), [(0, "R"), (1, "Q")], inputs=True),
+    _plain("N P", (0,), []),
+    _four_bit((24, 8, 8), 64, [(0, 4), (1, 4), (2, 4)], 64, "nf4", nested=True),
+    _four_bit((64, 7), 52, [(1, 9)], 64, "nf4"),
+    _four_bit((8,), 128, [], 64, "fp4"),
+    _four_bit((16,), 64, [(0, 3)], 128, "nf4", nested=True),
+    _four_bit((8, 72), 64, [(0, 3), (1, 17)], 64, "fp4", nested=True),
+]
+
+
+def _backward_case(case: Case, plain: bool) -> Case:
+    """The case with a gradient of y, and all that may need a gradient, or x and the adapters alone."""
+    shapes, choice = case
+    ranks = [spec.split()[0] for name, spec in shapes.items() if name.startswith("lora_a")]
+    lead = {"grad_output": "... " + "+".join(map(str, choice["features"])), "s": "... " + ("+".join(ranks) or "0")}
+    lists = ("x", "weights", "biases", "lora_a", "lora_b", "inputs")
+    names = [name for one in lists for name in shapes if parameter_of(name) == one]
+    needed = [plain or parameter_of(name) not in ("weights", "biases") for name in names]
+    return {**lead, **shapes}, {**choice, "needed": needed}
+
+
+_STATISTICS = {
+    "statistics": ("s", "absmax", "absmax_code", "absmax_offset"),
+    "alike": ("grad_output", "x", "weights", "biases"),
+}  # fmt: skip
+lora_linear = define(
+    "lora_linear", reference, new_outputs, _fill, cases=_CASES, flops=flops,
+    gradients=("x", "weights", "biases", "lora_a", "lora_b", "inputs"), **_STATISTICS,
+)  # fmt: skip
+lora_linear_backward = define(
+    "lora_linear_backward", reference_backward, new_gradients, _fill_backward, flops=flops_backward,
+    cases=[_backward_case(case, not case[1]["quant_type"]) for case in _CASES], **_STATISTICS,
+)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    group = Group(*inputs)
+    ctx.lengths = [len(one) if isinstance(one, (list, tuple)) else None for one in group[: group._fields.index("features")]]
+    ctx.others = inputs[len(ctx.lengths) :]
+    ctx.save_for_backward(output[1], *(t for one in inputs[: len(ctx.lengths)] for t in ([one] if isinstance(one, Tensor) else one)))
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    s, *saved = ctx.saved_tensors
+    given, at = [], 0
+    for length in ctx.lengths:
+        given.append(saved[at] if length is None else saved[at : at + length])
+        at += 1 if length is None else length
+    group = Group(*given, *ctx.others)
+    marks = dict(zip(Group._fields, ctx.needs_input_grad, strict=True))
+    lists = ("x", "weights", "biases", "lora_a", "lora_b", "inputs")
+    by_list = {name: [marks[name]] if name == "x" else list(marks[name] or []) for name in lists}
+    needed = [bool(need) and grad_y is not None for name in lists for need in by_list[name]]
+    found = iter(lora_linear_backward(grad_y, s, *group, needed) if any(needed) else ())
+    flags = iter(needed)
+    gradients = {name: [next(found) if next(flags) else None for _ in by_list[name]] for name in lists}
+    return tuple(
+        gradients["x"][0] if name == "x" else gradients.get(name, _no_gradient(value, at < len(ctx.lengths)))
+        for at, (name, value) in enumerate(zip(Group._fields, group, strict=True))
+    )
+
+
+def _no_gradient(value: Any, tensors: bool) -> Any:
+    """Torch wants a None for each tensor of a list, and takes an empty list of numbers for one of tensors."""
+    is_list = isinstance(value, (list, tuple)) and (tensors or not value)
+    return [None] * len(value) if is_list else None
+
+
+lora_linear.register_autograd(_backward, setup_context=_setup_context)
