@@ -2,3 +2,4 @@
 
 TRITON_FROM = (7, 5)
 BFLOAT16_FROM = (8, 0)
+TENSOR_CORES_FROM = (8, 0)  # Triton multiplies tiles without them before

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.capability import BFLOAT16_FROM, TRITON_FROM
+from fastft.capability import BFLOAT16_FROM, TENSOR_CORES_FROM, TRITON_FROM
 from fastft.kernels.layout import has_unit_rows
 
 log = logging.getLogger("fastft")
@@ -42,6 +42,14 @@ def triton_dtypes(device: torch.device) -> frozenset[torch.dtype]:
     if capability < TRITON_FROM:
         return frozenset()
     return everywhere if capability < BFLOAT16_FROM else everywhere | {torch.bfloat16}
+
+
+@functools.cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's products of tiles use them on this device; in the interpreter there is nothing to be faster."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type == "cuda" or interpreting()
+    return torch.cuda.get_device_capability(device) >= TENSOR_CORES_FROM
 
 
 def takes(row_length: int, longest_row: int | None, tensors: Sequence[Tensor]) -> bool:

@@ -1,12 +1,13 @@
 """Triton kernels of lora_linear: the products with a matrix of few columns, which are as fast as memory.
 
-Adapters may be in float32 beside 16-bit activations.  A bfloat16 operand is exact in a bfloat16 tensor core, so the
-float32 one is cut into three bfloat16 terms, which hold its 24 bits; other pairs are multiplied as float32 in three
-terms of TF32.
+Adapters may be float32 beside 16-bit activations.  A bfloat16 operand goes into a tensor core as it is, so the float32
+one is cut into three bfloat16 terms, which hold its 24 bits; other pairs are multiplied as float32, in three terms of
+TF32 each.  Sums that are split among programs are added up in one order.
 """
 # mypy: allow-untyped-defs
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,140 +17,198 @@ from torch import Tensor
 
 from fastft.kernels.tiles import multiprocessors
 
-AS_IT_IS, THREE_TERMS, FLOAT32 = 0, 1, 2  # how a product is taken
+TERMS = 3  # of a float32 number in bfloat16
+ELEMENTS = 1024  # of a program that goes element by element
 
 
 @triton.jit
-def add_product(left, right, total, HOW: tl.constexpr):
-    """total + left right, of which left is exact in its own dtype and right may be float32."""
-    if HOW == 0:
-        return tl.dot(left, tl.cast(right, left.dtype), total)
-    elif HOW == 1:
-        high = tl.cast(right, left.dtype)
-        rest = right - tl.cast(high, tl.float32)
-        middle = tl.cast(rest, left.dtype)
-        lowest = tl.cast(rest - tl.cast(middle, tl.float32), left.dtype)
-        total = tl.dot(left, lowest, total)
-        total = tl.dot(left, middle, total)
-        return tl.dot(left, high, total)
+def term_of(value, number: tl.constexpr, dtype: tl.constexpr):
+    """The first, the second or the third bfloat16 term of float32 values."""
+    for _ in tl.static_range(number):
+        value -= tl.cast(tl.cast(value, dtype), tl.float32)
+    return tl.cast(value, dtype)
+
+
+@triton.jit
+def add_product(left, right, total):
+    """total + left right, by tensor cores if they are of one 16-bit dtype."""
+    if left.dtype == right.dtype and left.dtype != tl.float32:
+        return tl.dot(left, right, total)
     else:
         return tl.dot(tl.cast(left, tl.float32), tl.cast(right, tl.float32), total, input_precision="tf32x3")
 
 
 @triton.jit
+def terms_kernel(source_ptr, out_ptr, n_elements, term_stride, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n_elements
+    value = tl.load(source_ptr + at, mask=mask, other=0.0)
+    if TERMS == 1:
+        tl.store(out_ptr + at, tl.cast(value, out_ptr.dtype.element_ty), mask=mask)
+    else:
+        for number in tl.static_range(TERMS):
+            term = term_of(value, number, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + tl.cast(number, tl.int64) * term_stride + at, term, mask=mask)
+
+
+@triton.jit
 def project_kernel(
-    x_ptr, p_ptr, s_ptr, copy_ptr, spare_ptr, M, K, R, scale, x_stride, p_stride_k, p_stride_r, s_stride, copy_stride,
-    spare_stride, COPY: tl.constexpr, SPARE: tl.constexpr, HOW: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, terms_ptr, s_ptr, copy_ptr, spare_ptr, M, K, R, columns, scale, x_stride, term_stride, terms_stride_k,
+    terms_stride_r, s_stride, split_stride, copy_stride, spare_stride, COPY: tl.constexpr, SPARE: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     long_row = tl.cast(row, tl.int64)
+    first = tl.program_id(1) * columns
     total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first, min(first + columns, K), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         mask = (row < M)[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + (long_row * x_stride)[:, None] + k[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         if COPY:
             tl.store(copy_ptr + (long_row * copy_stride)[:, None] + k[None, :], x, mask=mask)
-        p = tl.load(
-            p_ptr + (tl.cast(k, tl.int64) * p_stride_k)[:, None] + (tl.cast(r, tl.int64) * p_stride_r)[None, :],
-            mask=(k < K)[:, None] & (r < R)[None, :], other=0.0,
-        )  # fmt: skip
-        total = add_product(x, p, total, HOW)
+        address = terms_ptr + (tl.cast(k, tl.int64) * terms_stride_k)[:, None] + (r * terms_stride_r)[None, :]
+        for number in tl.static_range(TERMS):
+            offset = tl.cast(TERMS - 1 - number, tl.int64) * term_stride  # the smallest first
+            term = tl.load(address + offset, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)
+            total = add_product(x, term, total)
     total *= tl.cast(scale, tl.float32)
     mask = (row < M)[:, None] & (r < R)[None, :]
-    tl.store(s_ptr + (long_row * s_stride)[:, None] + r[None, :], total, mask=mask)
+    split = tl.cast(tl.program_id(1), tl.int64) * split_stride
+    tl.store(s_ptr + split + (long_row * s_stride)[:, None] + r[None, :], total, mask=mask)
     if SPARE:
         spare = tl.cast(total, spare_ptr.dtype.element_ty)
         tl.store(spare_ptr + (long_row * spare_stride)[:, None] + r[None, :], spare, mask=mask)
 
 
 @triton.jit
+def finish_kernel(
+    partial_ptr, s_ptr, spare_ptr, n_elements, R, splits, split_stride, s_stride, spare_stride, SPARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n_elements
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * split_stride + at, mask=mask, other=0.0)
+    row, r = tl.cast(at // R, tl.int64), at % R
+    tl.store(s_ptr + row * s_stride + r, total, mask=mask)
+    if SPARE:
+        tl.store(spare_ptr + row * spare_stride + r, tl.cast(total, spare_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def outer_kernel(
-    x_ptr, s_ptr, partial_ptr, M, K, R, rows, x_stride, s_stride, partial_stride, partial_stride_k, partial_stride_r,
-    HOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, s_ptr, partial_ptr, M, K, R, rows, x_stride, s_stride, split_stride, partial_stride_k, partial_stride_r,
+    TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * rows
+    last = min(first + rows, M)
     total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
-    for start in range(first, min(first + rows, M), BLOCK_M):
+    for start in range(first, last, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         long_row = tl.cast(row, tl.int64)
-        inside = (row < min(first + rows, M))[:, None]
-        x = tl.load(
-            x_ptr + (long_row * x_stride)[:, None] + k[None, :], mask=inside & (k < K)[None, :], other=0.0
-        )  # [BLOCK_M, BLOCK_K]
-        s = tl.load(s_ptr + (long_row * s_stride)[:, None] + r[None, :], mask=inside & (r < R)[None, :], other=0.0)
-        total = add_product(tl.trans(x), s, total, HOW)
-    address = partial_ptr + tl.cast(tl.program_id(1), tl.int64) * partial_stride
-    address = address + (k * partial_stride_k)[:, None] + (r * partial_stride_r)[None, :]
+        x_mask = (row < last)[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + (long_row * x_stride)[:, None] + k[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        s_mask = (row < last)[:, None] & (r < R)[None, :]
+        s = tl.load(s_ptr + (long_row * s_stride)[:, None] + r[None, :], mask=s_mask, other=0.0)
+        if TERMS == 0:
+            total = add_product(tl.trans(x), s, total)
+        else:
+            for number in tl.static_range(TERMS):
+                total = add_product(tl.trans(x), term_of(s, TERMS - 1 - number, x.dtype), total)
+    address = partial_ptr + tl.cast(tl.program_id(1), tl.int64) * split_stride
+    address = address + (tl.cast(k, tl.int64) * partial_stride_k)[:, None] + (r * partial_stride_r)[None, :]
     tl.store(address, total, mask=(k < K)[:, None] & (r < R)[None, :])
 
 
-def block_of(rank: int) -> int:
-    """A tile's columns for these ranks."""
-    return max(16, triton.next_power_of_2(rank))
+def tile(rank: int, wide: bool) -> dict[str, int]:
+    """A tile of x, and columns for these ranks; half as many elements where they are float32.
 
-
-def how(left: torch.dtype, right: torch.dtype) -> int:
-    """The cheapest product that loses nothing of either."""
-    if left == right and left != torch.float32:
-        return AS_IT_IS
-    return THREE_TERMS if (left, right) == (torch.bfloat16, torch.float32) else FLOAT32
-
-
-def project_meta(n_rows: int, rank: int, way: int) -> dict[str, int]:
-    """Tiles of 16 rows where there are few, so that every multiprocessor has some."""
-    block_m = 16 if n_rows <= 2048 else 32
-    return {"HOW": way, "BLOCK_M": block_m, "BLOCK_K": 128 if way != FLOAT32 else 32, "BLOCK_R": block_of(rank), "num_warps": 4}
-
-
-def outer_meta(rank: int, way: int) -> dict[str, int]:
-    return {"HOW": way, "BLOCK_M": 64 if way != FLOAT32 else 32, "BLOCK_K": 64, "BLOCK_R": block_of(rank), "num_warps": 4}
-
-
-_POINTERS = {"s_ptr": "*fp32", "partial_ptr": "*fp32", "scale": "fp32"}
+    Of 16 to 64 rows, 64 to 256 columns and 4 or 8 warps on an H100: with few ranks all within 10% of each other.
+    """
+    block_r = max(16, triton.next_power_of_2(rank))
+    return {"BLOCK_M": 64, "BLOCK_K": 32 if wide else 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """The kernels for ranks of a model, for the tests that compile them ahead of time."""
-    for way, p in ((AS_IT_IS, "*row"), (THREE_TERMS, "*fp32"), (FLOAT32, "*fp32")):
-        for rank in (16, 64, 128):
-            for n_rows in (512, 4096):
-                yield project_kernel, {"COPY": True, "SPARE": True, "p_ptr": p, **_POINTERS, **project_meta(n_rows, rank, way)}
-            yield outer_kernel, {**_POINTERS, **outer_meta(rank, way)}
+    types = {"s_ptr": "*fp32", "partial_ptr": "*fp32", "scale": "fp32", "tensor_cores": True}
+    for terms in (1, TERMS):
+        out = "*bf16" if terms == TERMS else "*row"
+        yield terms_kernel, {"TERMS": terms, "BLOCK": ELEMENTS, "num_warps": 4, "source_ptr": "*fp32", "out_ptr": out}
+        for rank in (16, 64):
+            for copied in (False, True):
+                flags = {"COPY": copied, "SPARE": copied, "TERMS": terms}
+                yield project_kernel, {**flags, **types, "terms_ptr": "*row", **tile(rank, False)}
+    for terms in (0, 1, TERMS):
+        for rank in (16, 64):
+            yield outer_kernel, {"TERMS": terms, **types, **tile(rank, terms == 0)}
+    for spare in (False, True):
+        yield finish_kernel, {"SPARE": spare, "BLOCK": ELEMENTS, "num_warps": 4, **types}
 
 
-def project(x: Tensor, p: Tensor, scale: float, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    (M, K), R = x.shape, p.shape[1]
-    meta = project_meta(M, R, how(x.dtype, p.dtype))
+def terms_of(matrices: Sequence[Tensor], beside: torch.dtype) -> Tensor:
+    """Matrices, one below the other, as they are multiplied with a tensor of another dtype: [terms, rows, columns]."""
+    dtype = functools.reduce(torch.promote_types, [one.dtype for one in matrices])
+    exact = dtype == torch.float32 and beside == torch.bfloat16
+    rows, columns = sum(one.shape[0] for one in matrices), matrices[0].shape[1]
+    if not exact and len(matrices) == 1:
+        return matrices[0][None]
+    out = torch.empty(
+        TERMS if exact else 1, rows, columns, dtype=beside if exact else dtype, device=matrices[0].device
+    )
+    row = 0
+    for matrix in matrices:
+        n_elements = matrix.numel()
+        terms_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
+            matrix.contiguous(), out[:, row:], n_elements, out.stride(0), TERMS=out.shape[0], BLOCK=ELEMENTS,
+            num_warps=4,
+        )  # fmt: skip
+        row += matrix.shape[0]
+    return out
+
+
+def project(x: Tensor, terms: Tensor, scale: float, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
+    """s = scale * x p; copy = x; spare = s.  terms [1 or 3, K, R] of p, of any strides."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (M, K), R = x.shape, s.shape[1]
+    meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)
+    blocks = triton.cdiv(M, meta["BLOCK_M"])
+    splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), K // 512))
+    columns = triton.cdiv(triton.cdiv(K, splits), meta["BLOCK_K"]) * meta["BLOCK_K"]
+    splits = triton.cdiv(K, columns)
+    partial = s if splits == 1 else s.new_empty(splits, M, R)
     whole, beside = (x if copy is None else copy), (x if spare is None else spare)
-    with torch.cuda.device_of(x):
-        project_kernel[(triton.cdiv(M, meta["BLOCK_M"]),)](
-            x, p, s, whole, beside, M, K, R, scale, x.stride(0), p.stride(0), p.stride(1), s.stride(0), whole.stride(0),
-            beside.stride(0), COPY=copy is not None, SPARE=spare is not None, **meta,
+    at_once = spare is not None and splits == 1
+    project_kernel[(blocks, splits)](
+        x, terms, partial, whole, beside, M, K, R, columns, scale, x.stride(0), *terms.stride(), partial.stride(-2),
+        partial.stride(0), whole.stride(0), beside.stride(0), COPY=copy is not None, SPARE=at_once,
+        TERMS=terms.shape[0], **meta,
+    )  # fmt: skip
+    if splits > 1:
+        finish_kernel[(triton.cdiv(M * R, ELEMENTS),)](
+            partial, s, beside, M * R, R, splits, partial.stride(0), s.stride(0), beside.stride(0),
+            SPARE=spare is not None, BLOCK=ELEMENTS, num_warps=4,
         )  # fmt: skip
 
 
-def outer(x: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
-    """Sums over rows are split among programs and added up in one order."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+def outer(x: Tensor, s: Tensor, rounded: bool, transposed: bool) -> Tensor:
+    """x^T s, float32: [K, R], or [R, K] if transposed.  rounded: s has no more bits than x, or none that matter."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
-    low = out.dtype == x.dtype and out.dtype != torch.float32
-    meta = outer_meta(R, AS_IT_IS if low else how(x.dtype, s.dtype))
+    terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
+    meta = tile(R, terms == 0)
     blocks = triton.cdiv(K, meta["BLOCK_K"])
-    splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), triton.cdiv(M, 4 * meta["BLOCK_M"])))
+    splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"])))
     n_rows = triton.cdiv(triton.cdiv(M, splits), meta["BLOCK_M"]) * meta["BLOCK_M"]
-    partial = s.new_empty(triton.cdiv(M, n_rows), *out.T.shape) if out.stride(0) == 1 else s.new_empty(triton.cdiv(M, n_rows), *out.shape)
-    by_k, by_r = (1, K) if out.stride(0) == 1 else (R, 1)
-    with torch.cuda.device_of(x):
-        outer_kernel[(blocks, partial.shape[0])](
-            x, s, partial, M, K, R, n_rows, x.stride(0), s.stride(0), partial.stride(0), by_k, by_r, **meta
-        )
-    total = partial.sum(0) if scale == 1.0 else partial.sum(0) * scale
-    out.copy_(total.T if out.stride(0) == 1 else total)
+    splits = triton.cdiv(M, n_rows)
+    partial = s.new_empty((splits, R, K) if transposed else (splits, K, R))
+    by_k, by_r = (1, K) if transposed else (R, 1)
+    outer_kernel[(blocks, splits)](
+        x, s, partial, M, K, R, n_rows, x.stride(0), s.stride(0), partial.stride(0), by_k, by_r, TERMS=terms, **meta
+    )
+    return partial[0] if splits == 1 else partial.sum(0)

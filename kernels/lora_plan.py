@@ -19,46 +19,55 @@ from fastft.kernels.lora_linear import Group
 from fastft.kernels.registry import load, wide
 
 FEW_ROWS = 64  # up to which bitsandbytes' fused GEMM, which reads 4 bits, is faster than de-quantising first
-MAX_RANK = 128  # of one launch
+MAX_RANK = 64  # of one launch
 
 
-def project(x: Tensor, p: Tensor, scale: float, s: Tensor, copy: Tensor | None = None) -> None:
-    """s = scale * x p, and copy = [x | s] in one pass over x.
+def project(
+    x: Tensor, matrices: Sequence[Tensor], scale: float, s: Tensor, copy: Tensor | None = None,
+    spare: Tensor | None = None, *, transposed: bool = False,
+) -> None:  # fmt: skip
+    """s = scale * x p, copy = x and spare = s in one pass over x.
 
-    x [M, K]; p [K, r] of any strides; s [M, r] float32 or float64; copy [M, K + at least r], or None.
+    x and copy [M, K]; p [K, r] is the only one of matrices, or (transposed) all of them [*, K] one below the other,
+    transposed; s [M, r] float32 or float64, spare [M, r] in x's dtype.
     """
-    ranks = p.shape[1]
-    if not _on_triton(x, p, s) or ranks == 0:
-        torch.mul(x.to(s.dtype) @ p.to(s.dtype), scale, out=s)
-        if copy is not None:
-            copy[:, : x.shape[1]].copy_(x)
-            copy[:, x.shape[1] : x.shape[1] + ranks].copy_(s)
+    if not _on_triton(x, s, *matrices) or s.shape[1] == 0:
+        p = torch.cat([one.to(s.dtype) for one in matrices])
+        s.copy_(x.to(s.dtype) @ (p.T if transposed else p) * scale)
+        for target, source in ((copy, x), (spare, s)):
+            if target is not None:
+                target.copy_(source)
         return
-    for first in range(0, ranks, MAX_RANK):
-        part = slice(first, min(first + MAX_RANK, ranks))
-        whole, spare = None, None
-        if copy is not None:
-            whole = copy[:, : x.shape[1]] if first == 0 else None
-            spare = copy[:, x.shape[1] + part.start : x.shape[1] + part.stop]
-        load("lora_linear_triton.project")(x, p[:, part], scale, s[:, part], whole, spare)
+    with torch.cuda.device_of(x):
+        terms = load("lora_linear_triton.terms_of")(matrices, x.dtype)
+        terms = terms.transpose(1, 2) if transposed else terms
+        for part in _parts(s.shape[1]):
+            beside = None if spare is None else spare[:, part]
+            load("lora_linear_triton.project")(x, terms[:, :, part], scale, s[:, part], copy, beside)
+            copy = None
 
 
-def outer(x: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
-    """out = scale * x^T s:  x [M, K], s [M, r], out [K, r] of any strides.
+def outer(x: Tensor, s: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+    """x^T s [K, r], or s^T x [r, K]: x [M, K], s [M, r].  s is rounded to x's dtype if dtype, the result's, is that."""
+    if not _on_triton(x, s) or s.shape[1] == 0:
+        product = x.to(s.dtype).T @ s
+        return product.T if transposed else product
+    with torch.cuda.device_of(x):
+        parts = [
+            load("lora_linear_triton.outer")(x, s[:, part], dtype == x.dtype, transposed) for part in _parts(s.shape[1])
+        ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 0 if transposed else 1)
 
-    As precise as out's dtype is: s is rounded to x's only where out has no more bits than that.
-    """
-    if not _on_triton(x, s) or out.numel() == 0:
-        out.copy_((x.to(s.dtype).T @ s) * scale)
-        return
-    for first in range(0, s.shape[1], MAX_RANK):
-        part = slice(first, min(first + MAX_RANK, s.shape[1]))
-        load("lora_linear_triton.outer")(x, s[:, part], scale, out[:, part])
+
+def _parts(ranks: int) -> list[slice]:
+    return [slice(first, min(first + MAX_RANK, ranks)) for first in range(0, ranks, MAX_RANK)]
 
 
 def _on_triton(*tensors: Tensor) -> bool:
-    dtypes = dispatch.triton_dtypes(tensors[0].device)
-    return tensors[0].numel() > 0 and all(tensor.dtype in dtypes for tensor in tensors)
+    """Triton's products want tensor cores; without them cuBLAS is the better choice."""
+    device = tensors[0].device
+    dtypes = dispatch.triton_dtypes(device) if dispatch.has_tensor_cores(device) else ()
+    return all(tensor.dtype in dtypes and tensor.numel() > 0 for tensor in tensors)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -72,11 +81,15 @@ def spare_columns(group: Group, wider: int, narrower: int) -> int:
     wider: columns of the left operand, which is copied; narrower: of the result, which would be read and written again.
     """
     ranks = sum(a.shape[0] for a in group.lora_a)
-    exponents = [torch.finfo(one.dtype).max for one in (*group.lora_a, *group.lora_b)]
-    overflows = any(largest > torch.finfo(group.x.dtype).max for largest in exponents)
-    if not group.quant_type or ranks == 0 or overflows or wider >= 2 * narrower:
+    overflow = any(overflows(one, group.x.dtype) for one in (*group.lora_a, *group.lora_b))
+    if not group.quant_type or ranks == 0 or overflow or wider >= 2 * narrower:
         return 0
     return -(-ranks // 8) * 8  # rows begin at multiples of 16 bytes
+
+
+def overflows(adapter: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an adapter's products may be too large for the dtype of the activations: float16 has few exponents."""
+    return dtype == torch.float16 and adapter.dtype != torch.float16
 
 
 def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
@@ -100,11 +113,6 @@ def bias_of(group: Group) -> Tensor | None:
     for at, value in zip(group.biased, group.biases, strict=True):
         bias[group.columns[at]] = value
     return bias
-
-
-def low(group: Group) -> Group:
-    """The group with x in a dtype that 4-bit weights can be written in: float64 has none of its own."""
-    return group
 
 
 def forward(targets: Sequence[Tensor], group: Group) -> None:
@@ -135,17 +143,17 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
 
 def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
     """s = x A^T of all adapters, and wider = [x | s]."""
+    columns, ranks = x.shape[1], s.shape[1]
+    copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns : columns + ranks])
     if group.inputs:
-        for given, (a, _, _, _, ranks) in zip(group.inputs, group.adapters, strict=True):
-            project(rows(given), a.T, 1.0, s[:, ranks])
-        if wider is not None:
-            wider[:, : x.shape[1]].copy_(x)
-            wider[:, x.shape[1] : x.shape[1] + s.shape[1]].copy_(s)
+        for given, (a, _, _, _, part) in zip(group.inputs, group.adapters, strict=True):
+            project(rows(given), [a], 1.0, s[:, part], None, None if spare is None else spare[:, part], transposed=True)
+        if copy is not None:
+            copy.copy_(x)
     elif group.lora_a:
-        a = torch.cat(list(group.lora_a)) if len(group.lora_a) > 1 else group.lora_a[0]
-        project(x, a.T, 1.0, s, wider)
-    if wider is not None:
-        wider[:, x.shape[1] + s.shape[1] :].zero_()
+        project(x, group.lora_a, 1.0, s, copy, spare, transposed=True)
+    if wider is not None and columns + ranks < wider.shape[1]:
+        wider[:, columns + ranks :].zero_()
 
 
 def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
@@ -157,7 +165,7 @@ def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
         y.zero_()
     begun = set(range(len(group.features))) if bias is not None else set()
     for (_, b, scale, part, ranks), at in zip(group.adapters, group.adapted, strict=True):
-        safe = y.dtype if torch.finfo(b.dtype).max <= torch.finfo(y.dtype).max else s.dtype
+        safe = s.dtype if overflows(b, y.dtype) else y.dtype
         product = s[:, ranks].to(safe), (b * scale).to(safe).T
         if safe == y.dtype:
             _accumulate(y[:, part], *product, at in begun)
@@ -220,13 +228,9 @@ def backward(
         _input_gradient(rows(dx[0]), grad, ds, group)
     elif any(one is not None for one in (*das, *dinputs)):
         _adapter_gradients(grad, ds, group, None)
-    for at, (a, _, scale, part, ranks) in enumerate(group.adapters):
-        given = rows(group.inputs[at]) if group.inputs else x
-        if (da := das[at]) is not None:
-            outer(given, ds[:, ranks], 1.0, da.T)
-        if (db := dbs[at]) is not None:
-            outer(grad[:, part], s[:, ranks], scale, db)
-        if group.inputs and (dinput := dinputs[at]) is not None:
+    _adapter_weights(das, dbs, grad, x, s, ds, group)
+    for (a, _, _, _, ranks), dinput in zip(group.adapters, dinputs, strict=False):
+        if dinput is not None:
             rows(dinput).copy_(ds[:, ranks].to(a.dtype) @ a)
     for at, part in enumerate(group.columns):
         if (dweight := dweights[at]) is not None:
@@ -238,14 +242,33 @@ def backward(
 
 def _adapter_gradients(grad: Tensor, ds: Tensor, group: Group, wider: Tensor | None) -> None:
     """ds = s_j dY B of each adapter, and wider = [dY | ds]."""
-    n = grad.shape[1]
+    n, copied = grad.shape[1], set()
+    for at, (_, b, scale, part, ranks) in zip(group.adapted, group.adapters, strict=True):
+        copy = None if wider is None or at in copied else wider[:, part]
+        spare = None if wider is None else wider[:, n + ranks.start : n + ranks.stop]
+        project(grad[:, part], [b], scale, ds[:, ranks], copy, spare)
+        copied.add(at)
     if wider is not None:
-        wider[:, :n].copy_(grad)
-    for _, b, scale, part, ranks in group.adapters:
-        project(grad[:, part], b, scale, ds[:, ranks])
-    if wider is not None:
-        wider[:, n : n + ds.shape[1]].copy_(ds)
-        wider[:, n + ds.shape[1] :].zero_()
+        for at, part in enumerate(group.columns):
+            if at not in copied:
+                wider[:, part].copy_(grad[:, part])
+        if n + ds.shape[1] < wider.shape[1]:
+            wider[:, n + ds.shape[1] :].zero_()
+
+
+def _adapter_weights(
+    das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], grad: Tensor, x: Tensor, s: Tensor, ds: Tensor,
+    group: Group,
+) -> None:  # fmt: skip
+    """dA = ds^T x_j and dB = s_j dY^T S.  Adapters of one dtype that read x itself share a pass over it."""
+    together = not group.inputs and len({a.dtype for a in group.lora_a}) == 1 and any(da is not None for da in das)
+    every = outer(x, ds, group.lora_a[0].dtype, transposed=True) if together else None
+    for at, (a, b, scale, part, ranks) in enumerate(group.adapters):
+        if (da := das[at]) is not None:
+            given = rows(group.inputs[at]) if group.inputs else x
+            da.copy_(outer(given, ds[:, ranks], a.dtype, transposed=True) if every is None else every[ranks])
+        if (db := dbs[at]) is not None:
+            torch.mul(outer(grad[:, part], s[:, ranks], b.dtype), scale, out=db)
 
 
 def _input_gradient(dx: Tensor, grad: Tensor, ds: Tensor, group: Group) -> None:
@@ -262,7 +285,7 @@ def _input_gradient(dx: Tensor, grad: Tensor, ds: Tensor, group: Group) -> None:
         return
     begun = False
     for a, _, _, _, ranks in () if group.inputs else group.adapters:
-        safe = dx.dtype if torch.finfo(a.dtype).max <= torch.finfo(dx.dtype).max else ds.dtype
+        safe = ds.dtype if overflows(a, dx.dtype) else dx.dtype
         if safe == dx.dtype:
             _accumulate(dx, ds[:, ranks].to(safe), a.to(safe), begun)
         else:
