@@ -120,3 +120,12 @@ RULES = (
     plain(plain_gelu_tanh, anchor=F.gelu),
     plain(plain_relu, anchor=torch.relu),
 )
+
+
+def halves(gate_up: Tensor, activation: str) -> Tensor:
+    """A gated activation of the halves of one tensor."""
+    gate, up = gate_up.chunk(2, -1)
+    return torch.ops.fastft.glu(gate, up, activation)
+
+
+FUSE = (Rule(halves, glu_packed, torch.ops.fastft.glu, {"gate_up": "... I"}),)

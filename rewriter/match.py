@@ -197,6 +197,8 @@ class _Matcher:
         name, example, value = self.names[expected], value_of(expected), value_of(actual)
         if isinstance(example, bool):
             return "" if isinstance(actual, bool) else f"{name} is not a bool but {_show(actual)}"
+        if isinstance(example, str):
+            return "" if isinstance(actual, str) else f"{name} is not a word but {_show(actual)}"
         if not isinstance(example, Tensor):
             number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
             return "" if number else f"{name} is not a number but {_show(actual)}"

@@ -46,6 +46,8 @@ SIGNATURES: dict[Callable, Signature] = {
     torch.stack: signature(lambda tensors, dim=0: ...),
     torch.flatten: signature(lambda input, start_dim=0, end_dim=-1: ...),
     torch.transpose: signature(lambda input, dim0, dim1: ...),
+    F.linear: signature(lambda input, weight, bias=None: ...),
+    torch.matmul: signature(lambda input, other: ...),
     torch.rms_norm: signature(lambda input, normalized_shape, weight=None, eps=None: ...),
     F.layer_norm: signature(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: ...),
 }
@@ -66,6 +68,7 @@ ALIASES: dict[Callable, Callable] = {
     F.tanh: torch.tanh,
     torch.negative: torch.neg,
     operator.neg: torch.neg,
+    operator.matmul: torch.matmul,
     torch.concat: torch.cat,
     torch.concatenate: torch.cat,
     torch.swapaxes: torch.transpose,

@@ -18,6 +18,7 @@ from fastft.rewriter.normalize import normalize
 from fastft.rewriter.rule import Rule, dims
 
 ANY_SIZE = object()  # in a template: a number that depends on the shapes, known only once they are
+_EXAMPLES = {"bool": False, "str": "silu"}  # of parameters that are neither tensors nor numbers
 _SIZES = ((64, 2), (96, 3))  # two choices of the first named size, halved for each further one, and of leading ones
 
 
@@ -102,7 +103,7 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
             shape = (1 if spec.startswith("*") else leading,) * some + tuple(sizes[name] for name in names)
             values[parameter] = compat.fake_tensor(shape, of_dtype.get(parameter, torch.float32))
         else:
-            values[parameter] = False if given.annotation in (bool, "bool") else 0.5
+            values[parameter] = _EXAMPLES.get(str(getattr(given.annotation, "__name__", given.annotation)), 0.5)
     return values
 
 

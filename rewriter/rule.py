@@ -13,7 +13,8 @@ class Rule:
     """Where ``reference`` occurs in a graph, ``replacement`` is called instead.  Either may return several tensors.
 
     reference: a straight-line PyTorch function.  It is the pattern, the specification and the tests' oracle at once.
-        Parameters annotated ``Tensor`` match any tensor, those annotated ``float``, ``int`` or ``bool`` a literal.
+        Parameters annotated ``Tensor`` match any tensor, those annotated ``float``, ``int``, ``bool`` or
+        ``str`` a literal.
     replacement: a function of the same parameters, made of ``torch.ops.fastft`` calls; None declines what matches.
     anchor: the rarest function of the reference; each of its calls in a graph is either matched or reported.
     shapes: a tensor parameter's dimensions, by name; "..." stands for any number of leading ones, and "*" for any that

@@ -139,6 +139,12 @@ def _without_gradient(results: list[Tensor], inputs: dict[str, Tensor]) -> str |
     return None
 
 
+def same_kind(left: Tensor, right: Tensor) -> bool:
+    """Whether two fake tensors have one dtype, device, shape and memory layout."""
+    alike = left.dtype == right.dtype and left.device == right.device
+    return alike and _same_sizes(left.shape, right.shape) and _same_strides(left, right)
+
+
 def _same_strides(left: Tensor, right: Tensor) -> bool:
     """But for axes of one element, which have none."""
     pairs = zip(left.shape, left.stride(), right.stride(), strict=True)

@@ -1,0 +1,88 @@
+"""What a LoRA layer adds to a linear layer -> fastft::lora_add, which rewriter/projections.py makes one op with it.
+
+The references differ in how the two factors are multiplied, in the scale and in a cast.  Source: Hu et al., LoRA,
+arXiv:2106.09685.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.rewriter.rule import Rule
+
+
+def scaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """PEFT: two linear layers, scaled."""
+    return result + F.linear(F.linear(x, a), b) * scale
+
+
+def scaled_and_cast(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """PEFT on quantised layers: cast to the layer's dtype before it is added."""
+    return result + (F.linear(F.linear(x, a), b) * scale).to(result.dtype)
+
+
+def scaled_between(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Written by hand: scaled between the two."""
+    return result + F.linear(F.linear(x, a) * scale, b)
+
+
+def unscaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Written by hand: two linear layers."""
+    return result + F.linear(F.linear(x, a), b)
+
+
+def multiplied(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Written by hand: x @ A @ B, of factors that are not transposed."""
+    return result + x @ a @ b * scale
+
+
+def biased(result: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """PEFT with lora_bias."""
+    return result + F.linear(F.linear(x, a), b, bias) * scale
+
+
+def apart(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Two linear layers, scaled, and then used otherwise: DoRA and other variants."""
+    return F.linear(F.linear(x, a), b) * scale
+
+
+def lora_add(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """fastft::lora_add"""
+    return torch.ops.fastft.lora_add(result, x, a, b, scale)
+
+
+def lora_add_cast(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """fastft::lora_add, cast"""
+    return torch.ops.fastft.lora_add(result, x, a, b, scale).to(result.dtype)
+
+
+def lora_add_unscaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """fastft::lora_add by a scale of 1"""
+    return torch.ops.fastft.lora_add(result, x, a, b, 1.0)
+
+
+def lora_add_transposed(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """fastft::lora_add of the factors' transposes"""
+    return torch.ops.fastft.lora_add(result, x, a.t(), b.t(), scale)
+
+
+def not_low(a: Tensor, b: Tensor, **_: object) -> str | None:
+    """Two layers of an MLP without an activation are no adapter."""
+    (rank, inner), outer = a.shape, b.shape[0]
+    return None if rank < min(inner, outer) else f"a rank of {rank} between {inner} and {outer} is not low"
+
+
+_FACTORS = {"x": "... K", "a": "R K", "b": "N R"}
+_ADDED = {"result": "... N", **_FACTORS}
+rule = partial(Rule, anchor=F.linear, shapes=_ADDED, rare=False, unless=not_low)
+RULES = (
+    rule(scaled, lora_add),
+    rule(scaled_and_cast, lora_add_cast, cast=("result",)),
+    rule(scaled_between, lora_add),
+    rule(unscaled, lora_add_unscaled),
+    rule(multiplied, lora_add_transposed, anchor=torch.matmul, shapes={**_ADDED, "a": "K R", "b": "R N"}, unless=lambda **_: None),
+    rule(biased, None, shapes={**_ADDED, "bias": "N"}, because="its second factor has a bias of its own"),
+    rule(apart, None, shapes=_FACTORS, because="it is not added to a layer's result as LoRA is: DoRA, say"),
+)

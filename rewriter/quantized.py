@@ -1,0 +1,309 @@
+"""Find projections of 4-bit weights, as bitsandbytes writes them, and make each a ``fastft::lora_linear``.
+
+bitsandbytes is not imported: its ops are known by their names, and their arguments say all there is to know.  A
+projection is ``gemm_4bit`` (0.50 and newer), or a linear of what ``dequantize_4bit`` returned (before), by itself or in
+the body of an autograd.Function.  There the backward body must be the gradient of the forward one: the upstream
+gradient times the same weight, and the bias's its sum.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.rewriter import compat
+from fastft.rewriter.compat import value_of
+from fastft.rewriter.graph import describe
+from fastft.rewriter.report import GraphReport, Lifted, NearMiss
+from fastft.rewriter.verify import same_kind
+
+RULE = "lora_linear.four_bit"
+_NESTED_BLOCK = 256
+_ADD = (operator.iadd, operator.add, torch.add)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A 4-bit weight [rows, columns]: nodes of the outer graph, and numbers.  nested: absmax_8bit, code and offset."""
+
+    packed: Node
+    absmax: Node
+    nested: tuple[Node, ...]
+    rows: int
+    columns: int
+    blocksize: int
+    quant_type: str
+
+
+@dataclass(frozen=True)
+class Projection:
+    """x W^T + bias."""
+
+    x: Node
+    weight: Weight
+    bias: Node | None
+
+
+class NotOneError(Exception):
+    """Why something that de-quantises is no projection."""
+
+
+def lift(gm: GraphModule, report: GraphReport) -> None:
+    """Replace every projection of a 4-bit weight in one graph; what nearly is one goes into ``report``."""
+    for node in list(gm.graph.nodes):
+        if not any(_is_op(one, "gemm_4bit", "dequantize_4bit") for one in _calls(gm, node)):
+            continue
+        place = compat.module_path(node), compat.source_line(node)
+        try:
+            root, projection = _projection_at(gm, node)
+            _check(root, projection)
+        except NotOneError as declined:
+            report.near_misses.append(NearMiss(RULE, *place, str(declined)))
+            continue
+        except Exception as error:  # a spelling that is not known must not cost the whole graph
+            report.near_misses.append(NearMiss(RULE, *place, f"it could not be read: {describe(error)}"))
+            continue
+        if _replace(gm, root, projection):
+            report.lifted.append(Lifted(RULE, *place))
+        else:
+            report.near_misses.append(NearMiss(RULE, *place, "the op's result would be laid out otherwise"))
+    gm.graph.eliminate_dead_code(_is_impure)
+
+
+def _is_impure(node: Node) -> bool:
+    """All but what held the weights' bytes and statistics together, which nothing uses any more."""
+    views = ("view", "reshape", "t", "to", "contiguous")
+    unused = node.op == "get_attr" or (node.op == "call_method" and node.target in views) or _of_bitsandbytes(node)
+    return not unused
+
+
+def _calls(gm: GraphModule, node: Node) -> Iterator[Node]:
+    """The node itself, or those of the forward body that it runs."""
+    body = _body(gm, node, 0)
+    yield from [node] if body is None else body.graph.nodes
+
+
+def _body(gm: GraphModule, node: Node, number: int) -> GraphModule | None:
+    """An autograd.Function's forward body, 0, or its backward body, 1."""
+    target: Any = node.target
+    if node.op != "call_function" or not compat.is_higher_order(target) or target.name() != "autograd_function_apply":
+        return None
+    body: Any = node.args[number]
+    return getattr(gm, str(body.target)) if isinstance(body, Node) else body
+
+
+def _of_bitsandbytes(node: Any) -> bool:
+    return isinstance(node, Node) and compat.is_operator(node.target) and str(node.target).startswith("bitsandbytes.")
+
+
+def _is_op(node: Any, *names: str) -> bool:
+    return _of_bitsandbytes(node) and str(node.target).split(".")[1] in names
+
+
+def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, Projection]:
+    """The node whose value a projection is, and what it is of."""
+    body = _body(gm, node, 0)
+    if body is None:
+        reader = _Reader({})
+        if _is_op(node, "gemm_4bit"):
+            return node, reader.projection(node)
+        return _linear_above(node, reader)
+    backward = _body(gm, node, 1)
+    assert backward is not None
+    return _function(node, body, backward)
+
+
+def _linear_above(node: Node, reader: _Reader) -> tuple[Node, Projection]:
+    """The linear that a de-quantised weight goes to; it may pass a cast that changes nothing and a transposition."""
+    at = node
+    while True:
+        users = list(at.users)
+        if len(users) != 1:
+            raise NotOneError(f"the de-quantised weight is used {len(users)} times")
+        at = users[0]
+        if at.target is F.linear:
+            return at, reader.projection(at)
+        if at.op != "call_method" or at.target not in ("t", "to"):
+            raise NotOneError("the de-quantised weight goes elsewhere than into a linear layer")
+
+
+def _function(node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, Projection]:
+    given = list(node.args[2:])
+    outside = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
+    results, saved = _output(body)
+    projection = _Reader(outside).projection(_first(results))
+    users = list(node.users)
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in users) or len(users) != 1:
+        raise NotOneError("other results of its autograd.Function are used")
+    placeholders = backward.graph.find_nodes(op="placeholder")
+    kept = placeholders[len(placeholders) - len(saved) :]
+    reader = _Reader(outside)
+    known = {
+        one: outside[source] if source in outside else reader.packed(source)
+        for one, source in zip(kept, saved, strict=True)
+    }
+    _check_gradients(_Reader(known), placeholders[0], _output_list(backward), given, projection)
+    return users[0], projection
+
+
+def _output(body: GraphModule) -> tuple[Any, Sequence[Any]]:
+    """What a forward body returns, and what it keeps for backward."""
+    results, saved = body.graph.output_node().args[0]
+    return results, saved
+
+
+def _output_list(backward: GraphModule) -> Sequence[Any]:
+    found: Any = backward.graph.output_node().args[0]
+    return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def _first(results: Any) -> Any:
+    return results[0] if isinstance(results, (tuple, list)) else results
+
+
+def _is_view(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "call_method" and node.target in ("view", "reshape", "t", "contiguous")
+
+
+def _check_gradients(
+    reader: _Reader, grad_output: Node, gradients: Sequence[Any], given: Sequence[Any], projection: Projection
+) -> None:
+    """x's gradient is grad_output W, the bias's the sum of grad_output over rows, and nothing else gets one."""
+    for gradient, argument in zip(gradients, given, strict=True):
+        if argument is projection.x:
+            product = _through_casts(gradient)
+            right = product.target in (torch.matmul, operator.matmul) or product.target == "matmul"
+            if not right or product.args[0] is not grad_output:
+                raise NotOneError("its backward is not the product of the gradient and the weight")
+            if reader.weight(product.args[1]) != projection.weight:
+                raise NotOneError("its backward takes another weight than its forward")
+        elif argument is projection.bias and gradient is not None:
+            if gradient.target != "sum" or gradient.args[:2] != (grad_output, 0):
+                raise NotOneError("the bias's gradient is not a sum over rows")
+        elif gradient is not None:
+            raise NotOneError("something besides x and the bias gets a gradient")
+
+
+def _through_casts(node: Any) -> Any:
+    while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
+        node = node.args[0]
+    return node
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads expressions of a body whose placeholders stand for nodes of the graph around it."""
+
+    known: Mapping[Node, Any]
+
+    def outer(self, node: Any) -> Node:
+        """The node of the outer graph that this is."""
+        found = self.known.get(node) if self.known else node
+        if not isinstance(found, Node):
+            raise NotOneError(f"{node} is computed inside")
+        return found
+
+    def packed(self, node: Any) -> Node:
+        """Bytes, whatever shape they are seen in."""
+        while _is_view(node):
+            node = node.args[0]
+        found = self.outer(node)
+        while _is_view(found):
+            found = found.args[0]  # type: ignore[assignment]
+        return found
+
+    def projection(self, node: Any) -> Projection:
+        """The projection that this call computes."""
+        if _is_op(node, "gemm_4bit"):
+            return self._gemm(node)
+        node = _through_casts(node)
+        if not isinstance(node, Node) or node.target is not F.linear:
+            raise NotOneError(f"{node} is not a linear layer")
+        x, weight, bias = [*node.args, None][:3]
+        bias = node.kwargs.get("bias", bias)
+        return Projection(self.outer(x), self.weight(weight), None if bias is None else self.outer(bias))
+
+    def _gemm(self, node: Node) -> Projection:
+        names = ("x", "packed", "shape", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code")
+        values = {**dict(zip((*names, "absmax_offset"), node.args, strict=False)), **node.kwargs}
+        nested = [values.get(name) for name in ("absmax_8bit", "absmax_code", "absmax_offset")]
+        present = tuple(self.outer(one) for one in nested if one is not None)
+        rows, columns = values["shape"]
+        weight = Weight(
+            self.packed(values["packed"]), self.outer(values["absmax"]), present, rows, columns, values["blocksize"],
+            values["quant_type"],
+        )  # fmt: skip
+        bias = values.get("bias")
+        return Projection(self.outer(values["x"]), weight, None if bias is None else self.outer(bias))
+
+    def weight(self, node: Any) -> Weight:
+        """The weight [rows, columns] that this de-quantises, transposed an even number of times.
+
+        Backward may cast it once more than forward does, as the weight remembers the dtype that it was made from.
+        """
+        turned = False
+        while isinstance(node, Node) and node.op == "call_method" and node.target in ("t", "to"):
+            turned ^= node.target == "t"
+            node = node.args[0]
+        if not _is_op(node, "dequantize_4bit"):
+            raise NotOneError(f"{node} is not a de-quantised weight")
+        packed, absmax, blocksize, quant_type, shape, _ = node.args
+        if turned:
+            raise NotOneError("the weight is transposed")
+        first, nested = self._absmax(absmax)
+        return Weight(self.packed(packed), first, nested, *shape, blocksize, quant_type)
+
+    def _absmax(self, node: Any) -> tuple[Node, tuple[Node, ...]]:
+        if not isinstance(node, Node) or node.target not in _ADD:
+            return self.outer(node), ()
+        inner, offset = node.args
+        if not _is_op(inner, "dequantize_blockwise"):
+            raise NotOneError("the absmax are computed in a way that is not known")
+        bits, absmax, code, block, dtype = inner.args
+        if block != _NESTED_BLOCK or dtype != torch.float32:
+            raise NotOneError(f"the absmax are quantised in blocks of {block}")
+        return self.outer(absmax), (self.outer(bits), self.outer(_through_casts(code)), self.outer(offset))
+
+
+def _check(root: Node, projection: Projection) -> None:
+    """Nothing that the projection reads is written to, and all is plain enough for the op."""
+    weight = projection.weight
+    for node in (projection.x, weight.packed, weight.absmax, *weight.nested, projection.bias, root):
+        value = value_of(node)
+        if node is not None and not isinstance(value, Tensor):
+            raise NotOneError(f"{node} is not a tensor")
+        if isinstance(value, Tensor) and compat.written_to(value):
+            raise NotOneError(f"{node} is written to in place")
+
+
+def _replace(gm: GraphModule, root: Node, projection: Projection) -> bool:
+    """Put the op where the root is, if it gives the same kind of tensor."""
+    weight = projection.weight
+    lists: list[list[Node]] = [[weight.packed], [weight.absmax], *([one] for one in weight.nested)]
+    lists += [[]] * (5 - len(lists))
+    biases = [] if projection.bias is None else [projection.bias]
+    arguments = (
+        projection.x, *lists, biases, [], [], [], [weight.rows], [0] * len(biases), [], [], weight.blocksize,
+        weight.quant_type,
+    )  # fmt: skip
+    with gm.graph.inserting_before(root):
+        call = gm.graph.call_function(torch.ops.fastft.lora_linear, arguments)
+        result = gm.graph.call_function(operator.getitem, (call, 0))
+    for node in (call, result):
+        node.meta |= {key: value for key, value in root.meta.items() if key != "example_value"}
+        compat.propagate(node)
+    if not same_kind(value_of(result), value_of(root)):
+        gm.graph.erase_node(result)
+        gm.graph.erase_node(call)
+        return False
+    compat.set_value(result, value_of(root))
+    root.replace_all_uses_with(result)
+    gm.graph.erase_node(root)
+    return True
