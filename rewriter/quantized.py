@@ -305,5 +305,6 @@ def _replace(gm: GraphModule, root: Node, projection: Projection) -> bool:
         return False
     compat.set_value(result, value_of(root))
     root.replace_all_uses_with(result)
-    gm.graph.erase_node(root)
+    for unused in (root, root.args[0]) if root.target is operator.getitem else (root,):
+        gm.graph.erase_node(unused)  # type: ignore[arg-type]
     return True

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bitsandbytes
@@ -62,6 +62,16 @@ LLAMA_FUSED = {**PAIR, "add_rms_norm.before_a_block": (1, 0)}  # the other norm 
 LAYER_NORMS = {"layer_norm.torch_layer_norm": (2, 1)}
 NOTHING_GATED = "it multiplies nothing; Inductor fuses it with its neighbours"
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def with_lora(family: Family, nf4: bool) -> Family:
+    """The family with an adapter on every projection: seven of them, or four where q, k, v and gate, up are packed."""
+    packed = family.name == "phi3"
+    each, merged = (4, 4) if packed else (7, 4)
+    quantized = {"lora_linear.four_bit": (each, 0)} if nf4 else {}
+    halves = {} if packed else {"glu.halves": (1, 0)}
+    lifted = {**family.lifted, **quantized, "lora.scaled": (each, 0)}
+    return replace(family, lifted=lifted, fused={**family.fused, **halves, "lora_linear.group": (merged, 0)})
 
 
 def llama(norms: int = 2, rotary: Counts = ROPE) -> Counts:
