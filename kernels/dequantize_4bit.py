@@ -88,25 +88,33 @@ def new_output(
     return torch.empty(rows, columns, dtype=dtype, device=packed.device)
 
 
-def dequantize_into(out: Tensor, packed: Tensor, statistics: Sequence[Tensor], blocksize: int, quant_type: str) -> None:
-    """Write a weight into out [rows, columns], whose rows may lie apart.
+def dequantize_into(
+    out: Tensor, weights: Sequence[tuple[Tensor, Sequence[Tensor]]], features: Sequence[int], blocksize: int,
+    quant_type: str,
+) -> None:  # fmt: skip
+    """Write weights into out [sum of features, columns], one below the other; its rows may lie apart.
 
-    statistics: absmax, or for nested quantisation absmax, absmax_8bit, absmax_code and absmax_offset.
+    weights: of each its bytes and its statistics: absmax, or absmax, absmax_8bit, absmax_code and absmax_offset.
     """
-    nested = [*statistics[1:], None, None, None][:3]
-    arguments = (packed, statistics[0], *nested, *out.shape, blocksize, quant_type, out.dtype)
-    fill([out], arguments)
+    if _on_triton(out, *(one for packed, statistics in weights for one in (packed, statistics[0]))):
+        with torch.cuda.device_of(out):
+            load("dequantize_4bit_triton.together")(out, weights, features, blocksize, quant_type)
+        return
+    for part, (packed, statistics) in zip(out.split(list(features)), weights, strict=True):
+        absmax, *nested = [*statistics, None, None, None][:4]
+        part.copy_(reference(packed, absmax, *nested, *part.shape, blocksize, quant_type, out.dtype))
+
+
+def _on_triton(out: Tensor, *others: Tensor) -> bool:
+    supported = out.dtype in dispatch.triton_dtypes(out.device) and all(one.device == out.device for one in others)
+    return supported and out.numel() > 0 and out.stride(-1) == 1
 
 
 def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-    (out,) = targets
-    packed, absmax = arguments[:2]
-    supported = out.dtype in dispatch.triton_dtypes(out.device) and packed.device == absmax.device == out.device
-    if supported and out.numel() > 0 and out.stride(-1) == 1:
-        with torch.cuda.device_of(out):
-            load("dequantize_4bit_triton.forward")(targets, *arguments)
-    else:
-        out.copy_(reference(*arguments))
+    """The op's own."""
+    packed, *statistics, rows, _, blocksize, quant_type, _ = arguments
+    given = [one for one in statistics if one is not None]
+    dequantize_into(targets[0], [(packed, given)], [rows], blocksize, quant_type)
 
 
 _CHOICES = [

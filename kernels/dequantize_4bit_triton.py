@@ -16,7 +16,7 @@ from fastft.kernels.dequantize_4bit import code_of
 
 UNIT = 64  # elements that one absmax scales, or a part of them
 UNITS, WARPS = 32, 2  # 2,048 elements a program: 16 to 128 units by 2 to 8 warps are slower or equal on an H100
-ELEMENTS = 2048  # of a program that goes element by element
+ELEMENTS = 256  # of a program that goes element by element
 
 
 @triton.jit
@@ -32,23 +32,27 @@ def scale_of(block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_o
 
 @triton.jit
 def blocks_kernel(
-    out_ptr, packed_ptr, code_ptr, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr,
-    n_units, row_units, out_stride, units_a_block, NESTED: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
+    weights, out_ptr, code_ptr, row_units, out_stride, units_a_block, COUNT: tl.constexpr, NESTED: tl.constexpr,
+    UNITS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)  # of UNIT elements, in one row and of one absmax
-    mask = unit < n_units
-    absmax = scale_of(
-        unit // units_a_block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, NESTED
-    )
-    start = tl.cast(unit, tl.int64) * (UNIT // 2)
-    byte = tl.load(packed_ptr + start[:, None] + tl.arange(0, UNIT // 2)[None, :], mask=mask[:, None], other=0)
-    byte = tl.cast(byte, tl.int32)  # [UNITS, UNIT / 2]
-    first = tl.load(code_ptr + (byte >> 4)) * absmax[:, None]
-    second = tl.load(code_ptr + (byte & 15)) * absmax[:, None]
-    value = tl.interleave(first, second)  # [UNITS, UNIT]
-    at = tl.cast(unit // row_units, tl.int64) * out_stride + unit % row_units * UNIT
-    address = out_ptr + at[:, None] + tl.arange(0, UNIT)[None, :]
-    tl.store(address, tl.cast(value, out_ptr.dtype.element_ty), mask=mask[:, None])
+    for number in tl.static_range(COUNT):
+        if tl.program_id(1) == number:
+            packed_ptr, statistics, n_units, first_row = weights[number]
+            absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr = statistics
+            unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)  # of UNIT elements, in one row and of one absmax
+            mask = unit < n_units
+            absmax = scale_of(
+                unit // units_a_block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, NESTED
+            )
+            start = tl.cast(unit, tl.int64) * (UNIT // 2)
+            byte = tl.load(packed_ptr + start[:, None] + tl.arange(0, UNIT // 2)[None, :], mask=mask[:, None], other=0)
+            byte = tl.cast(byte, tl.int32)  # [UNITS, UNIT / 2]
+            first = tl.load(code_ptr + (byte >> 4)) * absmax[:, None]
+            second = tl.load(code_ptr + (byte & 15)) * absmax[:, None]
+            value = tl.interleave(first, second)  # [UNITS, UNIT]
+            at = tl.cast(first_row + unit // row_units, tl.int64) * out_stride + unit % row_units * UNIT
+            address = out_ptr + at[:, None] + tl.arange(0, UNIT)[None, :]
+            tl.store(address, tl.cast(value, out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -68,38 +72,39 @@ def elements_kernel(
     tl.store(address, tl.cast(value, out_ptr.dtype.element_ty), mask=mask)
 
 
-_STATISTICS = {
-    "packed_ptr": "*u8", "code_ptr": "*fp32", "absmax_ptr": "*fp32", "absmax_8bit_ptr": "*u8",
-    "absmax_code_ptr": "*fp32", "absmax_offset_ptr": "*fp32",
-}  # fmt: skip
-
-
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    types = ("*fp32", "*u8", "*fp32", "*fp32")
+    named = dict(zip(("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "absmax_offset_ptr"), types, strict=True))
     for nested in (False, True):
-        flat = {"NESTED": nested, "num_warps": WARPS, "enable_fp_fusion": False, **_STATISTICS}
-        yield blocks_kernel, {"UNITS": UNITS, "UNIT": UNIT, **flat}
-        yield elements_kernel, {"BLOCK": ELEMENTS, **flat}
+        flat = {"NESTED": nested, "num_warps": WARPS, "enable_fp_fusion": False, "code_ptr": "*fp32"}
+        for count in (1, 3):
+            weights = (("*u8", types, "i32", "i32"),) * count
+            yield blocks_kernel, {"weights": weights, "COUNT": count, "UNITS": UNITS, "UNIT": UNIT, **flat}
+        yield elements_kernel, {"BLOCK": ELEMENTS, "packed_ptr": "*u8", **named, **flat}
 
 
-def forward(
-    outputs: Sequence[Tensor], packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
-    absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
+def together(
+    out: Tensor, weights: Sequence[tuple[Tensor, Sequence[Tensor]]], features: Sequence[int], blocksize: int,
+    quant_type: str,
 ) -> None:  # fmt: skip
-    (out,) = outputs
-    packed = packed.contiguous().view(-1).view(torch.uint8)
-    nested = absmax_8bit is not None
-    given = [absmax, absmax_8bit, absmax_code, absmax_offset] if nested else [absmax] * 4
-    statistics = [value.contiguous() for value in given if value is not None]
-    tensors = (out, packed, code_of(quant_type, out.device), *statistics)
-    settings = {"NESTED": nested, "num_warps": WARPS, "enable_fp_fusion": False}
+    """Weights with their statistics, one below the other in out [sum of features, columns]."""
+    columns, first, pieces = out.shape[1], 0, []
+    for (weight, statistics), size in zip(weights, features, strict=True):
+        flat = [one.contiguous() for one in statistics]
+        four = tuple(flat) if len(flat) == 4 else tuple(flat * 4)
+        pieces.append((weight.contiguous().view(-1).view(torch.uint8), four, size * columns, first))
+        first += size
+    settings = {"NESTED": len(weights[0][1]) == 4, "num_warps": WARPS, "enable_fp_fusion": False}
+    code = code_of(quant_type, out.device)
     if columns % UNIT == 0 and blocksize % UNIT == 0:
-        n_units = rows * columns // UNIT
-        blocks_kernel[(triton.cdiv(n_units, UNITS),)](
-            *tensors, n_units, columns // UNIT, out.stride(0), blocksize // UNIT, UNITS=UNITS, UNIT=UNIT, **settings
-        )
-    else:
-        n_elements = rows * columns
+        given = tuple((weight, four, n_elements // UNIT, row) for weight, four, n_elements, row in pieces)
+        blocks_kernel[(triton.cdiv(max(features) * columns // UNIT, UNITS), len(given))](
+            given, out, code, columns // UNIT, out.stride(0), blocksize // UNIT, COUNT=len(given), UNITS=UNITS,
+            UNIT=UNIT, **settings,
+        )  # fmt: skip
+        return
+    for weight, four, n_elements, row in pieces:
         elements_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
-            *tensors, n_elements, columns, out.stride(0), blocksize, BLOCK=ELEMENTS, **settings
+            out[row:], weight, code, *four, n_elements, columns, out.stride(0), blocksize, BLOCK=ELEMENTS, **settings
         )

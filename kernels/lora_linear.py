@@ -74,9 +74,10 @@ class Group(NamedTuple):
         lists = (self.absmax, self.absmax_8bit, self.absmax_code, self.absmax_offset)
         return [one[sibling] for one in lists if one]
 
-    def weight_into(self, out: Tensor, sibling: int) -> None:
-        """Write a 4-bit weight into out [features, K]."""
-        dequantize_into(out, self.weights[sibling], self.statistics_of(sibling), self.blocksize, self.quant_type)
+    def weights_into(self, out: Tensor) -> None:
+        """Write all 4-bit weights into out [sum of features, K], one below the other."""
+        weights = [(weight, self.statistics_of(at)) for at, weight in enumerate(self.weights)]
+        dequantize_into(out, weights, self.features, self.blocksize, self.quant_type)
 
     def weight(self, sibling: int) -> Tensor:
         """A weight in x's dtype."""
@@ -84,7 +85,9 @@ class Group(NamedTuple):
             return self.weights[sibling]
         low = self.x.dtype if self.x.dtype in (torch.float16, torch.bfloat16) else torch.float32
         out = torch.empty(self.features[sibling], self.x.shape[-1], dtype=low, device=self.x.device)
-        self.weight_into(out, sibling)
+        dequantize_into(
+            out, [(self.weights[sibling], self.statistics_of(sibling))], [out.shape[0]], self.blocksize, self.quant_type
+        )
         return out.to(self.x.dtype)
 
     def bias(self, sibling: int) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastft.kernels.tiles import multiprocessors
 
 TERMS = 3  # of a float32 number in bfloat16
-ELEMENTS = 1024  # of a program that goes element by element
+ELEMENTS = 512  # of a program that goes element by element
 
 
 @triton.jit
@@ -39,21 +39,45 @@ def add_product(left, right, total):
 
 
 @triton.jit
-def terms_kernel(source_ptr, out_ptr, n_elements, term_stride, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < n_elements
-    value = tl.load(source_ptr + at, mask=mask, other=0.0)
-    if TERMS == 1:
-        tl.store(out_ptr + at, tl.cast(value, out_ptr.dtype.element_ty), mask=mask)
-    else:
-        for number in tl.static_range(TERMS):
-            term = term_of(value, number, out_ptr.dtype.element_ty)
-            tl.store(out_ptr + tl.cast(number, tl.int64) * term_stride + at, term, mask=mask)
+def place_kernel(
+    pieces, out_ptr, out_stride, term_stride, COUNT: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    for which in tl.static_range(COUNT):
+        if tl.program_id(1) == which:
+            source_ptr, n_elements, columns, stride, first_row, first_column, scale = pieces[which]
+            at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            mask = at < n_elements
+            source = source_ptr + tl.cast(at // columns, tl.int64) * stride + at % columns
+            value = tl.cast(tl.load(source, mask=mask, other=0.0), tl.float32) * tl.cast(scale, tl.float32)
+            row = tl.cast(first_row + at // columns, tl.int64)
+            address = out_ptr + row * out_stride + first_column + at % columns
+            for number in tl.static_range(TERMS):
+                term = term_of(value, number, out_ptr.dtype.element_ty)
+                tl.store(address + tl.cast(number, tl.int64) * term_stride, term, mask=mask)
+
+
+@triton.jit
+def collect_kernel(
+    pieces, partial_ptr, splits, split_stride, partial_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    for which in tl.static_range(COUNT):
+        if tl.program_id(1) == which:
+            target_ptr, n_elements, columns, stride, first_row, first_column, scale = pieces[which]
+            at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            mask = at < n_elements
+            row = tl.cast(first_row + at // columns, tl.int64)
+            address = partial_ptr + row * partial_stride + first_column + at % columns
+            total = tl.zeros([BLOCK], tl.float32)
+            for split in range(splits):
+                total += tl.load(address + tl.cast(split, tl.int64) * split_stride, mask=mask, other=0.0)
+            total *= tl.cast(scale, tl.float32)
+            target = target_ptr + tl.cast(at // columns, tl.int64) * stride + at % columns
+            tl.store(target, tl.cast(total, target_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def project_kernel(
-    x_ptr, terms_ptr, s_ptr, copy_ptr, spare_ptr, M, K, R, columns, scale, x_stride, term_stride, terms_stride_k,
+    x_ptr, terms_ptr, s_ptr, copy_ptr, spare_ptr, M, K, R, columns, x_stride, term_stride, terms_stride_k,
     terms_stride_r, s_stride, split_stride, copy_stride, spare_stride, COPY: tl.constexpr, SPARE: tl.constexpr,
     TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +97,6 @@ def project_kernel(
             offset = tl.cast(TERMS - 1 - number, tl.int64) * term_stride  # the smallest first
             term = tl.load(address + offset, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)
             total = add_product(x, term, total)
-    total *= tl.cast(scale, tl.float32)
     mask = (row < M)[:, None] & (r < R)[None, :]
     split = tl.cast(tl.program_id(1), tl.int64) * split_stride
     tl.store(s_ptr + split + (long_row * s_stride)[:, None] + r[None, :], total, mask=mask)
@@ -131,49 +154,63 @@ def tile(rank: int, wide: bool) -> dict[str, int]:
     Of 16 to 64 rows, 64 to 256 columns and 4 or 8 warps on an H100: with few ranks all within 10% of each other.
     """
     block_r = max(16, triton.next_power_of_2(rank))
-    return {"BLOCK_M": 64, "BLOCK_K": 32 if wide else 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+    return {
+        "BLOCK_M": 32 if wide else 64, "BLOCK_K": 32 if wide else 64, "BLOCK_R": block_r,
+        "num_warps": 8 if block_r > 32 and not wide else 4, "num_stages": 3,
+    }  # fmt: skip
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """The kernels for ranks of a model, for the tests that compile them ahead of time."""
-    types = {"s_ptr": "*fp32", "partial_ptr": "*fp32", "scale": "fp32", "tensor_cores": True}
-    for terms in (1, TERMS):
-        out = "*bf16" if terms == TERMS else "*row"
-        yield terms_kernel, {"TERMS": terms, "BLOCK": ELEMENTS, "num_warps": 4, "source_ptr": "*fp32", "out_ptr": out}
+    types = {"s_ptr": "*fp32", "partial_ptr": "*fp32", "scale": "fp32"}
+    flat = {"BLOCK": ELEMENTS, "num_warps": 4}
+    for count in (1, 3):
+        source, target = (((pointer, *["i32"] * 5, "fp32"),) * count for pointer in ("*fp32", "*row"))
+        yield collect_kernel, {"pieces": target, "COUNT": count, **types, **flat}
+        for terms in (1, TERMS):
+            out = "*bf16" if terms == TERMS else "*row"
+            yield place_kernel, {"pieces": source, "out_ptr": out, "COUNT": count, "TERMS": terms, **flat}
+    for x, terms in (("*bf16", 1), ("*bf16", TERMS), ("*fp32", 1)):
         for rank in (16, 64):
+            more = {"tensor_cores": True, "x_ptr": x, **types, **tile(rank, x == "*fp32")}
+            beside = {"terms_ptr": x, "copy_ptr": x, "spare_ptr": x, "TERMS": terms}
             for copied in (False, True):
-                flags = {"COPY": copied, "SPARE": copied, "TERMS": terms}
-                yield project_kernel, {**flags, **types, "terms_ptr": "*row", **tile(rank, False)}
-    for terms in (0, 1, TERMS):
-        for rank in (16, 64):
-            yield outer_kernel, {"TERMS": terms, **types, **tile(rank, terms == 0)}
+                yield project_kernel, {"COPY": copied, "SPARE": copied, **beside, **more}
+            yield outer_kernel, {"TERMS": 0 if x == "*fp32" else terms, **more}
     for spare in (False, True):
-        yield finish_kernel, {"SPARE": spare, "BLOCK": ELEMENTS, "num_warps": 4, **types}
+        yield finish_kernel, {"SPARE": spare, **types, **flat}
 
 
-def terms_of(matrices: Sequence[Tensor], beside: torch.dtype) -> Tensor:
-    """Matrices, one below the other, as they are multiplied with a tensor of another dtype: [terms, rows, columns]."""
-    dtype = functools.reduce(torch.promote_types, [one.dtype for one in matrices])
-    exact = dtype == torch.float32 and beside == torch.bfloat16
-    rows, columns = sum(one.shape[0] for one in matrices), matrices[0].shape[1]
-    if not exact and len(matrices) == 1:
-        return matrices[0][None]
-    out = torch.empty(
-        TERMS if exact else 1, rows, columns, dtype=beside if exact else dtype, device=matrices[0].device
+Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in the whole, row and column, and its scale
+
+
+def _given(pieces: Sequence[Piece]) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    """Pieces as the kernels take them, and a grid."""
+    given = tuple(
+        (one, one.numel(), one.shape[1], one.stride(0), row, column, scale) for one, row, column, scale in pieces
     )
-    row = 0
-    for matrix in matrices:
-        n_elements = matrix.numel()
-        terms_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
-            matrix.contiguous(), out[:, row:], n_elements, out.stride(0), TERMS=out.shape[0], BLOCK=ELEMENTS,
-            num_warps=4,
-        )  # fmt: skip
-        row += matrix.shape[0]
-    return out
+    return given, (triton.cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces))
 
 
-def project(x: Tensor, terms: Tensor, scale: float, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
-    """s = scale * x p; copy = x; spare = s.  terms [1 or 3, K, R] of p, of any strides."""
+def place(out: Tensor, pieces: Sequence[Piece]) -> None:
+    """Write scale * piece where each belongs in out [terms, rows, columns]; the last axis of out is dense."""
+    given, grid = _given([(one if one.stride(1) == 1 else one.contiguous(), *more) for one, *more in pieces])
+    place_kernel[grid](
+        given, out, out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0], BLOCK=ELEMENTS, num_warps=4
+    )
+
+
+def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
+    """Write scale * the sum over partial [splits, rows, columns] into the pieces, whose last axis is dense."""
+    given, grid = _given(pieces)
+    collect_kernel[grid](
+        given, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(given), BLOCK=ELEMENTS,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
+    """s = x p; copy = x; spare = s.  terms [1 or 3, K, R] of p, of any strides."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)
@@ -185,7 +222,7 @@ def project(x: Tensor, terms: Tensor, scale: float, s: Tensor, copy: Tensor | No
     whole, beside = (x if copy is None else copy), (x if spare is None else spare)
     at_once = spare is not None and splits == 1
     project_kernel[(blocks, splits)](
-        x, terms, partial, whole, beside, M, K, R, columns, scale, x.stride(0), *terms.stride(), partial.stride(-2),
+        x, terms, partial, whole, beside, M, K, R, columns, x.stride(0), *terms.stride(), partial.stride(-2),
         partial.stride(0), whole.stride(0), beside.stride(0), COPY=copy is not None, SPARE=at_once,
         TERMS=terms.shape[0], **meta,
     )  # fmt: skip
@@ -197,7 +234,10 @@ def project(x: Tensor, terms: Tensor, scale: float, s: Tensor, copy: Tensor | No
 
 
 def outer(x: Tensor, s: Tensor, rounded: bool, transposed: bool) -> Tensor:
-    """x^T s, float32: [K, R], or [R, K] if transposed.  rounded: s has no more bits than x, or none that matter."""
+    """x^T s in float32, in parts that are to be added: [parts, K, R], or [parts, R, K] if transposed.
+
+    rounded: s counts as rounded to x's dtype.
+    """
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
@@ -211,4 +251,4 @@ def outer(x: Tensor, s: Tensor, rounded: bool, transposed: bool) -> Tensor:
     outer_kernel[(blocks, splits)](
         x, s, partial, M, K, R, n_rows, x.stride(0), s.stride(0), partial.stride(0), by_k, by_r, TERMS=terms, **meta
     )
-    return partial[0] if splits == 1 else partial.sum(0)
+    return partial

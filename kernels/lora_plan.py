@@ -8,6 +8,7 @@ the other a pass over its result, so the smaller of the two decides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from math import prod
 
@@ -22,41 +23,82 @@ FEW_ROWS = 64  # up to which bitsandbytes' fused GEMM, which reads 4 bits, is fa
 MAX_RANK = 64  # of one launch
 
 
-def project(
-    x: Tensor, matrices: Sequence[Tensor], scale: float, s: Tensor, copy: Tensor | None = None,
-    spare: Tensor | None = None, *, transposed: bool = False,
-) -> None:  # fmt: skip
-    """s = scale * x p, copy = x and spare = s in one pass over x.
+Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
 
-    x and copy [M, K]; p [K, r] is the only one of matrices, or (transposed) all of them [*, K] one below the other,
-    transposed; s [M, r] float32 or float64, spare [M, r] in x's dtype.
+
+def terms_of(pieces: Sequence[Piece], rows: int, columns: int, beside: torch.dtype) -> Tensor:
+    """A matrix [rows, columns] made of pieces and zeros, to be multiplied with a tensor of another dtype.
+
+    [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
     """
-    if not _on_triton(x, s, *matrices) or s.shape[1] == 0:
-        p = torch.cat([one.to(s.dtype) for one in matrices])
-        s.copy_(x.to(s.dtype) @ (p.T if transposed else p) * scale)
+    dtype = functools.reduce(torch.promote_types, [one.dtype for one, *_ in pieces])
+    exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(one for one, *_ in pieces))
+    out = pieces[0][0].new_empty(3 if exact else 1, rows, columns, dtype=beside if exact else dtype)
+    place(out, pieces)
+    return out
+
+
+def place(out: Tensor, pieces: Sequence[Piece]) -> None:
+    """Write the pieces where they belong in out [terms, rows, columns], and zero elsewhere."""
+    if sum(one.numel() for one, *_ in pieces) < out[0].numel():
+        out.zero_()
+    if pieces and _on_triton(out, *(one for one, *_ in pieces)):
+        with torch.cuda.device_of(out):
+            load("lora_linear_triton.place")(out, pieces)
+        return
+    for one, row, column, scale in pieces:
+        out[0, row : row + one.shape[0], column : column + one.shape[1]] = one * scale
+
+
+def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spare: Tensor | None = None) -> None:
+    """s = x p, copy = x and spare = s in one pass over x.
+
+    x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64, spare [M, r] as x.
+    """
+    if not _on_triton(x, s, terms):
+        s.copy_(x.to(s.dtype) @ terms.to(s.dtype).sum(0))
         for target, source in ((copy, x), (spare, s)):
             if target is not None:
                 target.copy_(source)
         return
     with torch.cuda.device_of(x):
-        terms = load("lora_linear_triton.terms_of")(matrices, x.dtype)
-        terms = terms.transpose(1, 2) if transposed else terms
         for part in _parts(s.shape[1]):
             beside = None if spare is None else spare[:, part]
-            load("lora_linear_triton.project")(x, terms[:, :, part], scale, s[:, part], copy, beside)
+            load("lora_linear_triton.project")(x, terms[:, :, part], s[:, part], copy, beside)
             copy = None
 
 
-def outer(x: Tensor, s: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
-    """x^T s [K, r], or s^T x [r, K]: x [M, K], s [M, r].  s is rounded to x's dtype if dtype, the result's, is that."""
-    if not _on_triton(x, s) or s.shape[1] == 0:
-        product = x.to(s.dtype).T @ s
-        return product.T if transposed else product
-    with torch.cuda.device_of(x):
-        parts = [
-            load("lora_linear_triton.outer")(x, s[:, part], dtype == x.dtype, transposed) for part in _parts(s.shape[1])
-        ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 0 if transposed else 1)
+def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = False) -> None:
+    """Write parts of x^T s [K, r], or of s^T x [r, K], into pieces:  x [M, K], s [M, r].
+
+    s counts as rounded to x's dtype where all pieces have that dtype.
+    """
+    if not pieces:
+        return
+    if _on_triton(x, s):
+        rounded = all(one.dtype == x.dtype for one, *_ in pieces)
+        for part in _parts(s.shape[1]):
+            cut = [_within(piece, part, transposed) for piece in pieces]
+            inside = [piece for piece in cut if piece is not None]
+            with torch.cuda.device_of(x):
+                partial = load("lora_linear_triton.outer")(x, s[:, part], rounded, transposed)
+                if inside:
+                    load("lora_linear_triton.collect")(partial, inside)
+        return
+    product = s.T @ x.to(s.dtype) if transposed else x.to(s.dtype).T @ s
+    for one, row, column, scale in pieces:
+        one.copy_(product[row : row + one.shape[0], column : column + one.shape[1]] * scale)
+
+
+def _within(piece: Piece, part: slice, transposed: bool) -> Piece | None:
+    """What lies among these ranks of a piece, which are rows if transposed, else columns."""
+    one, row, column, scale = piece
+    first, size = (row, one.shape[0]) if transposed else (column, one.shape[1])
+    low, high = max(first, part.start), min(first + size, part.stop)
+    if low >= high:
+        return None
+    inside = slice(low - first, high - first)
+    return (one[inside], low - part.start, 0, scale) if transposed else (one[:, inside], row, low - part.start, scale)
 
 
 def _parts(ranks: int) -> list[slice]:
@@ -93,16 +135,21 @@ def overflows(adapter: Tensor, dtype: torch.dtype) -> bool:
 
 
 def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
-    """The 4-bit weights of all siblings, one below the other, in x's dtype; more rows and columns are zero."""
+    """The 4-bit weights of all siblings, one below the other, in x's dtype, in a larger tensor."""
     n, columns = sum(group.features), group.x.shape[-1]
     weight = group.x.new_empty(n + rows_below, columns + spare)
-    for at, part in enumerate(group.columns):
-        group.weight_into(weight[part, :columns], at)
-    if spare:
-        weight[:, columns:].zero_()
-    if rows_below:
-        weight[n:].zero_()
+    group.weights_into(weight[:n, :columns])
     return weight
+
+
+def factors_a(group: Group) -> list[Piece]:
+    """All A, one below the other: [ranks, K]."""
+    return [(a, ranks.start, 0, 1.0) for a, _, _, _, ranks in group.adapters]
+
+
+def factors_b(group: Group) -> list[Piece]:
+    """All B, scaled, each in its sibling's rows and its own columns: [N, ranks]."""
+    return [(b, part.start, ranks.start, scale) for _, b, scale, part, ranks in group.adapters]
 
 
 def bias_of(group: Group) -> Tensor | None:
@@ -117,8 +164,7 @@ def bias_of(group: Group) -> Tensor | None:
 
 def forward(targets: Sequence[Tensor], group: Group) -> None:
     """Fill y and the products with A."""
-    y, s = rows(targets[0]), rows(targets[1])
-    x = rows(group.x)
+    y, s, x = rows(targets[0]), rows(targets[1]), rows(group.x)
     if y.shape[0] == 0:
         return
     columns, spare = x.shape[1], spare_columns(group, x.shape[1], y.shape[1])
@@ -126,8 +172,7 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
     _products(group, x, s, wider)
     if wider is not None:
         weight = scratch(group, spare=spare)
-        for _, b, scale, part, ranks in group.adapters:
-            weight[part, columns + ranks.start : columns + ranks.stop] = b * scale
+        place(weight[None, :, columns:], factors_b(group))
         _multiply(y, wider, weight.T, bias_of(group))
         return
     _adapters(y, s, group)
@@ -146,12 +191,14 @@ def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
     columns, ranks = x.shape[1], s.shape[1]
     copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns : columns + ranks])
     if group.inputs:
-        for given, (a, _, _, _, part) in zip(group.inputs, group.adapters, strict=True):
-            project(rows(given), [a], 1.0, s[:, part], None, None if spare is None else spare[:, part], transposed=True)
-        if copy is not None:
+        for given, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
+            terms = terms_of([(a, 0, 0, 1.0)], *a.shape, given.dtype)
+            project(given, terms.transpose(1, 2), s[:, part])
+        if copy is not None and spare is not None:
             copy.copy_(x)
+            spare.copy_(s)
     elif group.lora_a:
-        project(x, group.lora_a, 1.0, s, copy, spare, transposed=True)
+        project(x, terms_of(factors_a(group), ranks, columns, x.dtype).transpose(1, 2), s, copy, spare)
     if wider is not None and columns + ranks < wider.shape[1]:
         wider[:, columns + ranks :].zero_()
 
@@ -242,33 +289,45 @@ def backward(
 
 def _adapter_gradients(grad: Tensor, ds: Tensor, group: Group, wider: Tensor | None) -> None:
     """ds = s_j dY B of each adapter, and wider = [dY | ds]."""
-    n, copied = grad.shape[1], set()
-    for at, (_, b, scale, part, ranks) in zip(group.adapted, group.adapters, strict=True):
-        copy = None if wider is None or at in copied else wider[:, part]
-        spare = None if wider is None else wider[:, n + ranks.start : n + ranks.stop]
-        project(grad[:, part], [b], scale, ds[:, ranks], copy, spare)
-        copied.add(at)
-    if wider is not None:
-        for at, part in enumerate(group.columns):
-            if at not in copied:
-                wider[:, part].copy_(grad[:, part])
-        if n + ds.shape[1] < wider.shape[1]:
-            wider[:, n + ds.shape[1] :].zero_()
+    n, ranks = grad.shape[1], ds.shape[1]
+    if ranks == 0:
+        return
+    copy, spare = (None, None) if wider is None else (wider[:, :n], wider[:, n : n + ranks])
+    if ranks <= MAX_RANK:
+        project(grad, terms_of(factors_b(group), n, ranks, grad.dtype), ds, copy, spare)
+    else:  # in one matrix most of it would be zeros
+        for _, b, scale, part, own in group.adapters:
+            project(grad[:, part], terms_of([(b, 0, 0, scale)], *b.shape, grad.dtype), ds[:, own])
+        if copy is not None and spare is not None:
+            copy.copy_(grad)
+            spare.copy_(ds)
+    if wider is not None and n + ranks < wider.shape[1]:
+        wider[:, n + ranks :].zero_()
 
 
 def _adapter_weights(
     das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], grad: Tensor, x: Tensor, s: Tensor, ds: Tensor,
     group: Group,
 ) -> None:  # fmt: skip
-    """dA = ds^T x_j and dB = s_j dY^T S.  Adapters of one dtype that read x itself share a pass over it."""
-    together = not group.inputs and len({a.dtype for a in group.lora_a}) == 1 and any(da is not None for da in das)
-    every = outer(x, ds, group.lora_a[0].dtype, transposed=True) if together else None
-    for at, (a, b, scale, part, ranks) in enumerate(group.adapters):
-        if (da := das[at]) is not None:
-            given = rows(group.inputs[at]) if group.inputs else x
-            da.copy_(outer(given, ds[:, ranks], a.dtype, transposed=True) if every is None else every[ranks])
-        if (db := dbs[at]) is not None:
-            torch.mul(outer(grad[:, part], s[:, ranks], b.dtype), scale, out=db)
+    """dA = ds^T x_j and dB = s_j dY^T S.  What reads the same activations shares a pass over them."""
+    of_a = [(da, ranks.start, 0, 1.0) for da, (*_, ranks) in zip(das, group.adapters, strict=True) if da is not None]
+    of_b = [
+        (db, part.start, ranks.start, scale)
+        for db, (_, _, scale, part, ranks) in zip(dbs, group.adapters, strict=True)
+        if db is not None
+    ]
+    if group.inputs:
+        for da, given, (*_, ranks) in zip(das, group.inputs, group.adapters, strict=True):
+            if da is not None:
+                outer(rows(given), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
+    elif of_a:
+        outer(x, ds, of_a, transposed=True)
+    if s.shape[1] <= MAX_RANK:
+        outer(grad, s, of_b)
+        return
+    for db, (_, _, scale, part, ranks) in zip(dbs, group.adapters, strict=True):
+        if db is not None:
+            outer(grad[:, part], s[:, ranks], [(db, 0, 0, scale)])
 
 
 def _input_gradient(dx: Tensor, grad: Tensor, ds: Tensor, group: Group) -> None:
@@ -279,19 +338,15 @@ def _input_gradient(dx: Tensor, grad: Tensor, ds: Tensor, group: Group) -> None:
     _adapter_gradients(grad, ds, group, wider)
     if wider is not None:
         weight = scratch(group, rows_below=spare)
-        for a, _, _, _, ranks in group.adapters:
-            weight[n + ranks.start : n + ranks.stop] = a
+        place(weight[None, n:], factors_a(group))
         torch.mm(wider, weight, out=dx)
         return
-    begun = False
-    for a, _, _, _, ranks in () if group.inputs else group.adapters:
-        safe = ds.dtype if overflows(a, dx.dtype) else dx.dtype
-        if safe == dx.dtype:
-            _accumulate(dx, ds[:, ranks].to(safe), a.to(safe), begun)
-        else:
-            product = ds[:, ranks] @ a.to(safe)
-            dx.copy_(dx + product if begun else product)
-        begun = True
+    adapters = [] if group.inputs else group.adapters
+    if adapters and not any(overflows(a, dx.dtype) for a in group.lora_a):
+        torch.mm(ds.to(dx.dtype), torch.cat([a.to(dx.dtype) for a, *_ in adapters]), out=dx)
+    elif adapters:
+        dx.copy_(ds @ torch.cat([a.to(ds.dtype) for a, *_ in adapters]))
+    begun = len(adapters) > 0
     if group.quant_type:
         _accumulate(dx, grad, scratch(group), begun)
         return

@@ -45,12 +45,20 @@ def variants() -> Iterator[Any]:
 VARIANTS = list(variants())
 
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+def is_type(value: Any) -> bool:
+    """Whether a constant of a variant is a type instead: "*fp32", "i32" or a tuple of them."""
+    return isinstance(value, tuple) or (isinstance(value, str) and re.fullmatch(r"\*?(row|u8|i32|fp32|bf16)", value) is not None)
+
+
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, row: str) -> Any:
     """The kernel for rows of a dtype that lie side by side, aligned, in one merged axis.
 
-    A tuple among the constants is the signature of a tuple argument.
+    A tuple among the constants is the signature of a tuple argument, a word that of another argument.
     """
-    values = {name: value for name, value in constants.items() if name != "num_warps" and not isinstance(value, tuple)}
+    values = {name: value for name, value in constants.items() if name in kernel.arg_names and not is_type(value)}
     values |= {name: 1 for name in ("n1", "n2") if name in kernel.arg_names}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
@@ -64,7 +72,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, row: str) 
     def type_of(at: int, name: str) -> Any:
         if name in values:
             return "constexpr"
-        if isinstance(constants.get(name), tuple):
+        if is_type(constants.get(name)):
             return typed(constants[name], (at,))
         if name.endswith("_ptr"):
             return typed("*fp32" if FLOAT32.fullmatch(name) else "*row", (at,))
@@ -74,7 +82,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, row: str) 
 
     signature = {name: type_of(at, name) for at, name in enumerate(kernel.arg_names)}
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": constants["num_warps"]}
+    options = {name: constants[name] for name in OPTIONS if name in constants}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -96,7 +104,7 @@ def test_every_variant_on_one_generation(kernel: Any, constants: dict[str, Any],
     binary = compiled(kernel, constants, 90, "bf16")
     check(binary, 90, tmp_path)
     sizes = [value for name, value in constants.items() if name.startswith("BLOCK") and value > 0]
-    if min(sizes) * constants.get("ROWS", 1) >= ELEMENTS_A_THREAD * 32 * constants["num_warps"]:
+    if min(sizes, default=0) * constants.get("ROWS", 1) >= ELEMENTS_A_THREAD * 32 * constants["num_warps"]:
         assert re.search(r"ld\.global\.\S*v4", binary.asm["ptx"]), "loads are not 16 bytes wide"
 
 
@@ -109,6 +117,8 @@ def test_every_kernel_on_the_others(module: str, capability: int, tmp_path: Path
         by_kernel.setdefault(kernel.__name__, []).append((kernel, constants))
     for found in by_kernel.values():
         for kernel, constants in (found[0], found[-1]):
+            if capability < 80 and constants.get("tensor_cores"):
+                continue  # cuBLAS takes these products there, see dispatch.has_tensor_cores
             check(compiled(kernel, constants, capability, row_dtype(capability)), capability, tmp_path)
 
 
