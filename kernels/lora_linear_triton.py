@@ -148,16 +148,15 @@ def outer_kernel(
     tl.store(address, total, mask=(k < K)[:, None] & (r < R)[None, :])
 
 
-def tile(rank: int, wide: bool) -> dict[str, int]:
-    """A tile of x, and columns for these ranks; half as many elements where they are float32.
+def tile(rank: int, wide: bool, outer: bool = False) -> dict[str, int]:
+    """A tile of x, and columns for these ranks; smaller for float32.
 
-    Of 16 to 64 rows, 64 to 256 columns and 4 or 8 warps on an H100: with few ranks all within 10% of each other.
+    Measured on an H100 in bfloat16, ranks 16 to 48, 32 and 64 rows, 64 and 128 columns, 4 and 8 warps: these are the
+    fastest or within 10% of it, at 72 to 100% of a copy's bandwidth (docs/performance.md).
     """
+    block_m, block_k = (32, 32) if wide else (32, 128) if outer else (64, 64)
     block_r = max(16, triton.next_power_of_2(rank))
-    return {
-        "BLOCK_M": 32 if wide else 64, "BLOCK_K": 32 if wide else 64, "BLOCK_R": block_r,
-        "num_warps": 8 if block_r > 32 and not wide else 4, "num_stages": 3,
-    }  # fmt: skip
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -172,11 +171,11 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             yield place_kernel, {"pieces": source, "out_ptr": out, "COUNT": count, "TERMS": terms, **flat}
     for x, terms in (("*bf16", 1), ("*bf16", TERMS), ("*fp32", 1)):
         for rank in (16, 64):
-            more = {"tensor_cores": True, "x_ptr": x, **types, **tile(rank, x == "*fp32")}
-            beside = {"terms_ptr": x, "copy_ptr": x, "spare_ptr": x, "TERMS": terms}
-            for copied in (False, True):
-                yield project_kernel, {"COPY": copied, "SPARE": copied, **beside, **more}
-            yield outer_kernel, {"TERMS": 0 if x == "*fp32" else terms, **more}
+            wide, more = x == "*fp32", {"tensor_cores": True, "x_ptr": x, **types}
+            beside = {"terms_ptr": x, "copy_ptr": x, "spare_ptr": x, "TERMS": terms, **more, **tile(rank, wide)}
+            yield project_kernel, {"COPY": True, "SPARE": True, "terms_stride_k": 1, **beside}
+            yield project_kernel, {"COPY": False, "SPARE": False, "terms_stride_r": 1, **beside}
+            yield outer_kernel, {"TERMS": 0 if wide else terms, **more, **tile(rank, wide, outer=True)}
     for spare in (False, True):
         yield finish_kernel, {"SPARE": spare, **types, **flat}
 
@@ -241,7 +240,7 @@ def outer(x: Tensor, s: Tensor, rounded: bool, transposed: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
-    meta = tile(R, terms == 0)
+    meta = tile(R, terms == 0, outer=True)
     blocks = triton.cdiv(K, meta["BLOCK_K"])
     splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"])))
     n_rows = triton.cdiv(triton.cdiv(M, splits), meta["BLOCK_M"]) * meta["BLOCK_M"]
