@@ -154,7 +154,7 @@ def tile(rank: int, wide: bool, outer: bool = False) -> dict[str, int]:
     Measured on an H100 in bfloat16, ranks 16 to 48, 32 and 64 rows, 64 and 128 columns, 4 and 8 warps: these are the
     fastest or within 10% of it, at 72 to 100% of a copy's bandwidth (docs/performance.md).
     """
-    block_m, block_k = (32, 32) if wide else (32, 128) if outer else (64, 64)
+    block_m, block_k = (32, 32) if wide else (64, 128) if outer else (64, 64)
     block_r = max(16, triton.next_power_of_2(rank))
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
 
