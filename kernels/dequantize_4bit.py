@@ -46,9 +46,7 @@ def reference(
     absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """[rows, columns] of dtype, in plain PyTorch."""
-    if absmax_8bit is not None and absmax_code is not None and absmax_offset is not None:
-        outer = absmax.repeat_interleave(NESTED_BLOCK)[: absmax_8bit.numel()]
-        absmax = absmax_code[absmax_8bit.int()] * outer + absmax_offset
+    absmax = flat_absmax(absmax, absmax_8bit, absmax_code, absmax_offset)
     code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=packed.device)
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), -1)  # of each byte
     values = pairs[packed.reshape(-1).view(torch.uint8).int()].view(-1)
@@ -58,6 +56,16 @@ def reference(
     if whole < count:
         scaled.append(values[whole:count] * absmax[-1])
     return torch.cat([one.reshape(-1) for one in scaled]).view(rows, columns).to(dtype)
+
+
+def flat_absmax(
+    absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None, absmax_offset: Tensor | None
+) -> Tensor:
+    """The absmax of each block, whether they are quantised or not."""
+    if absmax_8bit is None or absmax_code is None or absmax_offset is None:
+        return absmax
+    outer = absmax.repeat_interleave(NESTED_BLOCK)[: absmax_8bit.numel()]
+    return absmax_code[absmax_8bit.int()] * outer + absmax_offset
 
 
 def check(
@@ -102,7 +110,24 @@ def dequantize_into(
         return
     for part, (packed, statistics) in zip(out.split(list(features)), weights, strict=True):
         absmax, *nested = [*statistics, None, None, None][:4]
-        part.copy_(reference(packed, absmax, *nested, *part.shape, blocksize, quant_type, out.dtype))
+        part.copy_(_on_cpu(packed, absmax, *nested, *part.shape, blocksize, quant_type, out.dtype))
+
+
+def _on_cpu(
+    packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
+    absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """By bitsandbytes, which is ten times as fast as PyTorch here, where whoever made the weight has loaded it.
+
+    Not for blocks that are longer than a row: bitsandbytes 0.50.2 takes the wrong absmax for them on a CPU.
+    """
+    known = hasattr(torch.ops.bitsandbytes, "dequantize_4bit") and packed.device.type == "cpu"
+    if not known or columns % blocksize or dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        given = (packed, absmax, absmax_8bit, absmax_code, absmax_offset, rows, columns, blocksize, quant_type, dtype)
+        return reference(*given)
+    absmax = flat_absmax(absmax, absmax_8bit, absmax_code, absmax_offset)
+    given = packed.contiguous().view(torch.uint8).view(-1, 1)
+    return torch.ops.bitsandbytes.dequantize_4bit(given, absmax, blocksize, quant_type, [rows, columns], dtype)
 
 
 def _on_triton(out: Tensor, *others: Tensor) -> bool:
