@@ -93,8 +93,10 @@ def contender(name: str, module: Any, widths: dict[str, int]) -> Call:
         if (group := "qkv" if "q_proj" in widths else "o" if "o_proj" in widths else "") in apply:
             return lambda x: apply[group](module, x)
         raise LookupError("it has no function for this group alone")
-    backend = {"eager": None, "inductor": "inductor", "fastft": "fastft"}[name]
-    return module if backend is None else torch.compile(module, backend=backend, dynamic=False)
+    if name == "eager":
+        return module
+    options = {"cuda_graphs": False, "outline": False} if name == "fastft" else {}  # all are recorded here
+    return torch.compile(module, backend=name, dynamic=False, options=options)
 
 
 def directions(call: Call, module: nn.Module, x: Tensor, upstream: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
@@ -113,8 +115,8 @@ def bare(module: Any, x: Tensor, upstream: Sequence[Tensor]) -> dict[str, Callab
 
     layers = [module.get_submodule(name).base_layer for name in module.names]
     weights = [dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(x.dtype) for layer in layers]
-    outputs, dx = [torch.empty_like(one) for one in upstream], torch.empty_like(x)
-    data = x.detach()
+    data, upstream = x.detach()[0], [one[0] for one in upstream]
+    outputs, dx = [torch.empty_like(one) for one in upstream], torch.empty_like(data)
 
     def forward() -> None:
         for weight, y in zip(weights, outputs, strict=True):
@@ -142,8 +144,8 @@ def measured(group: str, rows: int, options: argparse.Namespace) -> Iterator[Row
     torch.manual_seed(0)
     torch._dynamo.reset()
     module = build(width, widths, options.device)
-    x = torch.randn(rows, width, dtype=torch.bfloat16, device=options.device, requires_grad=True)
-    upstream = [torch.randn(rows, out, dtype=torch.bfloat16, device=options.device) for out in widths.values()]
+    x = torch.randn(1, rows, width, dtype=torch.bfloat16, device=options.device, requires_grad=True)
+    upstream = [torch.randn(1, rows, out, dtype=torch.bfloat16, device=options.device) for out in widths.values()]
     eager = directions(module, module, x, upstream)
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name in options.contenders:

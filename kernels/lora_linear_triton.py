@@ -77,9 +77,9 @@ def collect_kernel(
 
 @triton.jit
 def project_kernel(
-    x_ptr, terms_ptr, s_ptr, copy_ptr, spare_ptr, M, K, R, columns, x_stride, term_stride, terms_stride_k,
-    terms_stride_r, s_stride, split_stride, copy_stride, spare_stride, COPY: tl.constexpr, SPARE: tl.constexpr,
-    TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, terms_ptr, s_ptr, copy_ptr, M, K, R, columns, x_stride, term_stride, terms_stride_k, terms_stride_r,
+    s_stride, split_stride, copy_stride, COPY: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
@@ -100,25 +100,24 @@ def project_kernel(
     mask = (row < M)[:, None] & (r < R)[None, :]
     split = tl.cast(tl.program_id(1), tl.int64) * split_stride
     tl.store(s_ptr + split + (long_row * s_stride)[:, None] + r[None, :], total, mask=mask)
-    if SPARE:
-        spare = tl.cast(total, spare_ptr.dtype.element_ty)
-        tl.store(spare_ptr + (long_row * spare_stride)[:, None] + r[None, :], spare, mask=mask)
 
 
 @triton.jit
 def finish_kernel(
-    partial_ptr, s_ptr, spare_ptr, n_elements, R, splits, split_stride, s_stride, spare_stride, SPARE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial_ptr, s_ptr, spare_ptr, n_elements, R, width, splits, split_stride, s_stride, spare_stride,
+    SPARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < n_elements
+    row, r = tl.cast(at // width, tl.int64), at % width  # of spare, which is wider than s
+    mask = (at < n_elements) & (r < R)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
-        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * split_stride + at, mask=mask, other=0.0)
-    row, r = tl.cast(at // R, tl.int64), at % R
+        address = partial_ptr + tl.cast(split, tl.int64) * split_stride + row * R + r
+        total += tl.load(address, mask=mask, other=0.0)
     tl.store(s_ptr + row * s_stride + r, total, mask=mask)
     if SPARE:
-        tl.store(spare_ptr + row * spare_stride + r, tl.cast(total, spare_ptr.dtype.element_ty), mask=mask)
+        spare = tl.cast(total, spare_ptr.dtype.element_ty)
+        tl.store(spare_ptr + row * spare_stride + r, spare, mask=at < n_elements)
 
 
 @triton.jit
@@ -172,9 +171,9 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     for x, terms in (("*bf16", 1), ("*bf16", TERMS), ("*fp32", 1)):
         for rank in (16, 64):
             wide, more = x == "*fp32", {"tensor_cores": True, "x_ptr": x, **types}
-            beside = {"terms_ptr": x, "copy_ptr": x, "spare_ptr": x, "TERMS": terms, **more, **tile(rank, wide)}
-            yield project_kernel, {"COPY": True, "SPARE": True, "terms_stride_k": 1, **beside}
-            yield project_kernel, {"COPY": False, "SPARE": False, "terms_stride_r": 1, **beside}
+            beside = {"terms_ptr": x, "copy_ptr": x, "TERMS": terms, **more, **tile(rank, wide)}
+            yield project_kernel, {"COPY": True, "terms_stride_k": 1, **beside}
+            yield project_kernel, {"COPY": False, "terms_stride_r": 1, **beside}
             yield outer_kernel, {"TERMS": 0 if wide else terms, **more, **tile(rank, wide, outer=True)}
     for spare in (False, True):
         yield finish_kernel, {"SPARE": spare, **types, **flat}
@@ -209,7 +208,7 @@ def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
 
 
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
-    """s = x p; copy = x; spare = s.  terms [1 or 3, K, R] of p, of any strides."""
+    """s = x p; copy = x; spare = [s | 0].  terms [1 or 3, K, R] of p, of any strides."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)
@@ -217,18 +216,18 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
     splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), K // 512))
     columns = triton.cdiv(triton.cdiv(K, splits), meta["BLOCK_K"]) * meta["BLOCK_K"]
     splits = triton.cdiv(K, columns)
-    partial = s if splits == 1 else s.new_empty(splits, M, R)
-    whole, beside = (x if copy is None else copy), (x if spare is None else spare)
-    at_once = spare is not None and splits == 1
+    at_once = splits == 1 and spare is None
+    partial, whole = (s[None] if at_once else s.new_empty(splits, M, R)), (x if copy is None else copy)
     project_kernel[(blocks, splits)](
-        x, terms, partial, whole, beside, M, K, R, columns, x.stride(0), *terms.stride(), partial.stride(-2),
-        partial.stride(0), whole.stride(0), beside.stride(0), COPY=copy is not None, SPARE=at_once,
-        TERMS=terms.shape[0], **meta,
+        x, terms, partial, whole, M, K, R, columns, x.stride(0), *terms.stride(), partial.stride(1), partial.stride(0),
+        whole.stride(0), COPY=copy is not None, TERMS=terms.shape[0], **meta,
     )  # fmt: skip
-    if splits > 1:
-        finish_kernel[(triton.cdiv(M * R, ELEMENTS),)](
-            partial, s, beside, M * R, R, splits, partial.stride(0), s.stride(0), beside.stride(0),
-            SPARE=spare is not None, BLOCK=ELEMENTS, num_warps=4,
+    if not at_once:
+        beside = s if spare is None else spare
+        n_elements = beside.numel()
+        finish_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
+            partial, s, beside, n_elements, R, beside.shape[1], splits, partial.stride(0), s.stride(0),
+            beside.stride(0), SPARE=spare is not None, BLOCK=ELEMENTS, num_warps=4,
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from fastft.kernels.registry import load, wide
 
 FEW_ROWS = 64  # up to which bitsandbytes' fused GEMM, which reads 4 bits, is faster than de-quantising first
 MAX_RANK = 64  # of one launch
+ALIGNED = 64  # spare columns come in such numbers: rows of 128 bytes, and a GEMM's steps along K
 
 
 Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
@@ -51,21 +52,31 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 
 
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spare: Tensor | None = None) -> None:
-    """s = x p, copy = x and spare = s in one pass over x.
+    """s = x p, copy = x and spare = [s | 0] in one pass over x.
 
-    x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64, spare [M, r] as x.
+    x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64; spare [M, r or more] as x.
     """
     if not _on_triton(x, s, terms):
         s.copy_(x.to(s.dtype) @ terms.to(s.dtype).sum(0))
-        for target, source in ((copy, x), (spare, s)):
-            if target is not None:
-                target.copy_(source)
+        if copy is not None:
+            copy.copy_(x)
+        write_spare(spare, s)
         return
+    parts = _parts(s.shape[1])
     with torch.cuda.device_of(x):
-        for part in _parts(s.shape[1]):
-            beside = None if spare is None else spare[:, part]
+        for part in parts:
+            beside = spare if len(parts) == 1 else None
             load("lora_linear_triton.project")(x, terms[:, :, part], s[:, part], copy, beside)
             copy = None
+    if len(parts) > 1:
+        write_spare(spare, s)
+
+
+def write_spare(spare: Tensor | None, s: Tensor) -> None:
+    """spare = [s | 0], if there is any."""
+    if spare is not None:
+        spare[:, : s.shape[1]].copy_(s)
+        spare[:, s.shape[1] :].zero_()
 
 
 def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = False) -> None:
@@ -126,7 +137,7 @@ def spare_columns(group: Group, wider: int, narrower: int) -> int:
     overflow = any(overflows(one, group.x.dtype) for one in (*group.lora_a, *group.lora_b))
     if not group.quant_type or ranks == 0 or overflow or wider >= 2 * narrower:
         return 0
-    return -(-ranks // 8) * 8  # rows begin at multiples of 16 bytes
+    return -(-ranks // ALIGNED) * ALIGNED
 
 
 def overflows(adapter: Tensor, dtype: torch.dtype) -> bool:
@@ -189,18 +200,16 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
 def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
     """s = x A^T of all adapters, and wider = [x | s]."""
     columns, ranks = x.shape[1], s.shape[1]
-    copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns : columns + ranks])
+    copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns:])
     if group.inputs:
         for given, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
             terms = terms_of([(a, 0, 0, 1.0)], *a.shape, given.dtype)
             project(given, terms.transpose(1, 2), s[:, part])
-        if copy is not None and spare is not None:
+        if copy is not None:
             copy.copy_(x)
-            spare.copy_(s)
+        write_spare(spare, s)
     elif group.lora_a:
         project(x, terms_of(factors_a(group), ranks, columns, x.dtype).transpose(1, 2), s, copy, spare)
-    if wider is not None and columns + ranks < wider.shape[1]:
-        wider[:, columns + ranks :].zero_()
 
 
 def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
@@ -292,17 +301,15 @@ def _adapter_gradients(grad: Tensor, ds: Tensor, group: Group, wider: Tensor | N
     n, ranks = grad.shape[1], ds.shape[1]
     if ranks == 0:
         return
-    copy, spare = (None, None) if wider is None else (wider[:, :n], wider[:, n : n + ranks])
+    copy, spare = (None, None) if wider is None else (wider[:, :n], wider[:, n:])
     if ranks <= MAX_RANK:
         project(grad, terms_of(factors_b(group), n, ranks, grad.dtype), ds, copy, spare)
     else:  # in one matrix most of it would be zeros
         for _, b, scale, part, own in group.adapters:
             project(grad[:, part], terms_of([(b, 0, 0, scale)], *b.shape, grad.dtype), ds[:, own])
-        if copy is not None and spare is not None:
+        if copy is not None:
             copy.copy_(grad)
-            spare.copy_(ds)
-    if wider is not None and n + ranks < wider.shape[1]:
-        wider[:, n + ranks :].zero_()
+        write_spare(spare, ds)
 
 
 def _adapter_weights(
