@@ -69,6 +69,7 @@ def parameter_of(name: str) -> str:
 
 
 REGISTRY: dict[str, Entry] = {}
+_library = torch.library.Library("fastft", "FRAGMENT")
 
 
 def define(
@@ -108,6 +109,9 @@ def define(
     op = torch.library.custom_op(
         f"fastft::{name}", run, mutates_args=(), schema=torch.library.infer_schema(reference, mutates_args=())
     )
+    # On a GPU without custom_op's own wrapper, whose search for aliases costs more than the launches (seen in a
+    # profile with torch 2.11); tests/kernels/test_ops.py searches instead.
+    _library.impl(name, run, "CUDA")
     op.register_fake(outputs)
 
     def count(*given: Any, **_: Any) -> int:

@@ -163,8 +163,12 @@ def arguments(name: str, device: str) -> Iterator[tuple]:
 
 
 def test_every_op_is_registered() -> None:
+    """But for names that torch takes apart again."""
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastft::")}
-    assert names == set(REGISTRY)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    composed = {name for name in names if has_kernel(name, "CompositeImplicitAutograd")}
+    assert composed == {"fastft::lora_add"}
+    assert names - composed == set(REGISTRY)
 
 
 @compiled_only
