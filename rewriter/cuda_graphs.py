@@ -27,7 +27,7 @@ from fastft.rewriter.compat import value_of
 from fastft.rewriter.regions import Piece
 
 log = logging.getLogger("fastft")
-SMALL = 2**23  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
+SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
 MOST_CAPTURES = 8  # of one stack: for shapes, and for parameters that were moved
 
 
