@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING
 from fastft.rewriter.options import Options, OptionsError
 
 if TYPE_CHECKING:
+    from fastft.quantize import Quantized, quantize_
     from fastft.rewriter.explain import explain
     from fastft.rewriter.record import compilations
     from fastft.rewriter.report import Report
 
 __version__ = _version("fastft")
-__all__ = ["Options", "OptionsError", "Report", "__version__", "compilations", "explain"]
+__all__ = [
+    "Options", "OptionsError", "Quantized", "Report", "__version__", "compilations", "explain", "quantize_",
+]  # fmt: skip
 
 _LATER = {
     "compilations": "fastft.rewriter.record",
     "explain": "fastft.rewriter.explain",
+    "Quantized": "fastft.quantize",
     "Report": "fastft.rewriter.report",
+    "quantize_": "fastft.quantize",
 }
 
 

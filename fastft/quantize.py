@@ -1,0 +1,173 @@
+"""Make a model's frozen linear layers 4-bit, in place, one at a time: for models that no loader quantises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.rewriter import progress
+
+QUANT_TYPES = ("nf4", "fp4")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantize_ did: the names of the layers that are 4-bit now, and why the others are not."""
+
+    layers: tuple[str, ...]
+    skipped: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.layers)} layers are 4-bit now, {len(self.skipped)} are left as they were:"]
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.skipped.items())])
+
+
+def quantize_(
+    model: nn.Module,
+    quant_type: str = "nf4",
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | None = None,
+) -> Quantized:
+    """Replace the frozen nn.Linear layers of ``model`` by bitsandbytes' Linear4bit, PEFT's base layers included.
+
+    Each weight is quantised where it lies and freed before the next, so that memory never holds two copies of the
+    model.  Left as they are: trainable weights (freeze them first: ``model.requires_grad_(False)``), heads, weights
+    that are shared with another module or that an adapter is merged into, rows that are no whole number of blocks, and
+    layers with hooks or classes of their own.  ``state_dict`` and ``save_pretrained`` keep the 4-bit weights; to load a
+    state dict, quantize the new model in the same way first.
+
+    quant_type: "nf4" or "fp4".  double_quant: the absmax are quantised too.  compute_dtype: of the products; each
+    layer's own dtype if None.  Raises ValueError for another quant_type, ImportError without bitsandbytes.
+    """
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type {quant_type!r} is none of {', '.join(QUANT_TYPES)}; use 'nf4'.")
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    heads = _heads(model)
+    layers, skipped, names = [], {}, _linears(model)
+    with progress.line() as say:
+        for at, name in enumerate(names):
+            say(f"quantising {name} ({at + 1} of {len(names)})")
+            layer = model.get_submodule(name)  # no list of layers, or each weight would outlive its turn
+            reason = "it is the head" if id(layer) in heads else _reason(layer, uses, blocksize)
+            reason = reason or _reason_of_parent(model.get_submodule(name.rpartition(".")[0]))
+            if reason:
+                skipped[name] = reason
+                continue
+            new = _four_bit(layer, quant_type, blocksize, double_quant, compute_dtype or layer.weight.dtype)
+            _put(model, name, new)
+            layers.append(name)
+    _tell_peft_and_transformers(model, quant_type, double_quant, compute_dtype, list(skipped))
+    return Quantized(tuple(layers), skipped)
+
+
+def _linears(model: nn.Module) -> list[str]:
+    """The names of all linear layers but adapters' own factors and what is 4-bit already."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [
+        name
+        for name, module in found
+        if type(module).__name__ != "Linear4bit" and not any(part.startswith("lora_") for part in name.split("."))
+    ]
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """What the model says is its head."""
+    found = []
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        found += [head] if isinstance(head, nn.Module) else []
+    wrapped = [getattr(head, "base_layer", head) for head in found]
+    return {id(head) for head in (*found, *wrapped)}
+
+
+def _reason(layer: nn.Linear, uses: Counter[int], blocksize: int) -> str:
+    """Why this layer stays as it is; "" if it does not."""
+    if type(layer) is not nn.Linear:
+        return f"it is a {type(layer).__name__}, which may do more than multiply"
+    if layer.weight.requires_grad:
+        return "its weight is trainable"
+    if uses[id(layer.weight)] > 1:
+        return "its weight is shared with another module"
+    if layer.weight.dtype not in DTYPES:
+        return f"its weight is {layer.weight.dtype}"
+    if layer.weight.is_meta:
+        return "its weight has no values yet"
+    if layer.in_features % blocksize:
+        return f"a row of {layer.in_features} is no whole number of blocks of {blocksize}"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks"
+    return ""
+
+
+def _reason_of_parent(parent: nn.Module) -> str:
+    merged = getattr(parent, "merged_adapters", ())
+    return f"the adapter {merged[0]!r} is merged into its weight: unmerge it first" if merged else ""
+
+
+def _four_bit(layer: nn.Linear, quant_type: str, blocksize: int, double_quant: bool, dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    new = Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
+        compress_statistics=double_quant, quant_type=quant_type, device="meta",
+    )  # fmt: skip
+    weight = Params4bit(
+        layer.weight.data, requires_grad=False, blocksize=blocksize, compress_statistics=double_quant,
+        quant_type=quant_type, module=new,
+    )  # fmt: skip
+    new.weight = weight.to(layer.weight.device)  # this quantises
+    new.bias = layer.bias
+    new.register_load_state_dict_pre_hook(_take_statistics)
+    return new.train(layer.training)
+
+
+def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Read a saved weight together with its statistics, which torch would not know what to do with."""
+    from bitsandbytes.nn import Params4bit
+
+    name = f"{prefix}weight"
+    statistics = {key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+    if statistics:
+        module.weight = Params4bit.from_prequantized(
+            data=state_dict[name], quantized_stats=statistics, requires_grad=False, device=module.weight.device,
+            module=module,
+        )  # fmt: skip
+        for key in [key for key in state_dict if key.startswith(f"{name}.")]:
+            del state_dict[key]
+
+
+def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Set a submodule; a LoRA layer around it becomes PEFT's layer for 4-bit weights, which knows how to merge."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, new)
+    if child == "base_layer" and (type(parent).__module__, type(parent).__name__) == ("peft.tuners.lora.layer", "Linear"):
+        from peft.tuners.lora.bnb import Linear4bit
+
+        parent.__class__ = Linear4bit
+
+
+def _tell_peft_and_transformers(
+    model: Any, quant_type: str, double_quant: bool, dtype: torch.dtype | None, skipped: list[str]
+) -> None:
+    """What PEFT asks a model, to wrap and to merge its layers as 4-bit ones, and transformers, to save and load it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.is_loaded_in_4bit = True
+    if not hasattr(base, "config") or not hasattr(base, "save_pretrained"):
+        return
+    from transformers import BitsAndBytesConfig
+
+    base.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype or base.dtype, llm_int8_skip_modules=skipped or None,
+    )  # fmt: skip
+    base.is_quantized = True
