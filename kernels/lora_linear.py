@@ -11,10 +11,12 @@ absmax: of 4-bit weights, one for each; for nested quantisation also absmax_8bit
 biases: [features[biased[i]]] in x's dtype, for the siblings that biased names.
 lora_a, lora_b: A [r, K] and B [features[adapted[j]], r] of adapter j, of any floating-point dtype and any rank; it
     belongs to the sibling adapted[j] and is scaled by scales[j].
-inputs: what the adapters read, if that is not x but (with dropout) one [..., K] for each of them.
+inputs: what the adapters read, if that is not x: one [..., K] for all of them (x before it was cast), or one for each
+    (with dropout).
 blocksize, quant_type: of 4-bit weights, "" for others.
+widened: y is float32 (float64 beside float64), as adapters in float32 add to a float32 residual stream.
 
-y has x's dtype; products are summed in float32 at least.  The second result, x_j A_j^T of all adapters beside each
+Otherwise y has x's dtype; products are summed in float32 at least.  The second result, x_j A_j^T of all adapters beside each
 other [..., sum of r], float32, is for backward.  No weight is kept in 16 bits.
 """
 
@@ -50,6 +52,7 @@ class Group(NamedTuple):
     scales: Sequence[float]
     blocksize: int
     quant_type: str
+    widened: bool
 
     @property
     def columns(self) -> list[slice]:
@@ -62,6 +65,11 @@ class Group(NamedTuple):
         """Where the second result has each adapter."""
         sizes = [a.shape[0] for a in self.lora_a]
         return [slice(sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
+
+    @property
+    def read(self) -> Sequence[Tensor]:
+        """What each adapter reads."""
+        return self.inputs if len(self.inputs) == len(self.lora_a) else [*(self.inputs or [self.x])] * len(self.lora_a)
 
     @property
     def adapters(self) -> list[tuple[Tensor, Tensor, float, slice, slice]]:
@@ -99,20 +107,22 @@ def reference(
     x: Tensor, weights: Sequence[Tensor], absmax: Sequence[Tensor], absmax_8bit: Sequence[Tensor],
     absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor], biases: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor], features: Sequence[int],
     biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int, quant_type: str,
+    widened: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The forward in plain PyTorch, as PEFT writes it: adapters compute in their own dtype."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
-        adapted, scales, blocksize, quant_type,
+        adapted, scales, blocksize, quant_type, widened,
     )  # fmt: skip
     results = [F.linear(x, group.weight(at), group.bias(at)) for at in range(len(features))]
     products = [x.new_empty(*x.shape[:-1], 0, dtype=wide(x.dtype))]
-    for at, (sibling, a, b, scale) in enumerate(zip(adapted, lora_a, lora_b, scales, strict=True)):
-        given, dtype = inputs[at] if inputs else x, torch.promote_types(a.dtype, b.dtype)
+    for given, sibling, a, b, scale in zip(group.read, adapted, lora_a, lora_b, scales, strict=True):
+        dtype = torch.promote_types(a.dtype, b.dtype)
         product = F.linear(given.to(dtype), a.to(dtype))
         results[sibling] = results[sibling] + F.linear(product, b.to(dtype)) * scale
         products.append(product.to(products[0].dtype))
-    return torch.cat([one.to(x.dtype) for one in results], -1), torch.cat(products, -1)
+    dtype = wide(x.dtype) if widened else x.dtype
+    return torch.cat([one.to(dtype) for one in results], -1), torch.cat(products, -1)
 
 
 def reference_backward(
@@ -120,27 +130,28 @@ def reference_backward(
     absmax_8bit: Sequence[Tensor], absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor],
     biases: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor],
     features: Sequence[int], biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int,
-    quant_type: str, needed: Sequence[bool],
+    quant_type: str, widened: bool, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed, in the order of differentiable(), in plain PyTorch; s: the second result."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
-        adapted, scales, blocksize, quant_type,
+        adapted, scales, blocksize, quant_type, widened,
     )  # fmt: skip
     rows = lambda tensor: tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])  # noqa: E731
     grads = [rows(grad_output[..., columns]) for columns in group.columns]
-    dx = sum(grad @ group.weight(at) for at, grad in enumerate(grads))
+    dx = sum(grad.to(x.dtype) @ group.weight(at) for at, grad in enumerate(grads))
     das, dbs, dinputs = [], [], []
-    for at, (a, b, scale, columns, ranks) in enumerate(group.adapters):
+    for one, (a, b, scale, columns, ranks) in zip(group.read, group.adapters, strict=True):
         dtype = torch.promote_types(a.dtype, b.dtype)
-        grad, given = rows(grad_output[..., columns]).to(dtype) * scale, rows(inputs[at] if inputs else x)
+        grad, given = rows(grad_output[..., columns]).to(dtype) * scale, rows(one)
         ds = grad @ b.to(dtype)
         das.append((ds.T @ given.to(dtype)).to(a.dtype))
         dbs.append((grad.T @ rows(s[..., ranks]).to(dtype)).to(b.dtype))
         dinput = ds @ a.to(dtype)
         dinputs += [dinput.to(given.dtype)] if inputs else []
         dx = dx if inputs else dx + dinput.to(x.dtype)
-    dweights = [grad.T @ rows(x) for grad in grads] if not quant_type else [x.new_empty(0)] * len(weights)
+    dinputs = dinputs if len(dinputs) == len(inputs) else [sum(dinputs)]
+    dweights = [grad.to(x.dtype).T @ rows(x) for grad in grads] if not quant_type else [x.new_empty(0)] * len(weights)
     dbiases = [grads[at].sum(0, dtype=bias.dtype) for at, bias in zip(biased, biases, strict=True)]
     found = [dx, *dweights, *dbiases, *das, *dbs, *dinputs]
     given = differentiable(group)
@@ -173,7 +184,7 @@ def _check(group: Group) -> None:
         size = columns.stop - columns.start
         fits = a.shape == (a.shape[0], K) and b.shape == (size, a.shape[0])
         torch._check(fits, lambda: f"A {tuple(a.shape)} and B {tuple(b.shape)} between {K} and {size} features")
-    torch._check(len(group.inputs) in (0, len(group.lora_a)), lambda: f"{len(group.inputs)} inputs of adapters")
+    torch._check(len(group.inputs) in (0, min(1, len(group.lora_a)), len(group.lora_a)), lambda: f"{len(group.inputs)} inputs of adapters")
     torch._check(all(one.shape == x.shape for one in group.inputs), lambda: "an adapter's input has another shape")
 
 
@@ -183,7 +194,9 @@ def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
     _check(group)
     rank = sum(a.shape[0] for a in group.lora_a)
     lead = group.x.shape[:-1]
-    return group.x.new_empty(*lead, sum(group.features)), group.x.new_empty(*lead, rank, dtype=wide(group.x.dtype))
+    dtype, width = wide(group.x.dtype), sum(group.features)
+    y = group.x.new_empty(*lead, width, dtype=dtype if group.widened else group.x.dtype)
+    return y, group.x.new_empty(*lead, rank, dtype=dtype)
 
 
 def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tensor]:
@@ -225,29 +238,33 @@ def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
     lora_plan.backward(targets, grad_output, s, Group(*given), needed)
 
 
-def _plain(features: str, biased: Sequence[int], adapters: Sequence[tuple[int, str]], inputs: bool = False) -> Case:
-    """A case of weights that are not quantised.  features: names; adapters: their siblings, and names of their ranks."""
+def _plain(
+    features: str, biased: Sequence[int], adapters: Sequence[tuple[int, str]], inputs: int = 0, widened: bool = False
+) -> Case:
+    """A case of weights that are not quantised.
+
+    features: names; adapters: their siblings, and names of their ranks; inputs: how many there are.
+    """
     names = features.split()
     shapes = {"x": "... K"}
     shapes |= {f"weights.{at}": f"{name} K" for at, name in enumerate(names)}
     shapes |= {f"biases.{at}": names[sibling] for at, sibling in enumerate(biased)}
     shapes |= {f"lora_a.{at}": f"{rank} K" for at, (_, rank) in enumerate(adapters)}
     shapes |= {f"lora_b.{at}": f"{names[sibling]} {rank}" for at, (sibling, rank) in enumerate(adapters)}
-    shapes |= {f"inputs.{at}": "... K" for at in range(len(adapters) if inputs else 0)}
+    shapes |= {f"inputs.{at}": "... K" for at in range(inputs)}
     return shapes, {
         "features": names, "biased": list(biased), "adapted": [sibling for sibling, _ in adapters],
-        "scales": [0.5, 2.0, 1.0, 0.25][: len(adapters)], "blocksize": 0, "quant_type": "",
+        "scales": [0.5, 2.0, 1.0, 0.25][: len(adapters)], "blocksize": 0, "quant_type": "", "widened": widened,
     }  # fmt: skip
 
 
 def _four_bit(
     features: Sequence[int], columns: int, adapters: Sequence[tuple[int, int]], blocksize: int, quant_type: str,
-    nested: bool = False,
+    nested: bool = False, inputs: int = 0, widened: bool = False,
 ) -> Case:  # fmt: skip
     """A case of 4-bit weights, whose sizes are numbers.  adapters: their siblings and ranks."""
-    shapes, choice = _plain(
-        " ".join(map(str, features)), (), [(sibling, str(rank)) for sibling, rank in adapters]
-    )
+    ranks = [(sibling, str(rank)) for sibling, rank in adapters]
+    shapes, choice = _plain(" ".join(map(str, features)), (), ranks, inputs, widened)
     shapes = {name: spec.replace("K", str(columns)) for name, spec in shapes.items() if "weights" not in name}
     for at, size in enumerate(features):
         blocks = -(-size * columns // blocksize)
@@ -262,13 +279,15 @@ _CASES = [
     _plain("N", (), [(0, "R")]),
     _plain("N P 2", (0, 2), [(0, "R"), (1, "Q"), (2, "R")]),
     _plain("N P", (1,), [(0, "R"), (0, "Q")]),
-    _plain("N P", (), [(0, "R"), (1, "Q")], inputs=True),
+    _plain("N P", (), [(0, "R"), (1, "Q")], inputs=2),
+    _plain("N P", (1,), [(0, "R"), (1, "Q")], inputs=1, widened=True),
     _plain("N P", (0,), []),
     _four_bit((24, 8, 8), 64, [(0, 4), (1, 4), (2, 4)], 64, "nf4", nested=True),
     _four_bit((64, 7), 52, [(1, 9)], 64, "nf4"),
     _four_bit((8,), 128, [], 64, "fp4"),
     _four_bit((16,), 64, [(0, 3)], 128, "nf4", nested=True),
     _four_bit((8, 72), 64, [(0, 3), (1, 17)], 64, "fp4", nested=True),
+    _four_bit((24, 8, 8), 64, [(0, 4), (2, 4)], 64, "nf4", inputs=1, widened=True),
 ]
 
 

@@ -135,7 +135,7 @@ def spare_columns(group: Group, wider: int, narrower: int) -> int:
     """
     ranks = sum(a.shape[0] for a in group.lora_a)
     overflow = any(overflows(one, group.x.dtype) for one in (*group.lora_a, *group.lora_b))
-    if not group.quant_type or ranks == 0 or overflow or wider >= 2 * narrower:
+    if not group.quant_type or ranks == 0 or overflow or group.widened or wider >= 2 * narrower:
         return 0
     return -(-ranks // ALIGNED) * ALIGNED
 
@@ -188,6 +188,19 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
         return
     _adapters(y, s, group)
     begun = len(group.lora_a) > 0 or len(group.biases) > 0
+    if y.dtype == x.dtype:
+        _base(y, x, group, begun)
+        return
+    product = x.new_empty(y.shape)
+    _base(product, x, group, begun=False)
+    if begun:
+        y.add_(product)
+    else:
+        y.copy_(product)
+
+
+def _base(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
+    """The weights' products."""
     if _fused(group, x):
         _few_rows(y, x, group, begun)
     elif group.quant_type:
@@ -201,15 +214,18 @@ def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
     """s = x A^T of all adapters, and wider = [x | s]."""
     columns, ranks = x.shape[1], s.shape[1]
     copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns:])
-    if group.inputs:
+    if len(group.inputs) > 1:
         for given, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
             terms = terms_of([(a, 0, 0, 1.0)], *a.shape, given.dtype)
             project(given, terms.transpose(1, 2), s[:, part])
-        if copy is not None:
-            copy.copy_(x)
-        write_spare(spare, s)
     elif group.lora_a:
-        project(x, terms_of(factors_a(group), ranks, columns, x.dtype).transpose(1, 2), s, copy, spare)
+        given = rows(group.read[0])
+        terms = terms_of(factors_a(group), ranks, columns, given.dtype).transpose(1, 2)
+        together = not group.inputs
+        project(given, terms, s, copy if together else None, spare if together else None)
+    if group.inputs and copy is not None:
+        copy.copy_(x)
+        write_spare(spare, s)
 
 
 def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
@@ -284,16 +300,20 @@ def backward(
         _input_gradient(rows(dx[0]), grad, ds, group)
     elif any(one is not None for one in (*das, *dinputs)):
         _adapter_gradients(grad, ds, group, None)
-    _adapter_weights(das, dbs, grad, x, s, ds, group)
-    for (a, _, _, _, ranks), dinput in zip(group.adapters, dinputs, strict=False):
-        if dinput is not None:
-            rows(dinput).copy_(ds[:, ranks].to(a.dtype) @ a)
+    _adapter_weights(das, dbs, grad, s, ds, group)
+    if len(dinputs) == 1 and dinputs[0] is not None:
+        rows(dinputs[0]).copy_(_times_a(ds, group))
+    elif len(dinputs) > 1:
+        for (a, b, _, _, ranks), dinput in zip(group.adapters, dinputs, strict=True):
+            if dinput is not None:
+                dtype = torch.promote_types(a.dtype, b.dtype)
+                rows(dinput).copy_(ds[:, ranks].to(dtype) @ a.to(dtype))
     for at, part in enumerate(group.columns):
         if (dweight := dweights[at]) is not None:
-            torch.mm(grad[:, part].T, x, out=dweight)
+            torch.mm(grad[:, part].to(x.dtype).T, x, out=dweight)
     for at, dbias in zip(group.biased, dbiases, strict=True):
         if dbias is not None:
-            torch.sum(grad[:, group.columns[at]], 0, out=dbias)
+            dbias.copy_(torch.sum(grad[:, group.columns[at]], 0))
 
 
 def _adapter_gradients(grad: Tensor, ds: Tensor, group: Group, wider: Tensor | None) -> None:
@@ -313,9 +333,8 @@ def _adapter_gradients(grad: Tensor, ds: Tensor, group: Group, wider: Tensor | N
 
 
 def _adapter_weights(
-    das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], grad: Tensor, x: Tensor, s: Tensor, ds: Tensor,
-    group: Group,
-) -> None:  # fmt: skip
+    das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, ds: Tensor, group: Group
+) -> None:
     """dA = ds^T x_j and dB = s_j dY^T S.  What reads the same activations shares a pass over them."""
     of_a = [(da, ranks.start, 0, 1.0) for da, (*_, ranks) in zip(das, group.adapters, strict=True) if da is not None]
     of_b = [
@@ -323,12 +342,12 @@ def _adapter_weights(
         for db, (_, _, scale, part, ranks) in zip(dbs, group.adapters, strict=True)
         if db is not None
     ]
-    if group.inputs:
+    if len(group.inputs) > 1:
         for da, given, (*_, ranks) in zip(das, group.inputs, group.adapters, strict=True):
             if da is not None:
                 outer(rows(given), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
     elif of_a:
-        outer(x, ds, of_a, transposed=True)
+        outer(rows(group.read[0]), ds, of_a, transposed=True)
     if s.shape[1] <= MAX_RANK:
         outer(grad, s, of_b)
         return
@@ -348,14 +367,19 @@ def _input_gradient(dx: Tensor, grad: Tensor, ds: Tensor, group: Group) -> None:
         place(weight[None, n:], factors_a(group))
         torch.mm(wider, weight, out=dx)
         return
-    adapters = [] if group.inputs else group.adapters
-    if adapters and not any(overflows(a, dx.dtype) for a in group.lora_a):
-        torch.mm(ds.to(dx.dtype), torch.cat([a.to(dx.dtype) for a, *_ in adapters]), out=dx)
-    elif adapters:
-        dx.copy_(ds @ torch.cat([a.to(ds.dtype) for a, *_ in adapters]))
-    begun = len(adapters) > 0
+    begun = len(group.lora_a) > 0 and not group.inputs
+    if begun and not any(overflows(a, dx.dtype) for a in group.lora_a):
+        torch.mm(ds.to(dx.dtype), torch.cat([a.to(dx.dtype) for a in group.lora_a]), out=dx)
+    elif begun:
+        dx.copy_(_times_a(ds, group))
+    grad = grad.to(dx.dtype)
     if group.quant_type:
         _accumulate(dx, grad, scratch(group), begun)
         return
     for at, part in enumerate(group.columns):
         _accumulate(dx, grad[:, part], group.weights[at], begun or at > 0)
+
+
+def _times_a(ds: Tensor, group: Group) -> Tensor:
+    """ds A of all adapters, in ds's dtype."""
+    return ds @ torch.cat([a.to(ds.dtype) for a in group.lora_a])

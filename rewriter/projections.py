@@ -7,6 +7,7 @@ unless a sibling has one.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fastft.kernels.lora_linear import Group
+from fastft.kernels.registry import wide
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import between, describe, may_alias, name_of, only_reads, switches_mode, written
@@ -59,8 +61,17 @@ class Projection:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its result, and of the products."""
+        """Of its result without adapters, and of the products."""
         return value_of(self.root).dtype
+
+    @property
+    def widened(self) -> bool:
+        """Whether the sum with the adapters needs more than that dtype.
+
+        Under autocast bfloat16 does: the products are all rounded to it, and the sum has its range.
+        """
+        kept = _autocast(value_of(self.root)) is not None and self.dtype == torch.bfloat16
+        return value_of(self.end).dtype != self.dtype and not kept
 
 
 class DeclinedError(Exception):
@@ -100,15 +111,23 @@ def _miss(report: GraphReport, node: Node, reason: str) -> None:
 def _key(projection: Projection) -> Any:
     """Equal for siblings."""
     layer = layer_of(compat.module_path(projection.root))
-    kind = (projection.blocksize, projection.quant_type, len(projection.weights), projection.dtype)
-    return (source_of(projection.x), value_of(projection.x).dtype, layer, *kind)
+    kind = (projection.blocksize, projection.quant_type, *map(len, projection.weights))
+    dtypes = (value_of(projection.x).dtype, projection.dtype, value_of(projection.end).dtype, projection.widened)
+    return (source_of(projection.x), layer, *kind, *dtypes)
 
 
 def source_of(node: Node) -> Node:
     """What this is a cast of."""
+    return _sources(node)[-1]
+
+
+def _sources(node: Node) -> list[Node]:
+    """The node, and what it is a cast of, and so on."""
+    found = [node]
     while node.op == "call_method" and node.target in _CASTS and isinstance(node.args[0], Node):
         node = node.args[0]
-    return node
+        found.append(node)
+    return found
 
 
 def _projections(graph: Graph, report: GraphReport) -> Iterator[Projection]:
@@ -174,11 +193,9 @@ def _follow(projection: Projection, report: GraphReport) -> None:
 
 
 def _may_end(node: Node, projection: Projection) -> bool:
-    """Whether the projection's own dtype holds this: it has that, or adds 16-bit products under autocast."""
-    last = value_of(node).dtype
-    if last == projection.dtype:
-        return node.target is torch.ops.fastft.lora_add or node.op == "call_method"
-    return node.target is torch.ops.fastft.lora_add and _autocast(value_of(node)) is not None
+    """Whether this is of the projection's own dtype, or a sum with an adapter in float32."""
+    last, added = value_of(node).dtype, node.target is torch.ops.fastft.lora_add
+    return last == projection.dtype or (added and last == wide(projection.dtype))
 
 
 def _autocast(value: Tensor) -> torch.dtype | None:
@@ -199,18 +216,24 @@ def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> None:
             at.prepend(node)
         call = graph.call_function(torch.ops.fastft.lora_linear, _arguments(graph, siblings, new))
         y = graph.call_function(operator.getitem, (call, 0))
-        parts = _parts(graph, siblings, y)
-    made = list(dict.fromkeys([*new, call, y, *parts]))
+        narrow = value_of(first.end).dtype != first.dtype and not first.widened
+        whole = graph.call_method("to", (y, value_of(first.end).dtype)) if narrow else y
+        parts = _parts(graph, siblings, whole)
+    made = list(dict.fromkeys([*new, call, y, whole, *parts]))
     for node in made:
         node.meta |= {key: value for key, value in first.end.meta.items() if key != "example_value"}
         compat.propagate(node)
+    trained = [one for one in siblings if value_of(one.end).requires_grad] or siblings
+    for node in (y, whole):
+        _as_before(node, value_of(trained[0].end))
     _exchange(graph, siblings, parts, made)
 
 
 def _check(gm: GraphModule, siblings: Sequence[Projection]) -> None:
     """Nothing that is read is written to, and no mode is switched on the way."""
-    nodes = [node for one in siblings for node in (one.x, *one.inner, one.end, *sum(one.weights, []))]
-    nodes += [node for one in siblings for adapter in one.adapters for node in (adapter.x, adapter.a, adapter.b)]
+    nodes = [node for one in siblings for node in (*_sources(one.x), *one.inner, one.end, *sum(one.weights, []))]
+    adapters = [adapter for one in siblings for adapter in one.adapters]
+    nodes += [node for one in adapters for node in (*_sources(one.x), one.a, one.b)]
     for node in nodes:
         if any(map(compat.written_to, compat.tensors_in(value_of(node)))):
             raise DeclinedError(f"{node.name} is written to in place")
@@ -234,6 +257,9 @@ def _hoist(adapters: Sequence[Adapter], siblings: Sequence[Projection], at: Node
             continue
         if node in inside or node.op not in ("call_function", "call_method") or written(node):
             raise DeclinedError(f"{node.name} is only known later")
+        for one in node.all_input_nodes:  # they are read earlier now
+            if any(map(compat.written_to, compat.tensors_in(value_of(one)))):
+                raise DeclinedError(f"{one.name} is written to in place")
         needed.add(node)
         waiting += node.all_input_nodes
     return sorted(needed)
@@ -243,6 +269,7 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], new: list[Node]) ->
     """Of the call; casts that autocast makes are written out."""
     dtype = siblings[0].dtype
 
+    @functools.cache
     def cast(node: Node, wanted: torch.dtype) -> Node:
         if value_of(node).dtype == wanted:
             return node
@@ -259,10 +286,12 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], new: list[Node]) ->
     factors = [[one if automatic is None else cast(one, automatic) for one in (own.a, own.b)] for _, own in owned]
     apart = any(not _reads(adapter.x, x, siblings) for _, adapter in owned)
     inputs = [adapter.x if automatic is None else cast(adapter.x, automatic) for _, adapter in owned] if apart else []
+    inputs = inputs[:1] if len(set(inputs)) == 1 else inputs
     return (
         x, *weights, [bias for _, bias in biased], [a for a, _ in factors], [b for _, b in factors], inputs,
         [one.features for one in siblings], [at for at, _ in biased], [at for at, _ in owned],
         [float(own.scale) for _, own in owned], siblings[0].blocksize, siblings[0].quant_type,
+        siblings[0].widened,
     )  # fmt: skip
 
 
@@ -270,8 +299,8 @@ def _reads(node: Node, x: Node, siblings: Sequence[Projection]) -> bool:
     """Whether an adapter reads the group's input: itself, or in a dtype that holds all of it."""
     if source_of(node) is not source_of(x):
         return False
-    if _autocast(value_of(siblings[0].root)) is not None:
-        return True  # all are cast to one dtype
+    if (automatic := _autocast(value_of(siblings[0].root))) is not None:
+        return automatic == siblings[0].dtype  # to which all are cast
     steps, at = [], node
     while at is not source_of(x):
         steps.append(value_of(at).dtype)
@@ -281,43 +310,31 @@ def _reads(node: Node, x: Node, siblings: Sequence[Projection]) -> bool:
     return exact and all(torch.promote_types(step, dtype) == step for step in steps)
 
 
-def _parts(graph: Graph, siblings: Sequence[Projection], y: Node) -> list[Node]:
-    """Each sibling's columns of y."""
+def _parts(graph: Graph, siblings: Sequence[Projection], whole: Node) -> list[Node]:
+    """Each sibling's columns."""
     if len(siblings) == 1:
-        return [y]
+        return [whole]
     ends = [sum(one.features for one in siblings[: at + 1]) for at in range(len(siblings))]
     cuts = [slice(end - one.features or None, end) for one, end in zip(siblings, ends, strict=True)]
     cuts[-1] = slice(cuts[-1].start, None)
-    return [graph.call_function(operator.getitem, (y, (Ellipsis, cut))) for cut in cuts]
+    return [graph.call_function(operator.getitem, (whole, (Ellipsis, cut))) for cut in cuts]
 
 
 def _exchange(graph: Graph, siblings: Sequence[Projection], parts: Sequence[Node], made: list[Node]) -> None:
     """Let the users of the siblings' results take the columns; as it was, if they cannot."""
-    results = []
-    with graph.inserting_after(max(parts)):
-        for one, part in zip(siblings, parts, strict=True):
-            wanted = value_of(one.end).dtype
-            results.append(part)
-            if value_of(part).dtype != wanted:  # a sum under autocast
-                results[-1] = graph.call_method("to", (part, wanted))
-                made.append(results[-1])
-                compat.propagate(results[-1])
     before: dict[Node, Any] = {}
-    for one, result in zip(siblings, results, strict=True):
-        _as_before(result, value_of(one.end))
-    for node in made[:]:
-        if any(value_of(one.end).requires_grad for one in siblings) and node in (parts[0].args[0], *parts):
-            _as_before(node, value_of(siblings[0].end))
+    for one, part in zip(siblings, parts, strict=True):
+        _as_before(part, value_of(one.end))
     try:
-        for one, result in zip(siblings, results, strict=True):
-            if value_of(result).shape != value_of(one.end).shape:
-                raise DeclinedError("its result has another shape")
-        for one, result in zip(siblings, results, strict=True):
-            one.end.replace_all_uses_with(result)
-        _spread(results, before)
+        for one, part in zip(siblings, parts, strict=True):
+            if value_of(part).shape != value_of(one.end).shape or value_of(part).dtype != value_of(one.end).dtype:
+                raise DeclinedError("its result is of another kind")
+        for one, part in zip(siblings, parts, strict=True):
+            one.end.replace_all_uses_with(part)
+        _spread(parts, before)
     except Exception as error:
-        for one, result in zip(siblings, results, strict=True):
-            result.replace_all_uses_with(one.end)
+        for one, part in zip(siblings, parts, strict=True):
+            part.replace_all_uses_with(one.end)
         for node, value in before.items():
             compat.set_value(node, value)
         for node in reversed(made):

@@ -291,7 +291,7 @@ def _replace(gm: GraphModule, root: Node, projection: Projection) -> bool:
     biases = [] if projection.bias is None else [projection.bias]
     arguments = (
         projection.x, *lists, biases, [], [], [], [weight.rows], [0] * len(biases), [], [], weight.blocksize,
-        weight.quant_type,
+        weight.quant_type, False,
     )  # fmt: skip
     with gm.graph.inserting_before(root):
         call = gm.graph.call_function(torch.ops.fastft.lora_linear, arguments)
