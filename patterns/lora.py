@@ -79,7 +79,7 @@ _ADDED = {"result": "... N", **_FACTORS}
 rule = partial(Rule, anchor=F.linear, shapes=_ADDED, rare=False, unless=not_low)
 RULES = (
     rule(scaled, lora_add),
-    rule(scaled_and_cast, lora_add_cast, cast=("result",)),
+    rule(scaled_and_cast, lora_add_cast, cast=("result", "a"), alike={"x": "a", "b": "a"}),
     rule(scaled_between, lora_add),
     rule(unscaled, lora_add_unscaled),
     rule(multiplied, lora_add_transposed, anchor=torch.matmul, shapes={**_ADDED, "a": "K R", "b": "R N"}, unless=lambda **_: None),

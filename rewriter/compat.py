@@ -35,6 +35,7 @@ DYNAMIC = pgo.auto_dynamic  # the size, as Dynamo remembers it, of what it saw c
 __all__ = [
     "CHECKPOINT",
     "DYNAMIC",
+    "ENTER_AUTOCAST",
     "BackendCompilerFailed",
     "CustomPartitionerFn",
     "OpOverload",
@@ -82,6 +83,7 @@ __all__ = [
 ]
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # as torch.utils.checkpoint is captured
+ENTER_AUTOCAST = torch.amp._enter_autocast  # as autocast inside a graph is captured
 
 break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "graph_breaks")
 

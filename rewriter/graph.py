@@ -35,6 +35,16 @@ def bodies(gm: GraphModule) -> list[GraphModule]:
     return list(found.values())
 
 
+def calls_of(gm: GraphModule, body: GraphModule) -> list[Node]:
+    """The nodes that run this body: one of gm, then one of the body that it runs, and so on; none for gm itself."""
+    for node in gm.graph.nodes if body is not gm else ():
+        if _runs_bodies(node):
+            for inner in _arguments(gm, node):
+                if inner is body or (deeper := calls_of(inner, body)):
+                    return [node] if inner is body else [node, *deeper]
+    return []
+
+
 def _arguments(gm: GraphModule, node: Node) -> list[GraphModule]:
     """The graphs that a node is given."""
     attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from fastft.rewriter import compat
+from fastft.rewriter import autocast, compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import between
 from fastft.rewriter.layers import layer_of
 from fastft.rewriter.match import Match, Mismatch, find
 from fastft.rewriter.normalize import splits, view
-from fastft.rewriter.pattern import templates
+from fastft.rewriter.pattern import fold, templates
 from fastft.rewriter.report import GraphReport, Lifted, NearMiss
 from fastft.rewriter.rule import Rule
 from fastft.rewriter.verify import Verifier, place
@@ -55,7 +55,8 @@ class _Lifting:
         for anchor in self.view.nodes:
             rules = [rule for rule in self.rules if anchor.target == rule.anchor]
             if rules and anchor not in self.replaced:
-                self._lift_at(anchor, rules)
+                with autocast.at(anchor):
+                    self._lift_at(anchor, rules)
         for cast in self.casts:
             cast.replace_all_uses_with(cast.args[0])
         unused = self.casts.union(self.unused)
@@ -111,9 +112,11 @@ class _Lifting:
             given = found.rule.replacement(**arguments)
         results = [one.node for one in (given if isinstance(given, tuple) else (given,))]
         latest = max(roots)
-        for node in between(previous, at):
+        made = list(between(previous, at))
+        for node in made:
             node.meta = {key: value for key, value in latest.meta.items() if key != "example_value"}
             compat.propagate(node)
+        fold(self.graph, made)  # a dtype that the replacement asks for
         self.replaced.update(found.calls.values())
         self.unused += [self.originals[node] for node in found.calls.values()]
         for view_root, root, result in zip(found.roots, roots, results, strict=True):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 
-from fastft.rewriter import compat
+from fastft.rewriter import autocast, compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.normalize import normalize
 from fastft.rewriter.rule import Rule, dims
@@ -66,12 +66,13 @@ def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
 
 
 @functools.cache
-def template(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> Pattern:
+def template(rule: Rule, dtypes: tuple[torch.dtype, ...], state: autocast.State) -> Pattern:
     """The pattern that finds candidates: open sizes, one dtype for each tensor that the reference casts.
 
     Traced at two choices of sizes: a number that is not the same in both depends on them.
     """
-    first, second = (trace(rule, _values(rule, dtypes, *sizes)) for sizes in _SIZES)
+    with autocast.on_cpu(state):
+        first, second = (trace(rule, _values(rule, dtypes, *sizes)) for sizes in _SIZES)
     for node, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
         node.args, node.kwargs = _opened(node.args, other.args), _opened(dict(node.kwargs), dict(other.kwargs))
     return first
@@ -95,6 +96,7 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
         for name in dims(spec)[1]:
             sizes.setdefault(name, largest >> len(sizes))
     of_dtype = dict(zip(rule.cast, dtypes, strict=True))
+    of_dtype |= {name: of_dtype[other] for name, other in rule.alike.items()}
     values: dict[str, Any] = {}
     for parameter, given in inspect.signature(rule.reference).parameters.items():
         if parameter in rule.shapes:
@@ -108,9 +110,9 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
 
 
 def templates(rule: Rule, present: frozenset[torch.dtype]) -> Iterator[Pattern]:
-    """One template for each assignment of the dtypes that occur in a graph."""
+    """One template for each assignment of the dtypes that occur in a graph, under autocast as it is now."""
     for dtypes in itertools.product(sorted(present, key=str), repeat=len(rule.cast)):
-        yield template(rule, dtypes)
+        yield template(rule, dtypes, autocast.state())
 
 
 def capture(function: Callable, *values: Any) -> GraphModule:
@@ -119,7 +121,7 @@ def capture(function: Callable, *values: Any) -> GraphModule:
     gm = GraphModule(torch.nn.Module(), graph)
     with compat.fake_mode_of(values):
         _Propagate(gm).run(*values)
-    _fold(graph)
+    fold(graph, list(graph.nodes))
     gm.recompile()
     return gm
 
@@ -131,9 +133,9 @@ class _Propagate(Interpreter):
         return result
 
 
-def _fold(graph: Graph) -> None:
+def fold(graph: Graph, nodes: Sequence[Node]) -> None:
     """Write dtypes, sizes and other values that are not tensors into the calls that use them, as Dynamo does."""
-    for node in list(graph.nodes):
+    for node in nodes:
         if node.op not in ("placeholder", "output") and not compat.tensors_in(value_of(node)):
             for user in list(node.users):
                 user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), functools.partial(_write, node))

@@ -8,6 +8,7 @@ unless a sibling has one.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastft.kernels.lora_linear import Group
 from fastft.kernels.registry import wide
-from fastft.rewriter import compat
+from fastft.rewriter import autocast, compat
+from fastft.rewriter.autocast import dtype_at
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import between, describe, may_alias, name_of, only_reads, switches_mode, written
 from fastft.rewriter.layers import layer_of
@@ -64,14 +66,16 @@ class Projection:
         """Of its result without adapters, and of the products."""
         return value_of(self.root).dtype
 
-    @property
-    def widened(self) -> bool:
-        """Whether the sum with the adapters needs more than that dtype.
-
-        Under autocast bfloat16 does: the products are all rounded to it, and the sum has its range.
-        """
-        kept = _autocast(value_of(self.root)) is not None and self.dtype == torch.bfloat16
-        return value_of(self.end).dtype != self.dtype and not kept
+    def cast_to(self, dtype: torch.dtype) -> bool:
+        """Take in a cast of the result, if there are no adapters and it is all that the result is for."""
+        users = list(self.end.users)
+        if self.adapters or len(users) != 1 or not _keeps_value(users[0], self.end, self.dtype):
+            return False
+        if value_of(users[0]).dtype != dtype:
+            return False
+        self.inner.append(self.end)
+        self.end = users[0]
+        return True
 
 
 class DeclinedError(Exception):
@@ -83,12 +87,23 @@ def group(gm: GraphModule, report: GraphReport) -> None:
     groups: dict[Any, list[Projection]] = {}
     for projection in _projections(gm.graph, report):
         groups.setdefault(_key(projection), []).append(projection)
-    for siblings in groups.values():
+    for siblings in itertools.chain.from_iterable(map(_of_one_dtype, groups.values())):
         if not any(one.adapters for one in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
             continue
         for part in _try(gm, siblings, report):
             places = compat.module_path(part[0].end), compat.source_line(part[0].end)
             report.fused.append(Lifted(RULE, *places))
+
+
+def _of_one_dtype(siblings: Sequence[Projection]) -> Iterator[list[Projection]]:
+    """Those whose results have one dtype, with their adapters: some may have float32 sums."""
+    left = list(siblings)
+    for dtype in dict.fromkeys(value_of(one.end).dtype for one in siblings if one.adapters):
+        part = [one for one in left if value_of(one.end).dtype == dtype or one.cast_to(dtype)]
+        left = [one for one in left if one not in part]
+        yield part
+    if left:
+        yield left
 
 
 def _try(gm: GraphModule, siblings: list[Projection], report: GraphReport) -> Iterator[list[Projection]]:
@@ -112,8 +127,7 @@ def _key(projection: Projection) -> Any:
     """Equal for siblings."""
     layer = layer_of(compat.module_path(projection.root))
     kind = (projection.blocksize, projection.quant_type, *map(len, projection.weights))
-    dtypes = (value_of(projection.x).dtype, projection.dtype, value_of(projection.end).dtype, projection.widened)
-    return (source_of(projection.x), layer, *kind, *dtypes)
+    return (source_of(projection.x), value_of(projection.x).dtype, layer, *kind, projection.dtype)
 
 
 def source_of(node: Node) -> Node:
@@ -168,40 +182,34 @@ def _plain(node: Node) -> Projection | None:
 
 
 def _follow(projection: Projection, report: GraphReport) -> None:
-    """Take in the adapters that are added to the projection's result."""
-    at, chain, adapters = projection.root, [projection.root], []
+    """Take in the adapters that are added to the projection's result, up to the last value that the op can give."""
+    at, chain, adapters, ends = projection.root, [projection.root], [], [(0, 0)]
+    own, summed = projection.dtype, projection.dtype
     while len(at.users) == 1:
         (user,) = at.users
         if user.target is torch.ops.fastft.lora_add and user.args[0] is at:
             _, x, a, b, scale = user.args
             adapters.append(Adapter(x, a, b, scale))  # type: ignore[arg-type]
-        elif not (user.op == "call_method" and user.args[0] is at and user.target in (*_CASTS, "clone")):
-            break
-        elif adapters and value_of(user).dtype == projection.dtype:
-            chain.append(user)
+            summed = value_of(user).dtype
+        elif not _keeps_value(user, at, own):
             break
         at = user
         chain.append(user)
-    while chain[-1] is not projection.root and not _may_end(chain[-1], projection):
-        dropped = chain.pop()
-        if dropped.target is torch.ops.fastft.lora_add:
-            adapters.pop()
-            _miss(report, dropped, f"its result is {value_of(dropped).dtype} beside a layer in {projection.dtype}")
-    if adapters:
-        projection.adapters, projection.end = adapters, chain[-1]
-        projection.inner += chain[:-1]
+        if adapters and value_of(at).dtype in {own, summed} & {own, wide(own)}:
+            ends.append((len(chain) - 1, len(adapters)))
+    last, taken = ends[-1]
+    if taken:
+        projection.adapters, projection.end = adapters[:taken], chain[last]
+        projection.inner += chain[:last]
+    for one in chain[last + 1 :]:
+        if one.target is torch.ops.fastft.lora_add:
+            _miss(report, one, f"its result is {value_of(one).dtype} beside a layer in {own}")
 
 
-def _may_end(node: Node, projection: Projection) -> bool:
-    """Whether this is of the projection's own dtype, or a sum with an adapter in float32."""
-    last, added = value_of(node).dtype, node.target is torch.ops.fastft.lora_add
-    return last == projection.dtype or (added and last == wide(projection.dtype))
-
-
-def _autocast(value: Tensor) -> torch.dtype | None:
-    """What autocast makes of matrices on the device of this tensor, if it is on."""
-    kind = value.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+def _keeps_value(node: Node, given: Node, dtype: torch.dtype) -> bool:
+    """Whether this is a copy of ``given``, or a cast of it to a layer's dtype or the one that its sums may have."""
+    method = node.op == "call_method" and node.args[0] is given and node.target in (*_CASTS, "clone")
+    return method and value_of(node).dtype in (dtype, wide(dtype))
 
 
 def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> None:
@@ -216,8 +224,9 @@ def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> None:
             at.prepend(node)
         call = graph.call_function(torch.ops.fastft.lora_linear, _arguments(graph, siblings, new))
         y = graph.call_function(operator.getitem, (call, 0))
-        narrow = value_of(first.end).dtype != first.dtype and not first.widened
-        whole = graph.call_method("to", (y, value_of(first.end).dtype)) if narrow else y
+        wanted = value_of(first.end).dtype
+        narrow = wanted != first.dtype and not _widened(siblings)
+        whole = graph.call_method("to", (y, wanted)) if narrow else y
         parts = _parts(graph, siblings, whole)
     made = list(dict.fromkeys([*new, call, y, whole, *parts]))
     for node in made:
@@ -282,7 +291,7 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], new: list[Node]) ->
         weights[0] = [cast(one, dtype) for one in weights[0]]
     biased = [(at, cast(one.bias, dtype)) for at, one in enumerate(siblings) if one.bias is not None]
     owned = [(at, adapter) for at, one in enumerate(siblings) for adapter in one.adapters]
-    automatic = _autocast(value_of(siblings[0].root))
+    automatic = dtype_at(siblings[0].root)
     factors = [[one if automatic is None else cast(one, automatic) for one in (own.a, own.b)] for _, own in owned]
     apart = any(not _reads(adapter.x, x, siblings) for _, adapter in owned)
     inputs = [adapter.x if automatic is None else cast(adapter.x, automatic) for _, adapter in owned] if apart else []
@@ -291,15 +300,25 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], new: list[Node]) ->
         x, *weights, [bias for _, bias in biased], [a for a, _ in factors], [b for _, b in factors], inputs,
         [one.features for one in siblings], [at for at, _ in biased], [at for at, _ in owned],
         [float(own.scale) for _, own in owned], siblings[0].blocksize, siblings[0].quant_type,
-        siblings[0].widened,
+        _widened(siblings),
     )  # fmt: skip
+
+
+def _widened(siblings: Sequence[Projection]) -> bool:
+    """Whether the sum with the adapters needs more than the layers' own dtype.
+
+    Under autocast bfloat16 will do: the products are all rounded to it, and it has float32's range.
+    """
+    first, adapted = siblings[0], any(one.adapters for one in siblings)
+    kept = dtype_at(first.root) is not None and first.dtype == torch.bfloat16
+    return adapted and value_of(first.end).dtype != first.dtype and not kept
 
 
 def _reads(node: Node, x: Node, siblings: Sequence[Projection]) -> bool:
     """Whether an adapter reads the group's input: itself, or in a dtype that holds all of it."""
     if source_of(node) is not source_of(x):
         return False
-    if (automatic := _autocast(value_of(siblings[0].root))) is not None:
+    if (automatic := dtype_at(siblings[0].root)) is not None:
         return automatic == siblings[0].dtype  # to which all are cast
     steps, at = [], node
     while at is not source_of(x):
@@ -369,7 +388,8 @@ def _spread(changed: Sequence[Node], before: dict[Node, Any]) -> None:
         if node.op == "output":
             continue
         before[node] = old = value_of(node)
-        compat.propagate(node)
+        with autocast.at(node):
+            compat.propagate(node)
         _as_before(node, old)
         new = value_of(node)
         if not isinstance(new, Tensor) or not isinstance(old, Tensor):

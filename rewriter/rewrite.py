@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fastft import patterns
-from fastft.rewriter import projections, quantized
+from fastft.rewriter import autocast, projections, quantized
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import bodies, name_of
 from fastft.rewriter.lift import fuse, lift
@@ -35,10 +35,11 @@ def rewrite(
     done: set[int] = set()
     while body := next((one for one in bodies(gm) if id(one) not in done), None):  # what was lifted has no body left
         done.add(id(body))
-        quantized.lift(body, report)
-        lift(body, rules, report)
-        projections.group(body, report)
-        fuse(body, merging, report, across_layers=across_layers)
+        with autocast.around(gm, body):
+            quantized.lift(body, report)
+            lift(body, rules, report)
+            projections.group(body, report)
+            fuse(body, merging, report, across_layers=across_layers)
         body.graph.lint()
         body.recompile()
         report.left.update(_computed(body))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -19,7 +19,8 @@ class Rule:
     anchor: the rarest function of the reference; each of its calls in a graph is either matched or reported.
     shapes: a tensor parameter's dimensions, by name; "..." stands for any number of leading ones, and "*" for any that
         broadcast with those of other tensors.
-    cast: the tensor parameters whose dtype decides which calls the reference makes: it casts them.
+    cast: the tensor parameters whose dtype decides which calls the reference makes: it casts them, or their product.
+    alike: tensor parameters, and that of cast whose dtype they have.
     rare: whether a call of the anchor that is not part of a match is worth telling.
     unless: called with the bound values, says why the rule does not apply, or None.
     because: for a rule without replacement, the reason it gives.
@@ -30,6 +31,7 @@ class Rule:
     anchor: Callable
     shapes: Mapping[str, str]
     cast: tuple[str, ...] = ()
+    alike: Mapping[str, str] = field(default_factory=dict)
     rare: bool = True
     unless: Callable[..., str | None] = lambda **_: None
     because: str = ""

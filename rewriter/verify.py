@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fastft.rewriter import compat, match, pattern
+from fastft.rewriter import autocast, compat, match, pattern
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import between, describe, may_alias, name_of, only_reads, switches_mode, written
 from fastft.rewriter.match import Match
@@ -43,7 +43,7 @@ class Verifier:
 
     def _by_value(self, rule: Rule, values: dict[str, Any], found: Match) -> str | None:
         results = [value_of(root) for root in found.roots]
-        key = (rule, *map(_key, values.values()), *map(_key, results))
+        key = (rule, autocast.state(), *map(_key, values.values()), *map(_key, results))
         if None in key or key not in self._verdicts:
             self._verdicts[key] = unfit(rule, values) or retraced(found, values) or replaced(rule, values, results)
         return self._verdicts[key]

@@ -222,15 +222,20 @@ def step(model: Callable, inputs: dict[str, Tensor], of: nn.Module) -> Step:
 
 def truth(model: nn.Module, inputs: dict[str, Tensor]) -> Step:
     """What the batch gives with the same weights in float64, norms and softmax included."""
-    exact = copy.deepcopy(model)
+    exact = in_double(model)
     exact.gradient_checkpointing_disable()
+    with Double():
+        return step(exact, inputs, exact)
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """A copy with the same weights in float64, 4-bit ones too."""
+    exact = copy.deepcopy(model)
     for name, module in list(exact.named_modules()):
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             parent, _, child = name.rpartition(".")
             setattr(exact.get_submodule(parent), child, _dequantized(module))
-    exact.double()
-    with _Double():
-        return step(exact, inputs, exact)
+    return exact.double()
 
 
 def _dequantized(module: nn.Module) -> nn.Linear:
@@ -242,7 +247,7 @@ def _dequantized(module: nn.Module) -> nn.Linear:
     return linear
 
 
-class _Double(TorchFunctionMode):
+class Double(TorchFunctionMode):
     """Wherever a model asks for a lower precision, float64 is taken."""
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
