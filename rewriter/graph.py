@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastft.rewriter.compat import value_of
 _BODIES = ("tag_activation_checkpoint", "autograd_function_apply", "invoke_subgraph", "wrap")
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
+_RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
 _MODE_SWITCHES = (
     "_set_grad_enabled",
     "_enter_autocast",
@@ -97,6 +99,11 @@ def _writes_to_inputs(body: GraphModule) -> bool:
     given = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
     nodes = [node for node in body.graph.nodes if not only_reads(body, node)]
     return any(may_alias(target, one) for node in nodes for target in written(node) for one in given)
+
+
+def draws(node: Node) -> bool:
+    """Whether this node may take random numbers, whose order is part of what a graph computes."""
+    return compat.is_higher_order(node.target) or _RANDOM.search(name_of(node.target)) is not None
 
 
 def switches_mode(node: Node) -> bool:

@@ -116,6 +116,7 @@ class _Lifting:
         for node in made:
             node.meta = {key: value for key, value in latest.meta.items() if key != "example_value"}
             compat.propagate(node)
+            compat.needs_gradient(node)
         fold(self.graph, made)  # a dtype that the replacement asks for
         self.replaced.update(found.calls.values())
         self.unused += [self.originals[node] for node in found.calls.values()]

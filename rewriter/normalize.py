@@ -101,7 +101,7 @@ def normalize(graph: Graph) -> None:
 
 
 def _normalize_node(node: Node) -> None:
-    if (dtype := _cast_dtype(node)) is not None:
+    if (dtype := cast_dtype(node)) is not None:
         _normalize_cast(node, dtype)
     elif node.target is operator.getitem:
         _normalize_index(node)
@@ -256,6 +256,12 @@ def _is_zero(value: Any) -> bool:
     return type(value) is int and value == 0
 
 
+def arguments_of(node: Node) -> tuple[tuple, dict[str, Any]] | None:
+    """A call's positional arguments, defaults at the end dropped, and the others; None if the table does not know it."""
+    form = SIGNATURES.get(node.target) if callable(node.target) else None
+    return None if form is None else _bind(form, node)
+
+
 def _bind(form: Signature, node: Node) -> tuple[tuple, dict[str, Any]] | None:
     """Positional arguments with trailing defaults dropped, and the keyword-only ones that are not the default."""
     named = {_RENAMED.get(name, name): argument for name, argument in node.kwargs.items()}
@@ -292,7 +298,7 @@ def _is_float(node: Any) -> bool:
     return isinstance(value := value_of(node), Tensor) and value.is_floating_point()
 
 
-def _cast_dtype(node: Node) -> torch.dtype | None:
+def cast_dtype(node: Node) -> torch.dtype | None:
     """The dtype this node casts to, if all that it does is to cast its first argument."""
     if node.op != "call_method" or node.target not in _CASTS:
         return None

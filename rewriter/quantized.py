@@ -20,13 +20,14 @@ from torch.fx import GraphModule, Node
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import describe
+from fastft.rewriter.graph import describe, only_reads
 from fastft.rewriter.report import GraphReport, Lifted, NearMiss
 from fastft.rewriter.verify import same_kind
 
 RULE = "lora_linear.four_bit"
 _NESTED_BLOCK = 256
 _ADD = (operator.iadd, operator.add, torch.add)
+_VIEWS = ("view", "reshape", "t", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class NotOneError(Exception):
 
 def lift(gm: GraphModule, report: GraphReport) -> None:
     """Replace every projection of a 4-bit weight in one graph; what nearly is one goes into ``report``."""
+    unused: list[Node] = []
     for node in list(gm.graph.nodes):
         if not any(_is_op(one, "gemm_4bit", "dequantize_4bit") for one in _calls(gm, node)):
             continue
@@ -64,24 +66,34 @@ def lift(gm: GraphModule, report: GraphReport) -> None:
         try:
             root, projection = _projection_at(gm, node)
             _check(root, projection)
+            _replace(gm, root, projection, unused)
+            report.lifted.append(Lifted(RULE, *place))
         except NotOneError as declined:
             report.near_misses.append(NearMiss(RULE, *place, str(declined)))
-            continue
         except Exception as error:  # a spelling that is not known must not cost the whole graph
             report.near_misses.append(NearMiss(RULE, *place, f"it could not be read: {describe(error)}"))
-            continue
-        if _replace(gm, root, projection):
-            report.lifted.append(Lifted(RULE, *place))
-        else:
-            report.near_misses.append(NearMiss(RULE, *place, "the op's result would be laid out otherwise"))
-    gm.graph.eliminate_dead_code(_is_impure)
+    _erase(gm, unused)
 
 
-def _is_impure(node: Node) -> bool:
-    """All but what held the weights' bytes and statistics together, which nothing uses any more."""
-    views = ("view", "reshape", "t", "to", "contiguous")
-    unused = node.op == "get_attr" or (node.op == "call_method" and node.target in views) or _of_bitsandbytes(node)
-    return not unused
+def _erase(gm: GraphModule, unused: list[Node]) -> None:
+    """Take out what only served the projections that were replaced: views of their bytes, de-quantisation."""
+    erased: set[Node] = set()
+    while unused:
+        node = unused.pop()
+        if node not in erased and not node.users and _only_serves(node):
+            erased.add(node)
+            unused += node.all_input_nodes
+            gm.graph.erase_node(node)
+
+
+def _only_serves(node: Node) -> bool:
+    """Whether this has no effect but its value."""
+    if node.op in ("get_attr", "call_method"):
+        return node.op == "get_attr" or node.target in (*_VIEWS, "to")
+    if _of_bitsandbytes(node):
+        return not compat.is_mutable(node.target)
+    added = node.target in _ADD and all(_of_bitsandbytes(one) or one.op == "placeholder" for one in node.all_input_nodes)
+    return added or _is_function(node)
 
 
 def _calls(gm: GraphModule, node: Node) -> Iterator[Node]:
@@ -92,11 +104,15 @@ def _calls(gm: GraphModule, node: Node) -> Iterator[Node]:
 
 def _body(gm: GraphModule, node: Node, number: int) -> GraphModule | None:
     """An autograd.Function's forward body, 0, or its backward body, 1."""
-    target: Any = node.target
-    if node.op != "call_function" or not compat.is_higher_order(target) or target.name() != "autograd_function_apply":
+    if not _is_function(node):
         return None
     body: Any = node.args[number]
     return getattr(gm, str(body.target)) if isinstance(body, Node) else body
+
+
+def _is_function(node: Node) -> bool:
+    target: Any = node.target
+    return node.op == "call_function" and compat.is_higher_order(target) and target.name() == "autograd_function_apply"
 
 
 def _of_bitsandbytes(node: Any) -> bool:
@@ -117,7 +133,7 @@ def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, Projection]:
         return _linear_above(node, reader)
     backward = _body(gm, node, 1)
     assert backward is not None
-    return _function(node, body, backward)
+    return _function(gm, node, body, backward)
 
 
 def _linear_above(node: Node, reader: _Reader) -> tuple[Node, Projection]:
@@ -134,9 +150,11 @@ def _linear_above(node: Node, reader: _Reader) -> tuple[Node, Projection]:
             raise NotOneError("the de-quantised weight goes elsewhere than into a linear layer")
 
 
-def _function(node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, Projection]:
+def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, Projection]:
     given = list(node.args[2:])
     outside = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
+    if not only_reads(gm, node):
+        raise NotOneError("its autograd.Function writes to what it is given")
     results, saved = _output(body)
     projection = _Reader(outside).projection(_first(results))
     users = list(node.users)
@@ -169,7 +187,11 @@ def _first(results: Any) -> Any:
 
 
 def _is_view(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_method" and node.target in ("view", "reshape", "t", "contiguous")
+    """Whether this has the bytes of its argument in their order: a transposition has where one axis is all there is."""
+    if not isinstance(node, Node) or node.op != "call_method" or node.target not in _VIEWS:
+        return False
+    typed = any(isinstance(one, torch.dtype) for one in node.args)
+    return not typed and (node.target != "t" or 1 in value_of(node).shape)
 
 
 def _check_gradients(
@@ -178,22 +200,28 @@ def _check_gradients(
     """x's gradient is grad_output W, the bias's the sum of grad_output over rows, and nothing else gets one."""
     for gradient, argument in zip(gradients, given, strict=True):
         if argument is projection.x:
-            product = _through_casts(gradient)
+            product = _through_casts(gradient, value_of(projection.x).dtype)
             right = product.target in (torch.matmul, operator.matmul) or product.target == "matmul"
             if not right or product.args[0] is not grad_output:
                 raise NotOneError("its backward is not the product of the gradient and the weight")
             if reader.weight(product.args[1]) != projection.weight:
                 raise NotOneError("its backward takes another weight than its forward")
-        elif argument is projection.bias and gradient is not None:
-            if gradient.target != "sum" or gradient.args[:2] != (grad_output, 0):
+        elif argument is projection.bias and (gradient is not None or value_of(argument).requires_grad):
+            if gradient is None or gradient.target != "sum" or gradient.args[:2] != (grad_output, 0):
                 raise NotOneError("the bias's gradient is not a sum over rows")
         elif gradient is not None:
             raise NotOneError("something besides x and the bias gets a gradient")
 
 
-def _through_casts(node: Any) -> Any:
+def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
+    """What this is cast from, if the casts lose nothing; the last one may round to ``dtype``."""
+    last = True
     while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
-        node = node.args[0]
+        given, result = value_of(node.args[0]).dtype, value_of(node).dtype
+        widens = given.is_floating_point and result.is_floating_point and torch.promote_types(given, result) == result
+        if not widens and not (last and result == dtype and given.is_floating_point):
+            break
+        node, last = node.args[0], False
     return node
 
 
@@ -228,7 +256,9 @@ class _Reader:
             raise NotOneError(f"{node} is not a linear layer")
         x, weight, bias = [*node.args, None][:3]
         bias = node.kwargs.get("bias", bias)
-        return Projection(self.outer(x), self.weight(weight), None if bias is None else self.outer(bias))
+        read = self.outer(x)
+        weight = self.weight(weight, value_of(read).dtype)
+        return Projection(read, weight, None if bias is None else self.outer(bias))
 
     def _gemm(self, node: Node) -> Projection:
         names = ("x", "packed", "shape", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code")
@@ -243,18 +273,23 @@ class _Reader:
         bias = values.get("bias")
         return Projection(self.outer(values["x"]), weight, None if bias is None else self.outer(bias))
 
-    def weight(self, node: Any) -> Weight:
+    def weight(self, node: Any, narrowest: torch.dtype | None = None) -> Weight:
         """The weight [rows, columns] that this de-quantises, transposed an even number of times.
 
-        Backward may cast it once more than forward does, as the weight remembers the dtype that it was made from.
+        narrowest: the dtype it may be rounded to on the way, at the most.  Backward has none: the weight remembers the
+        dtype that it was made from, and bitsandbytes rounds it to that in backward alone.
         """
-        turned = False
+        turned, dtypes = False, []
         while isinstance(node, Node) and node.op == "call_method" and node.target in ("t", "to"):
             turned ^= node.target == "t"
+            dtypes.append(value_of(node).dtype)
             node = node.args[0]
-        if not _is_op(node, "dequantize_4bit"):
+        if not _is_op(node, "dequantize_4bit") or node.kwargs:
             raise NotOneError(f"{node} is not a de-quantised weight")
-        packed, absmax, blocksize, quant_type, shape, _ = node.args
+        packed, absmax, blocksize, quant_type, shape, dtype = node.args
+        for one in (*dtypes, dtype) if narrowest is not None else ():
+            if torch.promote_types(one, narrowest) != one:
+                raise NotOneError(f"the weight is rounded to {one} before {narrowest}")
         if turned:
             raise NotOneError("the weight is transposed")
         first, nested = self._absmax(absmax)
@@ -264,7 +299,7 @@ class _Reader:
         if not isinstance(node, Node) or node.target not in _ADD:
             return self.outer(node), ()
         inner, offset = node.args
-        if not _is_op(inner, "dequantize_blockwise"):
+        if node.kwargs or not _is_op(inner, "dequantize_blockwise"):
             raise NotOneError("the absmax are computed in a way that is not known")
         bits, absmax, code, block, dtype = inner.args
         if block != _NESTED_BLOCK or dtype != torch.float32:
@@ -281,10 +316,13 @@ def _check(root: Node, projection: Projection) -> None:
             raise NotOneError(f"{node} is not a tensor")
         if isinstance(value, Tensor) and compat.written_to(value):
             raise NotOneError(f"{node} is written to in place")
+    bias = value_of(projection.bias)
+    if bias is not None and bias.shape != (weight.rows,):
+        raise NotOneError(f"its bias is of shape {tuple(bias.shape)}")
 
 
-def _replace(gm: GraphModule, root: Node, projection: Projection) -> bool:
-    """Put the op where the root is, if it gives the same kind of tensor."""
+def _replace(gm: GraphModule, root: Node, projection: Projection, unused: list[Node]) -> None:
+    """Put the op where the root is, if it gives the same kind of tensor; what the root read goes into ``unused``."""
     weight = projection.weight
     lists: list[list[Node]] = [[weight.packed], [weight.absmax], *([one] for one in weight.nested)]
     lists += [[]] * (5 - len(lists))
@@ -296,15 +334,17 @@ def _replace(gm: GraphModule, root: Node, projection: Projection) -> bool:
     with gm.graph.inserting_before(root):
         call = gm.graph.call_function(torch.ops.fastft.lora_linear, arguments)
         result = gm.graph.call_function(operator.getitem, (call, 0))
-    for node in (call, result):
-        node.meta |= {key: value for key, value in root.meta.items() if key != "example_value"}
-        compat.propagate(node)
-    if not same_kind(value_of(result), value_of(root)):
+    try:
+        for node in (call, result):
+            node.meta |= {key: value for key, value in root.meta.items() if key != "example_value"}
+            compat.propagate(node)
+        if not same_kind(value_of(result), value_of(root)):
+            raise NotOneError("the op's result would be laid out otherwise")
+    except Exception:
         gm.graph.erase_node(result)
         gm.graph.erase_node(call)
-        return False
+        raise
     compat.set_value(result, value_of(root))
     root.replace_all_uses_with(result)
-    for unused in (root, root.args[0]) if root.target is operator.getitem else (root,):
-        gm.graph.erase_node(unused)  # type: ignore[arg-type]
-    return True
+    unused += root.all_input_nodes
+    gm.graph.erase_node(root)

@@ -16,6 +16,7 @@ from fastft.rewriter.graph import bodies, name_of
 from fastft.rewriter.lift import fuse, lift
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rule import Rule
+from fastft.rewriter.verify import transformed
 
 log = logging.getLogger("fastft")
 
@@ -36,9 +37,12 @@ def rewrite(
     while body := next((one for one in bodies(gm) if id(one) not in done), None):  # what was lifted has no body left
         done.add(id(body))
         with autocast.around(gm, body):
-            quantized.lift(body, report)
+            plain = not transformed(body.graph)
+            if plain:
+                quantized.lift(body, report)
             lift(body, rules, report)
-            projections.group(body, report)
+            if plain:
+                projections.group(body, report)
             fuse(body, merging, report, across_layers=across_layers)
         body.graph.lint()
         body.recompile()

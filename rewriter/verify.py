@@ -21,8 +21,7 @@ class Verifier:
     def __init__(self, gm: GraphModule, graph: Graph) -> None:
         self._gm = gm  # holds the bodies that nodes of graph, which is a view of its own, run
         self._verdicts: dict[Any, str | None] = {}
-        transforms = [node for node in graph.nodes if compat.is_transform(node.target)]
-        self._transformed = bool(transforms) or compat.in_forward_mode()
+        self._transformed = transformed(graph)
 
     def reason(self, found: Match) -> str | None:
         """Why this match may not be rewritten; None if it may."""
@@ -47,6 +46,11 @@ class Verifier:
         if None in key or key not in self._verdicts:
             self._verdicts[key] = unfit(rule, values) or retraced(found, values) or replaced(rule, values, results)
         return self._verdicts[key]
+
+
+def transformed(graph: Graph) -> bool:
+    """Whether torch.func transforms or forward-mode differentiation are at work, of which the ops know nothing."""
+    return compat.in_forward_mode() or any(compat.is_transform(node.target) for node in graph.nodes)
 
 
 def unfit(rule: Rule, values: dict[str, Any]) -> str | None:
