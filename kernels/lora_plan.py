@@ -57,7 +57,8 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spa
     x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64; spare [M, r or more] as x.
     """
     if not _on_triton(x, s, terms):
-        s.copy_(x.to(s.dtype) @ terms.to(s.dtype).sum(0))
+        p = terms[0] if terms.shape[0] == 1 else terms.sum(0)  # summing would lay it out anew, for a less exact product
+        s.copy_(x.to(s.dtype) @ p.to(s.dtype))
         if copy is not None:
             copy.copy_(x)
         write_spare(spare, s)

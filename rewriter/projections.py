@@ -238,7 +238,7 @@ def _plain(node: Node) -> Projection | None:
         return None
     x, weight, bias = [*bound[0], None][:3]
     given = [value_of(one) for one in (x, weight, node)]
-    if not all(isinstance(one, Tensor) and compat.is_plain(one) and one.dtype in _FLOATING for one in given):
+    if not all(type(one) is Tensor or compat.is_plain(one) for one in given) or given[0].dtype not in _FLOATING:
         return None
     features = given[1].shape[0]
     if given[1].dim() != 2 or (bias is not None and value_of(bias).shape != (features,)):

@@ -191,4 +191,4 @@ def test_written_by_hand(dropout: float) -> None:
     ((gm, report),) = captures
     assert (ops(gm), rules(report)) == (["lora_linear"], (["lora.multiplied"], [GROUP]))
     for mine, other in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(mine, other)
+        assert (mine - other).norm() <= 1e-6 * other.norm()
