@@ -55,7 +55,7 @@ def quantize_(
     with progress.line() as say:
         for at, name in enumerate(names):
             say(f"quantising {name} ({at + 1} of {len(names)})")
-            layer = model.get_submodule(name)  # no list of layers, or each weight would outlive its turn
+            layer: Any = model.get_submodule(name)  # no list of layers, or each weight would outlive its turn
             reason = "it is the head" if id(layer) in heads else _reason(layer, uses, blocksize)
             reason = reason or _reason_of_parent(model.get_submodule(name.rpartition(".")[0]))
             if reason:
@@ -120,7 +120,7 @@ def _four_bit(layer: nn.Linear, quant_type: str, blocksize: int, double_quant: b
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
         compress_statistics=double_quant, quant_type=quant_type, device="meta",
     )  # fmt: skip
-    weight = Params4bit(
+    weight: Any = Params4bit(
         layer.weight.data, requires_grad=False, blocksize=blocksize, compress_statistics=double_quant,
         quant_type=quant_type, module=new,
     )  # fmt: skip
@@ -135,7 +135,9 @@ def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_
     from bitsandbytes.nn import Params4bit
 
     name = f"{prefix}weight"
-    statistics = {key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+    statistics = {
+        key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")
+    }
     if statistics:
         module.weight = Params4bit.from_prequantized(
             data=state_dict[name], quantized_stats=statistics, requires_grad=False, device=module.weight.device,
@@ -150,7 +152,10 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     setattr(parent, child, new)
-    if child == "base_layer" and (type(parent).__module__, type(parent).__name__) == ("peft.tuners.lora.layer", "Linear"):
+    if child == "base_layer" and (type(parent).__module__, type(parent).__name__) == (
+        "peft.tuners.lora.layer",
+        "Linear",
+    ):
         from peft.tuners.lora.bnb import Linear4bit
 
         parent.__class__ = Linear4bit

@@ -99,7 +99,13 @@ RULES = (
     rule(scaled_between, lora_add),
     rule(unscaled, lora_add_unscaled),
     rule(multiplied, lora_add_transposed, anchor=torch.matmul, shapes=_TRANSPOSED, unless=not_low_transposed),
-    rule(multiplied_unscaled, lora_add_transposed_unscaled, anchor=torch.matmul, shapes=_TRANSPOSED, unless=not_low_transposed),
+    rule(
+        multiplied_unscaled,
+        lora_add_transposed_unscaled,
+        anchor=torch.matmul,
+        shapes=_TRANSPOSED,
+        unless=not_low_transposed,
+    ),
     rule(biased, None, shapes={**_ADDED, "bias": "N"}, because="its second factor has a bias of its own"),
     rule(apart, None, shapes=_FACTORS, because="it is not added to a layer's result as LoRA is: DoRA, say"),
 )

@@ -17,7 +17,19 @@ from fastft.rewriter.graph import between, describe, draws, may_alias, name_of, 
 from fastft.rewriter.projections import LISTS, DeclinedError, Origin, Projection
 
 _OF_LAYOUT = frozenset(
-    "as_strided as_strided_ stride storage_offset storage untyped_storage set_ data_ptr is_contiguous resize_ numpy".split()
+    [
+        "as_strided",
+        "as_strided_",
+        "stride",
+        "storage_offset",
+        "storage",
+        "untyped_storage",
+        "set_",
+        "data_ptr",
+        "is_contiguous",
+        "resize_",
+        "numpy",
+    ]
 )
 _OF_TORCH = ("aten", "prims", "fastft", "bitsandbytes")
 
@@ -111,10 +123,12 @@ def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> li
         parts = [whole]
     else:
         ends = [sum(one.features for one in siblings[: at + 1]) for at in range(len(siblings))]
-        cuts = [slice(end - one.features or None, end) for one, end in zip(siblings, ends, strict=True)]
-        cuts[-1] = slice(cuts[-1].start, None)
+        cuts: list[Any] = [
+            (..., slice(end - one.features or None, end)) for one, end in zip(siblings, ends, strict=True)
+        ]
+        cuts[-1] = (..., slice(cuts[-1][1].start, None))
         parts = [
-            add(graph.call_function(operator.getitem, (whole, (Ellipsis, cut))), one.end)
+            add(graph.call_function(operator.getitem, (whole, cut)), one.end)
             for one, cut in zip(siblings, cuts, strict=True)
         ]
         parts = [

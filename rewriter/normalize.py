@@ -257,7 +257,7 @@ def _is_zero(value: Any) -> bool:
 
 
 def arguments_of(node: Node) -> tuple[tuple, dict[str, Any]] | None:
-    """A call's positional arguments, defaults at the end dropped, and the others; None if the table does not know it."""
+    """A call's positional arguments, without defaults at the end, and the others; None if it is not known."""
     form = SIGNATURES.get(node.target) if callable(node.target) else None
     return None if form is None else _bind(form, node)
 

@@ -1,6 +1,6 @@
 """Find projections and merge those of one input, with their adapters, into one ``fastft::lora_linear`` each group.
 
-A projection is a 4-bit one (quantized.py) or a linear layer, and the LoRA layers that are added to it (patterns/lora.py).
+A projection is a 4-bit one (quantized.py) or a linear layer, and the LoRA layers (patterns/lora.py) added to it.
 The siblings of a group read the same input: q, k and v; gate and up.  A linear layer without an adapter is left alone
 unless a sibling has one.
 """
@@ -223,12 +223,12 @@ def _four_bit(node: Node) -> Projection | None:
     call = node.args[0]
     if call.target is not torch.ops.fastft.lora_linear or node.args[1] != 0:
         return None
-    given = Group(*call.args)
+    given: Any = Group(*call.args)  # type: ignore[arg-type]  # nodes in the places of tensors
     weights = [list(getattr(given, name)) for name in LISTS]
     bias = next(iter(given.biases), None)
     return Projection(
         node, given.x, weights, bias, given.features[0], given.blocksize, given.quant_type, node, inner=[call]
-    )  # type: ignore[arg-type]
+    )
 
 
 def _plain(node: Node) -> Projection | None:

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import describe, only_reads
+from fastft.rewriter.normalize import arguments_of
 from fastft.rewriter.report import GraphReport, Lifted, NearMiss
 from fastft.rewriter.verify import same_kind
 
@@ -92,7 +93,9 @@ def _only_serves(node: Node) -> bool:
         return node.op == "get_attr" or node.target in (*_VIEWS, "to")
     if _of_bitsandbytes(node):
         return not compat.is_mutable(node.target)
-    added = node.target in _ADD and all(_of_bitsandbytes(one) or one.op == "placeholder" for one in node.all_input_nodes)
+    added = node.target in _ADD and all(
+        _of_bitsandbytes(one) or one.op == "placeholder" for one in node.all_input_nodes
+    )
     return added or _is_function(node)
 
 
@@ -173,7 +176,8 @@ def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphMod
 
 def _output(body: GraphModule) -> tuple[Any, Sequence[Any]]:
     """What a forward body returns, and what it keeps for backward."""
-    results, saved = body.graph.output_node().args[0]
+    returned: Any = body.graph.output_node().args[0]
+    results, saved = returned
     return results, saved
 
 
@@ -254,15 +258,16 @@ class _Reader:
         node = _through_casts(node)
         if not isinstance(node, Node) or node.target is not F.linear:
             raise NotOneError(f"{node} is not a linear layer")
-        x, weight, bias = [*node.args, None][:3]
-        bias = node.kwargs.get("bias", bias)
+        bound = arguments_of(node)
+        if bound is None:
+            raise NotOneError(f"{node} is called in a way that is not known")
+        x, weight, bias = [*bound[0], None][:3]
         read = self.outer(x)
-        weight = self.weight(weight, value_of(read).dtype)
-        return Projection(read, weight, None if bias is None else self.outer(bias))
+        return Projection(read, self.weight(weight, value_of(read).dtype), None if bias is None else self.outer(bias))
 
     def _gemm(self, node: Node) -> Projection:
         names = ("x", "packed", "shape", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code")
-        values = {**dict(zip((*names, "absmax_offset"), node.args, strict=False)), **node.kwargs}
+        values: dict[str, Any] = {**dict(zip((*names, "absmax_offset"), node.args, strict=False)), **node.kwargs}
         nested = [values.get(name) for name in ("absmax_8bit", "absmax_code", "absmax_offset")]
         present = tuple(self.outer(one) for one in nested if one is not None)
         rows, columns = values["shape"]
@@ -287,16 +292,17 @@ class _Reader:
         if not _is_op(node, "dequantize_4bit") or node.kwargs:
             raise NotOneError(f"{node} is not a de-quantised weight")
         packed, absmax, blocksize, quant_type, shape, dtype = node.args
-        for one in (*dtypes, dtype) if narrowest is not None else ():
-            if torch.promote_types(one, narrowest) != one:
+        for one in (*dtypes, dtype):
+            if narrowest is not None and torch.promote_types(one, narrowest) != one:
                 raise NotOneError(f"the weight is rounded to {one} before {narrowest}")
         if turned:
             raise NotOneError("the weight is transposed")
         first, nested = self._absmax(absmax)
-        return Weight(self.packed(packed), first, nested, *shape, blocksize, quant_type)
+        rows, columns = shape
+        return Weight(self.packed(packed), first, nested, rows, columns, blocksize, quant_type)
 
     def _absmax(self, node: Any) -> tuple[Node, tuple[Node, ...]]:
-        if not isinstance(node, Node) or node.target not in _ADD:
+        if getattr(node, "target", None) not in _ADD:
             return self.outer(node), ()
         inner, offset = node.args
         if node.kwargs or not _is_op(inner, "dequantize_blockwise"):
@@ -327,7 +333,7 @@ def _replace(gm: GraphModule, root: Node, projection: Projection, unused: list[N
     lists: list[list[Node]] = [[weight.packed], [weight.absmax], *([one] for one in weight.nested)]
     lists += [[]] * (5 - len(lists))
     biases = [] if projection.bias is None else [projection.bias]
-    arguments = (
+    arguments: Any = (
         projection.x, *lists, biases, [], [], [], [weight.rows], [0] * len(biases), [], [], weight.blocksize,
         weight.quant_type, False,
     )  # fmt: skip

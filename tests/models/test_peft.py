@@ -1,4 +1,4 @@
-"""PEFT's adapters on plain and on 4-bit layers: whatever they are, a layer's projections are four groups and stay right."""
+"""Adapters of PEFT on plain and 4-bit layers: whatever they are, the projections of a layer form four groups."""
 
 import contextlib
 from collections import Counter
@@ -138,7 +138,9 @@ def compiled(model: nn.Module, reports: list[GraphReport]) -> Callable:
 
 def found(reports: list[GraphReport]) -> tuple[Counter[str], Counter[str]]:
     """How often each rule applied; what adds LoRA counts as one rule, however PEFT writes it."""
-    lifted = Counter(one.rule if not one.rule.startswith("lora.") else "lora" for report in reports for one in report.lifted)
+    lifted = Counter(
+        one.rule if not one.rule.startswith("lora.") else "lora" for report in reports for one in report.lifted
+    )
     return lifted, Counter(one.rule for report in reports for one in report.fused)
 
 
@@ -255,7 +257,9 @@ def trainable_weights(model: nn.Module) -> None:
 
 
 @on_devices
-@pytest.mark.parametrize("setup", [Setup("", bias=True), Setup("", torch.bfloat16, torch.bfloat16, bias=True), Setup(bias=True)])
+@pytest.mark.parametrize(
+    "setup", [Setup("", bias=True), Setup("", torch.bfloat16, torch.bfloat16, bias=True), Setup(bias=True)]
+)
 def test_trainable_weights_and_biases(device: str, setup: Setup) -> None:
     model, reports = setup.build(device), []  # type: ignore[var-annotated]
     trainable_weights(model)

@@ -1,4 +1,4 @@
-"""Which expressions become fastft::lora_add and then part of a fastft::lora_linear, which do not, and for what reason."""
+"""Which expressions become fastft::lora_add and then part of a fastft::lora_linear, which do not, and why."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,11 @@ GROUP = "lora_linear.group"
 
 def factors(transposed: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     a, b = normal(RANK, IN, dtype=dtype, seed=1), normal(OUT, RANK, dtype=dtype, seed=2)
-    return (a.detach().T.contiguous().requires_grad_(), b.detach().T.contiguous().requires_grad_()) if transposed else (a, b)
+    return (
+        (a.detach().T.contiguous().requires_grad_(), b.detach().T.contiguous().requires_grad_())
+        if transposed
+        else (a, b)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -30,7 +34,11 @@ def test_every_reference_becomes_one_op_with_its_layer(name: str, dtype: torch.d
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return reference(F.linear(x, weight), x, a, b, *numbers)
 
-    values = [normal(B, S, IN, dtype=dtype), frozen(OUT, IN, dtype=dtype, seed=3), *factors(name.startswith("multiplied"), dtype)]
+    values = [
+        normal(B, S, IN, dtype=dtype),
+        frozen(OUT, IN, dtype=dtype, seed=3),
+        *factors(name.startswith("multiplied"), dtype),
+    ]
     gm, report = lifted(function, *values)
     first = "scaled" if name == "scaled_and_cast" else name  # a cast that changes nothing is none
     assert rules(report) == ([f"lora.{first}"], [GROUP])

@@ -119,7 +119,12 @@ def written_to_afterwards(net: Net, x: Tensor) -> Tensor:
 
 def into_a_checkpoint(net: Net, x: Tensor) -> Tensor:
     q, k = net.q(x), net.k(x)
-    return checkpoint(lambda one, other: torch.cat([one.tanh(), other.view(-1, 32).tanh().view(2, 5, 32)], -1), q, k, use_reentrant=False)
+    return checkpoint(
+        lambda one, other: torch.cat([one.tanh(), other.view(-1, 32).tanh().view(2, 5, 32)], -1),
+        q,
+        k,
+        use_reentrant=False,
+    )
 
 
 def out_of_a_checkpoint(net: Net, x: Tensor) -> tuple[Tensor, ...]:
@@ -219,7 +224,11 @@ APART: dict[Callable, int] = {
 def test_no_siblings(function: Callable) -> None:
     captures = check(Net(function))
     assert groups(captures) == APART[function]
-    widths = [node.args[10] for gm, _ in captures for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.lora_linear)]
+    widths = [
+        node.args[10]
+        for gm, _ in captures
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.lora_linear)
+    ]
     assert all(len(one) == 1 for one in widths)
 
 
@@ -243,7 +252,9 @@ def an_input_written_to(net: Net, x: Tensor) -> Tensor:
     return q + net.q.delta(h)
 
 
-@pytest.mark.parametrize("function", [a_cast_source_written_to, a_bias_written_to, an_input_written_to], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "function", [a_cast_source_written_to, a_bias_written_to, an_input_written_to], ids=lambda one: one.__name__
+)
 def test_what_is_written_to_is_left_alone(function: Callable) -> None:
     captures = check(Net(function))
     assert all("written to" in reason for _, report in captures for reason in reasons(report))

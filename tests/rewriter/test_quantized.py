@@ -18,7 +18,9 @@ IN, OUT = 128, 64
 class Weight(nn.Module):
     """A 4-bit weight [OUT, IN], with a bias."""
 
-    def __init__(self, nested: bool = True, dtype: torch.dtype = torch.float32, storage: torch.dtype = torch.uint8) -> None:
+    def __init__(
+        self, nested: bool = True, dtype: torch.dtype = torch.float32, storage: torch.dtype = torch.uint8
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         packed, self.state = quantize_4bit(
@@ -99,7 +101,9 @@ def by_keyword(weight: Weight, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("needs_grad", [True, False])
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("function", [as_now, before_50, by_hand, turned_twice, by_keyword], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "function", [as_now, before_50, by_hand, turned_twice, by_keyword], ids=lambda one: one.__name__
+)
 def test_every_form_is_one_op(function: Callable, nested: bool, needs_grad: bool) -> None:
     x = torch.randn(2, 5, IN, requires_grad=needs_grad)
     gm, report = check(Net(Weight(nested), function), x)
@@ -158,9 +162,13 @@ def test_bytes_in_another_order() -> None:
 
 def offset_twice(weight: Weight, x: Tensor) -> Tensor:
     state = weight.state
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise(state.absmax, state.state2.absmax, state.state2.code, 256, torch.float32)
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+        state.absmax, state.state2.absmax, state.state2.code, 256, torch.float32
+    )
     absmax = torch.add(absmax, state.offset, alpha=2)
-    return F.linear(x, torch.ops.bitsandbytes.dequantize_4bit(weight.packed, absmax, 64, "nf4", [OUT, IN], torch.float32))
+    return F.linear(
+        x, torch.ops.bitsandbytes.dequantize_4bit(weight.packed, absmax, 64, "nf4", [OUT, IN], torch.float32)
+    )
 
 
 def broadcast_bias(weight: Weight, x: Tensor) -> Tensor:
@@ -197,7 +205,11 @@ def of(gradient: Callable[[Tensor, Tensor, Any], Any]) -> Callable:
 
 BACKWARDS: dict[str, Callable] = {
     "doubled": lambda grad, packed, state: (2.0 * grad @ dequantize_4bit(packed, state), None, None),
-    "rounded": lambda grad, packed, state: ((grad @ dequantize_4bit(packed, state)).to(torch.int32).float(), None, None),
+    "rounded": lambda grad, packed, state: (
+        (grad @ dequantize_4bit(packed, state)).to(torch.int32).float(),
+        None,
+        None,
+    ),
     "of another gradient": lambda grad, packed, state: (grad.abs() @ dequantize_4bit(packed, state), None, None),
     "none for a trainable bias": lambda grad, packed, state: (grad @ dequantize_4bit(packed, state), None, None),
     "another bias's": lambda grad, packed, state: (grad @ dequantize_4bit(packed, state), None, grad.sum((0, 1)) * 2.0),
@@ -218,7 +230,24 @@ def test_ops_that_write_are_kept() -> None:
 
     def step(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
         torch.ops.bitsandbytes.optimizer_update_32bit(
-            "adam", gradient, parameter, first, second, None, 0.0, 0.0, 0.9, 0.99, 0.0, 0.0, 1e-8, 0.0, 1, 0.1, 1.0, False
+            "adam",
+            gradient,
+            parameter,
+            first,
+            second,
+            None,
+            0.0,
+            0.0,
+            0.9,
+            0.99,
+            0.0,
+            0.0,
+            1e-8,
+            0.0,
+            1,
+            0.1,
+            1.0,
+            False,
         )
         return parameter * 1.0
 
