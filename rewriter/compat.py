@@ -64,7 +64,6 @@ __all__ = [
     "maybe_mark_dynamic",
     "min_cut_rematerialization_partition",
     "module_path",
-    "needs_gradient",
     "propagate",
     "recompile_reason",
     "remembered_sizes",
@@ -108,14 +107,6 @@ def propagate(node: Node) -> None:
     # A real op writes its results in place; .data is the same tensor without that history, which a fake one has not.
     real = lambda tensor: tensor if isinstance(tensor, FakeTensor) else tensor.data  # noqa: E731
     set_value(node, tree_map_only(Tensor, real, result))
-
-
-def needs_gradient(node: Node) -> None:
-    """Mark what a new call computes as in need of a gradient if one of its arguments is."""
-    given = [one for argument in node.all_input_nodes for one in tensors_in(value_of(argument))]
-    value = value_of(node)
-    if isinstance(value, Tensor) and value.is_floating_point() and any(one.requires_grad for one in given):
-        set_value(node, value.detach().requires_grad_())
 
 
 def fake_mode_of(values: Any) -> AbstractContextManager:

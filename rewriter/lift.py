@@ -116,7 +116,7 @@ class _Lifting:
         for node in made:
             node.meta = {key: value for key, value in latest.meta.items() if key != "example_value"}
             compat.propagate(node)
-            compat.needs_gradient(node)
+            _mark(node)
         fold(self.graph, made)  # a dtype that the replacement asks for
         self.replaced.update(found.calls.values())
         self.unused += [self.originals[node] for node in found.calls.values()]
@@ -124,6 +124,14 @@ class _Lifting:
             compat.set_value(result, value_of(root))
             root.replace_all_uses_with(result)
             self.originals[view_root] = result
+
+
+def _mark(node: Node) -> None:
+    """A new call's result needs a gradient if one of its arguments does."""
+    given = [one for argument in node.all_input_nodes for one in compat.tensors_in(value_of(argument))]
+    value = value_of(node)
+    if isinstance(value, Tensor) and value.is_floating_point() and any(one.requires_grad for one in given):
+        compat.set_value(node, value.detach().requires_grad_())
 
 
 def _place(node: Node) -> tuple[str, str]:
