@@ -23,7 +23,6 @@ from typing import Any
 
 import arguments
 import checkout
-import kernels
 import torch
 import torch._functorch.config
 from measure import machine
@@ -32,6 +31,8 @@ from presets import PRESETS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+import kernels
 
 Row = dict[str, Any]
 CONTENDERS = ("bare", "fastft", "inductor", "unsloth", "eager")
@@ -90,7 +91,10 @@ def contender(name: str, module: Any, widths: dict[str, int]) -> Call:
     if name == "unsloth":
         from unsloth.kernels import fast_lora
 
-        apply = {"qkv": lambda m, x: fast_lora.apply_lora_qkv(m, x, inplace=False), "o": lambda m, x: (fast_lora.apply_lora_o(m, x),)}
+        apply = {
+            "qkv": lambda m, x: fast_lora.apply_lora_qkv(m, x, inplace=False),
+            "o": lambda m, x: (fast_lora.apply_lora_o(m, x),),
+        }
         if (group := "qkv" if "q_proj" in widths else "o" if "o_proj" in widths else "") in apply:
             return lambda x: apply[group](module, x)
         raise LookupError("it has no function for this group alone")
@@ -203,12 +207,23 @@ def measured(group: str, rows: int, options: argparse.Namespace) -> Iterator[Row
 
 def table(rows: list[Row], count: int) -> Table:
     """Forward and backward of each group and all of them together, and the ratio to the GEMMs."""
-    of = {(row["group"], row["contender"], row["direction"]): row["us"] for row in rows if row["rows"] == count and "us" in row}
+    of = {
+        (row["group"], row["contender"], row["direction"]): row["us"]
+        for row in rows
+        if row["rows"] == count and "us" in row
+    }
     names = [name for name in CONTENDERS if any(key[1] == name for key in of)]
-    shown = Table("group", *(f"{name} us" for name in names), *(f"{name} /bare" for name in names[1:]), title=f"{count} rows, forward + backward")
+    shown = Table(
+        "group",
+        *(f"{name} us" for name in names),
+        *(f"{name} /bare" for name in names[1:]),
+        title=f"{count} rows, forward + backward",
+    )
     totals: dict[str, list[float]] = {name: [] for name in names}
     for group in dict.fromkeys(key[0] for key in of):
-        sums = {name: sum(of.get((group, name, way), float("nan")) for way in ("forward", "backward")) for name in names}
+        sums = {
+            name: sum(of.get((group, name, way), float("nan")) for way in ("forward", "backward")) for name in names
+        }
         for name in names:
             totals[name].append(sums[name])
         _add(shown, group, sums, names)

@@ -1,6 +1,27 @@
 """The ops ``torch.ops.fastft.*``: one file an op, with its reference, autograd, FLOP formula and Triton kernels."""
 
-from fastft.kernels import add_rms_norm, dequantize_4bit, glu, layer_norm, lora_add, lora_linear, norm_rotary, rms_norm, rotary
+from fastft.kernels import (
+    add_rms_norm,
+    dequantize_4bit,
+    glu,
+    layer_norm,
+    lora_add,
+    lora_linear,
+    norm_rotary,
+    rms_norm,
+    rotary,
+)
 from fastft.kernels.registry import REGISTRY
 
-__all__ = ["REGISTRY", "add_rms_norm", "dequantize_4bit", "glu", "layer_norm", "lora_add", "lora_linear", "norm_rotary", "rms_norm", "rotary"]
+__all__ = [
+    "REGISTRY",
+    "add_rms_norm",
+    "dequantize_4bit",
+    "glu",
+    "layer_norm",
+    "lora_add",
+    "lora_linear",
+    "norm_rotary",
+    "rms_norm",
+    "rotary",
+]

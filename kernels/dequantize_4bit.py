@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.registry import cases, define, load
+from fastft.kernels.registry import define, load
 
 NESTED_BLOCK = 256  # absmax values that share one of their own
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

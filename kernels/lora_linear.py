@@ -1,4 +1,4 @@
-"""Projections of one input, side by side, each with its adapters:  y_i = x W_i^T + bias_i + sum_j s_j (x_j A_j^T) B_j^T.
+"""Projections of one input, side by side, with their adapters:  y_i = x W_i^T + bias_i + sum_j s_j (x_j A_j^T) B_j^T.
 
 Sources: Hu et al., LoRA, 2021, arXiv:2106.09685; Dettmers et al., QLoRA, 2023, arXiv:2305.14314.
 
@@ -16,8 +16,8 @@ inputs: what the adapters read, if that is not x: one [..., K] for all of them (
 blocksize, quant_type: of 4-bit weights, "" for others.
 widened: y is float32 (float64 beside float64), as adapters in float32 add to a float32 residual stream.
 
-Otherwise y has x's dtype; products are summed in float32 at least.  The second result, x_j A_j^T of all adapters beside each
-other [..., sum of r], float32, is for backward.  No weight is kept in 16 bits.
+Otherwise y has x's dtype; products are summed in float32 at least.  The second result, x_j A_j^T of all adapters beside
+each other [..., sum of r], float32, is for backward.  No weight is kept in 16 bits.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,8 @@ class Group(NamedTuple):
 
 def reference(
     x: Tensor, weights: Sequence[Tensor], absmax: Sequence[Tensor], absmax_8bit: Sequence[Tensor],
-    absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor], biases: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor], features: Sequence[int],
+    absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor], biases: Sequence[Tensor],
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor], features: Sequence[int],
     biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int, quant_type: str,
     widened: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -170,22 +171,36 @@ def _check(group: Group) -> None:
     if group.quant_type:
         nested = (group.absmax_8bit, group.absmax_code, group.absmax_offset)
         complete = len(group.absmax) == n and {len(one) for one in nested} in ({0}, {n})
-        torch._check(complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights")
+        torch._check(
+            complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights"
+        )
         for at in range(n):
             parts = [*group.statistics_of(at), None, None, None][:4]
             dequantize_4bit.check(group.weights[at], *parts, group.features[at], K, group.blocksize, group.quant_type)
-    for weight, size in zip(group.weights, group.features, strict=True):
-        fits = group.quant_type or (weight.shape == (size, K) and weight.dtype == x.dtype)
-        torch._check(bool(fits), lambda: f"a weight {weight.dtype} {tuple(weight.shape)} for ({size}, {K}), {x.dtype}")
-    for bias, at in zip(group.biases, group.biased, strict=True):
-        fits = bias.shape == (group.features[at],) and bias.dtype == x.dtype
-        torch._check(fits, lambda: f"a bias {bias.dtype} {tuple(bias.shape)} for {group.features[at]} {x.dtype}")
+    torch._check(len(group.biases) == len(group.biased), lambda: f"{len(group.biases)} biases of {group.biased}")
+    for at in range(n):
+        _check_sibling(group, at)
     for a, b, _, columns, _ in group.adapters:
-        size = columns.stop - columns.start
-        fits = a.shape == (a.shape[0], K) and b.shape == (size, a.shape[0])
-        torch._check(fits, lambda: f"A {tuple(a.shape)} and B {tuple(b.shape)} between {K} and {size} features")
-    torch._check(len(group.inputs) in (0, min(1, len(group.lora_a)), len(group.lora_a)), lambda: f"{len(group.inputs)} inputs of adapters")
+        _check_factors(a, b, K, columns.stop - columns.start)
+    counts = (0, min(1, len(group.lora_a)), len(group.lora_a))
+    torch._check(len(group.inputs) in counts, lambda: f"{len(group.inputs)} inputs of adapters")
     torch._check(all(one.shape == x.shape for one in group.inputs), lambda: "an adapter's input has another shape")
+
+
+def _check_sibling(group: Group, at: int) -> None:
+    """Raise where a weight that is not packed, or a bias, does not fit."""
+    dtype, shape, bias = group.x.dtype, (group.features[at], group.x.shape[-1]), group.bias(at)
+    weight = group.weights[at]
+    fits = bool(group.quant_type) or (weight.shape == shape and weight.dtype == dtype)
+    torch._check(fits, lambda: f"a weight {weight.dtype} {tuple(weight.shape)} for {shape}, {dtype}")
+    if bias is not None:
+        fits = bias.shape == shape[:1] and bias.dtype == dtype
+        torch._check(fits, lambda: f"a bias {bias.dtype} {tuple(bias.shape)} for {shape[0]} {dtype}")
+
+
+def _check_factors(a: Tensor, b: Tensor, columns: int, rows: int) -> None:
+    fits = a.shape == (a.shape[0], columns) and b.shape == (rows, a.shape[0])
+    torch._check(fits, lambda: f"A {tuple(a.shape)} and B {tuple(b.shape)} between {columns} and {rows} features")
 
 
 def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -318,9 +333,13 @@ lora_linear_backward = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     group = Group(*inputs)
-    ctx.lengths = [len(one) if isinstance(one, (list, tuple)) else None for one in group[: group._fields.index("features")]]
+    ctx.lengths = [
+        len(one) if isinstance(one, (list, tuple)) else None for one in group[: group._fields.index("features")]
+    ]
     ctx.others = inputs[len(ctx.lengths) :]
-    ctx.save_for_backward(output[1], *(t for one in inputs[: len(ctx.lengths)] for t in ([one] if isinstance(one, Tensor) else one)))
+    ctx.save_for_backward(
+        output[1], *(t for one in inputs[: len(ctx.lengths)] for t in ([one] if isinstance(one, Tensor) else one))
+    )
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 

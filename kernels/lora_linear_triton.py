@@ -6,7 +6,6 @@ TF32 each.  Sums that are split among programs are added up in one order.
 """
 # mypy: allow-untyped-defs
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 

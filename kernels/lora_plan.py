@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastft.kernels import dispatch
 from fastft.kernels.lora_linear import Group
-from fastft.kernels.registry import load, wide
+from fastft.kernels.registry import load
 
 FEW_ROWS = 64  # up to which bitsandbytes' fused GEMM, which reads 4 bits, is faster than de-quantising first
 MAX_RANK = 64  # of one launch
@@ -281,9 +281,7 @@ def _few_rows(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
         y[:, part] = y[:, part] + product if begun else product
 
 
-def backward(
-    targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]
-) -> None:
+def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]) -> None:
     """Fill the gradients that are needed."""
     found = iter(targets)
     lists = (1, len(group.weights), len(group.biases), len(group.lora_a), len(group.lora_b), len(group.inputs))

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastft.kernels import REGISTRY
 from fastft.kernels.registry import Entry, Shapes, parameter_of
 
-ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40, "K": 300, "N": 40}  # sizes that rows are made of, and the longest drawn
+# Sizes that rows are made of, and the longest drawn.
+ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40, "K": 300, "N": 40}
 Sizes = dict[str, Any]  # by name; "..." has a tuple
 
 
@@ -44,7 +45,11 @@ class Call:
     def arguments(self, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
         """All arguments, with these tensors in their places."""
         choice = self.entry.cases[self.case][1]
-        named = {name: [eval(one, {}, dict(self.sizes)) for one in value] for name, value in choice.items() if is_named(value)}
+        named = {
+            name: [eval(one, {}, dict(self.sizes)) for one in value]
+            for name, value in choice.items()
+            if is_named(value)
+        }
         return self.entry.arguments(tensors, {**choice, **named})
 
 
@@ -96,7 +101,9 @@ def calls(draw: st.DrawFn, op: str) -> Call:
     mixed, scale = draw(st.booleans()), draw(st.sampled_from((1.0, 0.03, 20.0)))
     specs = []
     for at, (name, spec) in enumerate(shapes.items()):
-        dtype = fixed_dtype(entry, name, spec) or (draw(dtypes) if mixed and parameter_of(name) not in entry.alike else common)
+        dtype = fixed_dtype(entry, name, spec) or (
+            draw(dtypes) if mixed and parameter_of(name) not in entry.alike else common
+        )
         alone = scale if at == 0 and entry.gradients else 1.0  # products of several large factors overflow float16
         specs.append((name, Spec(shape_of(spec, drawn), dtype, draw(st.sampled_from(LAYOUTS)), draw(seeds), alone)))
     given = trainable(entry, shapes)

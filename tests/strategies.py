@@ -50,7 +50,10 @@ def shapes(draw: st.DrawFn, largest_row: int = 300, most_rows: int = 48, most_ax
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor of normal values, or of any bytes, to be built; any layout but contiguous is a view of a larger or permuted buffer."""
+    """A tensor of normal values, or of any bytes, to be built.
+
+    Any layout but contiguous is a view of a larger or permuted buffer.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype

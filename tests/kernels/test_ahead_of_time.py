@@ -22,7 +22,8 @@ from fastft.kernels import tiles  # noqa: E402
 
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # per block
 FLOAT32 = re.compile(r"(\w*_)?(rstd|mean|partial\w*)_ptr")  # the other pointers have the dtype of the rows
-ALIGNED = re.compile(r"D|K|R|columns|rows|half|\w+_s\d|\w*stride\w*")  # sizes and strides that are multiples of 16 in a model
+# Sizes and strides that are multiples of 16 in a model.
+ALIGNED = re.compile(r"D|K|R|columns|rows|half|\w+_s\d|\w*stride\w*")
 ELEMENTS_A_THREAD = 8  # of a tile, from which on loads of 16 bits can be 16 bytes wide
 MODULES = sorted(path.stem for path in Path(str(fastft.kernels.__file__)).parent.glob("*_triton.py"))
 SPILLS_IN_3_8 = pytest.mark.xfail(
@@ -50,7 +51,9 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 def is_type(value: Any) -> bool:
     """Whether a constant of a variant is a type instead: "*fp32", "i32" or a tuple of them."""
-    return isinstance(value, tuple) or (isinstance(value, str) and re.fullmatch(r"\*?(row|u8|i32|fp32|bf16)", value) is not None)
+    return isinstance(value, tuple) or (
+        isinstance(value, str) and re.fullmatch(r"\*?(row|u8|i32|fp32|bf16)", value) is not None
+    )
 
 
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, row: str) -> Any:
