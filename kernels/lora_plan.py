@@ -19,7 +19,7 @@ from fastft.kernels import dispatch
 from fastft.kernels.lora_linear import Group
 from fastft.kernels.registry import load
 
-FEW_ROWS = 64  # up to which bitsandbytes' fused GEMM, which reads 4 bits, is faster than de-quantising first
+FEW_ROWS = 8  # below which bitsandbytes' GEMM reads the 4 bits themselves; from here on it too de-quantises, on sm_90
 MAX_RANK = 64  # of one launch
 ALIGNED = 64  # spare columns come in such numbers: rows of 128 bytes, and a GEMM's steps along K
 
@@ -179,7 +179,7 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
     y, s, x = rows(targets[0]), rows(targets[1]), rows(group.x)
     if y.shape[0] == 0:
         return
-    columns, spare = x.shape[1], spare_columns(group, x.shape[1], y.shape[1])
+    columns, spare = x.shape[1], 0 if _fused(group, x) else spare_columns(group, x.shape[1], y.shape[1])
     wider = x.new_empty(x.shape[0], columns + spare) if spare else None
     _products(group, x, s, wider)
     if wider is not None:
@@ -267,16 +267,18 @@ def _accumulate(out: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
 def _fused(group: Group, x: Tensor) -> bool:
     """Whether bitsandbytes' own GEMM takes this call: for few rows on a GPU."""
     few = group.quant_type != "" and x.is_cuda and x.shape[0] < FEW_ROWS
-    return few and x.shape[1] % group.blocksize == 0 and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+    takes = few and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.shape[1] % group.blocksize == 0
+    return takes and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 def _few_rows(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
     for at, part in enumerate(group.columns):
-        absmax, *nested = group.statistics_of(at)
+        absmax, *nested = [one.contiguous() for one in group.statistics_of(at)]
         names = ("absmax_8bit", "absmax_code", "absmax_offset")
+        packed = group.weights[at].contiguous().view(torch.uint8).view(-1, 1)  # whatever the bytes are stored as
         product = torch.ops.bitsandbytes.gemm_4bit(
-            x, group.weights[at].view(-1, 1), [group.features[at], x.shape[1]], absmax, group.blocksize,
-            group.quant_type, None, **dict(zip(names, nested, strict=False)),
+            x, packed, [group.features[at], x.shape[1]], absmax, group.blocksize, group.quant_type, None,
+            **dict(zip(names, nested, strict=False)),
         )  # fmt: skip
         y[:, part] = y[:, part] + product if begun else product
 
