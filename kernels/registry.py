@@ -103,7 +103,13 @@ def define(
 
     def run(*arguments: Any) -> Results:
         results = outputs(*arguments)
-        fill((results,) if isinstance(results, Tensor) else results, arguments)
+        targets = (results,) if isinstance(results, Tensor) else results
+        device = arguments[0].device.type
+        if torch.is_autocast_enabled(device):  # an op says itself what it computes in: its products are not cast
+            with torch.autocast(device, enabled=False):
+                fill(targets, arguments)
+        else:
+            fill(targets, arguments)
         return results
 
     op = torch.library.custom_op(

@@ -14,7 +14,7 @@ from compare import FORWARD, GRADIENT, RoundedOtherwise, assert_close_to_truth, 
 from hypothesis import given
 from hypothesis import strategies as st
 from op_calls import Call, calls, examples, nearby
-from strategies import DEVICES, DTYPES, INTERPRETING, upstream
+from strategies import DEVICES, DTYPES, INTERPRETING, LOW, upstream
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -221,6 +221,22 @@ def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
     for values in arguments(name, device):
         first, second = (tree_leaves(REGISTRY[name].op(*values)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_op
+@on_devices
+def test_autocast_changes_nothing(name: str, device: str) -> None:
+    """Dtypes are the op's own, in forward and backward; PyTorch's casts are in the graph, where the rules find them."""
+    for dtype in DTYPES:
+        for call in examples(name, dtype):
+            tensors = call.tensors(device)
+            plain = outputs_of(call.entry.op, call, tensors)
+            upstreams = [upstream(one, "random", at) for at, one in enumerate(plain)]
+            expected = evaluate(call.entry.op, call, leaves(call, tensors), upstreams)
+            with torch.autocast(device, dtype=LOW[-1]):
+                found = evaluate(call.entry.op, call, leaves(call, tensors), upstreams)
+            for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+                assert torch.equal(one, other)
 
 
 @every_op
