@@ -104,10 +104,11 @@ def dequantize_into(
 
     weights: of each its bytes and its statistics: absmax, or absmax, absmax_8bit, absmax_code and absmax_offset.
     """
-    if _on_triton(out, *(one for packed, statistics in weights for one in (packed, statistics[0]))):
-        with torch.cuda.device_of(out):
-            load("dequantize_4bit_triton.together")(out, weights, features, blocksize, quant_type)
-        return
+    tensors = [out, *(one for packed, statistics in weights for one in (packed, statistics[0]))]
+    if _on_triton(*tensors):
+        together = load("dequantize_4bit_triton.together")
+        if dispatch.launched(together, tensors, out, weights, features, blocksize, quant_type):
+            return
     for part, (packed, statistics) in zip(out.split(list(features)), weights, strict=True):
         absmax, *nested = [*statistics, None, None, None][:4]
         part.copy_(_on_cpu(packed, absmax, *nested, *part.shape, blocksize, quant_type, out.dtype))

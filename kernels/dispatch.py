@@ -77,22 +77,37 @@ def fill(
     if all(tensor.numel() > 0 for tensor in tensors):
         if key not in _verdicts:
             _verdicts[key] = takes(row_length, longest_row, tensors)
-        if _verdicts[key] and _launched(key, outputs, arguments, launcher()):
+        if _verdicts[key] and _filled(key, outputs, arguments, launcher()):
             return
     results = op(*arguments)
     for output, result in zip(outputs, (results,) if isinstance(results, Tensor) else results, strict=True):
         output.copy_(result)
 
 
-def _launched(
+def _filled(
     key: tuple[Any, ...], outputs: Sequence[Tensor], arguments: Sequence[Any], launch: Callable[..., None]
 ) -> bool:
-    """Launch; False, with a warning the first time, if the kernel cannot be compiled for this device."""
     by_rows = all(has_unit_rows(output) for output in outputs if output.dim() == outputs[0].dim())
     targets = outputs if by_rows else [torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
+    if not _launched(key, outputs[0], launch, targets, *arguments):
+        return False
+    if not by_rows:
+        for output, target in zip(outputs, targets, strict=True):
+            output.copy_(target)
+    return True
+
+
+def launched(launch: Callable[..., None], tensors: Sequence[Tensor], *arguments: Any) -> bool:
+    """Call launch(*arguments) for a part of an op; False where its kernel could not be compiled for these tensors."""
+    key = (launch, *dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors))
+    return _verdicts.setdefault(key, True) and _launched(key, tensors[0], launch, *arguments)
+
+
+def _launched(key: tuple[Any, ...], beside: Tensor, launch: Callable[..., None], *arguments: Any) -> bool:
+    """Launch; False, with a warning the first time, if the kernel cannot be compiled for this device."""
     try:
-        with torch.cuda.device_of(outputs[0]):  # Triton launches on the current device
-            launch(targets, *arguments)
+        with torch.cuda.device_of(beside):  # Triton launches on the current device
+            launch(*arguments)
     except Exception as error:
         from triton.errors import TritonError
 
@@ -101,7 +116,4 @@ def _launched(
         _verdicts[key] = False
         log.warning("%s: no Triton kernel for %s, plain PyTorch instead: %s", launch.__qualname__, key[1:], error)
         return False
-    if not by_rows:
-        for output, target in zip(outputs, targets, strict=True):
-            output.copy_(target)
     return True

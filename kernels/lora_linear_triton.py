@@ -230,11 +230,8 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
         )  # fmt: skip
 
 
-def outer(x: Tensor, s: Tensor, rounded: bool, transposed: bool) -> Tensor:
-    """x^T s in float32, in parts that are to be added: [parts, K, R], or [parts, R, K] if transposed.
-
-    rounded: s counts as rounded to x's dtype.
-    """
+def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transposed: bool) -> None:
+    """Write parts of x^T s [K, R], or of s^T x [R, K], into pieces.  rounded: s counts as rounded to x's dtype."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
@@ -248,4 +245,4 @@ def outer(x: Tensor, s: Tensor, rounded: bool, transposed: bool) -> Tensor:
     outer_kernel[(blocks, splits)](
         x, s, partial, M, K, R, n_rows, x.stride(0), s.stride(0), partial.stride(0), by_k, by_r, TERMS=terms, **meta
     )
-    return partial
+    collect(partial, pieces)

@@ -1,4 +1,4 @@
-"""How lora_linear runs: which GEMMs, what goes beside what, and the primitives that PyTorch has no fast call for.
+"""How lora_linear runs: which GEMMs, and what goes beside what.
 
 A 4-bit weight is written in 16 bits into scratch for one GEMM and freed with the call; torch's caching allocator gives
 the next group the same memory.  The adapters' part is either a few spare columns of that GEMM, [x | S] [W | s B]^T
@@ -8,120 +8,17 @@ the other a pass over its result, so the smaller of the two decides.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-from fastft.kernels import dispatch
 from fastft.kernels.lora_linear import Group
-from fastft.kernels.registry import load
+from fastft.kernels.lora_products import MAX_RANK, Piece, outer, place, project, terms_of, write_spare
 
 FEW_ROWS = 8  # below which bitsandbytes' GEMM reads the 4 bits themselves; from here on it too de-quantises, on sm_90
-MAX_RANK = 64  # of one launch
 ALIGNED = 64  # spare columns come in such numbers: rows of 128 bytes, and a GEMM's steps along K
-
-
-Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
-
-
-def terms_of(pieces: Sequence[Piece], rows: int, columns: int, beside: torch.dtype) -> Tensor:
-    """A matrix [rows, columns] made of pieces and zeros, to be multiplied with a tensor of another dtype.
-
-    [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
-    """
-    dtype = functools.reduce(torch.promote_types, [one.dtype for one, *_ in pieces])
-    exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(one for one, *_ in pieces))
-    out = pieces[0][0].new_empty(3 if exact else 1, rows, columns, dtype=beside if exact else dtype)
-    place(out, pieces)
-    return out
-
-
-def place(out: Tensor, pieces: Sequence[Piece]) -> None:
-    """Write the pieces where they belong in out [terms, rows, columns], and zero elsewhere."""
-    if sum(one.numel() for one, *_ in pieces) < out[0].numel():
-        out.zero_()
-    if pieces and _on_triton(out, *(one for one, *_ in pieces)):
-        with torch.cuda.device_of(out):
-            load("lora_linear_triton.place")(out, pieces)
-        return
-    for one, row, column, scale in pieces:
-        out[0, row : row + one.shape[0], column : column + one.shape[1]] = one * scale
-
-
-def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spare: Tensor | None = None) -> None:
-    """s = x p, copy = x and spare = [s | 0] in one pass over x.
-
-    x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64; spare [M, r or more] as x.
-    """
-    if not _on_triton(x, s, terms):
-        p = terms[0] if terms.shape[0] == 1 else terms.sum(0)  # summing would lay it out anew, for a less exact product
-        s.copy_(x.to(s.dtype) @ p.to(s.dtype))
-        if copy is not None:
-            copy.copy_(x)
-        write_spare(spare, s)
-        return
-    parts = _parts(s.shape[1])
-    with torch.cuda.device_of(x):
-        for part in parts:
-            beside = spare if len(parts) == 1 else None
-            load("lora_linear_triton.project")(x, terms[:, :, part], s[:, part], copy, beside)
-            copy = None
-    if len(parts) > 1:
-        write_spare(spare, s)
-
-
-def write_spare(spare: Tensor | None, s: Tensor) -> None:
-    """spare = [s | 0], if there is any."""
-    if spare is not None:
-        spare[:, : s.shape[1]].copy_(s)
-        spare[:, s.shape[1] :].zero_()
-
-
-def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = False) -> None:
-    """Write parts of x^T s [K, r], or of s^T x [r, K], into pieces:  x [M, K], s [M, r].
-
-    s counts as rounded to x's dtype where all pieces have that dtype.
-    """
-    if not pieces:
-        return
-    if _on_triton(x, s):
-        rounded = all(one.dtype == x.dtype for one, *_ in pieces)
-        for part in _parts(s.shape[1]):
-            cut = [_within(piece, part, transposed) for piece in pieces]
-            inside = [piece for piece in cut if piece is not None]
-            with torch.cuda.device_of(x):
-                partial = load("lora_linear_triton.outer")(x, s[:, part], rounded, transposed)
-                if inside:
-                    load("lora_linear_triton.collect")(partial, inside)
-        return
-    product = s.T @ x.to(s.dtype) if transposed else x.to(s.dtype).T @ s
-    for one, row, column, scale in pieces:
-        one.copy_(product[row : row + one.shape[0], column : column + one.shape[1]] * scale)
-
-
-def _within(piece: Piece, part: slice, transposed: bool) -> Piece | None:
-    """What lies among these ranks of a piece, which are rows if transposed, else columns."""
-    one, row, column, scale = piece
-    first, size = (row, one.shape[0]) if transposed else (column, one.shape[1])
-    low, high = max(first, part.start), min(first + size, part.stop)
-    if low >= high:
-        return None
-    inside = slice(low - first, high - first)
-    return (one[inside], low - part.start, 0, scale) if transposed else (one[:, inside], row, low - part.start, scale)
-
-
-def _parts(ranks: int) -> list[slice]:
-    return [slice(first, min(first + MAX_RANK, ranks)) for first in range(0, ranks, MAX_RANK)]
-
-
-def _on_triton(*tensors: Tensor) -> bool:
-    """Triton's products want tensor cores; without them cuBLAS is the better choice."""
-    device = tensors[0].device
-    dtypes = dispatch.triton_dtypes(device) if dispatch.has_tensor_cores(device) else ()
-    return all(tensor.dtype in dtypes and tensor.numel() > 0 for tensor in tensors)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -133,6 +30,8 @@ def spare_columns(group: Group, wider: int, narrower: int) -> int:
     """How many spare columns the GEMM gets: 0 where the adapters are better added, or would overflow its dtype.
 
     wider: columns of the left operand, which is copied; narrower: of the result, which would be read and written again.
+    An adapter whose own products overflow all the same makes its siblings NaN too, through the zeros beside it.  Its
+    own results are infinite then, so the loss is not finite either way, and a scaler leaves that step out.
     """
     ranks = sum(a.shape[0] for a in group.lora_a)
     overflow = any(overflows(one, group.x.dtype) for one in (*group.lora_a, *group.lora_b))

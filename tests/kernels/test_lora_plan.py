@@ -1,13 +1,15 @@
 """Which way lora_linear takes, where the tests of every op cannot see it."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 from op_calls import examples
 from strategies import INTERPRETING
+from torch.utils._pytree import tree_leaves
 
-from fastft.kernels import REGISTRY, lora_plan
+from fastft.kernels import REGISTRY, dispatch, lora_plan
 from fastft.kernels.lora_linear import Group
 
 ENTRY = REGISTRY["fastft::lora_linear"]
@@ -19,7 +21,10 @@ def four_bit(dtype: torch.dtype) -> list[Any]:
     return [one for one in calls if ENTRY.cases[one.case][1]["quant_type"]]
 
 
-@pytest.mark.skipif(INTERPRETING, reason="no kernel of ours runs")
+without_interpreter = pytest.mark.skipif(INTERPRETING, reason="no kernel of ours runs")
+
+
+@without_interpreter
 def test_few_rows_go_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With adapters or without, whatever its bytes are stored as: no weight is written in 16 bits."""
     pytest.importorskip("bitsandbytes")
@@ -40,3 +45,36 @@ def test_few_rows_go_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
             )
         seen += 1
     assert seen >= 4
+
+
+@without_interpreter
+def test_kernels_that_do_not_compile_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    triton = pytest.importorskip("triton")
+    from fastft.kernels import dequantize_4bit_triton, lora_linear_triton
+
+    calls = [
+        one for name in ("lora_linear", "lora_linear_backward") for one in examples(f"fastft::{name}", torch.float32)
+    ]
+    arguments = [(one.entry.op, one.arguments(one.tensors("cpu"))) for one in calls]
+    expected = [op(*given) for op, given in arguments]
+
+    def refuse(name: str) -> Any:
+        def launch(*arguments: object) -> None:
+            raise triton.OutOfResources(300_000, 232_448, f"shared memory of {name}")
+
+        return launch
+
+    names = ((lora_linear_triton, "place"), (lora_linear_triton, "project"), (lora_linear_triton, "outer"))
+    for module, name in (*names, (dequantize_4bit_triton, "together")):
+        monkeypatch.setattr(module, name, refuse(name))
+    monkeypatch.setattr(dispatch, "triton_dtypes", lambda device: frozenset({torch.float32}))
+    monkeypatch.setattr(dispatch, "has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    with caplog.at_level(logging.WARNING, logger="fastft"):
+        found = [op(*given) for _ in range(2) for op, given in arguments][: len(arguments)]
+    for mine, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    said = [record.getMessage().split("shared memory of ")[1].split(",")[0] for record in caplog.records]
+    assert sorted(said) == ["outer", "place", "project", "together"]

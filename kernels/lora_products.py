@@ -1,0 +1,124 @@
+"""Products with a matrix of few columns, and pieces put together: what PyTorch has no fast call for.
+
+By Triton where it has tensor cores, by PyTorch elsewhere, and where a kernel cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastft.kernels import dispatch
+from fastft.kernels.registry import load, wide
+
+MAX_RANK = 64  # of one launch
+
+Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
+
+
+def terms_of(pieces: Sequence[Piece], rows: int, columns: int, beside: torch.dtype) -> Tensor:
+    """A matrix [rows, columns] made of pieces and zeros, to be multiplied with a tensor of another dtype.
+
+    [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
+    """
+    dtype = functools.reduce(torch.promote_types, [one.dtype for one, *_ in pieces])
+    exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(one for one, *_ in pieces))
+    out = pieces[0][0].new_empty(3 if exact else 1, rows, columns, dtype=beside if exact else dtype)
+    place(out, pieces)
+    return out
+
+
+def place(out: Tensor, pieces: Sequence[Piece]) -> None:
+    """Write the pieces where they belong in out [terms, rows, columns], and zero elsewhere.
+
+    Each term is what those before it have left.
+    """
+    if sum(one.numel() for one, *_ in pieces) < out[0].numel():
+        out.zero_()
+    tensors = [out, *(one for one, *_ in pieces)]
+    if pieces and _on_triton(*tensors) and dispatch.launched(_launcher("place"), tensors, out, pieces):
+        return
+    for one, row, column, scale in pieces:
+        left = one.to(wide(one.dtype, out.dtype)) * scale
+        for term in out[:, row : row + one.shape[0], column : column + one.shape[1]]:
+            term.copy_(left)
+            left = left - term
+
+
+def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spare: Tensor | None = None) -> None:
+    """s = x p, copy = x and spare = [s | 0] in one pass over x.
+
+    x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64; spare [M, r or more] as x.
+    """
+    parts = _parts(s.shape[1])
+    beside = spare if len(parts) == 1 else None
+
+    def launch(part: slice) -> bool:
+        given = (x, terms[:, :, part], s[:, part], copy if part.start == 0 else None, beside)
+        return dispatch.launched(_launcher("project"), (x, terms), *given)
+
+    if _on_triton(x, s, terms) and all(launch(part) for part in parts):
+        if beside is None:
+            write_spare(spare, s)
+        return
+    p = terms[0] if terms.shape[0] == 1 else terms.sum(0)  # summing would lay it out anew, for a less exact product
+    s.copy_(x.to(s.dtype) @ p.to(s.dtype))
+    if copy is not None:
+        copy.copy_(x)
+    write_spare(spare, s)
+
+
+def write_spare(spare: Tensor | None, s: Tensor) -> None:
+    """spare = [s | 0], if there is any."""
+    if spare is not None:
+        spare[:, : s.shape[1]].copy_(s)
+        spare[:, s.shape[1] :].zero_()
+
+
+def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = False) -> None:
+    """Write parts of x^T s [K, r], or of s^T x [r, K], into pieces:  x [M, K], s [M, r].
+
+    s counts as rounded to x's dtype where all pieces have that dtype.
+    """
+    rounded = all(one.dtype == x.dtype for one, *_ in pieces)
+
+    def launch(part: slice) -> bool:
+        cut = [_within(piece, part, transposed) for piece in pieces]
+        inside = [piece for piece in cut if piece is not None]
+        tensors = (x, s, *(one for one, *_ in inside))
+        return not inside or dispatch.launched(_launcher("outer"), tensors, x, s[:, part], inside, rounded, transposed)
+
+    if not pieces or (_on_triton(x, s) and all(launch(part) for part in _parts(s.shape[1]))):
+        return
+    product = s.T @ x.to(s.dtype) if transposed else x.to(s.dtype).T @ s
+    for one, row, column, scale in pieces:
+        one.copy_(product[row : row + one.shape[0], column : column + one.shape[1]] * scale)
+
+
+def _launcher(name: str) -> Callable[..., None]:
+    return load(f"lora_linear_triton.{name}")
+
+
+def _within(piece: Piece, part: slice, transposed: bool) -> Piece | None:
+    """What lies among these ranks of a piece, which are rows if transposed, else columns."""
+    one, row, column, scale = piece
+    first, size = (row, one.shape[0]) if transposed else (column, one.shape[1])
+    low, high = max(first, part.start), min(first + size, part.stop)
+    if low >= high:
+        return None
+    inside = slice(low - first, high - first)
+    return (one[inside], low - part.start, 0, scale) if transposed else (one[:, inside], row, low - part.start, scale)
+
+
+def _parts(ranks: int) -> list[slice]:
+    return [slice(first, min(first + MAX_RANK, ranks)) for first in range(0, ranks, MAX_RANK)]
+
+
+def _on_triton(*tensors: Tensor) -> bool:
+    """Triton's products want tensor cores; without them cuBLAS is the better choice."""
+    device = tensors[0].device
+    dtypes = dispatch.triton_dtypes(device) if dispatch.has_tensor_cores(device) else ()
+    return all(tensor.dtype in dtypes and tensor.numel() > 0 for tensor in tensors)
