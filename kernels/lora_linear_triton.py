@@ -2,7 +2,8 @@
 
 Adapters may be float32 beside 16-bit activations.  A bfloat16 operand goes into a tensor core as it is, so the float32
 one is cut into three bfloat16 terms, which hold its 24 bits; other pairs are multiplied as float32, in three terms of
-TF32 each.  Sums that are split among programs are added up in one order.
+TF32 each.  Sums that are split among programs are added up in one order.  What changes with the length of a batch is
+not specialised on: a new one compiles nothing.
 """
 # mypy: allow-untyped-defs
 
@@ -55,7 +56,7 @@ def place_kernel(
                 tl.store(address + tl.cast(number, tl.int64) * term_stride, term, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def collect_kernel(
     pieces, partial_ptr, splits, split_stride, partial_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -74,7 +75,7 @@ def collect_kernel(
             tl.store(target, tl.cast(total, target_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def project_kernel(
     x_ptr, terms_ptr, s_ptr, copy_ptr, M, K, R, columns, x_stride, term_stride, terms_stride_k, terms_stride_r,
     s_stride, split_stride, copy_stride, COPY: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -101,14 +102,14 @@ def project_kernel(
     tl.store(s_ptr + split + (long_row * s_stride)[:, None] + r[None, :], total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def finish_kernel(
-    partial_ptr, s_ptr, spare_ptr, n_elements, R, width, splits, split_stride, s_stride, spare_stride,
+    partial_ptr, s_ptr, spare_ptr, M, R, width, splits, split_stride, s_stride, spare_stride,
     SPARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, r = tl.cast(at // width, tl.int64), at % width  # of spare, which is wider than s
-    mask = (at < n_elements) & (r < R)
+    mask = (row < M) & (r < R)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         address = partial_ptr + tl.cast(split, tl.int64) * split_stride + row * R + r
@@ -116,10 +117,10 @@ def finish_kernel(
     tl.store(s_ptr + row * s_stride + r, total, mask=mask)
     if SPARE:
         spare = tl.cast(total, spare_ptr.dtype.element_ty)
-        tl.store(spare_ptr + row * spare_stride + r, spare, mask=at < n_elements)
+        tl.store(spare_ptr + row * spare_stride + r, spare, mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def outer_kernel(
     x_ptr, s_ptr, partial_ptr, M, K, R, rows, x_stride, s_stride, split_stride, partial_stride_k, partial_stride_r,
     TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -223,9 +224,8 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
     )  # fmt: skip
     if not at_once:
         beside = s if spare is None else spare
-        n_elements = beside.numel()
-        finish_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
-            partial, s, beside, n_elements, R, beside.shape[1], splits, partial.stride(0), s.stride(0),
+        finish_kernel[(triton.cdiv(beside.numel(), ELEMENTS),)](
+            partial, s, beside, M, R, beside.shape[1], splits, partial.stride(0), s.stride(0),
             beside.stride(0), SPARE=spare is not None, BLOCK=ELEMENTS, num_warps=4,
         )  # fmt: skip
 

@@ -79,7 +79,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, row: str) 
             return typed(constants[name], (at,))
         if name.endswith("_ptr"):
             return typed("*fp32" if FLOAT32.fullmatch(name) else "*row", (at,))
-        if ALIGNED.fullmatch(name):
+        if ALIGNED.fullmatch(name) and name not in kernel.do_not_specialize:
             attributes[(at,)] = [["tt.divisibility", 16]]
         return "fp32" if name in ("eps", "inner_eps", "offset") else "i32"
 
