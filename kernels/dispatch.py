@@ -15,6 +15,7 @@ from fastft.kernels.layout import has_unit_rows
 
 log = logging.getLogger("fastft")
 MAX_ROW = 16384  # one row is held by one program
+SHARED_OPERANDS = (9, 10)  # generations, by the first number of their capability
 MAX_ROW_WITH_SUMS = 8192  # and a row of float32 sums beside it: longer ones do not fit into registers
 
 Reference = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -50,6 +51,14 @@ def has_tensor_cores(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return device.type == "cuda" or interpreting()
     return torch.cuda.get_device_capability(device) >= TENSOR_CORES_FROM
+
+
+@functools.cache
+def has_shared_operands(device: torch.device) -> bool:
+    """Whether tensor cores read both operands from shared memory: large tiles then need few registers."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in SHARED_OPERANDS
 
 
 def takes(row_length: int, longest_row: int | None, tensors: Sequence[Tensor]) -> bool:

@@ -7,6 +7,7 @@ not specialised on: a new one compiles nothing.
 """
 # mypy: allow-untyped-defs
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.kernels.dispatch import SHARED_OPERANDS, has_shared_operands
 from fastft.kernels.tiles import multiprocessors
 
 TERMS = 3  # of a float32 number in bfloat16
@@ -147,19 +149,36 @@ def outer_kernel(
     tl.store(address, total, mask=(k < K)[:, None] & (r < R)[None, :])
 
 
-def tile(rank: int, wide: bool, outer: bool = False) -> dict[str, int]:
+def tile(rank: int, wide: bool, outer: bool = False, low: bool = False) -> dict[str, int]:
     """A tile of x, and columns for these ranks; smaller for float32.
+
+    low: an outer product's tile has fewer rows.  Of three terms it spills otherwise, where tensor cores want operands
+    in registers (see dispatch.has_shared_operands).
 
     Measured on an H100 in bfloat16, ranks 16 to 48, 32 and 64 rows, 64 and 128 columns, 4 and 8 warps: these are the
     fastest or within 10% of it, at 72 to 100% of a copy's bandwidth (docs/performance.md).
     """
-    block_m, block_k = (32, 32) if wide else (64, 128) if outer else (64, 64)
+    block_m, block_k = (32, 32) if wide else (32 if low else 64, 128) if outer else (64, 64)
     block_r = max(16, triton.next_power_of_2(rank))
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
 
 
+PAIRS = (  # of x and p: dtypes, and p's terms
+    ("*bf16", "*bf16", 1),
+    ("*bf16", "*bf16", TERMS),
+    ("*fp32", "*fp32", 1),
+    ("*fp32", "*bf16", 1),
+    ("*fp16", "*fp32", 1),
+)
+RANKS = (16, 32, 64)
+ON_TENSOR_CORES = (8, 9, 10, 12)  # generations, by the first number of their capability
+
+
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The kernels for ranks of a model, for the tests that compile them ahead of time."""
+    """The kernels for ranks of a model, for the tests that compile them ahead of time.
+
+    majors: the generations that a variant is for; such variants are compiled for each of them.
+    """
     types = {"s_ptr": "*fp32", "partial_ptr": "*fp32", "scale": "fp32"}
     flat = {"BLOCK": ELEMENTS, "num_warps": 4}
     for count in (1, 3):
@@ -168,13 +187,15 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         for terms in (1, TERMS):
             out = "*bf16" if terms == TERMS else "*row"
             yield place_kernel, {"pieces": source, "out_ptr": out, "COUNT": count, "TERMS": terms, **flat}
-    for x, terms in (("*bf16", 1), ("*bf16", TERMS), ("*fp32", 1)):
-        for rank in (16, 64):
-            wide, more = x == "*fp32", {"tensor_cores": True, "x_ptr": x, **types}
-            beside = {"terms_ptr": x, "copy_ptr": x, "TERMS": terms, **more, **tile(rank, wide)}
-            yield project_kernel, {"COPY": True, "terms_stride_k": 1, **beside}
-            yield project_kernel, {"COPY": False, "terms_stride_r": 1, **beside}
-            yield outer_kernel, {"TERMS": 0 if wide else terms, **more, **tile(rank, wide, outer=True)}
+    for (x, p, terms), rank in itertools.product(PAIRS, RANKS):
+        given = {"x_ptr": x, "terms_ptr": p, "copy_ptr": x, **types, **tile(rank, x != p or x == "*fp32")}
+        for copy, dense in ((True, "terms_stride_k"), (False, "terms_stride_r")):
+            yield project_kernel, {"COPY": copy, dense: 1, "TERMS": terms, "majors": ON_TENSOR_CORES, **given}
+    for (x, terms), rank in itertools.product((("*bf16", 1), ("*bf16", TERMS), ("*fp32", 0), ("*fp16", 0)), RANKS):
+        for low in (False, True) if terms == TERMS else (False,):
+            majors = [one for one in ON_TENSOR_CORES if terms != TERMS or (one not in SHARED_OPERANDS) == low]
+            meta = tile(rank, terms == 0, True, low)
+            yield outer_kernel, {"x_ptr": x, "TERMS": terms, "majors": tuple(majors), **types, **meta}
     for spare in (False, True):
         yield finish_kernel, {"SPARE": spare, **types, **flat}
 
@@ -235,7 +256,7 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transpos
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
-    meta = tile(R, terms == 0, outer=True)
+    meta = tile(R, terms == 0, True, terms == TERMS and not has_shared_operands(x.device))
     blocks = triton.cdiv(K, meta["BLOCK_K"])
     splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"])))
     n_rows = triton.cdiv(triton.cdiv(M, splits), meta["BLOCK_M"]) * meta["BLOCK_M"]

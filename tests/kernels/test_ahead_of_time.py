@@ -24,6 +24,7 @@ SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100:
 FLOAT32 = re.compile(r"(\w*_)?(rstd|mean|partial\w*)_ptr")  # the other pointers have the dtype of the rows
 # Sizes and strides that are multiples of 16 in a model.
 ALIGNED = re.compile(r"D|K|R|columns|rows|half|\w+_s\d|\w*stride\w*")
+FEW_BYTES = 16  # of a thread, which the assembler stores before a loop of products so that one more program fits
 ELEMENTS_A_THREAD = 8  # of a tile, from which on loads of 16 bits can be 16 bytes wide
 MODULES = sorted(path.stem for path in Path(str(fastft.kernels.__file__)).parent.glob("*_triton.py"))
 SPILLS_IN_3_8 = pytest.mark.xfail(
@@ -43,7 +44,11 @@ def variants() -> Iterator[Any]:
             yield pytest.param(kernel, constants, id=variant, marks=SPILLING.get(variant, ()))
 
 
-VARIANTS = list(variants())
+def is_for(constants: dict[str, Any], capability: int) -> bool:
+    return capability // 10 in constants.get("majors", (capability // 10,))
+
+
+VARIANTS = [one for one in variants() if is_for(one.values[1], 90)]
 
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -52,7 +57,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 def is_type(value: Any) -> bool:
     """Whether a constant of a variant is a type instead: "*fp32", "i32" or a tuple of them."""
     return isinstance(value, tuple) or (
-        isinstance(value, str) and re.fullmatch(r"\*?(row|u8|i32|fp32|bf16)", value) is not None
+        isinstance(value, str) and re.fullmatch(r"\*?(row|u8|i32|fp16|fp32|bf16)", value) is not None
     )
 
 
@@ -89,13 +94,14 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, row: str) 
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def check(binary: Any, capability: int, folder: Path) -> None:
+def check(binary: Any, capability: int, folder: Path, few_bytes: int = 0) -> None:
     assert binary.metadata.shared <= SHARED_MEMORY[capability]
     assert not re.search(r"\.f64\b", binary.asm["ptx"]), "double precision"
     file = folder / "kernel.cubin"
     file.write_bytes(binary.asm["cubin"])
     usage = subprocess.run([CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], f"registers spill: {usage}"
+    spilled_bytes = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+    assert spilled_bytes <= few_bytes, f"registers spill on sm_{capability}: {usage}"
 
 
 def row_dtype(capability: int) -> str:
@@ -105,7 +111,7 @@ def row_dtype(capability: int) -> str:
 @pytest.mark.parametrize(("kernel", "constants"), VARIANTS)
 def test_every_variant_on_one_generation(kernel: Any, constants: dict[str, Any], tmp_path: Path) -> None:
     binary = compiled(kernel, constants, 90, "bf16")
-    check(binary, 90, tmp_path)
+    check(binary, 90, tmp_path, FEW_BYTES if "majors" in constants else 0)
     sizes = [value for name, value in constants.items() if name.startswith("BLOCK") and value > 0]
     if min(sizes, default=0) * constants.get("ROWS", 1) >= ELEMENTS_A_THREAD * 32 * constants["num_warps"]:
         assert re.search(r"ld\.global\.\S*v4", binary.asm["ptx"]), "loads are not 16 bytes wide"
@@ -114,21 +120,26 @@ def test_every_variant_on_one_generation(kernel: Any, constants: dict[str, Any],
 @pytest.mark.parametrize("capability", [one for one in SHARED_MEMORY if one != 90])
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_on_the_others(module: str, capability: int, tmp_path: Path) -> None:
-    """The first and the last variant of each kernel: the least and the most of one program."""
+    """The first and the last variant of each kernel: the least and the most of one program.
+
+    All of those that say which generations they are for: what products of tiles hold in registers differs by that.
+    """
     by_kernel: dict[str, list[Any]] = {}
-    for kernel, constants in importlib.import_module(f"fastft.kernels.{module}").variants():
+    for kernel, constants in _variants_of(module):
         by_kernel.setdefault(kernel.__name__, []).append((kernel, constants))
     for found in by_kernel.values():
-        for kernel, constants in (found[0], found[-1]):
-            if capability < 80 and constants.get("tensor_cores"):
-                continue  # cuBLAS takes these products there, see dispatch.has_tensor_cores
-            check(compiled(kernel, constants, capability, row_dtype(capability)), capability, tmp_path)
+        chosen = found if any("majors" in constants for _, constants in found) else (found[0], found[-1])
+        for kernel, constants in chosen:
+            if is_for(constants, capability):
+                binary = compiled(kernel, constants, capability, row_dtype(capability))
+                check(binary, capability, tmp_path, FEW_BYTES if "majors" in constants else 0)
 
 
 @pytest.mark.parametrize("row", ["fp32", "fp16"])
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_for_each_dtype(module: str, row: str, tmp_path: Path) -> None:
-    by_kernel = {kernel.__name__: (kernel, values) for kernel, values in _variants_of(module) if is_middle(values)}
+    middle = [(kernel, values) for kernel, values in _variants_of(module) if is_middle(values) and is_for(values, 90)]
+    by_kernel = {kernel.__name__: (kernel, values) for kernel, values in middle}
     for kernel, constants in by_kernel.values():
         check(compiled(kernel, constants, 90, row), 90, tmp_path)
 
