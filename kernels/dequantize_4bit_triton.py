@@ -15,8 +15,11 @@ from torch import Tensor
 from fastft.kernels.dequantize_4bit import code_of
 
 UNIT = 64  # elements that one absmax scales, or a part of them
-UNITS, WARPS = 32, 2  # 2,048 elements a program: 16 to 128 units by 2 to 8 warps are slower or equal on an H100
-ELEMENTS = 256  # of a program that goes element by element
+UNITS = 32  # 2,048 elements a program
+# One warp, so that the look-up among 16 values is a shuffle.  Predicted and not measured yet: 7 instructions an element
+# on sm_90, where look-ups by loads and a division for each unit took 15.
+WARPS = 1
+ELEMENTS, ELEMENT_WARPS = 256, 2  # of a program that goes element by element
 
 
 @triton.jit
@@ -32,27 +35,31 @@ def scale_of(block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_o
 
 @triton.jit
 def blocks_kernel(
-    weights, out_ptr, code_ptr, row_units, out_stride, units_a_block, COUNT: tl.constexpr, NESTED: tl.constexpr,
-    UNITS: tl.constexpr, UNIT: tl.constexpr,
+    weights, out_ptr, code_ptr, row_units, chunks, out_stride, units_a_block, COUNT: tl.constexpr,
+    NESTED: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0) // chunks  # of out
+    first = tl.program_id(0) % chunks * UNITS
+    unit = first + tl.arange(0, UNITS)  # of UNIT elements and of one absmax
+    mask = unit < row_units
+    code = tl.load(code_ptr + tl.arange(0, 16))
     for number in tl.static_range(COUNT):
-        if tl.program_id(1) == number:
-            packed_ptr, statistics, n_units, first_row = weights[number]
+        packed_ptr, statistics, first_row, end_row = weights[number]
+        if (row >= first_row) & (row < end_row):
             absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr = statistics
-            unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)  # of UNIT elements, in one row and of one absmax
-            mask = unit < n_units
-            absmax = scale_of(
-                unit // units_a_block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, NESTED
-            )
-            start = tl.cast(unit, tl.int64) * (UNIT // 2)
-            byte = tl.load(packed_ptr + start[:, None] + tl.arange(0, UNIT // 2)[None, :], mask=mask[:, None], other=0)
-            byte = tl.cast(byte, tl.int32)  # [UNITS, UNIT / 2]
-            first = tl.load(code_ptr + (byte >> 4)) * absmax[:, None]
-            second = tl.load(code_ptr + (byte & 15)) * absmax[:, None]
-            value = tl.interleave(first, second)  # [UNITS, UNIT]
-            at = tl.cast(first_row + unit // row_units, tl.int64) * out_stride + unit % row_units * UNIT
-            address = out_ptr + at[:, None] + tl.arange(0, UNIT)[None, :]
-            tl.store(address, tl.cast(value, out_ptr.dtype.element_ty), mask=mask[:, None])
+            before = (row - first_row) * row_units
+            block = (before + unit) // units_a_block
+            absmax = scale_of(block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, NESTED)
+            source = packed_ptr + tl.cast(before + first, tl.int64) * (UNIT // 2)
+            source = source + tl.arange(0, UNITS)[:, None] * (UNIT // 2) + tl.arange(0, UNIT // 2)[None, :]
+            byte = tl.cast(tl.load(source, mask=mask[:, None], other=0), tl.int32)  # [UNITS, UNIT / 2]
+            flat = tl.reshape(byte, [UNITS * UNIT // 2])
+            upper = tl.reshape(tl.gather(code, flat >> 4, 0), [UNITS, UNIT // 2])
+            lower = tl.reshape(tl.gather(code, flat & 15, 0), [UNITS, UNIT // 2])
+            value = tl.interleave(upper * absmax[:, None], lower * absmax[:, None])  # [UNITS, UNIT]
+            target = out_ptr + tl.cast(row, tl.int64) * out_stride + first * UNIT
+            target = target + tl.arange(0, UNITS)[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+            tl.store(target, tl.cast(value, out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -77,11 +84,13 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     types = ("*fp32", "*u8", "*fp32", "*fp32")
     named = dict(zip(("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "absmax_offset_ptr"), types, strict=True))
     for nested in (False, True):
-        flat = {"NESTED": nested, "num_warps": WARPS, "enable_fp_fusion": False, "code_ptr": "*fp32"}
+        flat = {"NESTED": nested, "enable_fp_fusion": False, "code_ptr": "*fp32"}
         for count in (1, 3):
             weights = (("*u8", types, "i32", "i32"),) * count
-            yield blocks_kernel, {"weights": weights, "COUNT": count, "UNITS": UNITS, "UNIT": UNIT, **flat}
-        yield elements_kernel, {"BLOCK": ELEMENTS, "packed_ptr": "*u8", **named, **flat}
+            meta = {"COUNT": count, "UNITS": UNITS, "UNIT": UNIT, "num_warps": WARPS}
+            yield blocks_kernel, {"weights": weights, **meta, **flat}
+        meta = {"BLOCK": ELEMENTS, "num_warps": ELEMENT_WARPS}
+        yield elements_kernel, {"packed_ptr": "*u8", **named, **meta, **flat}
 
 
 def together(
@@ -89,22 +98,24 @@ def together(
     quant_type: str,
 ) -> None:  # fmt: skip
     """Weights with their statistics, one below the other in out [sum of features, columns]."""
-    columns, first, pieces = out.shape[1], 0, []
+    columns, end, pieces = out.shape[1], 0, []
     for (weight, statistics), size in zip(weights, features, strict=True):
         flat = [one.contiguous() for one in statistics]
         four = tuple(flat) if len(flat) == 4 else tuple(flat * 4)
-        pieces.append((weight.contiguous().view(-1).view(torch.uint8), four, size * columns, first))
-        first += size
-    settings = {"NESTED": len(weights[0][1]) == 4, "num_warps": WARPS, "enable_fp_fusion": False}
+        pieces.append((weight.contiguous().view(-1).view(torch.uint8), four, end, end + size))
+        end += size
+    settings = {"NESTED": len(weights[0][1]) == 4, "enable_fp_fusion": False}
     code = code_of(quant_type, out.device)
     if columns % UNIT == 0 and blocksize % UNIT == 0:
-        given = tuple((weight, four, n_elements // UNIT, row) for weight, four, n_elements, row in pieces)
-        blocks_kernel[(triton.cdiv(max(features) * columns // UNIT, UNITS), len(given))](
-            given, out, code, columns // UNIT, out.stride(0), blocksize // UNIT, COUNT=len(given), UNITS=UNITS,
-            UNIT=UNIT, **settings,
+        chunks = triton.cdiv(columns // UNIT, UNITS)
+        blocks_kernel[(end * chunks,)](
+            tuple(pieces), out, code, columns // UNIT, chunks, out.stride(0), blocksize // UNIT, COUNT=len(pieces),
+            UNITS=UNITS, UNIT=UNIT, num_warps=WARPS, **settings,
         )  # fmt: skip
         return
-    for weight, four, n_elements, row in pieces:
+    for weight, four, first, after in pieces:
+        n_elements = (after - first) * columns
         elements_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
-            out[row:], weight, code, *four, n_elements, columns, out.stride(0), blocksize, BLOCK=ELEMENTS, **settings
-        )
+            out[first:], weight, code, *four, n_elements, columns, out.stride(0), blocksize, BLOCK=ELEMENTS,
+            num_warps=ELEMENT_WARPS, **settings,
+        )  # fmt: skip
