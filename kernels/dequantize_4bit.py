@@ -110,8 +110,8 @@ def dequantize_into(
         if dispatch.launched(together, tensors, out, weights, features, blocksize, quant_type):
             return
     for part, (packed, statistics) in zip(out.split(list(features)), weights, strict=True):
-        absmax, *nested = [*statistics, None, None, None][:4]
-        part.copy_(_on_cpu(packed, absmax, *nested, *part.shape, blocksize, quant_type, out.dtype))
+        given: list[Any] = [*statistics, None, None, None][:4]
+        part.copy_(_on_cpu(packed, *given, *part.shape, blocksize, quant_type, out.dtype))
 
 
 def _on_cpu(
@@ -124,11 +124,11 @@ def _on_cpu(
     """
     known = hasattr(torch.ops.bitsandbytes, "dequantize_4bit") and packed.device.type == "cpu"
     if not known or columns % blocksize or dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        given = (packed, absmax, absmax_8bit, absmax_code, absmax_offset, rows, columns, blocksize, quant_type, dtype)
-        return reference(*given)
+        statistics = (absmax, absmax_8bit, absmax_code, absmax_offset)
+        return reference(packed, *statistics, rows, columns, blocksize, quant_type, dtype)
     absmax = flat_absmax(absmax, absmax_8bit, absmax_code, absmax_offset)
-    given = packed.contiguous().view(torch.uint8).view(-1, 1)
-    return torch.ops.bitsandbytes.dequantize_4bit(given, absmax, blocksize, quant_type, [rows, columns], dtype)
+    packed = packed.contiguous().view(torch.uint8).view(-1, 1)
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, [rows, columns], dtype)
 
 
 def _on_triton(out: Tensor, *others: Tensor) -> bool:

@@ -18,7 +18,7 @@ MAX_ROW = 16384  # one row is held by one program
 SHARED_OPERANDS = (9, 10)  # generations, by the first number of their capability
 MAX_ROW_WITH_SUMS = 8192  # and a row of float32 sums beside it: longer ones do not fit into registers
 
-Reference = Callable[..., Tensor | tuple[Tensor, ...]]
+Reference = Callable[..., Tensor | tuple[Tensor, ...] | list[Tensor]]
 _verdicts: dict[Hashable, bool] = {}  # by op, row length, devices and dtypes: whether Triton runs
 
 

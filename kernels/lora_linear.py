@@ -175,7 +175,7 @@ def _check(group: Group) -> None:
             complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights"
         )
         for at in range(n):
-            parts = [*group.statistics_of(at), None, None, None][:4]
+            parts: list[Any] = [*group.statistics_of(at), None, None, None][:4]
             dequantize_4bit.check(group.weights[at], *parts, group.features[at], K, group.blocksize, group.quant_type)
     torch._check(len(group.biases) == len(group.biased), lambda: f"{len(group.biases)} biases of {group.biased}")
     for at in range(n):
@@ -317,7 +317,7 @@ def _backward_case(case: Case, plain: bool) -> Case:
     return {**lead, **shapes}, {**choice, "needed": needed}
 
 
-_STATISTICS = {
+_STATISTICS: dict[str, Any] = {
     "statistics": ("s", "absmax", "absmax_code", "absmax_offset"),
     "alike": ("grad_output", "x", "weights", "biases"),
 }  # fmt: skip

@@ -90,6 +90,31 @@ MUTANTS = (
     Mutant("glu.backward_kernel", SIGN, "glu.activation_and_slope", "s + x * (s * rest)", "s - x * (s * rest)"),
     Mutant("glu.backward_kernel", MASK, "glu.tile_of", "(row < n_rows)[:, None]", "(row >= 0)[:, None]"),
     Mutant("glu.backward_kernel", INDEX, "glu.tile_of", "% pieces * BLOCK_D", "% pieces * ROWS"),
+    Mutant("dequantize_4bit.blocks_kernel", SIGN, "dequantize_4bit.blocks_kernel", "upper * absmax", "-upper * absmax"),
+    Mutant("dequantize_4bit.blocks_kernel", MASK, "dequantize_4bit.blocks_kernel", "mask = unit < row_units", "mask = unit >= 0"),
+    Mutant("dequantize_4bit.blocks_kernel", INDEX, "dequantize_4bit.blocks_kernel", "(before + unit) //", "unit //"),
+    Mutant("dequantize_4bit.elements_kernel", SIGN, "dequantize_4bit.elements_kernel", "nibble) * absmax", "nibble) * -absmax"),
+    Mutant("dequantize_4bit.elements_kernel", MASK, "dequantize_4bit.elements_kernel", "element < n_elements", "element >= 0"),
+    Mutant("dequantize_4bit.elements_kernel", INDEX, "dequantize_4bit.elements_kernel", "byte >> 4, byte & 15", "byte & 15, byte >> 4"),
+    *(
+        mutant
+        for kernel in ("lora_linear.place_kernel", "lora_linear.collect_kernel")
+        for mutant in (
+            Mutant(kernel, MASK, kernel, "mask = at < n_elements", "mask = at >= 0"),
+            Mutant(kernel, INDEX, kernel, "first_column + at % columns", "at % columns"),
+        )
+    ),
+    Mutant("lora_linear.place_kernel", SIGN, "lora_linear.place_kernel", "* tl.cast(scale", "* -tl.cast(scale"),
+    Mutant("lora_linear.collect_kernel", SIGN, "lora_linear.collect_kernel", "total += tl.load", "total -= tl.load"),
+    Mutant("lora_linear.project_kernel", SIGN, "lora_linear.project_kernel", "add_product(x, term,", "add_product(x, -term,"),
+    Mutant("lora_linear.project_kernel", MASK, "lora_linear.project_kernel", "mask = (row < M)[:, None] & (r < R)", "mask = (row < M)[:, None] & (r >= 0)"),
+    Mutant("lora_linear.project_kernel", INDEX, "lora_linear.project_kernel", "(r * terms_stride_r)", "(r * terms_stride_k)"),
+    Mutant("lora_linear.finish_kernel", SIGN, "lora_linear.finish_kernel", "total += tl.load", "total -= tl.load"),
+    Mutant("lora_linear.finish_kernel", MASK, "lora_linear.finish_kernel", "mask = (row < M) & (r < R)", "mask = row < M"),
+    Mutant("lora_linear.finish_kernel", INDEX, "lora_linear.finish_kernel", "row * R + r", "row * width + r"),
+    Mutant("lora_linear.outer_kernel", SIGN, "lora_linear.outer_kernel", "add_product(tl.trans(x), s,", "add_product(tl.trans(x), -s,"),
+    Mutant("lora_linear.outer_kernel", MASK, "lora_linear.outer_kernel", "last = min(first + rows, M)", "last = first + rows"),
+    Mutant("lora_linear.outer_kernel", INDEX, "lora_linear.outer_kernel", "(r * partial_stride_r)", "(r * partial_stride_k)"),
 )  # fmt: skip
 
 
