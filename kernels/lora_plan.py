@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fastft.kernels.lora_linear import Group
-from fastft.kernels.lora_products import MAX_RANK, Piece, outer, place, project, terms_of, write_spare
+from fastft.kernels.lora_products import (
+    MAX_RANK,
+    Piece,
+    outer,
+    place,
+    project,
+    project_and_outer,
+    terms_of,
+    write_spare,
+)
 
 FEW_ROWS = 8  # below which bitsandbytes' GEMM reads the 4 bits themselves; from here on it too de-quantises, on sm_90
 ALIGNED = 64  # spare columns come in such numbers: rows of 128 bytes, and a GEMM's steps along K
@@ -197,10 +206,12 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
     grad, x, s = rows(grad_output), rows(group.x), rows(s)
     ds = s.new_empty(s.shape)
     if dx[0] is not None:
-        _input_gradient(rows(dx[0]), grad, ds, group)
+        _input_gradient(rows(dx[0]), grad, s, ds, dbs, group)
     elif any(one is not None for one in (*das, *dinputs)):
-        _adapter_gradients(grad, ds, group, None)
-    _adapter_weights(das, dbs, grad, s, ds, group)
+        _adapter_gradients(grad, s, ds, dbs, group)
+    else:
+        _second_factors(dbs, grad, s, group)
+    _first_factors(das, ds, group)
     if len(dinputs) == 1 and dinputs[0] is not None:
         rows(dinputs[0]).copy_(_times_a(ds, group))
     elif len(dinputs) > 1:
@@ -216,52 +227,68 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
             dbias.copy_(torch.sum(grad[:, group.columns[at]], 0))
 
 
-def _adapter_gradients(grad: Tensor, ds: Tensor, group: Group, wider: Tensor | None) -> None:
-    """ds = s_j dY B of each adapter, and wider = [dY | ds]."""
+def _adapter_gradients(
+    grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group, wider: Tensor | None = None
+) -> None:
+    """ds = s_j dY B and dB = s_j dY^T S of each adapter, and wider = [dY | ds]: what dY is read for beside its GEMM."""
     n, ranks = grad.shape[1], ds.shape[1]
     if ranks == 0:
         return
     copy, spare = (None, None) if wider is None else (wider[:, :n], wider[:, n:])
+    own = dict(zip(group.adapted, group.ranks, strict=True))
+    if len(own) == len(group.adapted):  # no sibling has two
+        factors = [(b, part.start, 0, scale) for _, b, scale, part, _ in group.adapters]
+        targets = [(db, row, 0, scale) for db, (_, row, _, scale) in zip(dbs, factors, strict=True) if db is not None]
+        of_sibling = [own.get(at, slice(0, 0)) for at in range(len(group.features))]
+        if project_and_outer(grad, s, ds, factors, targets, group.columns, of_sibling, copy, spare):
+            return
+    _project_gradient(grad, ds, group, copy, spare)
+    _second_factors(dbs, grad, s, group)
+
+
+def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | None, spare: Tensor | None) -> None:
+    """ds = s_j dY B of each adapter, copy = dY and spare = [ds | 0]."""
+    n, ranks = grad.shape[1], ds.shape[1]
     if ranks <= MAX_RANK:
         project(grad, terms_of(factors_b(group), n, ranks, grad.dtype), ds, copy, spare)
-    else:  # in one matrix most of it would be zeros
-        for _, b, scale, part, own in group.adapters:
-            project(grad[:, part], terms_of([(b, 0, 0, scale)], *b.shape, grad.dtype), ds[:, own])
-        if copy is not None:
-            copy.copy_(grad)
-        write_spare(spare, ds)
+        return
+    for _, b, scale, part, own in group.adapters:  # in one matrix most of it would be zeros
+        project(grad[:, part], terms_of([(b, 0, 0, scale)], *b.shape, grad.dtype), ds[:, own])
+    if copy is not None:
+        copy.copy_(grad)
+    write_spare(spare, ds)
 
 
-def _adapter_weights(
-    das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, ds: Tensor, group: Group
-) -> None:
-    """dA = ds^T x_j and dB = s_j dY^T S.  What reads the same activations shares a pass over them."""
-    of_a = [(da, ranks.start, 0, 1.0) for da, (*_, ranks) in zip(das, group.adapters, strict=True) if da is not None]
-    of_b = [
-        (db, part.start, ranks.start, scale)
-        for db, (_, _, scale, part, ranks) in zip(dbs, group.adapters, strict=True)
-        if db is not None
+def _second_factors(dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, group: Group) -> None:
+    """dB = s_j dY^T S, in one pass over dY if the ranks are few."""
+    found = [(db, *adapter) for db, adapter in zip(dbs, group.adapters, strict=True) if db is not None]
+    if s.shape[1] <= MAX_RANK:
+        outer(grad, s, [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in found])
+        return
+    for db, _, _, scale, part, ranks in found:
+        outer(grad[:, part], s[:, ranks], [(db, 0, 0, scale)])
+
+
+def _first_factors(das: Sequence[Tensor | None], ds: Tensor, group: Group) -> None:
+    """dA = ds^T x_j; those that read the same x share a pass over it."""
+    found = [
+        (da, given, ranks) for da, given, ranks in zip(das, group.read, group.ranks, strict=True) if da is not None
     ]
     if len(group.inputs) > 1:
-        for da, given, (*_, ranks) in zip(das, group.inputs, group.adapters, strict=True):
-            if da is not None:
-                outer(rows(given), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
-    elif of_a:
-        outer(rows(group.read[0]), ds, of_a, transposed=True)
-    if s.shape[1] <= MAX_RANK:
-        outer(grad, s, of_b)
-        return
-    for db, (_, _, scale, part, ranks) in zip(dbs, group.adapters, strict=True):
-        if db is not None:
-            outer(grad[:, part], s[:, ranks], [(db, 0, 0, scale)])
+        for da, given, ranks in found:
+            outer(rows(given), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
+    elif found:
+        outer(rows(group.read[0]), ds, [(da, ranks.start, 0, 1.0) for da, _, ranks in found], transposed=True)
 
 
-def _input_gradient(dx: Tensor, grad: Tensor, ds: Tensor, group: Group) -> None:
-    """dx = dY W + ds A, where the adapters read x itself."""
+def _input_gradient(
+    dx: Tensor, grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group
+) -> None:
+    """dx = dY W + ds A, where the adapters read x itself; and ds and dB."""
     n, columns = grad.shape[1], dx.shape[1]
     spare = 0 if group.inputs else spare_columns(group, n, columns)
     wider = grad.new_empty(grad.shape[0], n + spare) if spare else None
-    _adapter_gradients(grad, ds, group, wider)
+    _adapter_gradients(grad, s, ds, dbs, group, wider)
     if wider is not None:
         weight = scratch(group, rows_below=spare)
         place(weight[None, n:], factors_a(group))

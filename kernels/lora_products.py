@@ -15,6 +15,7 @@ from fastft.kernels import dispatch
 from fastft.kernels.registry import load, wide
 
 MAX_RANK = 64  # of one launch
+ONE_PASS_RANK = 16  # of a sibling, up to which one pass does both products with a gradient
 
 Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
 
@@ -96,6 +97,23 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = F
     product = s.T @ x.to(s.dtype) if transposed else x.to(s.dtype).T @ s
     for one, row, column, scale in pieces:
         one.copy_(product[row : row + one.shape[0], column : column + one.shape[1]] * scale)
+
+
+def project_and_outer(
+    x: Tensor, s: Tensor, product: Tensor, factors: Sequence[Piece], targets: Sequence[Piece], columns: Sequence[slice],
+    ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
+) -> bool:  # fmt: skip
+    """product = x p, copy = x, spare = [product | 0] and parts of x^T s in one pass over x, if that is the better way.
+
+    The columns[i] of x go with the ranks[i] of s and product alone: factors and targets have those from column 0 on.
+    """
+    rank, dtypes = max(own.stop - own.start for own in ranks), {one.dtype for one, *_ in factors}
+    exact = {torch.bfloat16: {torch.bfloat16, torch.float32}, torch.float16: {torch.float16}}.get(x.dtype, set())
+    if rank > ONE_PASS_RANK or not dtypes <= exact or not targets or not _on_triton(x, s):
+        return False
+    terms = terms_of(factors, x.shape[1], rank, x.dtype)
+    both = load("lora_backward_triton.both")
+    return dispatch.launched(both, (x, terms), x, s, terms, product, targets, columns, ranks, copy, spare)
 
 
 def _launcher(name: str) -> Callable[..., None]:
