@@ -42,20 +42,22 @@ def add_product(left, right, total):
 
 @triton.jit
 def place_kernel(
-    pieces, out_ptr, out_stride, term_stride, COUNT: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr
+    pieces, out_ptr, n_elements, columns, out_stride, term_stride, COUNT: tl.constexpr, TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column, mask = at // columns, at % columns, at < n_elements
+    value = tl.zeros([BLOCK], tl.float32)
     for which in tl.static_range(COUNT):
-        if tl.program_id(1) == which:
-            source_ptr, n_elements, columns, stride, first_row, first_column, scale = pieces[which]
-            at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            mask = at < n_elements
-            source = source_ptr + tl.cast(at // columns, tl.int64) * stride + at % columns
-            value = tl.cast(tl.load(source, mask=mask, other=0.0), tl.float32) * tl.cast(scale, tl.float32)
-            row = tl.cast(first_row + at // columns, tl.int64)
-            address = out_ptr + row * out_stride + first_column + at % columns
-            for number in tl.static_range(TERMS):
-                term = term_of(value, number, out_ptr.dtype.element_ty)
-                tl.store(address + tl.cast(number, tl.int64) * term_stride, term, mask=mask)
+        source_ptr, n_rows, n_columns, stride, first_row, first_column, scale = pieces[which]
+        r, c = row - first_row, column - first_column
+        inside = mask & (r >= 0) & (r < n_rows) & (c >= 0) & (c < n_columns)
+        source = tl.load(source_ptr + tl.cast(r, tl.int64) * stride + c, mask=inside, other=0.0)
+        value += tl.cast(source, tl.float32) * tl.cast(scale, tl.float32)  # pieces do not overlap
+    address = out_ptr + tl.cast(row, tl.int64) * out_stride + column
+    for number in tl.static_range(TERMS):
+        term = term_of(value, number, out_ptr.dtype.element_ty)
+        tl.store(address + tl.cast(number, tl.int64) * term_stride, term, mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -203,26 +205,21 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
 Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in the whole, row and column, and its scale
 
 
-def _given(pieces: Sequence[Piece]) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    """Pieces as the kernels take them, and a grid."""
-    given = tuple(
-        (one, one.numel(), one.shape[1], one.stride(0), row, column, scale) for one, row, column, scale in pieces
-    )
-    return given, (triton.cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces))
-
-
 def place(out: Tensor, pieces: Sequence[Piece]) -> None:
-    """Write scale * piece where each belongs in out [terms, rows, columns]; the last axis of out is dense."""
-    given, grid = _given([(one if one.stride(1) == 1 else one.contiguous(), *more) for one, *more in pieces])
-    place_kernel[grid](
-        given, out, out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0], BLOCK=ELEMENTS, num_warps=4
-    )
+    """Write scale * piece where each belongs in out [terms, rows, columns], whose last axis is dense; else zero."""
+    dense = [(one if one.stride(1) == 1 else one.contiguous(), *more) for one, *more in pieces]
+    given = tuple((one, *one.shape, one.stride(0), *more) for one, *more in dense)
+    n_elements = out[0].numel()
+    place_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
+        given, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0],
+        BLOCK=ELEMENTS, num_warps=4,
+    )  # fmt: skip
 
 
 def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * the sum over partial [splits, rows, columns] into the pieces, whose last axis is dense."""
-    given, grid = _given(pieces)
-    collect_kernel[grid](
+    given = tuple((one, one.numel(), one.shape[1], one.stride(0), *more) for one, *more in pieces)
+    collect_kernel[(triton.cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces))](
         given, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(given), BLOCK=ELEMENTS,
         num_warps=4,
     )  # fmt: skip

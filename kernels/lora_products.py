@@ -37,11 +37,11 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 
     Each term is what those before it have left.
     """
-    if sum(one.numel() for one, *_ in pieces) < out[0].numel():
-        out.zero_()
     tensors = [out, *(one for one, *_ in pieces)]
     if pieces and _on_triton(*tensors) and dispatch.launched(_launcher("place"), tensors, out, pieces):
         return
+    if sum(one.numel() for one, *_ in pieces) < out[0].numel():
+        out.zero_()
     for one, row, column, scale in pieces:
         left = one.to(wide(one.dtype, out.dtype)) * scale
         for term in out[:, row : row + one.shape[0], column : column + one.shape[1]]:
