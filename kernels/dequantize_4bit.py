@@ -110,8 +110,9 @@ def dequantize_into(
         if dispatch.launched(together, tensors, out, weights, features, blocksize, quant_type):
             return
     for part, (packed, statistics) in zip(out.split(list(features)), weights, strict=True):
-        given: list[Any] = [*statistics, None, None, None][:4]
-        part.copy_(_on_cpu(packed, *given, *part.shape, blocksize, quant_type, out.dtype))
+        given: Any = [*statistics, None, None, None][:4]
+        sizes: Any = (*part.shape, blocksize, quant_type, out.dtype)
+        part.copy_(_on_cpu(packed, *given, *sizes))
 
 
 def _on_cpu(

@@ -207,8 +207,8 @@ Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in the whole
 
 def place(out: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * piece where each belongs in out [terms, rows, columns], whose last axis is dense; else zero."""
-    dense = [(one if one.stride(1) == 1 else one.contiguous(), *more) for one, *more in pieces]
-    given = tuple((one, *one.shape, one.stride(0), *more) for one, *more in dense)
+    dense = [one if one.stride(1) == 1 else one.contiguous() for one, *_ in pieces]
+    given = tuple((one, *one.shape, one.stride(0), *piece[1:]) for one, piece in zip(dense, pieces, strict=True))
     n_elements = out[0].numel()
     place_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
         given, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0],

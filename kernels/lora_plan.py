@@ -125,7 +125,7 @@ def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
     copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns:])
     if len(group.inputs) > 1:
         for given, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
-            terms = terms_of([(a, 0, 0, 1.0)], *a.shape, given.dtype)
+            terms = terms_of([(a, 0, 0, 1.0)], a.shape[0], a.shape[1], given.dtype)
             project(given, terms.transpose(1, 2), s[:, part])
     elif group.lora_a:
         given = rows(group.read[0])
@@ -253,7 +253,7 @@ def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | Non
         project(grad, terms_of(factors_b(group), n, ranks, grad.dtype), ds, copy, spare)
         return
     for _, b, scale, part, own in group.adapters:  # in one matrix most of it would be zeros
-        project(grad[:, part], terms_of([(b, 0, 0, scale)], *b.shape, grad.dtype), ds[:, own])
+        project(grad[:, part], terms_of([(b, 0, 0, scale)], b.shape[0], b.shape[1], grad.dtype), ds[:, own])
     if copy is not None:
         copy.copy_(grad)
     write_spare(spare, ds)

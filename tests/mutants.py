@@ -96,14 +96,10 @@ MUTANTS = (
     Mutant("dequantize_4bit.elements_kernel", SIGN, "dequantize_4bit.elements_kernel", "nibble) * absmax", "nibble) * -absmax"),
     Mutant("dequantize_4bit.elements_kernel", MASK, "dequantize_4bit.elements_kernel", "element < n_elements", "element >= 0"),
     Mutant("dequantize_4bit.elements_kernel", INDEX, "dequantize_4bit.elements_kernel", "byte >> 4, byte & 15", "byte & 15, byte >> 4"),
-    *(
-        mutant
-        for kernel in ("lora_linear.place_kernel", "lora_linear.collect_kernel")
-        for mutant in (
-            Mutant(kernel, MASK, kernel, "mask = at < n_elements", "mask = at >= 0"),
-            Mutant(kernel, INDEX, kernel, "first_column + at % columns", "at % columns"),
-        )
-    ),
+    Mutant("lora_linear.place_kernel", MASK, "lora_linear.place_kernel", "at % columns, at < n_elements", "at % columns, at >= 0"),
+    Mutant("lora_linear.place_kernel", INDEX, "lora_linear.place_kernel", "column - first_column", "column"),
+    Mutant("lora_linear.collect_kernel", MASK, "lora_linear.collect_kernel", "mask = at < n_elements", "mask = at >= 0"),
+    Mutant("lora_linear.collect_kernel", INDEX, "lora_linear.collect_kernel", "first_column + at % columns", "at % columns"),
     Mutant("lora_linear.place_kernel", SIGN, "lora_linear.place_kernel", "* tl.cast(scale", "* -tl.cast(scale"),
     Mutant("lora_linear.collect_kernel", SIGN, "lora_linear.collect_kernel", "total += tl.load", "total -= tl.load"),
     Mutant("lora_linear.project_kernel", SIGN, "lora_linear.project_kernel", "add_product(x, term,", "add_product(x, -term,"),
@@ -115,6 +111,12 @@ MUTANTS = (
     Mutant("lora_linear.outer_kernel", SIGN, "lora_linear.outer_kernel", "add_product(tl.trans(x), s,", "add_product(tl.trans(x), -s,"),
     Mutant("lora_linear.outer_kernel", MASK, "lora_linear.outer_kernel", "last = min(first + rows, M)", "last = first + rows"),
     Mutant("lora_linear.outer_kernel", INDEX, "lora_linear.outer_kernel", "(r * partial_stride_r)", "(r * partial_stride_k)"),
+    Mutant("lora_linear_backward.both_kernel", SIGN, "lora_linear_backward.both_kernel", "add_product(x, p,", "add_product(x, -p,"),
+    Mutant("lora_linear_backward.both_kernel", MASK, "lora_linear_backward.both_kernel", "min((split + 1) * rows, M)", "(split + 1) * rows"),
+    Mutant("lora_linear_backward.both_kernel", INDEX, "lora_linear_backward.both_kernel", "(block - first_block) *", "block *"),
+    Mutant("lora_linear_backward.sum_kernel", SIGN, "lora_linear_backward.sum_kernel", "total += tl.sum(", "total -= tl.sum("),
+    Mutant("lora_linear_backward.sum_kernel", MASK, "lora_linear_backward.sum_kernel", "mask=(block < end[None, :]) & ", "mask="),
+    Mutant("lora_linear_backward.sum_kernel", INDEX, "lora_linear_backward.sum_kernel", "inside, rank - first_rank", "inside, rank"),
 )  # fmt: skip
 
 

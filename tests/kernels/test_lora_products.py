@@ -89,7 +89,7 @@ def test_one_pass_is_both_products(
 
 @on_devices
 def test_three_terms_are_float32(device: str) -> None:
-    from fastft.kernels import lora_backward_triton
+    from fastft.kernels import lora_linear_backward_triton
 
     one = case(200, (300, 64), (16, 3), LOW[-1], "contiguous", device)
     factors = [Spec(tuple(b.shape), torch.float32).build(device) for b in one.factors]
@@ -101,7 +101,9 @@ def test_three_terms_are_float32(device: str) -> None:
         left = left - terms[-1]
     product, targets = torch.empty_like(one.s), [torch.empty_like(b) for b in factors]
     pieces = [(target, part.start, 0, 1.0) for target, part in zip(targets, one.columns, strict=True)]
-    lora_backward_triton.both(one.x, one.s, torch.stack(terms), product, pieces, one.columns, one.ranks, None, None)
+    lora_linear_backward_triton.both(
+        one.x, one.s, torch.stack(terms), product, pieces, one.columns, one.ranks, None, None
+    )
     x, s = one.x.double(), one.s.double()
     truth = torch.cat([x[:, part] @ b.double() for part, b in zip(one.columns, factors, strict=True)], 1)
     torch.testing.assert_close(product.double(), truth, rtol=0, atol=3e-6 * truth.abs().max().item())

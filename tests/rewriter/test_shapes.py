@@ -218,7 +218,8 @@ def test_families(name: str, masked: bool) -> None:
             loss = called(input_ids=inputs, labels=inputs.clone(), **mask).loss
             model.zero_grad()
             loss.backward()
-            return torch.stack([loss.detach(), *(one.grad.norm() for one in model.parameters() if one.grad is not None)])
+            norms = [one.grad.norm() for one in model.parameters() if one.grad is not None]
+            return torch.stack([loss.detach(), *norms])
 
         return run
 
