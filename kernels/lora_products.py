@@ -65,8 +65,9 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spa
         if beside is None:
             write_spare(spare, s)
         return
-    p = terms[0] if terms.shape[0] == 1 else terms.sum(0)  # summing would lay it out anew, for a less exact product
-    s.copy_(x.to(s.dtype) @ p.to(s.dtype))
+    # A sum of one term would be laid out anew, for a less exact product.
+    p = terms[0].to(s.dtype) if terms.shape[0] == 1 else terms.to(s.dtype).sum(0)
+    s.copy_(x.to(s.dtype) @ p)
     if copy is not None:
         copy.copy_(x)
     write_spare(spare, s)
