@@ -157,8 +157,8 @@ def tile(rank: int, wide: bool, outer: bool = False, low: bool = False) -> dict[
     low: an outer product's tile has fewer rows.  Of three terms it spills otherwise, where tensor cores want operands
     in registers (see dispatch.has_shared_operands).
 
-    Measured on an H100 in bfloat16, ranks 16 to 48, 32 and 64 rows, 64 and 128 columns, 4 and 8 warps: these are the
-    fastest or within 10% of it, at 72 to 100% of a copy's bandwidth (docs/performance.md).
+    Measured on an H100 in bfloat16, ranks 16 to 48, 32 and 64 rows, 64 and 128 columns, 4 and 8 warps: these were the
+    fastest or within 10% of it, at 72 to 100% of a copy's bandwidth; the rows were not kept (docs/performance.md).
     """
     block_m, block_k = (32, 32) if wide else (32 if low else 64, 128) if outer else (64, 64)
     block_r = max(16, triton.next_power_of_2(rank))
