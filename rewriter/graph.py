@@ -119,6 +119,12 @@ def may_alias(left: Any, right: Any) -> bool:
     return compat.storage_key(left) == compat.storage_key(right)
 
 
+def describe_as(node: Node, like: Node) -> None:
+    """Record what a new call computes, and that it belongs to the module and the source line of another."""
+    node.meta |= {key: value for key, value in like.meta.items() if key != "example_value"}
+    compat.propagate(node)
+
+
 def between(first: Node, last: Node) -> Iterator[Node]:
     """The nodes strictly after ``first`` and before ``last``, in graph order; none if they are the same."""
     node = first.next if first is not last else last

@@ -11,7 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from fastft.rewriter import autocast, compat
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import between
+from fastft.rewriter.graph import between, describe_as
 from fastft.rewriter.layers import layer_of
 from fastft.rewriter.match import Match, Mismatch, find
 from fastft.rewriter.normalize import splits, view
@@ -114,8 +114,7 @@ class _Lifting:
         latest = max(roots)
         made = list(between(previous, at))
         for node in made:
-            node.meta = {key: value for key, value in latest.meta.items() if key != "example_value"}
-            compat.propagate(node)
+            describe_as(node, latest)
             _mark(node)
         fold(self.graph, made)  # a dtype that the replacement asks for
         self.replaced.update(found.calls.values())

@@ -1,10 +1,11 @@
-"""Carry out a group of projections: one call of ``fastft::lora_linear``, and columns of its result for each sibling."""
+"""Merge projections of one input: one call of ``fastft::lora_linear``, and columns of its result for each sibling."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,19 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastft.rewriter import autocast, compat
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import between, describe, draws, may_alias, name_of, only_reads, switches_mode, written
-from fastft.rewriter.projections import LISTS, DeclinedError, Origin, Projection
+from fastft.rewriter.graph import (
+    between,
+    describe,
+    describe_as,
+    draws,
+    may_alias,
+    name_of,
+    only_reads,
+    switches_mode,
+    written,
+)
+from fastft.rewriter.projections import LISTS, RULE, Origin, Projection, find, miss
+from fastft.rewriter.report import GraphReport, Lifted
 
 _OF_LAYOUT = frozenset(
     [
@@ -34,7 +46,53 @@ _OF_LAYOUT = frozenset(
 _OF_TORCH = ("aten", "prims", "fastft", "bitsandbytes")
 
 
-def merge(gm: GraphModule, siblings: Sequence[Projection]) -> dict[Node, Node]:
+class DeclinedError(Exception):
+    """Why projections are not merged."""
+
+
+def group(gm: GraphModule, report: GraphReport) -> None:
+    """Merge all projections of one graph; those that stay apart for a reason go into ``report``.
+
+    A linear layer without an adapter is left alone unless a sibling has one.
+    """
+    became: dict[Node, Node] = {}
+    for siblings in itertools.chain.from_iterable(map(_of_one_dtype, find(gm.graph, report))):
+        if not any(one.adapters for one in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
+            continue
+        for part in _try(gm, siblings, became, report):
+            places = compat.module_path(part[0].end), compat.source_line(part[0].end)
+            report.fused.append(Lifted(RULE, *places))
+
+
+def _of_one_dtype(siblings: Sequence[Projection]) -> Iterator[list[Projection]]:
+    """Those whose results have one dtype, with their adapters: some may have float32 sums."""
+    left = list(siblings)
+    for dtype in dict.fromkeys(value_of(one.end).dtype for one in siblings if one.adapters):
+        part = [one for one in left if value_of(one.end).dtype == dtype or one.cast_to(dtype)]
+        left = [one for one in left if one not in part]
+        yield part
+    if left:
+        yield left
+
+
+def _try(
+    gm: GraphModule, siblings: list[Projection], became: dict[Node, Node], report: GraphReport
+) -> Iterator[list[Projection]]:
+    """Merge siblings, or where that is not possible each by itself; what was merged."""
+    try:
+        for one in siblings:
+            one.follow(became)
+        became.update(_merge(gm, siblings))
+        yield siblings
+    except DeclinedError as declined:
+        miss(report, siblings[0].end, str(declined))
+        if len(siblings) > 1:
+            for one in siblings:
+                if one.adapters:
+                    yield from _try(gm, [one], became, report)
+
+
+def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> dict[Node, Node]:
     """Put one call where the first sibling is; what each result became.  DeclinedError leaves the graph as it was."""
     _check(gm, siblings)
     graph, at = gm.graph, min(one.root if not one.quant_type else one.inner[0] for one in siblings)
@@ -104,12 +162,10 @@ def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
 def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> list[Node]:
     """The call and each sibling's columns of its result; what is made goes into ``made``."""
     first = siblings[0].end
-    metadata = {key: value for key, value in first.meta.items() if key != "example_value"}
 
     def add(node: Node, like: Any = None) -> Node:
         made.append(node)
-        node.meta |= metadata
-        compat.propagate(node)
+        describe_as(node, first)
         if like is not None:  # it needs a gradient where that does
             compat.set_value(node, value_of(node).detach().requires_grad_(value_of(like).requires_grad))
         return node

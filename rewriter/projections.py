@@ -1,22 +1,21 @@
-"""Find projections and merge those of one input, with their adapters, into one ``fastft::lora_linear`` each group.
+"""Find projections that merge.py can make one ``fastft::lora_linear`` of: those of one input, with their adapters.
 
 A projection is a 4-bit one (quantized.py) or a linear layer, and the LoRA layers (patterns/lora.py) added to it.
-The siblings of a group read the same input: q, k and v; gate and up.  A linear layer without an adapter is left alone
-unless a sibling has one.
+Siblings read the same input: q, k and v; gate and up.
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from fastft.kernels.lora_linear import Group
 from fastft.kernels.registry import wide
@@ -25,7 +24,7 @@ from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import name_of, written
 from fastft.rewriter.layers import layer_of
 from fastft.rewriter.normalize import arguments_of, cast_dtype
-from fastft.rewriter.report import GraphReport, Lifted, NearMiss
+from fastft.rewriter.report import GraphReport, NearMiss
 
 RULE = "lora_linear.group"
 LISTS = ("weights", "absmax", "absmax_8bit", "absmax_code", "absmax_offset")
@@ -91,55 +90,16 @@ class Projection:
         return True
 
 
-class DeclinedError(Exception):
-    """Why projections are not merged."""
-
-
-def group(gm: GraphModule, report: GraphReport) -> None:
-    """Merge all projections of one graph; those that stay apart for a reason go into ``report``."""
+def find(graph: Graph, report: GraphReport) -> list[list[Projection]]:
+    """All projections of a graph, siblings together; adapters that they cannot take go into ``report``."""
     groups: dict[Any, list[Projection]] = {}
-    for projection in _projections(gm.graph, report):
+    for projection in _projections(graph, report):
         groups.setdefault(_key(projection), []).append(projection)
-    became: dict[Node, Node] = {}
-    for siblings in itertools.chain.from_iterable(map(_of_one_dtype, groups.values())):
-        if not any(one.adapters for one in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
-            continue
-        for part in _try(gm, siblings, became, report):
-            places = compat.module_path(part[0].end), compat.source_line(part[0].end)
-            report.fused.append(Lifted(RULE, *places))
+    return list(groups.values())
 
 
-def _of_one_dtype(siblings: Sequence[Projection]) -> Iterator[list[Projection]]:
-    """Those whose results have one dtype, with their adapters: some may have float32 sums."""
-    left = list(siblings)
-    for dtype in dict.fromkeys(value_of(one.end).dtype for one in siblings if one.adapters):
-        part = [one for one in left if value_of(one.end).dtype == dtype or one.cast_to(dtype)]
-        left = [one for one in left if one not in part]
-        yield part
-    if left:
-        yield left
-
-
-def _try(
-    gm: GraphModule, siblings: list[Projection], became: dict[Node, Node], report: GraphReport
-) -> Iterator[list[Projection]]:
-    """Merge siblings, or where that is not possible each by itself; what was merged."""
-    from fastft.rewriter.merge import merge
-
-    try:
-        for one in siblings:
-            one.follow(became)
-        became.update(merge(gm, siblings))
-        yield siblings
-    except DeclinedError as declined:
-        _miss(report, siblings[0].end, str(declined))
-        if len(siblings) > 1:
-            for one in siblings:
-                if one.adapters:
-                    yield from _try(gm, [one], became, report)
-
-
-def _miss(report: GraphReport, node: Node, reason: str) -> None:
+def miss(report: GraphReport, node: Node, reason: str) -> None:
+    """Say why this node stays apart."""
     report.near_misses.append(NearMiss(RULE, compat.module_path(node), compat.source_line(node), reason))
 
 
@@ -165,7 +125,7 @@ class Origin:
     @property
     def exact(self) -> bool:
         """Whether the first has the value of the last."""
-        return _holds(value_of(self.nodes[0]).dtype, value_of(self.source).dtype)
+        return holds(value_of(self.nodes[0]).dtype, value_of(self.source).dtype)
 
     @classmethod
     def of(cls, node: Node) -> Origin:
@@ -173,10 +133,10 @@ class Origin:
         nodes, rounded, widened = [node], False, False
         while (given := _cast_of(nodes[-1])) is not None:
             outer, inner = value_of(nodes[-1]).dtype, value_of(given).dtype
-            if not _holds(outer, inner) and (rounded or widened):
+            if not holds(outer, inner) and (rounded or widened):
                 break
-            rounded |= not _holds(outer, inner)
-            widened |= _holds(outer, inner) and outer != inner
+            rounded |= not holds(outer, inner)
+            widened |= holds(outer, inner) and outer != inner
             nodes.append(given)
         return cls(tuple(nodes))
 
@@ -190,7 +150,7 @@ def _cast_of(node: Node) -> Node | None:
     return given if plain else None
 
 
-def _holds(outer: torch.dtype, inner: torch.dtype) -> bool:
+def holds(outer: torch.dtype, inner: torch.dtype) -> bool:
     """Whether one dtype has all numbers of the other."""
     return torch.promote_types(outer, inner) == outer
 
@@ -268,7 +228,7 @@ def _add_adapters(projection: Projection, report: GraphReport) -> None:
         projection.inner += chain[:last]
     for one in chain[last + 1 :]:
         if one.target is torch.ops.fastft.lora_add:
-            _miss(report, one, f"its result is {value_of(one).dtype} beside a layer in {own}")
+            miss(report, one, f"its result is {value_of(one).dtype} beside a layer in {own}")
 
 
 def _keeps_value(node: Node, given: Node, dtype: torch.dtype) -> bool:

@@ -20,8 +20,9 @@ from torch.fx import GraphModule, Node
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import describe, only_reads
+from fastft.rewriter.graph import describe, describe_as, only_reads
 from fastft.rewriter.normalize import arguments_of
+from fastft.rewriter.projections import holds
 from fastft.rewriter.report import GraphReport, Lifted, NearMiss
 from fastft.rewriter.verify import same_kind
 
@@ -222,7 +223,7 @@ def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
     last = True
     while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
         given, result = value_of(node.args[0]).dtype, value_of(node).dtype
-        widens = given.is_floating_point and result.is_floating_point and torch.promote_types(given, result) == result
+        widens = given.is_floating_point and result.is_floating_point and holds(result, given)
         if not widens and not (last and result == dtype and given.is_floating_point):
             break
         node, last = node.args[0], False
@@ -293,7 +294,7 @@ class _Reader:
             raise NotOneError(f"{node} is not a de-quantised weight")
         packed, absmax, blocksize, quant_type, shape, dtype = node.args
         for one in (*dtypes, dtype):
-            if narrowest is not None and torch.promote_types(one, narrowest) != one:
+            if narrowest is not None and not holds(one, narrowest):
                 raise NotOneError(f"the weight is rounded to {one} before {narrowest}")
         if turned:
             raise NotOneError("the weight is transposed")
@@ -342,8 +343,7 @@ def _replace(gm: GraphModule, root: Node, projection: Projection, unused: list[N
         result = gm.graph.call_function(operator.getitem, (call, 0))
     try:
         for node in (call, result):
-            node.meta |= {key: value for key, value in root.meta.items() if key != "example_value"}
-            compat.propagate(node)
+            describe_as(node, root)
         if not same_kind(value_of(result), value_of(root)):
             raise NotOneError("the op's result would be laid out otherwise")
     except Exception:

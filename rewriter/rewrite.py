@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fastft import patterns
-from fastft.rewriter import autocast, projections, quantized
+from fastft.rewriter import autocast, merge, quantized
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import bodies, name_of
 from fastft.rewriter.lift import fuse, lift
@@ -42,7 +42,7 @@ def rewrite(
                 quantized.lift(body, report)
             lift(body, rules, report)
             if plain:
-                projections.group(body, report)
+                merge.group(body, report)
             fuse(body, merging, report, across_layers=across_layers)
         body.graph.lint()
         body.recompile()
