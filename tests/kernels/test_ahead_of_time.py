@@ -32,6 +32,12 @@ SPILLS_IN_3_8 = pytest.mark.xfail(
     reason="the assembler of Triton 3.8 (torch 2.14) stores one number before the loop and loads it after",
     strict=True,
 )
+LARGE_IN_3_8 = pytest.mark.xfail(
+    triton.__version__.startswith("3.8."),
+    reason="on sm_100 Triton 3.8 takes more shared and local memory for these; dispatch falls back where it must",
+    strict=True,
+)
+LARGE = [("lora_linear_triton", 100), ("lora_linear_backward_triton", 100)]
 SPILLING = {"rms_norm_triton-backward_weight_kernel-False-True-8-256-4": SPILLS_IN_3_8}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -117,8 +123,15 @@ def test_every_variant_on_one_generation(kernel: Any, constants: dict[str, Any],
         assert re.search(r"ld\.global\.\S*v4", binary.asm["ptx"]), "loads are not 16 bytes wide"
 
 
-@pytest.mark.parametrize("capability", [one for one in SHARED_MEMORY if one != 90])
-@pytest.mark.parametrize("module", MODULES)
+OTHERS = [
+    pytest.param(module, capability, marks=LARGE_IN_3_8 if (module, capability) in LARGE else ())
+    for module in MODULES
+    for capability in SHARED_MEMORY
+    if capability != 90
+]
+
+
+@pytest.mark.parametrize(("module", "capability"), OTHERS)
 def test_every_kernel_on_the_others(module: str, capability: int, tmp_path: Path) -> None:
     """The first and the last variant of each kernel: the least and the most of one program.
 
