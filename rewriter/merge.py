@@ -21,12 +21,11 @@ from fastft.rewriter.graph import (
     draws,
     may_alias,
     name_of,
-    only_reads,
-    switches_mode,
     written,
 )
 from fastft.rewriter.projections import LISTS, RULE, Origin, Projection, find, miss
 from fastft.rewriter.report import GraphReport, Lifted
+from fastft.rewriter.verify import disturbed_between, written_in_place
 
 _OF_LAYOUT = frozenset(
     [
@@ -127,14 +126,8 @@ def _check(gm: GraphModule, siblings: Sequence[Projection]) -> None:
     """Nothing that is read is written to, and no mode is switched on the way."""
     ends = [node for one in siblings for node in (one.root, *one.inner, one.end)]
     nodes = ends + [node for one in siblings for given in one.given for node in Origin.of(given).nodes]
-    for node in nodes:
-        if any(map(compat.written_to, compat.tensors_in(value_of(node)))):
-            raise DeclinedError(f"{node.name} is written to in place")
-    for node in between(min(ends), max(ends)):
-        if switches_mode(node):
-            raise DeclinedError(f"{name_of(node.target)} is called halfway")
-        if not only_reads(gm, node) and any(may_alias(target, one) for target in written(node) for one in nodes):
-            raise DeclinedError(f"{name_of(node.target)} writes to a value of the group")
+    if reason := disturbed_between(gm, nodes, min(ends), max(ends), "group"):
+        raise DeclinedError(reason)
 
 
 def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
@@ -148,9 +141,8 @@ def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
             continue
         if node in inside or node.op not in ("call_function", "call_method") or written(node):
             raise DeclinedError(f"{node.name} is only known later")
-        for one in node.all_input_nodes:  # they are read earlier now
-            if any(map(compat.written_to, compat.tensors_in(value_of(one)))):
-                raise DeclinedError(f"{one.name} is written to in place")
+        if reason := written_in_place(node.all_input_nodes):  # they are read earlier now
+            raise DeclinedError(reason)
         needed.add(node)
         waiting += node.all_input_nodes
     last = max((node for node in needed if draws(node)), default=at)
@@ -178,7 +170,7 @@ def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> li
     if len(siblings) == 1:
         parts = [whole]
     else:
-        ends = [sum(one.features for one in siblings[: at + 1]) for at in range(len(siblings))]
+        ends = itertools.accumulate(one.features for one in siblings)
         cuts: list[Any] = [
             (..., slice(end - one.features or None, end)) for one, end in zip(siblings, ends, strict=True)
         ]

@@ -24,7 +24,7 @@ from fastft.rewriter.graph import describe, describe_as, only_reads
 from fastft.rewriter.normalize import arguments_of
 from fastft.rewriter.projections import holds
 from fastft.rewriter.report import GraphReport, Lifted, NearMiss
-from fastft.rewriter.verify import same_kind
+from fastft.rewriter.verify import same_kind, written_in_place
 
 RULE = "lora_linear.four_bit"
 _NESTED_BLOCK = 256
@@ -317,15 +317,16 @@ class _Reader:
 def _check(root: Node, projection: Projection) -> None:
     """Nothing that the projection reads is written to, and all is plain enough for the op."""
     weight = projection.weight
-    for node in (projection.x, weight.packed, weight.absmax, *weight.nested, projection.bias, root):
-        value = value_of(node)
-        if node is not None and not isinstance(value, Tensor):
+    biases = [] if projection.bias is None else [projection.bias]
+    nodes = [projection.x, weight.packed, weight.absmax, *weight.nested, *biases, root]
+    for node in nodes:
+        if not isinstance(value_of(node), Tensor):
             raise NotOneError(f"{node} is not a tensor")
-        if isinstance(value, Tensor) and compat.written_to(value):
-            raise NotOneError(f"{node} is written to in place")
-    bias = value_of(projection.bias)
-    if bias is not None and bias.shape != (weight.rows,):
-        raise NotOneError(f"its bias is of shape {tuple(bias.shape)}")
+    if reason := written_in_place(nodes):
+        raise NotOneError(reason)
+    for bias in map(value_of, biases):
+        if bias.shape != (weight.rows,):
+            raise NotOneError(f"its bias is of shape {tuple(bias.shape)}")
 
 
 def _replace(gm: GraphModule, root: Node, projection: Projection, unused: list[Node]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -92,14 +93,27 @@ def disturbed(found: Match, gm: GraphModule) -> str | None:
     every function, and one after the root may spoil what the op saves where the user's own code saved a copy.
     """
     values = [node for node in found.bindings.values() if isinstance(node, Node)]
-    for node in values:
-        if any(map(compat.written_to, compat.tensors_in(value_of(node)))):
-            return f"{node.name} is written to in place"
-    for node in between(min(found.calls.values()), max(found.roots)):
+    return disturbed_between(gm, values, min(found.calls.values()), max(found.roots), "match")
+
+
+def disturbed_between(gm: GraphModule, values: Iterable[Node], first: Node, last: Node, whole: str) -> str | None:
+    """The same of any values that calls from ``first`` to ``last`` are made of; whole: what they are together."""
+    values = list(values)
+    if reason := written_in_place(values):
+        return reason
+    for node in between(first, last):
         if switches_mode(node):
             return f"{name_of(node.target)} is called halfway"
         if not only_reads(gm, node) and any(may_alias(target, value) for target in written(node) for value in values):
-            return f"{name_of(node.target)} writes to a value of the match"
+            return f"{name_of(node.target)} writes to a value of the {whole}"
+    return None
+
+
+def written_in_place(nodes: Iterable[Node]) -> str | None:
+    """Which of these is written to anywhere in the graph."""
+    for node in nodes:
+        if any(map(compat.written_to, compat.tensors_in(value_of(node)))):
+            return f"{node.name} is written to in place"
     return None
 
 
