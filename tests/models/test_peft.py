@@ -13,14 +13,13 @@ from bitsandbytes.nn import Linear4bit
 from compare import FORWARD, GRADIENT, assert_close_to_truth, assert_same_metadata
 from hypothesis import given
 from hypothesis import strategies as st
+from lifting import Capture, compiled, reasons
 from op_calls import nearby
 from peft import LoraConfig, PeftModel, get_peft_model
 from strategies import DEVICES
 from torch import Tensor, nn
 
 import fastft
-from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
 from models.families import Double, in_double
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -125,29 +124,18 @@ def assert_right(compiled: Callable, model: nn.Module, setup: Setup, device: str
             raise AssertionError(f"{name}: {error}") from None
 
 
-def compiled(model: nn.Module, reports: list[GraphReport]) -> Callable:
-    """As lower="eager", with the reports kept."""
-
-    def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
-        reports.append(rewrite(gm))
-        return gm.forward
-
-    torch._dynamo.reset()
-    return torch.compile(model, backend=backend)
-
-
-def found(reports: list[GraphReport]) -> tuple[Counter[str], Counter[str]]:
+def found(captures: list[Capture]) -> tuple[Counter[str], Counter[str]]:
     """How often each rule applied; what adds LoRA counts as one rule, however PEFT writes it."""
     lifted = Counter(
-        one.rule if not one.rule.startswith("lora.") else "lora" for report in reports for one in report.lifted
+        one.rule if not one.rule.startswith("lora.") else "lora" for _, report in captures for one in report.lifted
     )
-    return lifted, Counter(one.rule for report in reports for one in report.fused)
+    return lifted, Counter(one.rule for _, report in captures for one in report.fused)
 
 
 def check(setup: Setup, device: str = "cpu") -> None:
-    model, reports = setup.build(device), []  # type: ignore[var-annotated]
-    assert_right(compiled(model, reports), model, setup, device)
-    assert found(reports) == setup.counts(), [miss for report in reports for miss in report.near_misses]
+    model, captures = setup.build(device), []  # type: ignore[var-annotated]
+    assert_right(compiled(model, captures), model, setup, device)
+    assert found(captures) == setup.counts(), [reasons(report) for _, report in captures]
 
 
 @st.composite
@@ -174,9 +162,9 @@ def test_whatever_the_adapters(device: str, setup: Setup) -> None:
 def test_adapters_switched_disabled_and_merged_after_compilation(device: str, base: str) -> None:
     """One compiled model follows what PEFT does to it."""
     setup = Setup(base, adapters=2)
-    model, reports = setup.build(device), []  # type: ignore[var-annotated]
+    model, captures = setup.build(device), []  # type: ignore[var-annotated]
     layers = model.base_model
-    run = compiled(model, reports)
+    run = compiled(model, captures)
     states: dict[str, Callable[[], Any]] = {
         "both": lambda: None,
         "one": lambda: layers.set_adapter("default"),
@@ -190,13 +178,13 @@ def test_adapters_switched_disabled_and_merged_after_compilation(device: str, ba
     lifted: dict[str, int] = {}
     for name, change in states.items():
         change()
-        seen = len(reports)
+        seen = len(captures)
         try:
             assert_right(run, model, setup, device)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
-        if len(reports) > seen:  # or it is compiled already
-            lifted[name] = found(reports[seen:])[0]["lora"]
+        if len(captures) > seen:  # or it is compiled already
+            lifted[name] = found(captures[seen:])[0]["lora"]
     assert {"both": 14, "one": 7, "the other": 7, "none": 0}.items() <= lifted.items()
 
 
@@ -244,10 +232,10 @@ class InAutocast(nn.Module):
 @pytest.mark.parametrize("base", ["", "nf4 nested"])
 def test_autocast_inside_the_graph(device: str, base: str, checkpointed: bool) -> None:
     setup = Setup(base)
-    model, reports = InAutocast(setup.build(device), device, checkpointed), []  # type: ignore[var-annotated]
+    model, captures = InAutocast(setup.build(device), device, checkpointed), []  # type: ignore[var-annotated]
     plain = Setup(base, autocast=True)
-    assert_right(compiled(model, reports), model, plain, device)
-    assert found(reports) == setup.counts()
+    assert_right(compiled(model, captures), model, plain, device)
+    assert found(captures) == setup.counts()
 
 
 def trainable_weights(model: nn.Module) -> None:
@@ -261,10 +249,10 @@ def trainable_weights(model: nn.Module) -> None:
     "setup", [Setup("", bias=True), Setup("", torch.bfloat16, torch.bfloat16, bias=True), Setup(bias=True)]
 )
 def test_trainable_weights_and_biases(device: str, setup: Setup) -> None:
-    model, reports = setup.build(device), []  # type: ignore[var-annotated]
+    model, captures = setup.build(device), []  # type: ignore[var-annotated]
     trainable_weights(model)
-    assert_right(compiled(model, reports), model, setup, device)
-    assert found(reports) == setup.counts()
+    assert_right(compiled(model, captures), model, setup, device)
+    assert found(captures) == setup.counts()
 
 
 OTHERWISE: dict[str, dict[str, Any]] = {
@@ -286,11 +274,11 @@ def test_other_settings_of_peft(device: str, name: str, base: str) -> None:
     if base:
         fastft.quantize_(block)
     settings = {"init_lora_weights": False, **OTHERWISE[name]}
-    model, reports = get_peft_model(block, LoraConfig(r=4, **settings)).to(device).train(), []  # type: ignore[var-annotated]
-    assert_right(compiled(model, reports), model, setup, device)
-    reasons = {miss.reason for report in reports for miss in report.near_misses}
-    lifted = found(reports)[0]["lora"]
+    model, captures = get_peft_model(block, LoraConfig(r=4, **settings)).to(device).train(), []  # type: ignore[var-annotated]
+    assert_right(compiled(model, captures), model, setup, device)
+    told = {reason for _, report in captures for reason in reasons(report)}
+    lifted = found(captures)[0]["lora"]
     if name == "a factor with a bias":
-        assert (lifted, reasons) == (0, {"its second factor has a bias of its own"})
+        assert (lifted, told) == (0, {"its second factor has a bias of its own"})
     elif name != "DoRA":  # whose graph PEFT breaks
-        assert (lifted, reasons) == (2 if "whole" in name else 7, set())
+        assert (lifted, told) == (2 if "whole" in name else 7, set())
