@@ -64,7 +64,8 @@ def quantize_(
             new = _four_bit(layer, quant_type, blocksize, double_quant, compute_dtype or layer.weight.dtype)
             _put(model, name, new)
             layers.append(name)
-    _tell_peft_and_transformers(model, quant_type, double_quant, compute_dtype, list(skipped))
+    if layers:
+        _tell_peft_and_transformers(model, quant_type, double_quant, compute_dtype, list(skipped))
     return Quantized(tuple(layers), skipped)
 
 

@@ -74,6 +74,13 @@ def test_nothing_is_quantised_twice() -> None:
     assert fastft.quantize_(net).layers == ()
 
 
+def test_a_model_in_which_nothing_becomes_four_bit_is_not_called_so() -> None:
+    model = llama().requires_grad_(True)
+    assert fastft.quantize_(model).layers == ()
+    assert not hasattr(model.config, "quantization_config")
+    assert not getattr(model, "is_loaded_in_4bit", False)
+
+
 def test_a_layer_is_freed_before_the_next() -> None:
     """No 16-bit weight outlives its own layer's turn."""
     net = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3))).requires_grad_(False)
