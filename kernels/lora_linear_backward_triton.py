@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.lora_linear_triton import ELEMENTS, ON_TENSOR_CORES, TERMS, Piece, add_product, collect, term_of
+from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, TERMS, Piece, add_product, collect, term_of
 from fastft.kernels.lora_products import ONE_PASS_RANK
 from fastft.kernels.tiles import multiprocessors
 
@@ -20,6 +20,7 @@ from fastft.kernels.tiles import multiprocessors
 # has a quarter of x's bytes for 16 ranks, and half of them for 32, where no gain is left.  No generation spills.
 TILE = {"BLOCK_M": 64, "BLOCK_K": 256, "BLOCK_R": ONE_PASS_RANK, "num_warps": 8, "num_stages": 3}
 SPLITS = 8  # parts of x p that are loaded at once
+SUM_ELEMENTS = 256  # of a program that adds them up: with 512, Triton 3.6 runs out of registers
 
 
 Share = tuple[int, int, int, int, int, int]  # first and end of its blocks of columns, of its columns, and of its ranks
@@ -106,7 +107,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             for x, terms in (("*fp16", 1), ("*bf16", 1), ("*bf16", TERMS)):
                 pointers = {"x_ptr": x, "terms_ptr": x, "copy_ptr": x}
                 yield both_kernel, {"COPY": copy, "TERMS": terms, **pointers, **TILE, **given}
-            yield sum_kernel, {"SPARE": copy, "SPLITS": SPLITS, "BLOCK": ELEMENTS, "num_warps": 4, **given}
+            yield sum_kernel, {"SPARE": copy, "SPLITS": SPLITS, "BLOCK": SUM_ELEMENTS, "num_warps": 4, **given}
 
 
 def shares_of(columns: Sequence[slice], ranks: Sequence[slice]) -> tuple[Share, ...]:
@@ -142,8 +143,8 @@ def both(
         TERMS=terms.shape[0], **TILE,
     )  # fmt: skip
     beside = product if spare is None else spare
-    sum_kernel[(triton.cdiv(beside.numel(), ELEMENTS),)](
+    sum_kernel[(triton.cdiv(beside.numel(), SUM_ELEMENTS),)](
         shares, parts, product, beside, M, R, beside.shape[1], longest, parts.stride(0), product.stride(0),
-        beside.stride(0), COUNT=len(shares), SPARE=spare is not None, SPLITS=SPLITS, BLOCK=ELEMENTS, num_warps=4,
+        beside.stride(0), COUNT=len(shares), SPARE=spare is not None, SPLITS=SPLITS, BLOCK=SUM_ELEMENTS, num_warps=4,
     )  # fmt: skip
     collect(partial, pieces)
