@@ -34,8 +34,11 @@ def weight(rows: int, columns: int, options: argparse.Namespace) -> tuple[Tensor
     """Bytes and statistics of a random one."""
     from bitsandbytes.functional import quantize_4bit
 
+    from fastft.quantize import on_default_stream
+
     values = torch.randn(rows, columns, device=options.device, dtype=torch.bfloat16)
-    return quantize_4bit(values, quant_type="nf4", compress_statistics=not options.flat)
+    with on_default_stream(values.device):
+        return quantize_4bit(values, quant_type="nf4", compress_statistics=not options.flat)
 
 
 def bitsandbytes(packed: Tensor, state: Any) -> Tensor:

@@ -70,11 +70,14 @@ def build(width: int, widths: dict[str, int], device: str) -> nn.Module:
     """4-bit layers with adapters whose second factor is not zero."""
     from bitsandbytes.nn import Linear4bit
 
+    from fastft.quantize import on_default_stream
+
     layers: dict[str, nn.Module] = {}
     for name, out in widths.items():
         layer = Linear4bit(width, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
         layer.weight.data = torch.randn(out, width, dtype=torch.bfloat16) * 0.02
-        layers[name] = layer.to(device)
+        with on_default_stream(torch.device(device)):
+            layers[name] = layer.to(device)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(widths), init_lora_weights=False)
     return inject_adapter_in_model(config, Siblings(layers)).to(device).train()
 

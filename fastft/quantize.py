@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,10 +126,24 @@ def _four_bit(layer: nn.Linear, quant_type: str, blocksize: int, double_quant: b
         layer.weight.data, requires_grad=False, blocksize=blocksize, compress_statistics=double_quant,
         quant_type=quant_type, module=new,
     )  # fmt: skip
-    new.weight = weight.to(layer.weight.device)  # this quantises
+    with on_default_stream(layer.weight.device):
+        new.weight = weight.to(layer.weight.device)  # this quantises
     new.bias = layer.bias
     new.register_load_state_dict_pre_hook(_take_statistics)
     return new.train(layer.training)
+
+
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """For what bitsandbytes (0.49 to 0.50) quantises: it does so on the default stream, whichever is current."""
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)
 
 
 def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -16,11 +16,12 @@ from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, TERMS, Piece, add
 from fastft.kernels.lora_products import ONE_PASS_RANK
 from fastft.kernels.tiles import multiprocessors
 
-# Predicted, not measured yet.  Columns are many, as there is a part of x p for each block of them: written and read, it
-# has a quarter of x's bytes for 16 ranks, and half of them for 32, where no gain is left.  No generation spills.
+# Columns are many, as there is a part of x p for each block of them: written and read, it has a quarter of x's bytes
+# for 16 ranks, and half of them for 32, where no gain is left.  No generation spills.  For other tiles see
+# docs/performance.md.
 TILE = {"BLOCK_M": 64, "BLOCK_K": 256, "BLOCK_R": ONE_PASS_RANK, "num_warps": 8, "num_stages": 3}
-SPLITS = 8  # parts of x p that are loaded at once
-SUM_ELEMENTS = 256  # of a program that adds them up: with 512, Triton 3.6 runs out of registers
+# A program that adds up the parts of x p loads SPLITS of them at once.
+SUM_TILE = {"SPLITS": 8, "BLOCK_M": 16, "BLOCK_R": ONE_PASS_RANK, "num_warps": 4}
 
 
 Share = tuple[int, int, int, int, int, int]  # first and end of its blocks of columns, of its columns, and of its ranks
@@ -76,26 +77,31 @@ def both_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def sum_kernel(
-    shares, product_ptr, s_ptr, spare_ptr, M, R, width, blocks, product_stride, s_stride, spare_stride,
-    COUNT: tl.constexpr, SPARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    shares, product_ptr, s_ptr, spare_ptr, M, R, ranks, width, product_stride, s_stride, spare_stride,
+    COUNT: tl.constexpr, SPARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, rank = tl.cast(at // width, tl.int64), at % width  # of spare, which is wider than s
-    first, end, r = tl.zeros_like(rank), tl.zeros_like(rank), tl.zeros_like(rank)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    long_row = tl.cast(row, tl.int64)[:, None]
     for number in tl.static_range(COUNT):
-        first_block, end_block, _, _, first_rank, end_rank = shares[number]
-        inside = (rank >= first_rank) & (rank < end_rank)
-        first, end = tl.where(inside, first_block, first), tl.where(inside, end_block, end)
-        r = tl.where(inside, rank - first_rank, r)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, blocks, SPLITS):
-        block = first[None, :] + start + tl.arange(0, SPLITS)[:, None]  # [SPLITS, BLOCK]
-        address = product_ptr + tl.cast(block, tl.int64) * product_stride + (row * R + r)[None, :]
-        total += tl.sum(tl.load(address, mask=(block < end[None, :]) & (row < M)[None, :], other=0.0), 0)
-    tl.store(s_ptr + row * s_stride + rank, total, mask=(row < M) & (end > 0))
+        if tl.program_id(1) == number:
+            first, end, _, _, rank, end_rank = shares[number]
+            mask = (row < M)[:, None] & (rank + r < end_rank)[None, :]
+            total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+            for start in range(first, end, SPLITS):
+                block = start + tl.arange(0, SPLITS)
+                address = (tl.cast(block, tl.int64) * product_stride)[:, None, None] + (long_row * R + r[None, :])[None]
+                part_mask = (block < end)[:, None, None] & mask[None]
+                total += tl.sum(tl.load(product_ptr + address, mask=part_mask, other=0.0), 0)
+            tl.store(s_ptr + long_row * s_stride + rank + r[None, :], total, mask=mask)
+            if SPARE:
+                address = spare_ptr + long_row * spare_stride + rank + r[None, :]
+                tl.store(address, tl.cast(total, spare_ptr.dtype.element_ty), mask=mask)
     if SPARE:
-        spare = tl.cast(total, spare_ptr.dtype.element_ty)
-        tl.store(spare_ptr + row * spare_stride + rank, spare, mask=row < M)
+        zero = tl.zeros([BLOCK_M, BLOCK_R], spare_ptr.dtype.element_ty)
+        for column in range(ranks + tl.program_id(1) * BLOCK_R, width, COUNT * BLOCK_R):
+            address = spare_ptr + long_row * spare_stride + column + r[None, :]
+            tl.store(address, zero, mask=(row < M)[:, None] & (column + r < width)[None, :])
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -107,7 +113,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             for x, terms in (("*fp16", 1), ("*bf16", 1), ("*bf16", TERMS)):
                 pointers = {"x_ptr": x, "terms_ptr": x, "copy_ptr": x}
                 yield both_kernel, {"COPY": copy, "TERMS": terms, **pointers, **TILE, **given}
-            yield sum_kernel, {"SPARE": copy, "SPLITS": SPLITS, "BLOCK": SUM_ELEMENTS, "num_warps": 4, **given}
+            yield sum_kernel, {"SPARE": copy, **SUM_TILE, **given}
 
 
 def shares_of(columns: Sequence[slice], ranks: Sequence[slice]) -> tuple[Share, ...]:
@@ -131,7 +137,7 @@ def both(
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, terms.shape[2]
     shares = shares_of(columns, ranks)
-    blocks, longest, block_m = shares[-1][1], max(end - first for first, end, *_ in shares), TILE["BLOCK_M"]
+    blocks, block_m = shares[-1][1], TILE["BLOCK_M"]
     splits = max(1, min(2 * multiprocessors(x.device) // blocks, M // (4 * block_m)))
     n_rows = triton.cdiv(triton.cdiv(M, splits), block_m) * block_m
     splits = triton.cdiv(M, n_rows)
@@ -143,8 +149,8 @@ def both(
         TERMS=terms.shape[0], **TILE,
     )  # fmt: skip
     beside = product if spare is None else spare
-    sum_kernel[(triton.cdiv(beside.numel(), SUM_ELEMENTS),)](
-        shares, parts, product, beside, M, R, beside.shape[1], longest, parts.stride(0), product.stride(0),
-        beside.stride(0), COUNT=len(shares), SPARE=spare is not None, SPLITS=SPLITS, BLOCK=SUM_ELEMENTS, num_warps=4,
+    sum_kernel[(triton.cdiv(M, SUM_TILE["BLOCK_M"]), len(shares))](
+        shares, parts, product, beside, M, R, product.shape[1], beside.shape[1], parts.stride(0), product.stride(0),
+        beside.stride(0), COUNT=len(shares), SPARE=spare is not None, **SUM_TILE,
     )  # fmt: skip
     collect(partial, pieces)

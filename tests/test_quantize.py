@@ -146,3 +146,20 @@ def test_peft_before_and_after(tmp_path: Path) -> None:
 def test_a_wrong_type_is_an_error() -> None:
     with pytest.raises(ValueError, match="use 'nf4'"):
         fastft.quantize_(Net(), "int4")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_that_another_stream_is_still_writing() -> None:
+    net = nn.Sequential(nn.Linear(1024, 1024, bias=False)).cuda().requires_grad_(False)
+    expected = net[0].weight.clone()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        net[0].weight.zero_()
+        torch.cuda._sleep(2**28)  # about 0.1 s
+        net[0].weight.copy_(expected)
+        fastft.quantize_(net)
+        weight: Any = net[0].weight
+        found = dequantize_4bit(weight.data, weight.quant_state)
+    torch.cuda.synchronize()
+    assert (found - expected).norm() < 0.2 * expected.norm()
