@@ -1,7 +1,7 @@
 """Triton kernels of lora_linear's backward: x p and x^T s in one pass over x, which is the gradient of y.
 
-Each block of x's columns goes with the ranks of its own sibling alone: p is [K, R], with no zeros beside it.  What a
-program adds to x p is written apart for each block of columns, and added up in one order.
+Each block of x's columns goes with the ranks of its own sibling alone: p is [K, BLOCK_R], and zero beside them.  What
+a program adds to x p is written apart for each block of columns, and added up in one order.
 """
 # mypy: allow-untyped-defs
 
@@ -43,7 +43,7 @@ def share_of(block, shares, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def both_kernel(
-    shares, x_ptr, terms_ptr, s_ptr, product_ptr, partial_ptr, copy_ptr, M, R, rows, x_stride, term_stride, s_stride,
+    shares, x_ptr, terms_ptr, s_ptr, product_ptr, partial_ptr, copy_ptr, M, rows, x_stride, term_stride, s_stride,
     product_stride, split_stride, copy_stride, COUNT: tl.constexpr, COPY: tl.constexpr, TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -52,8 +52,8 @@ def both_kernel(
     k = column + (block - first_block) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     end = min((split + 1) * rows, M)
-    p_at = (tl.cast(k, tl.int64) * R)[:, None] + r[None, :]
-    p_mask = (k < end_column)[:, None] & (rank + r < end_rank)[None, :]
+    p_at = (tl.cast(k, tl.int64) * BLOCK_R)[:, None] + r[None, :]
+    p_mask = (k < end_column)[:, None]
     total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
     for start in range(split * rows, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
@@ -70,14 +70,14 @@ def both_kernel(
             p = tl.load(terms_ptr + offset + p_at, mask=p_mask, other=0.0)
             product = add_product(x, p, product)
             total = add_product(tl.trans(x), term_of(s, TERMS - 1 - number, x.dtype), total)
-        address = product_ptr + tl.cast(block, tl.int64) * product_stride + (long_row * R)[:, None] + r[None, :]
-        tl.store(address, product, mask=s_mask)
+        address = product_ptr + tl.cast(block, tl.int64) * product_stride + (long_row * BLOCK_R)[:, None] + r[None, :]
+        tl.store(address, product, mask=(row < end)[:, None])
     tl.store(partial_ptr + tl.cast(split, tl.int64) * split_stride + p_at, total, mask=p_mask)
 
 
 @triton.jit(do_not_specialize=["M"])
 def sum_kernel(
-    shares, product_ptr, s_ptr, spare_ptr, M, R, ranks, width, product_stride, s_stride, spare_stride,
+    shares, product_ptr, s_ptr, spare_ptr, M, ranks, width, product_stride, s_stride, spare_stride,
     COUNT: tl.constexpr, SPARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -90,9 +90,10 @@ def sum_kernel(
             total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             for start in range(first, end, SPLITS):
                 block = start + tl.arange(0, SPLITS)
-                address = (tl.cast(block, tl.int64) * product_stride)[:, None, None] + (long_row * R + r[None, :])[None]
+                address = product_ptr + (tl.cast(block, tl.int64) * product_stride)[:, None, None]
                 part_mask = (block < end)[:, None, None] & mask[None]
-                total += tl.sum(tl.load(product_ptr + address, mask=part_mask, other=0.0), 0)
+                part = tl.load(address + (long_row * BLOCK_R + r[None, :])[None], mask=part_mask, other=0.0)
+                total += tl.sum(part, 0)  # [BLOCK_M, BLOCK_R]
             tl.store(s_ptr + long_row * s_stride + rank + r[None, :], total, mask=mask)
             if SPARE:
                 address = spare_ptr + long_row * spare_stride + rank + r[None, :]
@@ -130,27 +131,28 @@ def both(
     x: Tensor, s: Tensor, terms: Tensor, product: Tensor, pieces: Sequence[Piece], columns: Sequence[slice],
     ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
 ) -> None:  # fmt: skip
-    """product = x p, copy = x, spare = [product | 0], and x^T s [K, R] into pieces; columns[i] of x go with ranks[i].
+    """product = x p, copy = x, spare = [product | 0], and x^T s into pieces; columns[i] of x go with ranks[i].
 
-    terms [1 or 3, K, R] of p: the rows of a share's columns have its ranks from column 0 on.  x^T s has them there too.
+    terms [1 or 3, K, ONE_PASS_RANK] of p: the rows of a share's columns have its ranks from column 0 on, and zeros
+    beside them.  x^T s [K, ONE_PASS_RANK] has them there too.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    (M, K), R = x.shape, terms.shape[2]
+    M, K = x.shape
     shares = shares_of(columns, ranks)
     blocks, block_m = shares[-1][1], TILE["BLOCK_M"]
     splits = max(1, min(2 * multiprocessors(x.device) // blocks, M // (4 * block_m)))
     n_rows = triton.cdiv(triton.cdiv(M, splits), block_m) * block_m
     splits = triton.cdiv(M, n_rows)
-    parts, partial = s.new_empty(blocks, M, R), s.new_empty(splits, K, R)
+    parts, partial = s.new_empty(blocks, M, ONE_PASS_RANK), s.new_empty(splits, K, ONE_PASS_RANK)
     target = x if copy is None else copy
     both_kernel[(blocks, splits)](
-        shares, x, terms, s, parts, partial, target, M, R, n_rows, x.stride(0), terms.stride(0), s.stride(0),
+        shares, x, terms, s, parts, partial, target, M, n_rows, x.stride(0), terms.stride(0), s.stride(0),
         parts.stride(0), partial.stride(0), target.stride(0), COUNT=len(shares), COPY=copy is not None,
         TERMS=terms.shape[0], **TILE,
     )  # fmt: skip
     beside = product if spare is None else spare
     sum_kernel[(triton.cdiv(M, SUM_TILE["BLOCK_M"]), len(shares))](
-        shares, parts, product, beside, M, R, product.shape[1], beside.shape[1], parts.stride(0), product.stride(0),
+        shares, parts, product, beside, M, product.shape[1], beside.shape[1], parts.stride(0), product.stride(0),
         beside.stride(0), COUNT=len(shares), SPARE=spare is not None, **SUM_TILE,
     )  # fmt: skip
     collect(partial, pieces)

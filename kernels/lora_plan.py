@@ -180,15 +180,22 @@ def _fused(group: Group, x: Tensor) -> bool:
 
 
 def _few_rows(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
+    x = _dense_at_16_bytes(x)
     for at, part in enumerate(group.columns):
-        absmax, *nested = [one.contiguous() for one in group.statistics_of(at)]
+        absmax, *nested = map(_dense_at_16_bytes, group.statistics_of(at))
         names = ("absmax_8bit", "absmax_code", "absmax_offset")
-        packed = group.weights[at].contiguous().view(torch.uint8).view(-1, 1)  # whatever the bytes are stored as
+        packed = _dense_at_16_bytes(group.weights[at]).view(torch.uint8).view(-1, 1)  # whatever it is stored as
         product = torch.ops.bitsandbytes.gemm_4bit(
             x, packed, [group.features[at], x.shape[1]], absmax, group.blocksize, group.quant_type, None,
             **dict(zip(names, nested, strict=False)),
         )  # fmt: skip
         y[:, part] = y[:, part] + product if begun else product
+
+
+def _dense_at_16_bytes(tensor: Tensor) -> Tensor:
+    """Itself or a copy: bitsandbytes' GEMM reads as many bytes at once, wherever a tensor begins."""
+    dense = tensor.contiguous()
+    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 
 def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]) -> None:

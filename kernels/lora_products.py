@@ -112,7 +112,7 @@ def project_and_outer(
     exact = {torch.bfloat16: {torch.bfloat16, torch.float32}, torch.float16: {torch.float16}}.get(x.dtype, set())
     if rank > ONE_PASS_RANK or not dtypes <= exact or not targets or not _on_triton(x, s):
         return False
-    terms = terms_of(factors, x.shape[1], rank, x.dtype)
+    terms = terms_of(factors, x.shape[1], ONE_PASS_RANK, x.dtype)
     both = load("lora_linear_backward_triton.both")
     return dispatch.launched(both, (x, terms), x, s, terms, product, targets, columns, ranks, copy, spare)
 

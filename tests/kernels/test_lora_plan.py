@@ -7,12 +7,17 @@ import pytest
 import torch
 from op_calls import examples
 from strategies import INTERPRETING
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastft.kernels import REGISTRY, dispatch, lora_plan
 from fastft.kernels.lora_linear import Group
 
 ENTRY = REGISTRY["fastft::lora_linear"]
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, one element after where an allocation begins."""
+    return torch.cat((tensor.new_zeros(1), tensor.reshape(-1)))[1:].view(tensor.shape)
 
 
 def four_bit(dtype: torch.dtype) -> list[Any]:
@@ -26,12 +31,19 @@ without_interpreter = pytest.mark.skipif(INTERPRETING, reason="no kernel of ours
 
 @without_interpreter
 def test_few_rows_go_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With adapters or without, whatever its bytes are stored as: no weight is written in 16 bits."""
+    """With adapters or without, whatever its bytes are stored as, wherever: no weight is written in 16 bits."""
     pytest.importorskip("bitsandbytes")
     aligned = lambda group, x: group.quant_type != "" and x.shape[-1] % group.blocksize == 0  # noqa: E731
     monkeypatch.setattr(lora_plan, "_fused", aligned)  # which is false on a CPU
     monkeypatch.setattr(lora_plan, "scratch", lambda *_, **__: pytest.fail("de-quantised"))
-    seen = 0
+    gemm, seen = torch.ops.bitsandbytes.gemm_4bit, 0
+
+    def watched(*given: Any, **more: Any) -> torch.Tensor:
+        tensors = [one for one in (*given, *more.values()) if isinstance(one, torch.Tensor)]
+        assert all(one.data_ptr() % 16 == 0 and one.is_contiguous() for one in tensors)
+        return gemm(*given, **more)
+
+    monkeypatch.setattr(torch.ops.bitsandbytes, "gemm_4bit", watched)
     for call in four_bit(torch.float32):
         group = Group(*call.arguments(call.tensors("cpu")))
         if not aligned(group, group.x):
@@ -39,7 +51,8 @@ def test_few_rows_go_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
         apart = group._replace(weights=[torch.stack((one, one), 1)[:, 0] for one in group.weights])
         as_words = group._replace(weights=[one.view(torch.float32).view(-1, 1) for one in group.weights])
         expected = ENTRY.reference(*group)[0]
-        for given in (group, apart, as_words):
+        moved = Group(*tree_map_only(torch.Tensor, shifted, tuple(group)))
+        for given in (group, apart, as_words, moved):
             torch.testing.assert_close(
                 ENTRY.op(*given)[0], expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
             )

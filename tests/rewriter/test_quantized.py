@@ -1,5 +1,6 @@
 """Projections of 4-bit weights in the forms that bitsandbytes has had, and what only looks like one."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from lifting import Capture, calls, compiled, reasons, rules
 from torch import Tensor, nn
+
+from fastft.rewriter.rewrite import rewrite
 
 RULE = "lora_linear.four_bit"
 IN, OUT = 128, 64
@@ -201,6 +204,27 @@ def of(gradient: Callable[[Tensor, Tensor, Any], Any]) -> Callable:
             return (*gradient(grad, ctx.saved_tensors[0], ctx.state), None)
 
     return lambda weight, x: Own.apply(x, weight.packed, weight.bias, weight.state)
+
+
+def test_results_that_nobody_uses() -> None:
+    """torch 2.11 takes every result out of an autograd.Function that runs in a checkpoint."""
+    x = torch.randn(2, 5, IN, requires_grad=True)
+    captures: list[Capture] = []
+
+    def backend(gm: Any, _: object) -> Callable:
+        (node,) = [one for one in gm.graph.nodes if "autograd_function_apply" in str(one.target)]
+        with gm.graph.inserting_after(node):
+            gm.graph.call_function(operator.getitem, (node, 1))
+        captures.append((gm, rewrite(gm)))
+        return gm.forward
+
+    net = Net(Weight(), as_now)
+    torch._dynamo.reset()
+    y = torch.compile(net, backend=backend)(x)
+    ((gm, report),) = captures
+    assert rules(report)[0] == [RULE], reasons(report)
+    assert [name for name in calls(gm) if name not in ("fastft.lora_linear", "getitem")] == []
+    torch.testing.assert_close(y, net(x))
 
 
 BACKWARDS: dict[str, Callable] = {
