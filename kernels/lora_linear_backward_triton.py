@@ -2,6 +2,10 @@
 
 Each block of x's columns goes with the ranks of its own sibling alone: p is [K, BLOCK_R], and zero beside them.  What
 a program adds to x p is written apart for each block of columns, and added up in one order.
+
+The terms of p and of s stand side by side, [p1 | p2 | p3 | p4], so that a step has two products and not eight, which
+take fewer instructions and registers.  (With six products and a rank that was specialised on, the assembler of CUDA
+12.8, which Triton 3.6 and 3.7 come with, made code that read shared memory out of bounds on sm_90.)
 """
 # mypy: allow-untyped-defs
 
@@ -12,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, TERMS, Piece, add_product, collect, term_of
-from fastft.kernels.lora_products import ONE_PASS_RANK
+from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect
+from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
 from fastft.kernels.tiles import multiprocessors
 
 # Columns are many, as there is a part of x p for each block of them: written and read, it has a quarter of x's bytes
@@ -41,20 +45,46 @@ def share_of(block, shares, COUNT: tl.constexpr):
     return first_block, column, end_column, rank, end_rank
 
 
+@triton.jit
+def side_by_side(value, dtype: tl.constexpr, TERMS: tl.constexpr):
+    """The terms of float32 values [rows, ranks] beside each other: [rows, TERMS ranks]."""
+    if TERMS == 1:
+        return tl.cast(value, dtype)
+    shape: tl.constexpr = [value.shape[0], TERMS, value.shape[1]]
+    left = tl.broadcast_to(value[:, None, :], shape)
+    place = tl.arange(0, TERMS)[None, :, None]
+    result = tl.cast(left, dtype)
+    term = result
+    for number in tl.static_range(1, TERMS):
+        left -= tl.cast(term, tl.float32)
+        term = tl.cast(left, dtype)
+        result = tl.where(place == number, term, result)
+    return tl.reshape(result, [value.shape[0], TERMS * value.shape[1]])
+
+
+@triton.jit
+def sum_of_terms(value, TERMS: tl.constexpr):
+    """What is side by side, added up: [rows, TERMS ranks] to [rows, ranks]."""
+    if TERMS == 1:
+        return value
+    return tl.sum(tl.reshape(value, [value.shape[0], TERMS, value.shape[1] // TERMS]), 1)
+
+
 @triton.jit(do_not_specialize=["M"])
 def both_kernel(
-    shares, x_ptr, terms_ptr, s_ptr, product_ptr, partial_ptr, copy_ptr, M, rows, x_stride, term_stride, s_stride,
-    product_stride, split_stride, copy_stride, COUNT: tl.constexpr, COPY: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    shares, x_ptr, p_ptr, s_ptr, product_ptr, partial_ptr, copy_ptr, M, rows, x_stride, s_stride, product_stride,
+    split_stride, copy_stride, COUNT: tl.constexpr, COPY: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0), tl.program_id(1)
     first_block, column, end_column, rank, end_rank = share_of(block, shares, COUNT)
     k = column + (block - first_block) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
+    long_k, k_mask = tl.cast(k, tl.int64)[:, None], (k < end_column)[:, None]
+    terms = tl.arange(0, TERMS * BLOCK_R)[None, :]
+    p = tl.load(p_ptr + long_k * (TERMS * BLOCK_R) + terms, mask=k_mask, other=0.0)  # [BLOCK_K, TERMS BLOCK_R]
     end = min((split + 1) * rows, M)
-    p_at = (tl.cast(k, tl.int64) * BLOCK_R)[:, None] + r[None, :]
-    p_mask = (k < end_column)[:, None]
-    total = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_K, TERMS * BLOCK_R], tl.float32)
     for start in range(split * rows, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         long_row = tl.cast(row, tl.int64)
@@ -64,15 +94,12 @@ def both_kernel(
             tl.store(copy_ptr + (long_row * copy_stride)[:, None] + k[None, :], x, mask=x_mask)
         s_mask = (row < end)[:, None] & (rank + r < end_rank)[None, :]
         s = tl.load(s_ptr + (long_row * s_stride)[:, None] + (rank + r)[None, :], mask=s_mask, other=0.0)
-        product = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for number in tl.static_range(TERMS):  # the smallest first
-            offset = tl.cast(TERMS - 1 - number, tl.int64) * term_stride
-            p = tl.load(terms_ptr + offset + p_at, mask=p_mask, other=0.0)
-            product = add_product(x, p, product)
-            total = add_product(tl.trans(x), term_of(s, TERMS - 1 - number, x.dtype), total)
+        product = sum_of_terms(tl.dot(x, p), TERMS)
+        total = tl.dot(tl.trans(x), side_by_side(s, x.dtype, TERMS), total)
         address = product_ptr + tl.cast(block, tl.int64) * product_stride + (long_row * BLOCK_R)[:, None] + r[None, :]
         tl.store(address, product, mask=(row < end)[:, None])
-    tl.store(partial_ptr + tl.cast(split, tl.int64) * split_stride + p_at, total, mask=p_mask)
+    address = partial_ptr + tl.cast(split, tl.int64) * split_stride + long_k * BLOCK_R + r[None, :]
+    tl.store(address, sum_of_terms(total, TERMS), mask=k_mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -111,8 +138,8 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     for count in (1, 3):
         given = {"shares": (("i32",) * 6,) * count, "COUNT": count, **types}
         for copy in (False, True):
-            for x, terms in (("*fp16", 1), ("*bf16", 1), ("*bf16", TERMS)):
-                pointers = {"x_ptr": x, "terms_ptr": x, "copy_ptr": x}
+            for x, terms in (("*fp16", 1), ("*bf16", 1), ("*bf16", ONE_PASS_TERMS)):
+                pointers = {"x_ptr": x, "p_ptr": x, "copy_ptr": x}
                 yield both_kernel, {"COPY": copy, "TERMS": terms, **pointers, **TILE, **given}
             yield sum_kernel, {"SPARE": copy, **SUM_TILE, **given}
 
@@ -128,13 +155,13 @@ def shares_of(columns: Sequence[slice], ranks: Sequence[slice]) -> tuple[Share, 
 
 
 def both(
-    x: Tensor, s: Tensor, terms: Tensor, product: Tensor, pieces: Sequence[Piece], columns: Sequence[slice],
+    x: Tensor, s: Tensor, p: Tensor, product: Tensor, pieces: Sequence[Piece], columns: Sequence[slice],
     ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
 ) -> None:  # fmt: skip
     """product = x p, copy = x, spare = [product | 0], and x^T s into pieces; columns[i] of x go with ranks[i].
 
-    terms [1 or 3, K, ONE_PASS_RANK] of p: the rows of a share's columns have its ranks from column 0 on, and zeros
-    beside them.  x^T s [K, ONE_PASS_RANK] has them there too.
+    p [K, 1 or ONE_PASS_TERMS, ONE_PASS_RANK], the terms of each row: the rows of a share's columns have its ranks from
+    column 0 on, and zeros beside them.  x^T s [K, ONE_PASS_RANK] has them there too.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     M, K = x.shape
@@ -146,9 +173,8 @@ def both(
     parts, partial = s.new_empty(blocks, M, ONE_PASS_RANK), s.new_empty(splits, K, ONE_PASS_RANK)
     target = x if copy is None else copy
     both_kernel[(blocks, splits)](
-        shares, x, terms, s, parts, partial, target, M, n_rows, x.stride(0), terms.stride(0), s.stride(0),
-        parts.stride(0), partial.stride(0), target.stride(0), COUNT=len(shares), COPY=copy is not None,
-        TERMS=terms.shape[0], **TILE,
+        shares, x, p, s, parts, partial, target, M, n_rows, x.stride(0), s.stride(0), parts.stride(0),
+        partial.stride(0), target.stride(0), COUNT=len(shares), COPY=copy is not None, TERMS=p.shape[1], **TILE,
     )  # fmt: skip
     beside = product if spare is None else spare
     sum_kernel[(triton.cdiv(M, SUM_TILE["BLOCK_M"]), len(shares))](

@@ -16,6 +16,7 @@ from fastft.kernels.registry import load, wide
 
 MAX_RANK = 64  # of one launch
 ONE_PASS_RANK = 16  # of a sibling, up to which one pass does both products with a gradient
+ONE_PASS_TERMS = 4  # there, of float32 in bfloat16: a power of two; what three have left is zero, or below float32
 
 Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
 
@@ -112,9 +113,10 @@ def project_and_outer(
     exact = {torch.bfloat16: {torch.bfloat16, torch.float32}, torch.float16: {torch.float16}}.get(x.dtype, set())
     if rank > ONE_PASS_RANK or not dtypes <= exact or not targets or not _on_triton(x, s):
         return False
-    terms = terms_of(factors, x.shape[1], ONE_PASS_RANK, x.dtype)
+    p = x.new_empty(x.shape[1], 1 if dtypes == {x.dtype} else ONE_PASS_TERMS, ONE_PASS_RANK)
+    place(p.transpose(0, 1), factors)
     both = load("lora_linear_backward_triton.both")
-    return dispatch.launched(both, (x, terms), x, s, terms, product, targets, columns, ranks, copy, spare)
+    return dispatch.launched(both, (x, p), x, s, p, product, targets, columns, ranks, copy, spare)
 
 
 def _launcher(name: str) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from strategies import DEVICES, INTERPRETING, LOW, Spec
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.lora_products import ONE_PASS_RANK, project_and_outer
+from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS, project_and_outer
 
 on_devices = pytest.mark.parametrize("device", DEVICES[0 if INTERPRETING else 1 :])
 SCALE = 0.5
@@ -88,7 +88,7 @@ def test_one_pass_is_both_products(
 
 
 @on_devices
-def test_three_terms_are_float32(device: str) -> None:
+def test_terms_are_float32(device: str) -> None:
     from fastft.kernels import lora_linear_backward_triton
 
     one = case(200, (300, 64), (16, 3), LOW[-1], "contiguous", device)
@@ -96,13 +96,13 @@ def test_three_terms_are_float32(device: str) -> None:
     left, terms = torch.zeros(364, 16, device=device), []
     for part, b in zip(one.columns, factors, strict=True):
         left[part, : b.shape[1]] = b
-    for _ in range(3):
+    for _ in range(ONE_PASS_TERMS):
         terms.append(left.to(one.x.dtype))
         left = left - terms[-1]
     product, targets = torch.empty_like(one.s), [torch.empty_like(b) for b in factors]
     pieces = [(target, part.start, 0, 1.0) for target, part in zip(targets, one.columns, strict=True)]
     lora_linear_backward_triton.both(
-        one.x, one.s, torch.stack(terms), product, pieces, one.columns, one.ranks, None, None
+        one.x, one.s, torch.stack(terms, 1), product, pieces, one.columns, one.ranks, None, None
     )
     x, s = one.x.double(), one.s.double()
     truth = torch.cat([x[:, part] @ b.double() for part, b in zip(one.columns, factors, strict=True)], 1)
