@@ -111,12 +111,12 @@ MUTANTS = (
     Mutant("lora_linear.outer_kernel", SIGN, "lora_linear.outer_kernel", "add_product(tl.trans(x), s,", "add_product(tl.trans(x), -s,"),
     Mutant("lora_linear.outer_kernel", MASK, "lora_linear.outer_kernel", "last = min(first + rows, M)", "last = first + rows"),
     Mutant("lora_linear.outer_kernel", INDEX, "lora_linear.outer_kernel", "(r * partial_stride_r)", "(r * partial_stride_k)"),
-    Mutant("lora_linear_backward.both_kernel", SIGN, "lora_linear_backward.both_kernel", "add_product(x, p,", "add_product(x, -p,"),
+    Mutant("lora_linear_backward.both_kernel", SIGN, "lora_linear_backward.both_kernel", "tl.dot(x, p)", "tl.dot(x, -p)"),
     Mutant("lora_linear_backward.both_kernel", MASK, "lora_linear_backward.both_kernel", "min((split + 1) * rows, M)", "(split + 1) * rows"),
     Mutant("lora_linear_backward.both_kernel", INDEX, "lora_linear_backward.both_kernel", "(block - first_block) *", "block *"),
     Mutant("lora_linear_backward.sum_kernel", SIGN, "lora_linear_backward.sum_kernel", "total += tl.sum(", "total -= tl.sum("),
-    Mutant("lora_linear_backward.sum_kernel", MASK, "lora_linear_backward.sum_kernel", "mask=(block < end[None, :]) & ", "mask="),
-    Mutant("lora_linear_backward.sum_kernel", INDEX, "lora_linear_backward.sum_kernel", "inside, rank - first_rank", "inside, rank"),
+    Mutant("lora_linear_backward.sum_kernel", MASK, "lora_linear_backward.sum_kernel", "(block < end)[:, None, None] & mask[None]", "mask[None]"),
+    Mutant("lora_linear_backward.sum_kernel", INDEX, "lora_linear_backward.sum_kernel", "long_row * s_stride + rank + r", "long_row * s_stride + r"),
 )  # fmt: skip
 
 

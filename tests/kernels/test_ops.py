@@ -105,7 +105,8 @@ def check(call: Call, device: str) -> None:
         measured({name: nearby(tensor, seed) if seed else tensor for name, tensor in tensors.items()})
         for seed in range(3)
     )
-    around += [disturbed(seed) for seed in range(2)]
+    few = all(result.numel() <= 64 for result in results)  # on which two tries may both err little
+    around += [disturbed(seed) for seed in range(8 if few else 2)]
     empty = entry.outputs(*call.arguments(tensors))
     for mine, other in zip(actual[0], [empty] if isinstance(empty, Tensor) else empty, strict=True):
         assert_same_metadata(mine, other)

@@ -190,7 +190,10 @@ def test_dropout_differs_from_call_to_call(lower: str, replays: list[str]) -> No
     torch.testing.assert_close(compiled(batch(0)), model(batch(0)))
 
 
-@pytest.mark.parametrize(("asked", "length", "graphs"), [(None, 5, True), (False, 5, False), (None, 2**17 + 8, False)])
+@pytest.mark.parametrize(
+    ("asked", "length", "graphs"),
+    [(None, 5, True), (False, 5, False), (None, cuda_graphs.SMALL // (2 * WIDTH) + 1, False)],
+)
 def test_small_layers_of_fixed_size_are_graphed_unasked(
     asked: bool | None, length: int, graphs: bool, replays: list[str]
 ) -> None:
