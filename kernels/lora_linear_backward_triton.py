@@ -4,8 +4,8 @@ Each block of x's columns goes with the ranks of its own sibling alone: p is [K,
 a program adds to x p is written apart for each block of columns, and added up in one order.
 
 The terms of p and of s stand side by side, [p1 | p2 | p3 | p4], so that a step has two products and not eight, which
-take fewer instructions and registers.  (With six products and a rank that was specialised on, the assembler of CUDA
-12.8, which Triton 3.6 and 3.7 come with, made code that read shared memory out of bounds on sm_90.)
+take fewer instructions and registers.  (With six products, what CUDA 12.8's assembler made of valid PTX, which Triton
+3.6 comes with, read shared memory out of bounds on sm_90; see docs/decisions.md.)
 """
 # mypy: allow-untyped-defs
 
