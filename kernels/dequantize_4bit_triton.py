@@ -16,8 +16,8 @@ from fastft.kernels.dequantize_4bit import code_of
 
 UNIT = 64  # elements that one absmax scales, or a part of them
 UNITS = 32  # 2,048 elements a program
-# One warp, so that the look-up among 16 values is a shuffle: 8 instructions an element on sm_90, where look-ups by loads
-# and a division for each unit took 15, and 91% of a copy's bandwidth on an H100.  16 and 64 units are within 1.5%.
+# One warp, so that the look-up among 16 values is a shuffle: 8 instructions an element on sm_90, where look-ups by
+# loads and a division for each unit took 15; 91% of a copy on an H100.  16 and 64 units are within 1.5%.
 WARPS = 1
 ELEMENTS, ELEMENT_WARPS = 256, 2  # of a program that goes element by element
 
