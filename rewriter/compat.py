@@ -8,12 +8,12 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
@@ -109,9 +109,11 @@ def propagate(node: Node) -> None:
     set_value(node, tree_map_only(Tensor, real, result))
 
 
-def fake_mode_of(values: Any) -> AbstractContextManager:
-    """The mode under which these fake tensors were made; a null context for meta or real tensors."""
-    return _mode_in(values) or contextlib.nullcontext()
+@contextlib.contextmanager
+def fake_mode_of(values: Any) -> Iterator[None]:
+    """The mode under which these fake tensors were made, if any; sizes stay symbols in torch 2.11's linear too."""
+    with _mode_in(values) or contextlib.nullcontext(), enable_python_dispatcher():
+        yield
 
 
 def _mode_in(values: Iterable[Any]) -> FakeTensorMode | None:
