@@ -107,7 +107,7 @@ def test_bodies_are_rewritten_too(module: type[nn.Module]) -> None:
     model = module()
     report = fastft.explain(model, inputs())
     if module is Custom and torch.__version__.startswith("2.11."):  # where a body returns whatever it computes
-        assert any(miss.reason == "rsqrt is also used by the graph's output" for miss in report.near_misses)
+        assert any("is also used by the graph's output" in miss.reason for miss in report.near_misses)
     else:
         assert len(report.lifted) == (2 if module is Checkpointed else 1)
     assert_trains_right(model, {**EAGER, "strict": True})
