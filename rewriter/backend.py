@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.rewriter import shapes
+from fastft.rewriter import scalars, shapes
 from fastft.rewriter.graph import Snapshot, describe
 from fastft.rewriter.lower import compile_graph, lower
 from fastft.rewriter.options import Options, OptionsError
@@ -40,6 +40,7 @@ def fastft(
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
     shapes.watch(gm)
+    scalars.settle(gm)
     recording = Recording(gm)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)

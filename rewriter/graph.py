@@ -47,6 +47,11 @@ def calls_of(gm: GraphModule, body: GraphModule) -> list[Node]:
     return []
 
 
+def called(gm: GraphModule, node: Node) -> GraphModule | None:
+    """The graph that a node runs in place of a call: of an autograd.Function, its forward."""
+    return next(iter(_arguments(gm, node)), None) if _runs_bodies(node) else None
+
+
 def _arguments(gm: GraphModule, node: Node) -> list[GraphModule]:
     """The graphs that a node is given."""
     attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]
