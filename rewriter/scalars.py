@@ -50,11 +50,18 @@ def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, fl
             inner = [placeholder for placeholder, given in pairs if given in holders]
             _settle(body, inner, {one: constants[given] for one, given in pairs if given in constants})
     for node, value in constants.items():
-        for user in list(node.users):
-            arguments: Any = torch.fx.map_arg(
-                (user.args, user.kwargs), lambda one, node=node, value=value: value if one is node else one
-            )
-            user.args, user.kwargs = arguments
+        _write(node, value)
     for node in items:
         gm.graph.erase_node(node)
     gm.recompile()
+
+
+def _write(node: Node, value: float) -> None:
+    """A number in place of a node, wherever it is used."""
+
+    def written(one: Node) -> Any:
+        return value if one is node else one
+
+    for user in list(node.users):
+        arguments: Any = torch.fx.map_arg((user.args, user.kwargs), written)
+        user.args, user.kwargs = arguments
