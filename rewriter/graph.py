@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, map_arg
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
@@ -128,6 +128,17 @@ def describe_as(node: Node, like: Node) -> None:
     """Record what a new call computes, and that it belongs to the module and the source line of another."""
     node.meta |= {key: value for key, value in like.meta.items() if key != "example_value"}
     compat.propagate(node)
+
+
+def replace_by_value(node: Node, value: Any) -> None:
+    """A value that is no node, in place of this one wherever it is used."""
+
+    def value_for(one: Node) -> Any:
+        return value if one is node else one
+
+    for user in list(node.users):
+        arguments: Any = map_arg((user.args, user.kwargs), value_for)
+        user.args, user.kwargs = arguments
 
 
 def between(first: Node, last: Node) -> Iterator[Node]:

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 
 from fastft.rewriter import autocast, compat
 from fastft.rewriter.compat import value_of
+from fastft.rewriter.graph import replace_by_value
 from fastft.rewriter.normalize import normalize
 from fastft.rewriter.rule import Rule, dims
 
@@ -137,10 +138,5 @@ def fold(graph: Graph, nodes: Sequence[Node]) -> None:
     """Write dtypes, sizes and other values that are not tensors into the calls that use them, as Dynamo does."""
     for node in nodes:
         if node.op not in ("placeholder", "output") and not compat.tensors_in(value_of(node)):
-            for user in list(node.users):
-                user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), functools.partial(_write, node))
+            replace_by_value(node, value_of(node))
             graph.erase_node(node)
-
-
-def _write(folded: Node, argument: Node) -> Any:
-    return value_of(folded) if argument is folded else argument

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any
 
-import torch
 from torch import SymFloat
 from torch.fx import GraphModule, Node
 
 from fastft.rewriter import compat
 from fastft.rewriter.compat import SizeEntry, value_of
-from fastft.rewriter.graph import called
+from fastft.rewriter.graph import called, replace_by_value
 
 log = logging.getLogger("fastft")
 
@@ -50,18 +48,7 @@ def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, fl
             inner = [placeholder for placeholder, given in pairs if given in holders]
             _settle(body, inner, {one: constants[given] for one, given in pairs if given in constants})
     for node, value in constants.items():
-        _write(node, value)
+        replace_by_value(node, value)
     for node in items:
         gm.graph.erase_node(node)
     gm.recompile()
-
-
-def _write(node: Node, value: float) -> None:
-    """A number in place of a node, wherever it is used."""
-
-    def written(one: Node) -> Any:
-        return value if one is node else one
-
-    for user in list(node.users):
-        arguments: Any = torch.fx.map_arg((user.args, user.kwargs), written)
-        user.args, user.kwargs = arguments

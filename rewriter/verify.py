@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,8 @@ def disturbed(found: Match, gm: GraphModule) -> str | None:
     return disturbed_between(gm, values, min(found.calls.values()), max(found.roots), "match")
 
 
-def disturbed_between(gm: GraphModule, values: Iterable[Node], first: Node, last: Node, whole: str) -> str | None:
+def disturbed_between(gm: GraphModule, values: Sequence[Node], first: Node, last: Node, whole: str) -> str | None:
     """The same of any values that calls from ``first`` to ``last`` are made of; whole: what they are together."""
-    values = list(values)
     if reason := written_in_place(values):
         return reason
     for node in between(first, last):
