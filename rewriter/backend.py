@@ -40,7 +40,6 @@ def fastft(
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
     shapes.watch(gm)
-    scalars.settle(gm)
     recording = Recording(gm)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)
@@ -51,6 +50,7 @@ def fastft(
 def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tuple[Callable, GraphReport]:
     original = Snapshot(gm)
     try:
+        scalars.settle(gm)
         report = rewrite(gm, across_layers=not options.outline)
         return lower(gm, example_inputs, options, report), report
     except Exception as error:

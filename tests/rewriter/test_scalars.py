@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastft
-from fastft.rewriter import record
+from fastft.rewriter import backend, record, scalars
 
 OPTIONS = {"lower": "eager", "strict": True}
 
@@ -77,6 +77,17 @@ def test_eps_that_changes_is_computed_with() -> None:
     first, second = fastft.compilations().graphs
     assert (len(first.lifted), len(second.lifted)) == (1, 0)
     assert [miss.rule.split(".")[0] for miss in second.near_misses] == ["rms_norm"]
+
+
+def test_a_failure_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a graph like no other")
+
+    monkeypatch.setattr(scalars, "_settle", fail)
+    monkeypatch.setattr(backend, "_warned", set())
+    compiled = torch.compile(Scaled(), backend="fastft", options={"lower": "eager"}, dynamic=True)
+    with pytest.warns(RuntimeWarning, match="left a graph as it was"):
+        compiled(torch.randn(3, 5, 16))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
