@@ -48,12 +48,11 @@ def bitsandbytes(packed: Tensor, state: Any) -> Tensor:
 
 
 def fastft(packed: Tensor, state: Any) -> Tensor:
-    import fastft.kernels  # noqa: F401  the ops
+    from fastft.kernels.dequantize_4bit import padded
 
     nested = (state.state2.absmax, state.absmax, state.state2.code, state.offset) if state.nested else (state.absmax,)
-    statistics = [*nested, None, None, None][:4]
     sizes = (*state.shape, state.blocksize, state.quant_type, state.dtype)
-    return torch.ops.fastft.dequantize_4bit(packed, *statistics, *sizes)
+    return torch.ops.fastft.dequantize_4bit(packed, *padded(nested), *sizes)
 
 
 CONTENDERS: dict[str, Callable[[Tensor, Any], Tensor]] = {"fastft": fastft, "bitsandbytes": bitsandbytes}

@@ -96,6 +96,11 @@ def new_output(
     return torch.empty(rows, columns, dtype=dtype, device=packed.device)
 
 
+def padded(statistics: Sequence[Tensor]) -> list[Any]:
+    """The op's four statistics, of which weights that are not nested have the first alone."""
+    return [*statistics, None, None, None][:4]
+
+
 def dequantize_into(
     out: Tensor, weights: Sequence[tuple[Tensor, Sequence[Tensor]]], features: Sequence[int], blocksize: int,
     quant_type: str,
@@ -110,9 +115,8 @@ def dequantize_into(
         if dispatch.launched(together, tensors, out, weights, features, blocksize, quant_type):
             return
     for part, (packed, statistics) in zip(out.split(list(features)), weights, strict=True):
-        given: Any = [*statistics, None, None, None][:4]
         sizes: Any = (*part.shape, blocksize, quant_type, out.dtype)
-        part.copy_(_on_cpu(packed, *given, *sizes))
+        part.copy_(_on_cpu(packed, *padded(statistics), *sizes))
 
 
 def _on_cpu(

@@ -175,9 +175,8 @@ def _check(group: Group) -> None:
             complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights"
         )
         for at in range(n):
-            statistics: Any = [*group.statistics_of(at), None, None, None][:4]
             sizes: Any = (group.features[at], K, group.blocksize, group.quant_type)
-            dequantize_4bit.check(group.weights[at], *statistics, *sizes)
+            dequantize_4bit.check(group.weights[at], *dequantize_4bit.padded(group.statistics_of(at)), *sizes)
     torch._check(len(group.biases) == len(group.biased), lambda: f"{len(group.biases)} biases of {group.biased}")
     for at in range(n):
         _check_sibling(group, at)

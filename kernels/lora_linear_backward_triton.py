@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect
+from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect, split
 from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
 from fastft.kernels.tiles import multiprocessors
 
@@ -168,8 +168,7 @@ def both(
     shares = shares_of(columns, ranks)
     blocks, block_m = shares[-1][1], TILE["BLOCK_M"]
     splits = max(1, min(2 * multiprocessors(x.device) // blocks, M // (4 * block_m)))
-    n_rows = triton.cdiv(triton.cdiv(M, splits), block_m) * block_m
-    splits = triton.cdiv(M, n_rows)
+    splits, n_rows = split(M, splits, block_m)
     parts, partial = s.new_empty(blocks, M, ONE_PASS_RANK), s.new_empty(splits, K, ONE_PASS_RANK)
     target = x if copy is None else copy
     both_kernel[(blocks, splits)](

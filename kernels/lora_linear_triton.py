@@ -225,6 +225,12 @@ def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
     )  # fmt: skip
 
 
+def split(length: int, parts: int, block: int) -> tuple[int, int]:
+    """About so many parts of whole blocks: how many there are, and how long each is."""
+    size = triton.cdiv(triton.cdiv(length, parts), block) * block
+    return triton.cdiv(length, size), size
+
+
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
     """s = x p; copy = x; spare = [s | 0].  terms [1 or 3, K, R] of p, of any strides."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -232,8 +238,7 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
     meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)
     blocks = triton.cdiv(M, meta["BLOCK_M"])
     splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), K // 512))
-    columns = triton.cdiv(triton.cdiv(K, splits), meta["BLOCK_K"]) * meta["BLOCK_K"]
-    splits = triton.cdiv(K, columns)
+    splits, columns = split(K, splits, meta["BLOCK_K"])
     at_once = splits == 1 and spare is None
     partial, whole = (s[None] if at_once else s.new_empty(splits, M, R)), (x if copy is None else copy)
     project_kernel[(blocks, splits)](
@@ -256,8 +261,7 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transpos
     meta = tile(R, terms == 0, True, terms == TERMS and not has_shared_operands(x.device))
     blocks = triton.cdiv(K, meta["BLOCK_K"])
     splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"])))
-    n_rows = triton.cdiv(triton.cdiv(M, splits), meta["BLOCK_M"]) * meta["BLOCK_M"]
-    splits = triton.cdiv(M, n_rows)
+    splits, n_rows = split(M, splits, meta["BLOCK_M"])
     partial = s.new_empty((splits, R, K) if transposed else (splits, K, R))
     by_k, by_r = (1, K) if transposed else (R, 1)
     outer_kernel[(blocks, splits)](
