@@ -18,6 +18,7 @@ from fastft.kernels.lora_linear import Group
 from fastft.kernels.lora_products import (
     MAX_RANK,
     Piece,
+    operands,
     outer,
     place,
     project,
@@ -147,7 +148,7 @@ def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
     begun = set(range(len(group.features))) if bias is not None else set()
     for (_, b, scale, part, ranks), at in zip(group.adapters, group.adapted, strict=True):
         safe = s.dtype if overflows(b, y.dtype) else y.dtype
-        product = s[:, ranks].to(safe), (b * scale).to(safe).T
+        product = operands(s[:, ranks], [(b, 0, 0, scale)], b.shape[0], safe, transposed=True)
         if safe == y.dtype:
             _accumulate(y[:, part], *product, at in begun)
         elif at in begun:
@@ -303,7 +304,7 @@ def _input_gradient(
         return
     begun = len(group.lora_a) > 0 and not group.inputs
     if begun and not any(overflows(a, dx.dtype) for a in group.lora_a):
-        torch.mm(ds.to(dx.dtype), torch.cat([a.to(dx.dtype) for a in group.lora_a]), out=dx)
+        torch.mm(*operands(ds, factors_a(group), columns, dx.dtype), out=dx)
     elif begun:
         dx.copy_(_times_a(ds, group))
     grad = grad.to(dx.dtype)

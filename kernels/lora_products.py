@@ -50,6 +50,31 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
             left = left - term
 
 
+def operands(
+    left: Tensor, pieces: Sequence[Piece], columns: int, dtype: torch.dtype, *, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """left [M, r] and a matrix of pieces [r, columns] (or [columns, r], if transposed) as a GEMM in dtype takes them.
+
+    For float32 in bfloat16 both are two terms, high and low: high high + low high + high low are one product along
+    3 r.  What is left out is below 2^-16 of it.  More than MAX_RANK ranks are rounded, as three times as many would
+    cost time.
+    """
+    rank = left.shape[1]
+    exact = dtype == torch.bfloat16 and rank <= MAX_RANK and any(one.dtype == torch.float32 for one, *_ in pieces)
+    terms = 3 if exact else 1
+    right = left.new_empty((columns, terms, rank) if transposed else (terms, rank, columns), dtype=dtype)
+    by_term = right.transpose(0, 1) if transposed else right
+    place(by_term[-2:], pieces)
+    flat = right.flatten(1).T if transposed else right.flatten(0, 1)
+    if not exact:
+        return left.to(dtype), flat
+    by_term[0].copy_(by_term[1])
+    beside = left.new_empty(left.shape[0], terms, rank, dtype=dtype)
+    place(beside.transpose(0, 1)[:2], [(left, 0, 0, 1.0)])
+    beside[:, 2].copy_(beside[:, 0])
+    return beside.flatten(1), flat
+
+
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spare: Tensor | None = None) -> None:
     """s = x p, copy = x and spare = [s | 0] in one pass over x.
 

@@ -1,6 +1,6 @@
-"""Both products with a gradient in one pass over it.
+"""Both products with a gradient in one pass over it, and what a GEMM in 16 bits is given of float32.
 
-It is for 16 bits, and float16 stands for bfloat16 in the interpreter; a CPU without that takes two passes.
+The former is for 16 bits, and float16 stands for bfloat16 in the interpreter; a CPU without that takes two passes.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from strategies import DEVICES, INTERPRETING, LOW, Spec
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS, project_and_outer
+from fastft.kernels.lora_products import MAX_RANK, ONE_PASS_RANK, ONE_PASS_TERMS, operands, project_and_outer
 
 on_devices = pytest.mark.parametrize("device", DEVICES[0 if INTERPRETING else 1 :])
 SCALE = 0.5
@@ -110,6 +110,45 @@ def test_terms_are_float32(device: str) -> None:
     for target, part, own in zip(targets, one.columns, one.ranks, strict=True):
         truth = x[:, part].T @ s[:, own]
         torch.testing.assert_close(target.double(), truth, rtol=0, atol=3e-6 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@given(
+    rank=st.integers(1, MAX_RANK),
+    dtypes=st.sampled_from(((torch.float32, torch.float32), (torch.float32, torch.bfloat16))),
+)
+def test_operands_in_bfloat16_keep_what_float32_has(
+    device: str, transposed: bool, rank: int, dtypes: Sequence[torch.dtype]
+) -> None:
+    """The product of what a GEMM is given, without what that GEMM rounds; two matrices with a gap between them."""
+    left, one, other = (
+        Spec(shape, dtype, "sliced", seed).build(device)
+        for seed, (shape, dtype) in enumerate((((30, rank), torch.float32), *(((rank, 20), one) for one in dtypes)))
+    )
+    whole = torch.zeros(rank, 50, dtype=torch.float64, device=device)
+    whole[:, :20], whole[:, 30:] = SCALE * one.double(), SCALE * other.double()
+    pieces = (
+        [(one.T, 0, 0, SCALE), (other.T, 30, 0, SCALE)] if transposed else [(one, 0, 0, SCALE), (other, 0, 30, SCALE)]
+    )
+    a, b = operands(left, pieces, 50, torch.bfloat16, transposed=transposed)
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert a.shape[1] == 3 * rank
+    error = (a.double() @ b.double() - left.double() @ whole).abs()
+    assert (error <= 3 * 2**-16 * (left.double().abs() @ whole.abs())).all()
+
+
+def test_operands_are_one_term_where_more_gain_nothing_or_cost_time() -> None:
+    for rank, b, dtype in (
+        (4, torch.bfloat16, torch.bfloat16),
+        (4, torch.float32, torch.float32),
+        (4, torch.float32, torch.float16),
+        (MAX_RANK + 1, torch.float32, torch.bfloat16),
+    ):
+        left, right = torch.randn(8, rank), torch.randn(rank, 5, dtype=b)
+        left_in, right_in = operands(left, [(right, 0, 0, SCALE)], 5, dtype)
+        assert torch.equal(left_in, left.to(dtype))
+        assert torch.equal(right_in, (SCALE * right.float()).to(dtype))
 
 
 @pytest.mark.skipif(INTERPRETING, reason="there a CPU has it")

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -218,6 +218,16 @@ def step(model: Callable, inputs: dict[str, Tensor], of: nn.Module) -> Step:
     outputs.loss.backward()
     gradients = {name: parameter.grad for name, parameter in of.named_parameters() if parameter.grad is not None}
     return Step(outputs.loss.detach(), outputs.logits.detach(), gradients)
+
+
+def stacked(steps: Sequence[Step]) -> Step:
+    """What several batches of one size give, as one."""
+    names = steps[0].gradients
+    return Step(
+        torch.stack([one.loss for one in steps]),
+        torch.stack([one.logits for one in steps]),
+        {name: torch.stack([one.gradients[name] for one in steps]) for name in names},
+    )
 
 
 def truth(model: nn.Module, inputs: dict[str, Tensor]) -> Step:
