@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import rms_norm
-from fastft.kernels.registry import cases, define
+from fastft.kernels.registry import cases, define, require
 from fastft.kernels.rms_norm import ROWS, SPELLINGS, check, gradients, new_rstd, result_dtype
 
 
@@ -47,8 +47,8 @@ def reference_rms_norm_add_rms_norm(
 
 
 def _new_total(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
-    torch._check(x.shape == residual.shape, lambda: f"x {tuple(x.shape)}, but residual {tuple(residual.shape)}")
-    torch._check(residual.is_floating_point(), lambda: f"residual is {residual.dtype}")
+    require(x.shape == residual.shape, lambda: f"x {tuple(x.shape)}, but residual {tuple(residual.shape)}")
+    require(residual.is_floating_point(), lambda: f"residual is {residual.dtype}")
     return torch.empty_like(x, dtype=torch.promote_types(dtype, residual.dtype))
 
 

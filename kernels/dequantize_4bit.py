@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.registry import define, load
+from fastft.kernels.registry import define, load, require
 
 NESTED_BLOCK = 256  # absmax values that share one of their own
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -75,16 +75,16 @@ def check(
     """Raise where the numbers of bytes and blocks do not fit [rows, columns], or a setting is none of bitsandbytes'."""
     count = rows * columns
     given = packed.numel() * packed.element_size()
-    torch._check(given == -(-count // 2), lambda: f"{given} bytes for {rows} x {columns} elements of 4 bits")
-    torch._check(quant_type in CODES, lambda: f"quant_type {quant_type!r} is none of {', '.join(CODES)}")
-    torch._check(blocksize in BLOCKSIZES, lambda: f"blocksize {blocksize} is none of {BLOCKSIZES}")
+    require(given == -(-count // 2), lambda: f"{given} bytes for {rows} x {columns} elements of 4 bits")
+    require(quant_type in CODES, lambda: f"quant_type {quant_type!r} is none of {', '.join(CODES)}")
+    require(blocksize in BLOCKSIZES, lambda: f"blocksize {blocksize} is none of {BLOCKSIZES}")
     nested = [absmax_8bit, absmax_code, absmax_offset]
-    torch._check(len({one is None for one in nested}) == 1, lambda: "nested statistics come all three or not at all")
+    require(len({one is None for one in nested}) == 1, lambda: "nested statistics come all three or not at all")
     blocks = -(-count // blocksize)
     if absmax_8bit is not None:
-        torch._check(absmax_8bit.numel() == blocks, lambda: f"{absmax_8bit.numel()} absmax for {blocks} blocks")
+        require(absmax_8bit.numel() == blocks, lambda: f"{absmax_8bit.numel()} absmax for {blocks} blocks")
         blocks = -(-blocks // NESTED_BLOCK)
-    torch._check(absmax.numel() == blocks, lambda: f"{absmax.numel()} absmax for {blocks} blocks")
+    require(absmax.numel() == blocks, lambda: f"{absmax.numel()} absmax for {blocks} blocks")
 
 
 def new_output(

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.dequantize_4bit import code_of
+from fastft.kernels.tiles import cdiv
 
 UNIT = 64  # elements that one absmax scales, or a part of them
 UNITS = 32  # 2,048 elements a program
@@ -107,7 +108,7 @@ def together(
     settings = {"NESTED": len(weights[0][1]) == 4, "enable_fp_fusion": False}
     code = code_of(quant_type, out.device)
     if columns % UNIT == 0 and blocksize % UNIT == 0:
-        chunks = triton.cdiv(columns // UNIT, UNITS)
+        chunks = cdiv(columns // UNIT, UNITS)
         blocks_kernel[(end * chunks,)](
             tuple(pieces), out, code, columns // UNIT, chunks, out.stride(0), blocksize // UNIT, COUNT=len(pieces),
             UNITS=UNITS, UNIT=UNIT, num_warps=WARPS, **settings,
@@ -115,7 +116,7 @@ def together(
         return
     for weight, four, first, after in pieces:
         n_elements = (after - first) * columns
-        elements_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
+        elements_kernel[(cdiv(n_elements, ELEMENTS),)](
             out[first:], weight, code, *four, n_elements, columns, out.stride(0), blocksize, BLOCK=ELEMENTS,
             num_warps=ELEMENT_WARPS, **settings,
         )  # fmt: skip

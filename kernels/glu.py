@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.kernels.registry import cases, define, wide
+from fastft.kernels.registry import cases, define, require, wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -69,9 +69,9 @@ def reference_packed_backward(grad_output: Tensor, gate_up: Tensor, activation: 
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:
-    torch._check(gate.shape == up.shape and gate.dim() > 0, lambda: f"gate {tuple(gate.shape)}, up {tuple(up.shape)}")
-    torch._check(gate.is_floating_point() and up.is_floating_point(), lambda: f"gate {gate.dtype}, up {up.dtype}")
-    torch._check(activation in ACTIVATIONS, lambda: f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    require(gate.shape == up.shape and gate.dim() > 0, lambda: f"gate {tuple(gate.shape)}, up {tuple(up.shape)}")
+    require(gate.is_floating_point() and up.is_floating_point(), lambda: f"gate {gate.dtype}, up {up.dtype}")
+    require(activation in ACTIVATIONS, lambda: f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
 
 
 def new_output(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -81,22 +81,26 @@ def new_output(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def new_packed_output(gate_up: Tensor, activation: str) -> Tensor:
-    torch._check(gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0, lambda: f"no two halves in {tuple(gate_up.shape)}")
+    require(gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0, lambda: f"no two halves in {tuple(gate_up.shape)}")
     gate, up = gate_up.chunk(2, -1)
     return new_output(gate, up, activation)
 
 
 def new_gradients(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Empty dgate and dup."""
-    _check(gate, up, activation)
-    torch._check(grad_output.shape == gate.shape, lambda: f"gradient {tuple(grad_output.shape)} of {tuple(gate.shape)}")
+    _check_gradient(grad_output, gate, up, activation)
     return torch.empty_like(gate), torch.empty_like(up)
 
 
 def new_packed_gradient(grad_output: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
-    new_gradients(grad_output, gate, up, activation)
+    _check_gradient(grad_output, gate, up, activation)
     return torch.empty_like(gate_up)
+
+
+def _check_gradient(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    _check(gate, up, activation)
+    require(grad_output.shape == gate.shape, lambda: f"gradient {tuple(grad_output.shape)} of {tuple(gate.shape)}")
 
 
 _CHOICES = [{"activation": name} for name in ACTIVATIONS]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.registry import cases, define, wide
+from fastft.kernels.registry import cases, define, require, wide
 
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,15 +52,17 @@ def reference_backward_weight(
     return reference_backward(grad_output, x, weight, mean, rstd), dweight, dbias
 
 
+def _require_columns(name: str, value: Tensor | None, columns: int) -> None:
+    fits = value is None or (value.dim() == 1 and value.shape[0] == columns and value.is_floating_point())
+    require(fits, lambda: f"{name} is not one floating-point number for each of {columns} columns")
+
+
 def new_outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Empty y, mean and rstd."""
-    torch._check(x.dim() > 0 and x.shape[-1] > 0, lambda: f"no rows in x {tuple(x.shape)}")
-    torch._check(x.is_floating_point(), lambda: f"x is {x.dtype}")
+    require(x.dim() > 0 and x.shape[-1] > 0, lambda: f"no rows in x {tuple(x.shape)}")
+    require(x.is_floating_point(), lambda: f"x is {x.dtype}")
     for name, value in (("weight", weight), ("bias", bias)):
-        torch._check(
-            value is None or (value.dim() == 1 and value.shape[0] == x.shape[-1] and value.is_floating_point()),
-            lambda name=name: f"{name} is not one floating-point number for each of {x.shape[-1]} columns",
-        )
+        _require_columns(name, value, x.shape[-1])
     y = torch.empty_like(x)
     mean, rstd = (torch.empty_like(y[..., 0], dtype=wide(x.dtype)) for _ in range(2))
     return y, mean, rstd
@@ -70,14 +72,16 @@ def new_gradients(
     grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty dx, dweight and dbias."""
-    torch._check(grad_output.shape == x.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(x.shape)}")
-    torch._check(mean.shape == rstd.shape == x.shape[:-1], lambda: f"mean {tuple(mean.shape)}, x {tuple(x.shape)}")
+    dx = new_dx(grad_output, x, weight, mean, rstd)
     dweight, dbias = (torch.empty(x.shape[-1:], dtype=wide(x.dtype), device=x.device) for _ in range(2))
-    return torch.empty_like(x), dweight, dbias
+    return dx, dweight, dbias
 
 
-def new_dx(*arguments: Any) -> Tensor:
-    return new_gradients(*arguments)[0]
+def new_dx(grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Empty dx alone."""
+    require(grad_output.shape == x.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(x.shape)}")
+    require(mean.shape == rstd.shape == x.shape[:-1], lambda: f"mean {tuple(mean.shape)}, x {tuple(x.shape)}")
+    return torch.empty_like(x)
 
 
 _FORWARD = [

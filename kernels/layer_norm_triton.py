@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fastft.kernels import layout
 from fastft.kernels.dispatch import MAX_ROW_WITH_SUMS
-from fastft.kernels.tiles import CONFIGS, config_for, load_tile, load_vector, multiprocessors, row_start, store_tile
+from fastft.kernels.tiles import (
+    CONFIGS,
+    cdiv,
+    config_for,
+    load_tile,
+    load_vector,
+    multiprocessors,
+    row_start,
+    store_tile,
+)
 
 
 @triton.jit
@@ -119,7 +128,7 @@ def forward(
     n_rows, D = rstd.numel(), y.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (x, mean, rstd), strides = layout.rows(y, x, mean, rstd)
-    forward_kernel[(triton.cdiv(n_rows, config.rows),)](
+    forward_kernel[(cdiv(n_rows, config.rows),)](
         y, mean, rstd, x, vector(weight, x), vector(bias, x), n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **config.meta(D),
     )  # fmt: skip
@@ -130,7 +139,7 @@ def backward(outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor | Non
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (dy, x, mean, rstd), strides = layout.rows(dx, dy, x, mean, rstd)
-    backward_kernel[(triton.cdiv(n_rows, config.rows),)](
+    backward_kernel[(cdiv(n_rows, config.rows),)](
         dx, dy, x, vector(weight, x), mean, rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         *strides[3], HAS_WEIGHT=weight is not None, **config.meta(D),
     )  # fmt: skip
@@ -142,7 +151,7 @@ def backward_weight(
     dx, *parameters = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
-    n_programs = min(triton.cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
+    n_programs = min(cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
     partial = torch.empty(2, n_programs, D, dtype=torch.float32, device=dx.device)
     n1, n2, (dy, x, mean, rstd), strides = layout.rows(dx, dy, x, mean, rstd)
     backward_weight_kernel[(n_programs,)](

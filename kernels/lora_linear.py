@@ -21,6 +21,7 @@ each other [..., sum of r], float32, is for backward.  No weight is kept in 16 b
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -30,12 +31,10 @@ from torch import Tensor
 
 from fastft.kernels import dequantize_4bit
 from fastft.kernels.dequantize_4bit import dequantize_into
-from fastft.kernels.registry import Case, define, parameter_of, wide
+from fastft.kernels.registry import Case, define, parameter_of, require, wide
 
 
-class Group(NamedTuple):
-    """The arguments of a call."""
-
+class _Arguments(NamedTuple):
     x: Tensor
     weights: Sequence[Tensor]
     absmax: Sequence[Tensor]
@@ -54,24 +53,28 @@ class Group(NamedTuple):
     quant_type: str
     widened: bool
 
-    @property
+
+class Group(_Arguments):
+    """The arguments of a call, and what follows from them, once."""
+
+    @cached_property
     def columns(self) -> list[slice]:
         """Where y has each sibling."""
         ends = [sum(self.features[: at + 1]) for at in range(len(self.features))]
         return [slice(end - size, end) for end, size in zip(ends, self.features, strict=True)]
 
-    @property
+    @cached_property
     def ranks(self) -> list[slice]:
         """Where the second result has each adapter."""
         sizes = [a.shape[0] for a in self.lora_a]
         return [slice(sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
 
-    @property
+    @cached_property
     def read(self) -> Sequence[Tensor]:
         """What each adapter reads."""
         return self.inputs if len(self.inputs) == len(self.lora_a) else [*(self.inputs or [self.x])] * len(self.lora_a)
 
-    @property
+    @cached_property
     def adapters(self) -> list[tuple[Tensor, Tensor, float, slice, slice]]:
         """A, B, scale, the columns of y and those of the second result, of each adapter."""
         columns = [self.columns[at] for at in self.adapted]
@@ -166,25 +169,23 @@ def differentiable(group: Group) -> list[Tensor]:
 
 def _check(group: Group) -> None:
     x, n, K = group.x, len(group.features), group.x.shape[-1]
-    torch._check(x.dim() > 0 and x.is_floating_point(), lambda: f"x {x.dtype} of {x.dim()} dimensions")
-    torch._check(len(group.weights) == n > 0, lambda: f"{len(group.weights)} weights for {n} siblings")
+    require(x.dim() > 0 and x.is_floating_point(), lambda: f"x {x.dtype} of {x.dim()} dimensions")
+    require(len(group.weights) == n > 0, lambda: f"{len(group.weights)} weights for {n} siblings")
     if group.quant_type:
         nested = (group.absmax_8bit, group.absmax_code, group.absmax_offset)
         complete = len(group.absmax) == n and {len(one) for one in nested} in ({0}, {n})
-        torch._check(
-            complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights"
-        )
+        require(complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights")
         for at in range(n):
             sizes: Any = (group.features[at], K, group.blocksize, group.quant_type)
             dequantize_4bit.check(group.weights[at], *dequantize_4bit.padded(group.statistics_of(at)), *sizes)
-    torch._check(len(group.biases) == len(group.biased), lambda: f"{len(group.biases)} biases of {group.biased}")
+    require(len(group.biases) == len(group.biased), lambda: f"{len(group.biases)} biases of {group.biased}")
     for at in range(n):
         _check_sibling(group, at)
     for a, b, _, columns, _ in group.adapters:
         _check_factors(a, b, K, columns.stop - columns.start)
     counts = (0, min(1, len(group.lora_a)), len(group.lora_a))
-    torch._check(len(group.inputs) in counts, lambda: f"{len(group.inputs)} inputs of adapters")
-    torch._check(all(one.shape == x.shape for one in group.inputs), lambda: "an adapter's input has another shape")
+    require(len(group.inputs) in counts, lambda: f"{len(group.inputs)} inputs of adapters")
+    require(all(one.shape == x.shape for one in group.inputs), lambda: "an adapter's input has another shape")
 
 
 def _check_sibling(group: Group, at: int) -> None:
@@ -192,15 +193,15 @@ def _check_sibling(group: Group, at: int) -> None:
     dtype, shape, bias = group.x.dtype, (group.features[at], group.x.shape[-1]), group.bias(at)
     weight = group.weights[at]
     fits = bool(group.quant_type) or (weight.shape == shape and weight.dtype == dtype)
-    torch._check(fits, lambda: f"a weight {weight.dtype} {tuple(weight.shape)} for {shape}, {dtype}")
+    require(fits, lambda: f"a weight {weight.dtype} {tuple(weight.shape)} for {shape}, {dtype}")
     if bias is not None:
         fits = bias.shape == shape[:1] and bias.dtype == dtype
-        torch._check(fits, lambda: f"a bias {bias.dtype} {tuple(bias.shape)} for {shape[0]} {dtype}")
+        require(fits, lambda: f"a bias {bias.dtype} {tuple(bias.shape)} for {shape[0]} {dtype}")
 
 
 def _check_factors(a: Tensor, b: Tensor, columns: int, rows: int) -> None:
     fits = a.shape == (a.shape[0], columns) and b.shape == (rows, a.shape[0])
-    torch._check(fits, lambda: f"A {tuple(a.shape)} and B {tuple(b.shape)} between {columns} and {rows} features")
+    require(fits, lambda: f"A {tuple(a.shape)} and B {tuple(b.shape)} between {columns} and {rows} features")
 
 
 def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -218,10 +219,11 @@ def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tenso
     """Empty gradients, of those that are needed."""
     *given, needed = arguments
     group = Group(*given)
-    y = new_outputs(*given)[0]
-    torch._check(grad_output.shape == y.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(y.shape)}")
+    _check(group)
+    shape = (*group.x.shape[:-1], sum(group.features))
+    require(grad_output.shape == shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(shape)}")
     tensors = differentiable(group)
-    torch._check(len(needed) == len(tensors), lambda: f"{len(needed)} marks for {len(tensors)} tensors")
+    require(len(needed) == len(tensors), lambda: f"{len(needed)} marks for {len(tensors)} tensors")
     chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
     return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in chosen]
 

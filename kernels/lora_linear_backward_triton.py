@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect, split
 from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
-from fastft.kernels.tiles import multiprocessors
+from fastft.kernels.tiles import cdiv, multiprocessors
 
 # Columns are many, as there is a part of x p for each block of them: written and read, it has a quarter of x's bytes
 # for 16 ranks, and half of them for 32, where no gain is left.  No generation spills.  For other tiles see
@@ -149,7 +149,7 @@ def shares_of(columns: Sequence[slice], ranks: Sequence[slice]) -> tuple[Share, 
     shares: list[Share] = []
     for part, own in zip(columns, ranks, strict=True):
         first = shares[-1][1] if shares else 0
-        end = first + triton.cdiv(part.stop - part.start, TILE["BLOCK_K"])
+        end = first + cdiv(part.stop - part.start, TILE["BLOCK_K"])
         shares.append((first, end, part.start, part.stop, own.start, own.stop))
     return tuple(shares)
 
@@ -176,7 +176,7 @@ def both(
         partial.stride(0), target.stride(0), COUNT=len(shares), COPY=copy is not None, TERMS=p.shape[1], **TILE,
     )  # fmt: skip
     beside = product if spare is None else spare
-    sum_kernel[(triton.cdiv(M, SUM_TILE["BLOCK_M"]), len(shares))](
+    sum_kernel[(cdiv(M, SUM_TILE["BLOCK_M"]), len(shares))](
         shares, parts, product, beside, M, product.shape[1], beside.shape[1], parts.stride(0), product.stride(0),
         beside.stride(0), COUNT=len(shares), SPARE=spare is not None, **SUM_TILE,
     )  # fmt: skip

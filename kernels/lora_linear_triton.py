@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.dispatch import SHARED_OPERANDS, has_shared_operands
-from fastft.kernels.tiles import multiprocessors
+from fastft.kernels.tiles import cdiv, multiprocessors
 
 TERMS = 3  # of a float32 number in bfloat16
 ELEMENTS = 512  # of a program that goes element by element
@@ -210,7 +210,7 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
     dense = [one if one.stride(1) == 1 else one.contiguous() for one, *_ in pieces]
     given = tuple((one, *one.shape, one.stride(0), *piece[1:]) for one, piece in zip(dense, pieces, strict=True))
     n_elements = out[0].numel()
-    place_kernel[(triton.cdiv(n_elements, ELEMENTS),)](
+    place_kernel[(cdiv(n_elements, ELEMENTS),)](
         given, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0],
         BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
@@ -219,7 +219,7 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * the sum over partial [splits, rows, columns] into the pieces, whose last axis is dense."""
     given = tuple((one, one.numel(), one.shape[1], one.stride(0), *more) for one, *more in pieces)
-    collect_kernel[(triton.cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces))](
+    collect_kernel[(cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces))](
         given, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(given), BLOCK=ELEMENTS,
         num_warps=4,
     )  # fmt: skip
@@ -227,8 +227,8 @@ def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
 
 def split(length: int, parts: int, block: int) -> tuple[int, int]:
     """About so many parts of whole blocks: how many there are, and how long each is."""
-    size = triton.cdiv(triton.cdiv(length, parts), block) * block
-    return triton.cdiv(length, size), size
+    size = cdiv(cdiv(length, parts), block) * block
+    return cdiv(length, size), size
 
 
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
@@ -236,8 +236,8 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)
-    blocks = triton.cdiv(M, meta["BLOCK_M"])
-    splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), K // 512))
+    blocks = cdiv(M, meta["BLOCK_M"])
+    splits = max(1, min(cdiv(2 * multiprocessors(x.device), blocks), K // 512))
     splits, columns = split(K, splits, meta["BLOCK_K"])
     at_once = splits == 1 and spare is None
     partial, whole = (s[None] if at_once else s.new_empty(splits, M, R)), (x if copy is None else copy)
@@ -247,7 +247,7 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
     )  # fmt: skip
     if not at_once:
         beside = s if spare is None else spare
-        finish_kernel[(triton.cdiv(beside.numel(), ELEMENTS),)](
+        finish_kernel[(cdiv(beside.numel(), ELEMENTS),)](
             partial, s, beside, M, R, beside.shape[1], splits, partial.stride(0), s.stride(0),
             beside.stride(0), SPARE=spare is not None, BLOCK=ELEMENTS, num_warps=4,
         )  # fmt: skip
@@ -259,8 +259,8 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transpos
     (M, K), R = x.shape, s.shape[1]
     terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
     meta = tile(R, terms == 0, True, terms == TERMS and not has_shared_operands(x.device))
-    blocks = triton.cdiv(K, meta["BLOCK_K"])
-    splits = max(1, min(triton.cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"])))
+    blocks = cdiv(K, meta["BLOCK_K"])
+    splits = max(1, min(cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"])))
     splits, n_rows = split(M, splits, meta["BLOCK_M"])
     partial = s.new_empty((splits, R, K) if transposed else (splits, K, R))
     by_k, by_r = (1, K) if transposed else (R, 1)

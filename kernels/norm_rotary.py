@@ -6,11 +6,10 @@ parameters described there.  q and k [..., D]; q_weight and k_weight [D].  q_rst
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastft.kernels import rms_norm
-from fastft.kernels.registry import Shapes, define
+from fastft.kernels.registry import Shapes, define, require
 from fastft.kernels.rms_norm import BACKWARD_SPELLINGS, SPELLINGS, new_rstd
 from fastft.kernels.rotary import LONGEST_HEAD, angle_cases, new_output, rotate
 
@@ -53,7 +52,7 @@ def new_outputs(
     round_first: bool, interleaved: bool, per_pair: bool, contiguous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Empty q', k', q_rstd and k_rstd."""
-    torch._check(q.dim() == k.dim(), lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
+    require(q.dim() == k.dim(), lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
     new = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         rms_norm.check(x, weight, offset, round_first)
@@ -73,8 +72,13 @@ def new_gradients(
     return dq, dk, dq_weight, dk_weight
 
 
-def new_dx(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return new_gradients(*arguments)[:2]
+def new_dx(
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_rstd: Tensor,
+    k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool, per_pair: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Empty dq and dk alone."""
+    dq = rms_norm.new_dx(grad_q, q, q_weight, q_rstd, offset, round_first)
+    return dq, rms_norm.new_dx(grad_k, k, k_weight, k_rstd, offset, round_first)
 
 
 def _weighted(shapes: Shapes) -> Shapes:

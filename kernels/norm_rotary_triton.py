@@ -22,7 +22,7 @@ from fastft.kernels.rotary_triton import (
     starts,
     store_pairs,
 )
-from fastft.kernels.tiles import config_for, load_tile, multiprocessors, rounded, store_at
+from fastft.kernels.tiles import cdiv, config_for, load_tile, multiprocessors, rounded, store_at
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def forward(
     config = config_for(CONFIGS, D)
     given_q, rstd_of_q = rows_of(new_q, q, cos, sin, q_rstd)
     given_k, rstd_of_k = rows_of(new_k, k, cos, sin, k_rstd)
-    q_tiles, k_tiles = (triton.cdiv(one.numel(), config.rows) for one in (q_rstd, k_rstd))
+    q_tiles, k_tiles = (cdiv(one.numel(), config.rows) for one in (q_rstd, k_rstd))
     forward_kernel[(q_tiles + k_tiles,)](
         given_q, given_k, (q_weight.contiguous(), *rstd_of_q), (k_weight.contiguous(), *rstd_of_k), D, half, q_tiles,
         eps, offset, ROUND_FIRST=round_first, INTERLEAVED=interleaved, PER_PAIR=per_pair, ROWS=config.rows,
@@ -194,7 +194,7 @@ def backward(
     new_q, new_k, *weight_gradients = outputs
     D, half = q.shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config, trained = config_for(CONFIGS, D), bool(weight_gradients)
-    programs = [triton.cdiv(one.numel(), config.rows) for one in (q_rstd, k_rstd)]
+    programs = [cdiv(one.numel(), config.rows) for one in (q_rstd, k_rstd)]
     if trained:
         programs = [min(one, multiprocessors(q.device) * config.programs) for one in programs]
     partials = [torch.empty(one if trained else 0, D, dtype=torch.float32, device=q.device) for one in programs]

@@ -5,12 +5,14 @@ The tests and the benchmarks find every op in REGISTRY and draw inputs for it fr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -139,10 +141,21 @@ def cases(shapes: Sequence[Shapes], choices: Sequence[Choice] = ({},)) -> tuple[
     return tuple(itertools.product(shapes, choices))
 
 
+def require(condition: Any, message: Callable[[], str]) -> None:
+    """torch._check, without its cost where the condition is known: an op has up to thirty of them."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def load(launcher: str) -> Callable[..., None]:
     """The function that ``file.function`` names; Triton is imported here and not before."""
     file, _, function = launcher.rpartition(".")
-    return getattr(importlib.import_module(f"fastft.kernels.{file}"), function)
+    return getattr(_module(file), function)
+
+
+@functools.cache
+def _module(file: str) -> ModuleType:
+    return importlib.import_module(f"fastft.kernels.{file}")
 
 
 def bytes_moved(values: Iterable[Any]) -> int:

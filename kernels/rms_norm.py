@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.registry import cases, define, wide
+from fastft.kernels.registry import cases, define, require, wide
 
 SPELLINGS = (  # offset and round_first: Llama, GPT-OSS, Gemma
     {"eps": 1e-6, "offset": 0.0, "round_first": True},
@@ -65,11 +65,11 @@ def reference_backward_weight(
 
 def check(x: Tensor, weight: Tensor, offset: float, round_first: bool) -> None:
     """Raise for what the op does not define."""
-    torch._check(x.dim() > 0 and weight.dim() == 1, lambda: f"x {tuple(x.shape)} or weight {tuple(weight.shape)}")
-    torch._check(x.shape[-1] > 0, lambda: "the mean of an empty row")
-    torch._check(x.shape[-1] == weight.shape[0], lambda: f"x {tuple(x.shape)}, but weight {tuple(weight.shape)}")
-    torch._check(x.is_floating_point() and weight.is_floating_point(), lambda: f"{x.dtype}, {weight.dtype}")
-    torch._check(not round_first or offset == 0.0, lambda: "round_first scales by weight alone: offset must be 0")
+    require(x.dim() > 0 and weight.dim() == 1, lambda: f"x {tuple(x.shape)} or weight {tuple(weight.shape)}")
+    require(x.shape[-1] > 0, lambda: "the mean of an empty row")
+    require(x.shape[-1] == weight.shape[0], lambda: f"x {tuple(x.shape)}, but weight {tuple(weight.shape)}")
+    require(x.is_floating_point() and weight.is_floating_point(), lambda: f"{x.dtype}, {weight.dtype}")
+    require(not round_first or offset == 0.0, lambda: "round_first scales by weight alone: offset must be 0")
 
 
 def result_dtype(x: Tensor, weight: Tensor, round_first: bool) -> torch.dtype:
@@ -94,14 +94,19 @@ def new_gradients(
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Empty dx and dweight."""
-    torch._check(grad_output.shape == x.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(x.shape)}")
-    torch._check(rstd.shape == x.shape[:-1], lambda: f"rstd {tuple(rstd.shape)}, but x {tuple(x.shape)}")
-    torch._check(addend is None or addend.shape == x.shape, lambda: "addend has not the shape of x")
-    return torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dx = new_dx(grad_output, x, weight, rstd, offset, round_first, addend)
+    return dx, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def new_dx(*arguments: Any) -> Tensor:
-    return new_gradients(*arguments)[0]
+def new_dx(
+    grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
+    addend: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Empty dx alone."""
+    require(grad_output.shape == x.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(x.shape)}")
+    require(rstd.shape == x.shape[:-1], lambda: f"rstd {tuple(rstd.shape)}, but x {tuple(x.shape)}")
+    require(addend is None or addend.shape == x.shape, lambda: "addend has not the shape of x")
+    return torch.empty_like(x)
 
 
 ROWS = {"x": "... D", "weight": "D"}

@@ -16,6 +16,7 @@ from fastft.kernels import layout
 from fastft.kernels.dispatch import MAX_ROW_WITH_SUMS
 from fastft.kernels.tiles import (
     CONFIGS,
+    cdiv,
     config_for,
     load_tile,
     load_vector,
@@ -125,7 +126,7 @@ def forward(
     n_rows, D = rstd.numel(), y.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (x, rstd), (x_strides, rstd_strides) = layout.rows(y, x, rstd)
-    forward_kernel[(triton.cdiv(n_rows, config.rows),)](
+    forward_kernel[(cdiv(n_rows, config.rows),)](
         y, rstd, x, weight.contiguous(), n_rows, D, n1, n2, *x_strides, *rstd_strides, eps, offset,
         ROUND_FIRST=round_first, **config.meta(D),
     )  # fmt: skip
@@ -139,7 +140,7 @@ def backward(
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (dy, x, other, rstd), strides = layout.rows(dx, dy, x, dy if addend is None else addend, rstd)
-    backward_kernel[(triton.cdiv(n_rows, config.rows),)](
+    backward_kernel[(cdiv(n_rows, config.rows),)](
         dx, dy, x, other, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         *strides[3], offset, ADD=addend is not None, **config.meta(D),
     )  # fmt: skip
@@ -152,7 +153,7 @@ def backward_weight(
     dx, dweight = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
-    n_programs = min(triton.cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
+    n_programs = min(cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
     partial = torch.empty(n_programs, D, dtype=torch.float32, device=dx.device)
     n1, n2, (dy, x, other, rstd), strides = layout.rows(dx, dy, x, dy if addend is None else addend, rstd)
     backward_weight_kernel[(n_programs,)](

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels.registry import Case, Choice, define
+from fastft.kernels.registry import Case, Choice, define, require
 
 LONGEST_HEAD = 1024  # that the Triton kernels take
 
@@ -72,12 +72,12 @@ def reference_qk_backward(
 def check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool) -> None:
     """Raise for what the op does not define."""
     rotated = cos.shape[-1] * (2 if per_pair else 1)
-    torch._check(cos.shape == sin.shape, lambda: f"cos {tuple(cos.shape)}, but sin {tuple(sin.shape)}")
-    torch._check(1 <= cos.dim() <= x.dim(), lambda: f"x {tuple(x.shape)}, but cos {tuple(cos.shape)}")
-    torch._check(rotated <= x.shape[-1], lambda: f"x {tuple(x.shape)}, but {rotated} elements to rotate")
-    torch._check(rotated % 2 == 0, lambda: f"{rotated} elements to rotate are no pairs")
+    require(cos.shape == sin.shape, lambda: f"cos {tuple(cos.shape)}, but sin {tuple(sin.shape)}")
+    require(1 <= cos.dim() <= x.dim(), lambda: f"x {tuple(x.shape)}, but cos {tuple(cos.shape)}")
+    require(rotated <= x.shape[-1], lambda: f"x {tuple(x.shape)}, but {rotated} elements to rotate")
+    require(rotated % 2 == 0, lambda: f"{rotated} elements to rotate are no pairs")
     floating = x.is_floating_point() and cos.is_floating_point() and sin.is_floating_point()
-    torch._check(floating, lambda: f"x {x.dtype}, cos {cos.dtype}, sin {sin.dtype}")
+    require(floating, lambda: f"x {x.dtype}, cos {cos.dtype}, sin {sin.dtype}")
     cos[..., 0].expand(x.shape[:-1])  # raises where it does not broadcast
 
 
@@ -98,8 +98,8 @@ def new_gradient(grad_output: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
 
 
 def new_outputs_qk(q: Tensor, k: Tensor, *angles: Any) -> tuple[Tensor, Tensor]:
-    torch._check(q.dim() == k.dim(), lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
-    torch._check(q.shape[-1] == k.shape[-1], lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
+    require(q.dim() == k.dim(), lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
+    require(q.shape[-1] == k.shape[-1], lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
     return new_output(q, *angles), new_output(k, *angles)
 
 

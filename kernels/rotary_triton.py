@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastft.kernels import layout
 from fastft.kernels.rotary import LONGEST_HEAD
-from fastft.kernels.tiles import Config, config_for, load_tile, row_start, store_at
+from fastft.kernels.tiles import Config, cdiv, config_for, load_tile, row_start, store_at
 
 CONFIGS = (  # 8 pairs a thread, so that loads are 16 bytes wide
     Config(32, rows=64, warps=4),
@@ -170,7 +170,7 @@ def launch(
     D, half = outputs[0].shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config = config_for(CONFIGS, D)
     given = [rows_of(y, x, cos, sin)[0] for y, x in zip(outputs, inputs, strict=True)]
-    q_tiles, *k_tiles = (triton.cdiv(one[4], config.rows) for one in given)
+    q_tiles, *k_tiles = (cdiv(one[4], config.rows) for one in given)
     rotary_kernel[(q_tiles + sum(k_tiles),)](
         given[0], given[-1], D, half, q_tiles, BACK=back, INTERLEAVED=interleaved, PER_PAIR=per_pair,
         ROWS=config.rows, num_warps=config.warps, **blocks(D, half),

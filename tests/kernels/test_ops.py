@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from op_calls import Call, calls, examples, nearby
 from strategies import DEVICES, DTYPES, INTERPRETING, LOW, upstream
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,6 +55,30 @@ def test_nothing_is_written_around_the_results(name: str, device: str) -> None:
             assert (after == 7.0).all(), "written after the last element"
         for target, expected in zip(targets, tree_leaves(call.entry.op(*values)), strict=True):
             assert torch.equal(target, expected)
+
+
+class Allocated(TorchDispatchMode):
+    """The elements of all new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        fresh = all(one.alias_info is None for one in func._schema.returns)
+        self.elements += sum(one.numel() for one in tree_leaves(result) if isinstance(one, Tensor) and fresh)
+        return result
+
+
+@every_op
+def test_nothing_is_allocated_but_the_results(name: str) -> None:
+    """Before a kernel runs: what is only looked at for its shape would count in the peak all the same."""
+    for call in examples(name, DTYPES[-1], count=len(REGISTRY[name].cases)):
+        values = call.arguments(call.tensors("cpu"))
+        with Allocated() as allocated:
+            results = call.entry.outputs(*values)
+        assert allocated.elements <= sum(one.numel() for one in tree_leaves(results))
 
 
 def leaves(call: Call, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
