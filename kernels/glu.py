@@ -74,6 +74,11 @@ def _check(gate: Tensor, up: Tensor, activation: str) -> None:
     require(activation in ACTIVATIONS, lambda: f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
 
 
+def _check_gradient(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    _check(gate, up, activation)
+    require(grad_output.shape == gate.shape, lambda: f"gradient {tuple(grad_output.shape)} of {tuple(gate.shape)}")
+
+
 def new_output(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Empty y, in the memory order of gate."""
     _check(gate, up, activation)
@@ -96,11 +101,6 @@ def new_packed_gradient(grad_output: Tensor, gate_up: Tensor, activation: str) -
     gate, up = gate_up.chunk(2, -1)
     _check_gradient(grad_output, gate, up, activation)
     return torch.empty_like(gate_up)
-
-
-def _check_gradient(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    _check(gate, up, activation)
-    require(grad_output.shape == gate.shape, lambda: f"gradient {tuple(grad_output.shape)} of {tuple(gate.shape)}")
 
 
 _CHOICES = [{"activation": name} for name in ACTIVATIONS]

@@ -61,8 +61,8 @@ def new_outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     """Empty y, mean and rstd."""
     require(x.dim() > 0 and x.shape[-1] > 0, lambda: f"no rows in x {tuple(x.shape)}")
     require(x.is_floating_point(), lambda: f"x is {x.dtype}")
-    for name, value in (("weight", weight), ("bias", bias)):
-        _require_columns(name, value, x.shape[-1])
+    _require_columns("weight", weight, x.shape[-1])
+    _require_columns("bias", bias, x.shape[-1])
     y = torch.empty_like(x)
     mean, rstd = (torch.empty_like(y[..., 0], dtype=wide(x.dtype)) for _ in range(2))
     return y, mean, rstd

@@ -57,6 +57,11 @@ class _Arguments(NamedTuple):
 class Group(_Arguments):
     """The arguments of a call, and what follows from them, once."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of y."""
+        return (*self.x.shape[:-1], sum(self.features))
+
     @cached_property
     def columns(self) -> list[slice]:
         """Where y has each sibling."""
@@ -209,10 +214,9 @@ def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
     group = Group(*arguments)
     _check(group)
     rank = sum(a.shape[0] for a in group.lora_a)
-    lead = group.x.shape[:-1]
-    dtype, width = wide(group.x.dtype), sum(group.features)
-    y = group.x.new_empty(*lead, width, dtype=dtype if group.widened else group.x.dtype)
-    return y, group.x.new_empty(*lead, rank, dtype=dtype)
+    dtype = wide(group.x.dtype)
+    y = group.x.new_empty(group.shape, dtype=dtype if group.widened else group.x.dtype)
+    return y, group.x.new_empty(*group.x.shape[:-1], rank, dtype=dtype)
 
 
 def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tensor]:
@@ -220,8 +224,7 @@ def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tenso
     *given, needed = arguments
     group = Group(*given)
     _check(group)
-    shape = (*group.x.shape[:-1], sum(group.features))
-    require(grad_output.shape == shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(shape)}")
+    require(grad_output.shape == group.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {group.shape}")
     tensors = differentiable(group)
     require(len(needed) == len(tensors), lambda: f"{len(needed)} marks for {len(tensors)} tensors")
     chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]

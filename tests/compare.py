@@ -82,6 +82,11 @@ def _root_mean_square(values: Tensor) -> float:
     return values.square().reshape(len(values), -1).mean(1).median().sqrt().item()
 
 
+def makes_new_tensors(func: Any) -> bool:
+    """Whether an aten op returns neither views nor what it writes to."""
+    return all(one.alias_info is None for one in func._schema.returns)
+
+
 class RoundedOtherwise(TorchDispatchMode):
     """In float64, every step errs by up to float32's eps, at random: what arithmetic in float32 may do to a result."""
 
@@ -91,7 +96,7 @@ class RoundedOtherwise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(one.alias_info is not None for one in func._schema.returns):  # views and writes
+        if not makes_new_tensors(func):
             return result
         return tree_map_only(torch.Tensor, self._err, result)
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from compare import FORWARD, GRADIENT, RoundedOtherwise, assert_close_to_truth, assert_same_metadata
+from compare import (
+    FORWARD,
+    GRADIENT,
+    RoundedOtherwise,
+    assert_close_to_truth,
+    assert_same_metadata,
+    makes_new_tensors,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from op_calls import Call, calls, examples, nearby
@@ -66,8 +73,8 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        fresh = all(one.alias_info is None for one in func._schema.returns)
-        self.elements += sum(one.numel() for one in tree_leaves(result) if isinstance(one, Tensor) and fresh)
+        if makes_new_tensors(func):
+            self.elements += sum(one.numel() for one in tree_leaves(result) if isinstance(one, Tensor))
         return result
 
 

@@ -41,9 +41,11 @@ def check(model: nn.Module, compiled: Callable, inputs: dict[str, Tensor], *othe
     others: the unmodified model lowered differently.  Torch's own error is the largest of its ways to run the model:
     Inductor rounds less often than eager in low precision, and has faster exponentials than eager in float32.
     """
-    batches = [inputs, *nearby(inputs, step(compiled, inputs, model).logits.dtype)]
-    exact = stacked([truth(model, one) for one in batches])
-    actual, *torch_steps = (stacked([step(run, one, model) for one in batches]) for run in (compiled, model, *others))
+    first = step(compiled, inputs, model)
+    more = nearby(inputs, first.logits.dtype)
+    actual = stacked([first, *(step(compiled, one, model) for one in more)])
+    exact = stacked([truth(model, one) for one in (inputs, *more)])
+    torch_steps = [stacked([step(run, one, model) for one in (inputs, *more)]) for run in (model, *others)]
 
     def assert_close(name: str, of: Callable[[Step], Tensor], factor: float) -> None:
         eager = max((of(one) for one in torch_steps), key=lambda value: _error(value, of(exact)))
