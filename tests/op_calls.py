@@ -60,16 +60,23 @@ def is_named(value: Any) -> bool:
 
 def fixed_dtype(entry: Entry, name: str, spec: str) -> torch.dtype | None:
     """The dtype of this tensor, where it is not that of the others."""
-    return (
-        torch.uint8 if spec.startswith("bytes") else torch.float32 if parameter_of(name) in entry.statistics else None
-    )
+    if spec.startswith(("bytes", "index")):
+        return torch.uint8 if spec.startswith("bytes") else torch.int64
+    return torch.float32 if parameter_of(name) in entry.statistics else None
 
 
 def shape_of(spec: str, sizes: Sizes) -> tuple[int, ...]:
-    """The shape that "B S 2*R+P" or "... D" stands for."""
+    """The shape that "B S 2*R+P" or "... D" stands for; "index ... N" has that of "..."."""
     tokens = spec.removeprefix("bytes").split()
+    if spec.startswith("index"):
+        tokens = tokens[1:-1]
     axes = [sizes["..."] if token == "..." else (eval(token, {}, sizes),) for token in tokens]
     return tuple(itertools.chain.from_iterable(axes))
+
+
+def below(spec: str, sizes: Sizes) -> int:
+    """What the numbers of "index ... N" are less than."""
+    return sizes[spec.split()[-1]] if spec.startswith("index") else 0
 
 
 def trainable(entry: Entry, shapes: Shapes) -> list[str]:
@@ -78,7 +85,7 @@ def trainable(entry: Entry, shapes: Shapes) -> list[str]:
 
 
 def names_in(shapes: Shapes) -> list[str]:
-    return sorted({name for spec in shapes.values() for name in re.findall(r"[A-Za-z]\w*", spec)} - {"bytes"})
+    return sorted({name for spec in shapes.values() for name in re.findall(r"[A-Za-z]\w*", spec)} - {"bytes", "index"})
 
 
 @st.composite
@@ -105,7 +112,8 @@ def calls(draw: st.DrawFn, op: str) -> Call:
             draw(dtypes) if mixed and parameter_of(name) not in entry.alike else common
         )
         alone = scale if at == 0 and entry.gradients else 1.0  # products of several large factors overflow float16
-        specs.append((name, Spec(shape_of(spec, drawn), dtype, draw(st.sampled_from(LAYOUTS)), draw(seeds), alone)))
+        layout, seed = draw(st.sampled_from(LAYOUTS)), draw(seeds)
+        specs.append((name, Spec(shape_of(spec, drawn), dtype, layout, seed, alone, below(spec, drawn))))
     given = trainable(entry, shapes)
     needs = tuple(name for name in given if draw(st.booleans())) or tuple(given)
     return Call(op, case, tuple(specs), draw(st.sampled_from(UPSTREAM)), needs, tuple(drawn.items()))
@@ -133,6 +141,7 @@ def examples(op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = 
                     fixed_dtype(entry, name, spec) or dtype,
                     chosen.choice(("contiguous", "transposed", "sliced")),
                     seed=number + at,
+                    below=below(spec, drawn),
                 ),
             )
             for at, (name, spec) in enumerate(shapes.items())

@@ -50,9 +50,9 @@ def shapes(draw: st.DrawFn, largest_row: int = 300, most_rows: int = 48, most_ax
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor of normal values, or of any bytes, to be built.
+    """A tensor of normal values, of any bytes, or of class numbers below a limit, to be built.
 
-    Any layout but contiguous is a view of a larger or permuted buffer.
+    Any layout but contiguous is a view of a larger or permuted buffer.  A fifth of the class numbers is -100.
     """
 
     shape: tuple[int, ...]
@@ -60,11 +60,16 @@ class Spec:
     layout: str = "contiguous"
     seed: int = 0
     scale: float = 1.0
+    below: int = 0
 
     def build(self, device: str | torch.device = "cpu") -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
+            if self.dtype == torch.int64:
+                kept = torch.rand(shape, generator=generator) < 0.8
+                numbers = torch.randint(self.below, shape, generator=generator)
+                return numbers.where(kept, torch.tensor(-100)).to(device)
             if not self.dtype.is_floating_point:
                 return torch.randint(256, shape, generator=generator, dtype=self.dtype).to(device)
             values = torch.randn(shape, generator=generator, dtype=torch.float64) * self.scale
@@ -104,6 +109,8 @@ def specs(draw: st.DrawFn, shape: tuple[int, ...] | None = None, dtype: torch.dt
 def upstream(y: Tensor, kind: str, seed: int = 0) -> Tensor:
     """A gradient of y of one of the kinds in UPSTREAM."""
     spec = Spec(tuple(y.shape), y.dtype, seed=seed)
+    if y.dim() == 0:
+        return spec.build(y.device)
     if kind == "expanded":  # as from .mean() or .sum() over the leading axes
         return Spec(tuple(y.shape[-1:]), y.dtype, seed=seed).build(y.device).expand(y.shape)
     if kind == "strided":  # every second element of each row

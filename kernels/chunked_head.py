@@ -1,0 +1,183 @@
+"""A head's logits a chunk of rows at a time:  logits = hidden W^T + s B^T, what becomes of them, and the products back.
+
+Logits of all tokens are never held: a chunk is written, its losses are taken, its gradient is written over it and
+multiplied back, and the next chunk takes its place.  cuBLAS multiplies; what happens to the rows is the caller's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.kernels.lora_products import operands
+from fastft.kernels.registry import wide
+from fastft.kernels.tiles import cdiv
+
+ALIGNED = 8  # columns: with any other number cuBLAS takes kernels of a seventh of the speed
+WHOLE = 128  # rows, of which a chunk has a multiple where it has more
+GAIN = 256.0  # of a float16 gradient of logits: probabilities of 1e-5 are not normal numbers there
+SKIPS = (9, 10)  # generations whose grouped products in bfloat16 take their number of rows from the device
+
+
+@dataclass
+class Gradients:
+    """Where gradients are written, of those that are asked for.
+
+    hidden [M, H] and lora_s [M, r] of any dtype; weight [V, H], bias [V] and lora_b [V, r] float32 (float64 beside
+    float64), which begin as zeros.
+    """
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_s: Tensor | None = None
+    lora_b: Tensor | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return any(value is not None for value in vars(self).values())
+
+
+@dataclass
+class Head:
+    """hidden [M, H], weight [V, H], lora_s [M, r] and lora_b [V, r] if there is an adapter.
+
+    chunk_bytes: what a chunk of logits may take; one row it always may.
+    ignored: bool [M], rows that nothing is to be known of.  They are left out where that takes no wait for the device.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    lora_s: Tensor | None
+    lora_b: Tensor | None
+    chunk_bytes: int
+    ignored: Tensor | None = None
+    counts: Tensor | None = field(default=None, init=False)  # by chunk: how many of its rows are not ignored
+
+    @property
+    def gain(self) -> float:
+        """What the gradient of the logits is to be multiplied with."""
+        return GAIN if self.hidden.dtype == torch.float16 else 1.0
+
+    def run(self, of_rows: Callable[[Tensor, Tensor | slice], None], gradients: Gradients) -> None:
+        """Call of_rows(logits, rows) for each chunk, and write the gradients that it gives.
+
+        of_rows: writes gain times the gradient of the logits over them where any is asked for; rows says which of the
+            M rows they are of.  The gradient of ignored rows is zero, which it writes too.
+        """
+        for rows, count in self._chunks():
+            hidden = self.hidden[rows]
+            logits = self._logits(hidden, rows, count)
+            of_rows(logits, rows)
+            if gradients.any:
+                self._multiply_back(logits, hidden, rows, count, gradients)
+
+    def _chunks(self) -> Iterator[tuple[Tensor | slice, Tensor | None]]:
+        """Which rows, and on a device that can leave some out, how many of them are used."""
+        total, size = self.hidden.shape[0], self._rows_of_chunk()
+        order = None
+        if self.ignored is not None and self.hidden.device.type == "cpu":
+            order = (~self.ignored).nonzero().flatten()
+            total = order.shape[0]
+        elif self.ignored is not None and can_skip(self.hidden, self.weight):
+            order = torch.argsort(self.ignored, stable=True)
+            starts = torch.arange(0, total, size, device=order.device)
+            counts = ((~self.ignored).sum() - starts).clamp(0, size).to(torch.int32)
+        for number, start in enumerate(range(0, total, size)):
+            part = slice(start, min(start + size, total))
+            on_device = order is not None and self.hidden.device.type != "cpu"
+            yield part if order is None else order[part], counts[number : number + 1] if on_device else None
+
+    def _rows_of_chunk(self) -> int:
+        """As many as chunk_bytes allow, in chunks of about one size."""
+        M, V = self.hidden.shape[0], self.weight.shape[0]
+        most = max(1, self.chunk_bytes // (self._stride * self.hidden.element_size()))
+        size = cdiv(M, max(1, cdiv(M, most)))
+        rounded = cdiv(size, WHOLE) * WHOLE
+        return max(1, rounded if rounded <= most else most // WHOLE * WHOLE or most) if M * V else max(1, M)
+
+    @property
+    def _stride(self) -> int:
+        """Of a row of logits, which begins where 16 bytes do."""
+        return cdiv(self.weight.shape[0], 8 * ALIGNED) * 8 * ALIGNED
+
+    @functools.cached_property
+    def _buffer(self) -> Tensor:
+        rows = min(self._rows_of_chunk(), self.hidden.shape[0])
+        return self.hidden.new_empty(rows, self._stride)[:, : self.weight.shape[0]]
+
+    def _logits(self, hidden: Tensor, rows: Tensor | slice, count: Tensor | None) -> Tensor:
+        if count is not None:
+            logits = F.grouped_mm(hidden, self.weight.T.unsqueeze(0), offs=count)
+        else:
+            logits = self._buffer[: hidden.shape[0]]
+            for part in self._columns:
+                torch.mm(hidden, self.weight[part].T, out=logits[:, part])
+        if self.lora_s is not None and self.lora_b is not None:
+            s, b = self.lora_s[rows], self.lora_b
+            logits.addmm_(*operands(s, [(b, 0, 0, 1.0)], b.shape[0], logits.dtype, transposed=True))
+        return logits
+
+    @property
+    def _columns(self) -> list[slice]:
+        """All, or those that cuBLAS is fast for and the rest."""
+        V = self.weight.shape[0]
+        even = V // ALIGNED * ALIGNED
+        return [slice(0, V)] if even in (0, V) or self.hidden.device.type == "cpu" else [slice(0, even), slice(even, V)]
+
+    def _multiply_back(
+        self, grad: Tensor, hidden: Tensor, rows: Tensor | slice, count: Tensor | None, gradients: Gradients
+    ) -> None:
+        scale = 1.0 / self.gain
+        if gradients.hidden is not None:
+            gradients.hidden[rows] = self._hidden_gradient(grad, rows, count, scale)
+        if gradients.weight is not None:
+            _accumulate(gradients.weight, grad.T, hidden, scale)
+        if gradients.bias is not None:
+            gradients.bias.add_(grad.sum(0, dtype=gradients.bias.dtype), alpha=scale)
+        if gradients.lora_s is not None and self.lora_b is not None:
+            gradients.lora_s[rows] = (_product(grad, self.lora_b.to(grad.dtype)) * scale).to(gradients.lora_s.dtype)
+        if gradients.lora_b is not None and self.lora_s is not None:
+            _accumulate(gradients.lora_b, grad.T, self.lora_s[rows].to(grad.dtype), scale)
+
+    def _hidden_gradient(self, grad: Tensor, rows: Tensor | slice, count: Tensor | None, scale: float) -> Tensor:
+        if count is not None and self.ignored is not None:
+            product = F.grouped_mm(grad, self.weight.unsqueeze(0), offs=count)
+            return product.masked_fill_(self.ignored[rows].unsqueeze(1), 0.0)  # what was not computed
+        out = grad.new_empty(grad.shape[0], self.weight.shape[1])
+        for number, part in enumerate(self._columns):
+            beta = 0.0 if number == 0 else 1.0
+            torch.addmm(out, grad[:, part], self.weight[part], beta=beta, alpha=scale, out=out)
+        return out
+
+
+def can_skip(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether products can leave out rows whose number only the device knows."""
+    if hidden.device.type != "cuda" or torch.version.hip is not None or hidden.dtype != torch.bfloat16:
+        return False
+    aligned = (
+        weight.is_contiguous() and weight.data_ptr() % 16 == 0 and all(size % ALIGNED == 0 for size in weight.shape)
+    )
+    return aligned and torch.cuda.get_device_capability(hidden.device)[0] in SKIPS and hasattr(F, "grouped_mm")
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32 at least."""
+    dtype = wide(left.dtype)
+    if left.device.type == "cuda" and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale * left right."""
+    if left.device.type == "cuda" and left.dtype != total.dtype:
+        torch.addmm(total, left, right, alpha=scale, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)

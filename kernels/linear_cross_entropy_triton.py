@@ -1,0 +1,125 @@
+"""Triton kernel of linear_cross_entropy: one row of logits a program, read twice, the gradient written over it.
+
+The second reading comes from the cache where a row and those of the programs beside it fit there.
+"""
+# mypy: allow-untyped-defs
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft.kernels.linear_cross_entropy import Arguments
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch for rows of at most ``longest`` logits."""
+
+    longest: int
+    block: int
+    warps: int
+
+
+CONFIGS = (Config(1024, block=1024, warps=4), Config(2**31, block=4096, warps=8))
+
+
+@triton.jit
+def tanh(x):
+    """By exp, without a difference of near numbers: a polynomial where x is small."""
+    square = x * x
+    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def shaped(logits_ptr, bias_ptr, at, mask, scale, softcap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
+    """What the softmax is of: the product, with its bias, scaled and capped."""
+    z = tl.cast(tl.load(logits_ptr + at, mask=mask, other=0.0), tl.float32)
+    if BIASED:
+        z += tl.cast(tl.load(bias_ptr + at, mask=mask, other=0.0), tl.float32)
+    y = z * scale
+    if CAPPED:
+        y = softcap * tanh(y / softcap)
+    return y
+
+
+@triton.jit
+def rows_kernel(
+    logits_ptr, bias_ptr, labels_ptr, upstream_ptr, loss_ptr, columns, logits_stride, labels_stride, upstream_stride,
+    ignore_index, smoothing: tl.float32, z_loss: tl.float32, scale: tl.float32, softcap: tl.float32, gain: tl.float32,
+    BIASED: tl.constexpr, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    smoothing, z_loss, gain = tl.cast(smoothing, tl.float32), tl.cast(z_loss, tl.float32), tl.cast(gain, tl.float32)
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
+    row = tl.cast(tl.program_id(0), tl.int64)  # rows * columns may exceed 2**31
+    logits_ptr += row * logits_stride
+    label = tl.load(labels_ptr + row * labels_stride)
+    if label == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, columns, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                tl.store(logits_ptr + at, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=at < columns)
+        return
+    largest, total, summed = -float("inf"), 0.0, 0.0
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)  # [BLOCK]
+        if SMOOTHED:
+            summed += tl.sum(tl.where(at < columns, y, 0.0))
+        y = tl.where(at < columns, y, -float("inf"))
+        larger = tl.maximum(largest, tl.max(y))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(y - larger))
+        largest = larger
+    log_total = tl.log(total)
+    lse = largest + log_total
+    target = shaped(logits_ptr, bias_ptr, label, label < columns, scale, softcap, BIASED, CAPPED)
+    loss = log_total + (largest - target)  # near 0 not the difference of two large numbers
+    if SMOOTHED:
+        loss += smoothing * (target - summed / columns)
+    tl.store(loss_ptr + row, loss + z_loss * lse * lse)
+    if GRADIENT:
+        upstream = gain * tl.cast(tl.load(upstream_ptr + row * upstream_stride), tl.float32)
+        everywhere, here = smoothing / columns, 1.0 - smoothing
+        pull = (1.0 + 2.0 * z_loss * lse) / total
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)
+            dy = tl.exp(y - largest) * pull - everywhere - tl.where(at == label, here, 0.0)
+            if CAPPED:
+                dy *= 1.0 - (y / softcap) * (y / softcap)
+            dz = tl.cast(dy * scale * upstream, logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + at, dz, mask=at < columns)
+
+
+def rows(
+    logits: Tensor, labels: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
+) -> None:
+    """Launch; logits [rows, V] have rows of unit stride."""
+    n_rows, columns = logits.shape
+    bias = call.bias
+    config = next(one for one in CONFIGS if columns <= one.longest)
+    rows_kernel[(n_rows,)](
+        logits, logits if bias is None else bias.contiguous(), labels, upstream, loss, columns, logits.stride(0),
+        labels.stride(0), upstream.stride(0), call.ignore_index, call.label_smoothing, call.z_loss, call.scale,
+        call.softcap, gain, BIASED=bias is not None, CAPPED=call.softcap != 0.0, SMOOTHED=call.label_smoothing != 0.0,
+        GRADIENT=gradient, BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
+
+
+def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every kernel with every choice of its constants, for ahead-of-time compilation."""
+    flags = ("BIASED", "CAPPED", "SMOOTHED", "GRADIENT")
+    types = {"labels_ptr": "*i64", "loss_ptr": "*fp32", "upstream_ptr": "*fp32", "ignore_index": "i32"}
+    for config in CONFIGS:
+        for chosen in itertools.product((False, True), repeat=len(flags)):
+            constants = dict(zip(flags, chosen, strict=True))
+            yield rows_kernel, {**types, **constants, "BLOCK": config.block, "num_warps": config.warps}
