@@ -20,7 +20,7 @@ from fastft.kernels.tiles import cdiv
 
 ALIGNED = 8  # columns: with any other number cuBLAS takes kernels of a seventh of the speed
 WHOLE = 128  # rows, of which a chunk has a multiple where it has more
-GAIN = 256.0  # of a float16 gradient of logits: probabilities of 1e-5 are not normal numbers there
+GAIN = 256.0  # of a float16 gradient of the sum of losses: probabilities of 1e-5 are not normal numbers there
 SKIPS = (9, 10)  # generations whose grouped products in bfloat16 take their number of rows from the device
 
 
@@ -50,6 +50,7 @@ class Head:
 
     chunk_bytes: what a chunk of logits may take; one row it always may.
     ignored: bool [M], rows that nothing is to be known of.  They are left out where that takes no wait for the device.
+    gain: what the gradient of the logits is to be multiplied with while it is held.
     """
 
     hidden: Tensor
@@ -58,12 +59,8 @@ class Head:
     lora_b: Tensor | None
     chunk_bytes: int
     ignored: Tensor | None = None
+    gain: float = 1.0
     counts: Tensor | None = field(default=None, init=False)  # by chunk: how many of its rows are not ignored
-
-    @property
-    def gain(self) -> float:
-        """What the gradient of the logits is to be multiplied with."""
-        return GAIN if self.hidden.dtype == torch.float16 else 1.0
 
     def run(self, of_rows: Callable[[Tensor, Tensor | slice], None], gradients: Gradients) -> None:
         """Call of_rows(logits, rows) for each chunk, and write the gradients that it gives.

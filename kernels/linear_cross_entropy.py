@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.chunked_head import Gradients, Head
+from fastft.kernels.chunked_head import GAIN, Gradients, Head
 from fastft.kernels.registry import Case, define, load, require, wide
 
 DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_s", "lora_b")  # the order of ahead and needed
@@ -73,7 +73,9 @@ def losses(call: Arguments) -> Tensor:
     largest = y.detach().amax(-1, keepdim=True)
     log_total = torch.log(torch.exp(y - largest).sum(-1, keepdim=True))
     target, lse = y.gather(-1, labels), largest + log_total
-    loss = log_total + (largest - target) + call.label_smoothing * (target - y.mean(-1, keepdim=True))
+    loss = log_total + (largest - target)
+    if call.label_smoothing:  # else a class that a bias of -inf rules out is no matter
+        loss = loss + call.label_smoothing * (target - y.mean(-1, keepdim=True))
     return (loss + call.z_loss * lse.square()).squeeze(-1).masked_fill(ignored, 0.0)
 
 
@@ -176,7 +178,8 @@ def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
     call = Arguments(*given)
     loss, *gradients = targets
     by_row = loss.new_empty(call.labels.numel()) if reduce or not loss.is_contiguous() else loss.view(-1)
-    _run(call, by_row, loss.new_ones(()).expand(by_row.shape), gradients, ahead)
+    gain = GAIN if call.hidden.dtype == torch.float16 else 1.0
+    _run(call, by_row, loss.new_ones(()).expand(by_row.shape), gradients, ahead, gain)
     if reduce:
         torch.sum(by_row, 0, out=loss)
     elif by_row.data_ptr() != loss.data_ptr():
@@ -187,16 +190,18 @@ def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
     grad_output, *given, needed = arguments
     call = Arguments(*given)
     unused = torch.empty(call.labels.numel(), dtype=wide(call.hidden.dtype), device=call.hidden.device)
-    _run(call, unused, grad_output.reshape(-1), targets, needed)
+    _run(call, unused, grad_output.reshape(-1), targets, needed, 1.0)  # a loss in float16 has a scale already
 
 
-def _run(call: Arguments, loss: Tensor, upstream: Tensor, targets: Sequence[Tensor], marks: Sequence[bool]) -> None:
+def _run(
+    call: Arguments, loss: Tensor, upstream: Tensor, targets: Sequence[Tensor], marks: Sequence[bool], gain: float
+) -> None:
     """Write each row's loss, and the gradients that are marked, each row's multiplied with upstream."""
     flat = lambda one: None if one is None else one.reshape(prod(one.shape[:-1]), one.shape[-1])  # noqa: E731
     labels = call.labels.reshape(-1)
     ignored = labels == call.ignore_index
     _check_labels(labels, ignored, call.weight.shape[0])
-    head = Head(flat(call.hidden), call.weight, flat(call.lora_s), call.lora_b, call.chunk_bytes, ignored)
+    head = Head(flat(call.hidden), call.weight, flat(call.lora_s), call.lora_b, call.chunk_bytes, ignored, gain)
     gradients, written = _targets(targets, marks)
     loss.zero_()
 
@@ -267,14 +272,16 @@ def _plain_rows(
     log_total = torch.log(total)
     lse = largest + log_total
     # By differences from the largest: a loss near 0 is not the difference of two large numbers.
-    value = log_total + (largest - target) + call.label_smoothing * (target - mean) + call.z_loss * lse * lse
+    value = log_total + (largest - target) + call.z_loss * lse * lse
+    if call.label_smoothing:
+        value += call.label_smoothing * (target - mean)
     loss.copy_(value.masked_fill(ignored, 0.0))
     if not gradient:
         return
     dy = y * ((1.0 + 2.0 * call.z_loss * lse) / total).unsqueeze(1) - call.label_smoothing / V
     dy.scatter_add_(1, at, dy.new_full(at.shape, call.label_smoothing - 1.0))
-    factor = (upstream.to(dy.dtype) * gain * call.scale).masked_fill(ignored, 0.0).unsqueeze(1)
-    logits.copy_((dy if slope is None else dy * slope) * factor)
+    factor = (upstream.to(dy.dtype) * gain * call.scale).unsqueeze(1)
+    logits.copy_((dy if slope is None else dy * slope) * factor).masked_fill_(ignored.unsqueeze(1), 0.0)
 
 
 def flops(hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:

@@ -69,7 +69,7 @@ def rows_kernel(
                 at = start + tl.arange(0, BLOCK)
                 tl.store(logits_ptr + at, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=at < columns)
         return
-    largest, total, summed = -float("inf"), 0.0, 0.0
+    largest, total, summed = -3.4e38, 0.0, 0.0  # a whole block may be minus infinity
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)  # [BLOCK]

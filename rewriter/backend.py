@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.rewriter import scalars, shapes
+from fastft.rewriter import outputs, scalars, shapes
 from fastft.rewriter.graph import Snapshot, describe
+from fastft.rewriter.losses import Deferred
 from fastft.rewriter.lower import compile_graph, lower
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.record import Recording
@@ -51,8 +52,14 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
     original = Snapshot(gm)
     try:
         scalars.settle(gm)
-        report = rewrite(gm, across_layers=not options.outline)
-        return lower(gm, example_inputs, options, report), report
+        count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        deferred: list[Deferred] = []
+        report = rewrite(
+            gm, across_layers=not options.outline, logits_bytes=options.logits_bytes,
+            deferred=deferred if options.lazy_logits else None,
+        )  # fmt: skip
+        compiled = lower(gm, example_inputs, options, report)
+        return outputs.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
     except Exception as error:
         if options.strict:
             raise

@@ -31,7 +31,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     def capture(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
         original = Snapshot(gm)
         try:
-            report.graphs.append(rewrite(gm))
+            report.graphs.append(rewrite(gm, deferred=[]))
             outline(gm, report.graphs[-1])
         except Exception as error:
             report.graphs.append(GraphReport(failure=describe(error)))

@@ -130,6 +130,14 @@ def describe_as(node: Node, like: Node) -> None:
     compat.propagate(node)
 
 
+def mark_trained(node: Node) -> None:
+    """A new call's result needs a gradient if one of its arguments does."""
+    given = [one for argument in node.all_input_nodes for one in compat.tensors_in(value_of(argument))]
+    value = value_of(node)
+    if isinstance(value, Tensor) and value.is_floating_point() and any(one.requires_grad for one in given):
+        compat.set_value(node, value.detach().requires_grad_())
+
+
 def replace_by_value(node: Node, value: Any) -> None:
     """A value that is no node, in place of this one wherever it is used."""
 

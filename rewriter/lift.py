@@ -11,7 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from fastft.rewriter import autocast, compat
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import between, describe_as
+from fastft.rewriter.graph import between, describe_as, mark_trained
 from fastft.rewriter.layers import layer_of
 from fastft.rewriter.match import Match, Mismatch, find
 from fastft.rewriter.normalize import splits, view
@@ -115,7 +115,7 @@ class _Lifting:
         made = list(between(previous, at))
         for node in made:
             describe_as(node, latest)
-            _mark(node)
+            mark_trained(node)
         fold(self.graph, made)  # a dtype that the replacement asks for
         self.replaced.update(found.calls.values())
         self.unused += [self.originals[node] for node in found.calls.values()]
@@ -123,14 +123,6 @@ class _Lifting:
             compat.set_value(result, value_of(root))
             root.replace_all_uses_with(result)
             self.originals[view_root] = result
-
-
-def _mark(node: Node) -> None:
-    """A new call's result needs a gradient if one of its arguments does."""
-    given = [one for argument in node.all_input_nodes for one in compat.tensors_in(value_of(argument))]
-    value = value_of(node)
-    if isinstance(value, Tensor) and value.is_floating_point() and any(one.requires_grad for one in given):
-        compat.set_value(node, value.detach().requires_grad_())
 
 
 def _place(node: Node) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
@@ -26,6 +27,9 @@ class Options:
         Backward then runs once for each forward (no retain_graph).
     recompute: ``"full"`` keeps of each layer only its inputs, and runs it again in backward; ``"none"`` leaves what is
         kept to the model (its own checkpoints count) and to torch's partitioner.
+    lazy_logits: logits that a model returns are computed when they are read, and not at all if nobody does; False
+        computes them in every forward.
+    logits_memory: what a loss may take for logits, in bytes or as "256MiB": it is computed for so many tokens at once.
     strict: raise where fastft would otherwise warn and compile the graph as the user wrote it.
     """
 
@@ -33,12 +37,19 @@ class Options:
     outline: bool = True
     cuda_graphs: bool | None = None
     recompute: Recompute = "none"
+    lazy_logits: bool = True
+    logits_memory: int | str = "256MiB"
     strict: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
             _check(field.name, getattr(self, field.name), hints[field.name])
+
+    @property
+    def logits_bytes(self) -> int:
+        """logits_memory as a number."""
+        return bytes_of("logits_memory", self.logits_memory)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
@@ -59,7 +70,22 @@ def nearest(word: str, valid: list[str]) -> str:
     return max(valid, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
 
 
+def bytes_of(name: str, value: int | str) -> int:
+    """ "256MiB" or "1.5 GB" as a number of bytes; raises OptionsError for what is none."""
+    if type(value) is int and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", str(value)) if isinstance(value, str) else None
+    if found is None or float(found[1]) <= 0:
+        raise OptionsError(f"option {name!r} is a number of bytes such as '256MiB' or 2**28, not {value!r}.")
+    unit = found[2].removesuffix("B")
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(found[1]) * base ** ("KMGT".index(unit[0]) + 1 if unit else 0))
+
+
 def _check(name: str, value: object, hint: Any) -> None:
+    if name == "logits_memory":
+        bytes_of(name, value)  # type: ignore[arg-type]
+        return
     if bool in (hint, *get_args(hint)):
         if not isinstance(value, bool) and (value is not None or hint is bool):
             raise OptionsError(f"option {name!r} is True or False, not {value!r}.")

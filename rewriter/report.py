@@ -58,7 +58,8 @@ class GraphReport:
 
     nodes_before, nodes_after: its size with its nested bodies.  fused: what was made of several things lifted.  left:
     how often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none,
-    whole says why.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
+    whole says why.  deferred: modules whose logits are computed when they are read; reads: how often that was, by
+    ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
 
     Known of graphs that were compiled: place, the code that it was captured from.  reason: why Dynamo compiled that
     code again ("" for a first time, "unknown" where Dynamo does not tell).  seconds: what the backend took.  dynamic:
@@ -73,6 +74,8 @@ class GraphReport:
     left: Counter[str] = field(default_factory=Counter)
     regions: list[Region] = field(default_factory=list)
     whole: str = ""
+    deferred: list[str] = field(default_factory=list)
+    reads: Counter[str] = field(default_factory=Counter)
     failure: str = ""
     place: str = ""
     reason: str = ""
@@ -125,6 +128,7 @@ class Report:
             _table("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in self.graphs)),
             _table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)),
             _table("Of these, fused", ("rule", "times", "modules"), _by_rule(self.fused)),
+            _table("Logits that are computed only when they are read", ("module", "read"), _deferred(self.graphs)),
             _table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)),
             _table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), _failures(self.graphs)),
         ]
@@ -193,6 +197,14 @@ def _counted(reasons: Iterable[str]) -> list[Sequence[str]]:
 
 def _failures(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
     return [(str(number), graph.failure) for number, graph in enumerate(graphs) if graph.failure]
+
+
+def _deferred(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [
+        (module, "\n".join(f"{times} times at {_short(at)}" for at, times in graph.reads.items()) or "never")
+        for graph in graphs
+        for module in graph.deferred
+    ]
 
 
 def _by_rule(lifted: Iterable[Lifted]) -> list[Sequence[str]]:

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fastft import patterns
-from fastft.rewriter import autocast, merge, quantized
+from fastft.rewriter import autocast, losses, merge, quantized
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import bodies, name_of
 from fastft.rewriter.lift import fuse, lift
+from fastft.rewriter.losses import Deferred
+from fastft.rewriter.options import Options
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rule import Rule
 from fastft.rewriter.verify import transformed
@@ -23,13 +25,14 @@ log = logging.getLogger("fastft")
 
 def rewrite(
     gm: GraphModule, rules: Sequence[Rule] = patterns.LIFT, merging: Sequence[Rule] = patterns.FUSE,
-    *, across_layers: bool = False,
+    *, across_layers: bool = False, logits_bytes: int = Options().logits_bytes, deferred: list[Deferred] | None = None,
 ) -> GraphReport:  # fmt: skip
     """Rewrite ``gm`` and its bodies in place.  Raises what a pass raises.
 
     rules: what is lifted; merging: what is made of it.  across_layers: whether a layer's last addition may be merged
     with the next one's norm.  Two tensors instead of one go from layer to layer then, and the first and the last layer
-    are of kinds of their own.
+    are of kinds of their own.  logits_bytes: see Options.  deferred: outputs that the graph does not compute any more
+    are added here; without it they all stay.
     """
     report = GraphReport()
     report.nodes_before = _size(gm)
@@ -46,6 +49,10 @@ def rewrite(
             fuse(body, merging, report, across_layers=across_layers)
         body.graph.lint()
         body.recompile()
+    losses.lift(gm, report, logits_bytes, deferred)
+    gm.graph.lint()
+    gm.recompile()
+    for body in bodies(gm):
         report.left.update(_computed(body))
     report.nodes_after = _size(gm)
     log.debug("%d nodes, then %d", report.nodes_before, report.nodes_after)

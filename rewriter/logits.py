@@ -1,0 +1,271 @@
+"""Logits followed to their loss: an operation on their rows is the same operation on the hidden states.
+
+They are followed through casts, scales, a softcap, slices along tokens and reshapes that keep the vocabulary whole; a
+loss then needs no logits.  A graph (losses.py) and tensors (outputs.py) are followed by the same functions.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+
+import torch
+
+from fastft.kernels.linear_cross_entropy import BY_ROW
+from fastft.rewriter.compat import statically_known_true, value_of
+from fastft.rewriter.head import Call, Logits, cast
+
+NEVER = -(2**62)  # an ignore_index that no label has
+_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+_OTHER_CASTS = ("to", "type", "type_as")
+_NUMBERS = {"mul": "mul", "__mul__": "mul", "__rmul__": "mul", "multiply": "mul", "div": "div", "truediv": "div"}
+_NUMBERS |= {"__truediv__": "div", "divide": "div", "true_divide": "div"}
+_LEADING: dict[str, tuple[str, ...]] = {  # functions of leading axes, which those of their arguments named dim are
+    "flatten": ("dim_start", "dim_end"),
+    "select": ("dim", "index"),
+    "narrow": ("dim", "start", "length"),
+    "unsqueeze": ("dim",),
+    "squeeze": ("dim",),
+}
+_RENAMED = {"start_dim": "dim_start", "end_dim": "dim_end"}
+
+
+def follow(
+    name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call,
+    dtype: torch.dtype | None = None,
+) -> Logits | None:  # fmt: skip
+    """What a call of this name makes of logits, its first argument; None if that is none any more.
+
+    args: after the first.  dtype: of the result, where it is known.
+    """
+    if logits.log:
+        return None
+    if name == "log_softmax":
+        return _log_softmax(logits, args, kwargs, dtype)
+    if name in _NUMBERS or name == "tanh" or name in _CASTS or name in _OTHER_CASTS:
+        return _elementwise(name, logits, args, kwargs, dtype)
+    if name in ("contiguous", "clone"):
+        return logits if not args and set(kwargs) <= {"memory_format"} else None
+    if logits.classes_second:
+        return None
+    if _exchanges_last(name, args, kwargs, logits.rank):
+        return replace(logits, classes_second=True)
+    moved = _on_rows(name, logits, args, kwargs)
+    if moved is None:
+        return None
+    function, moved_args = moved
+    return replace(logits, hidden=call(function, logits.hidden, *moved_args))
+
+
+def _log_softmax(
+    logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
+) -> Logits | None:
+    """torch.log_softmax, the function of torch.nn.functional and the method."""
+    for form in (lambda dim=None, _stacklevel=3, dtype=None: ..., lambda dim, dtype=None: ...):
+        try:
+            given = signature(form).bind(*args, **kwargs).arguments
+        except TypeError:
+            continue
+        if given.get("dim") not in (-1, logits.rank - 1) or logits.classes_second:
+            return None
+        wanted = given.get("dtype")
+        if isinstance(given.get("_stacklevel"), torch.dtype):
+            wanted = given["_stacklevel"]
+        wide = dtype or wanted or logits.dtype  # autocast widens too
+        wider = logits if wide == logits.dtype else logits.then("to", wide, wide)
+        return wider.then("log_softmax") if wider.softmax_form() is not None else None
+    return None
+
+
+def _elementwise(
+    name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
+) -> Logits | None:
+    if name == "tanh":
+        return logits.then("tanh") if not args and not kwargs else None
+    if name in _NUMBERS:
+        is_number = len(args) == 1 and not kwargs and type(args[0]) in (int, float)
+        kind = _NUMBERS[name]
+        if not is_number or (kind == "div" and args[0] == 0):
+            return None
+        return logits.then(kind, float(args[0]))
+    if name in _OTHER_CASTS and not args and not kwargs:
+        return None
+    wanted = dtype or _cast_of(name, logits, args, kwargs)
+    return logits.then("to", wanted, wanted) if wanted is not None and wanted.is_floating_point else None
+
+
+def _cast_of(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a cast asks for; None where it asks for another device, or for anything else."""
+    dtype, device = _CASTS.get(name, logits.dtype), value_of(logits.hidden).device
+    if not set(kwargs) <= {"dtype", "device", "other", "non_blocking", "copy"}:
+        return None
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, torch.dtype):
+            dtype = argument
+        elif isinstance(argument, torch.Tensor) and argument.device == device:
+            dtype = argument.dtype
+        elif isinstance(argument, (str, torch.device)):
+            asked = torch.device(argument)
+            if asked.type != device.type or asked.index not in (None, device.index):
+                return None
+        elif argument is not None and not isinstance(argument, bool):  # non_blocking and copy change no number
+            return None
+    return dtype
+
+
+def _exchanges_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int) -> bool:
+    """Whether a call exchanges the last two of three axes."""
+    if rank != 3 or kwargs:
+        return False
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return all(type(one) is int for one in args) and sorted(one % rank for one in args) == [1, 2]
+    dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+    return name == "permute" and [one % rank for one in dims if type(one) is int] == [0, 2, 1]
+
+
+_DEFAULTS = {"weight": None, "size_average": None, "ignore_index": -100, "reduce": None, "reduction": "mean"}
+_LOSSES = {"nll_loss": _DEFAULTS, "cross_entropy": {**_DEFAULTS, "label_smoothing": 0.0}}  # after the target
+Moved = tuple["Callable | str", Sequence[Any]]
+
+
+def _on_rows(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moved | None:
+    """The call on hidden states that does to their rows what this call does to those of the logits."""
+    if name in ("getitem", "__getitem__"):
+        index = args[0] if isinstance(args[0], tuple) else (args[0],)
+        return (operator.getitem, (index,)) if _keeps_last(index, logits.rank) else None
+    if name in ("view", "reshape"):
+        return _reshape(logits, args, kwargs)
+    names = _LEADING.get(name)
+    if names is None or len(args) > len(names):
+        return None
+    given = {"dim_start": 0, "dim_end": -1} if name == "flatten" else {}
+    given |= dict(zip(names, args, strict=False)) | {_RENAMED.get(key, key): value for key, value in kwargs.items()}
+    if set(given) != set(names):
+        return None
+    axes = logits.rank + (name == "unsqueeze")
+    for key in [one for one in names if one.startswith("dim")]:
+        dim = given[key]
+        if type(dim) is not int or not -axes <= dim < axes or dim % axes == axes - 1:
+            return None
+        given[key] = dim % axes
+    return getattr(torch, name), [given[one] for one in names]
+
+
+def _keeps_last(index: tuple[Any, ...], rank: int) -> bool:
+    """Whether all of the last axis is taken as it is, whatever else is."""
+    taken = 0
+    for one in index:
+        if isinstance(one, bool):
+            return False
+        value = value_of(one)
+        mask = isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
+        taken += 0 if one is None or one is Ellipsis else value.dim() if mask else 1
+    if taken >= rank or any(one is Ellipsis for one in index[:-1]):
+        return type(index[-1]) is slice and index[-1] == slice(None)
+    return index[-1] is not None or taken + 1 < rank
+
+
+def _reshape(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moved | None:
+    """view and reshape.  Hidden states may lie so that only a copy has that shape."""
+    sizes = list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
+    if kwargs or not sizes or not all(isinstance(value_of(one), (int, torch.SymInt)) for one in sizes):
+        return None
+    *leading, last = sizes
+    if type(last) is int and last == -1:  # the whole of the last axis, if the others have as many elements as before
+        counts = [math.prod(value_of(one) for one in some) for some in (leading, logits.rows)]
+        if not statically_known_true(counts[0] == counts[1]):
+            return None
+    elif not statically_known_true(value_of(last) == logits.head.classes):
+        return None
+    return torch.reshape, ((*leading, logits.head.features),)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a cross entropy is asked for; labels have the shape of the logits without the vocabulary."""
+
+    labels: Any
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+
+
+def consume(
+    name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int,
+    dtype: torch.dtype | None = None,
+) -> Any:  # fmt: skip
+    """The result of a call that needs no logits, made without them; None if this is no such call.
+
+    dtype: of the result, where it is known.
+    """
+    if name == "gather" and logits.log:
+        return _gather(logits, args, kwargs, call, chunk_bytes)
+    if name not in _LOSSES or logits.log != (name == "nll_loss") or (logits.rank > 2 and not logits.classes_second):
+        return None  # the second axis has the classes
+    loss = _asked(name, args, kwargs)
+    if loss is None or not _fits(logits, value_of(loss.labels), logits.rows):
+        return None
+    return cast(_loss(logits, loss, call, chunk_bytes), dtype or logits.dtype, call)
+
+
+def _fits(logits: Logits, labels: Any, shape: Sequence[Any]) -> bool:
+    """Whether these are class numbers, one for each row."""
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or len(labels.shape) != len(shape):
+        return False
+    same = all(statically_known_true(one == other) for one, other in zip(labels.shape, shape, strict=True))
+    return same and labels.device == value_of(logits.hidden).device
+
+
+def _asked(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss | None:
+    """A call's arguments after the logits; None where linear_cross_entropy has no such option."""
+    names = ("target", *_LOSSES[name])
+    given = {**_LOSSES[name], **dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or set(given) != set(names):
+        return None
+    if any(given[one] is not None for one in ("weight", "size_average", "reduce")):
+        return None
+    smoothing = given.get("label_smoothing", 0.0)
+    numbers = type(given["ignore_index"]) is int and type(smoothing) in (int, float) and 0.0 <= smoothing <= 1.0
+    if not numbers or given["reduction"] not in ("none", "sum", "mean"):
+        return None
+    return Loss(given["target"], given["ignore_index"], float(smoothing), given["reduction"])
+
+
+def _gather(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int) -> Any:
+    """The log-probability of one class a row."""
+    try:
+        given = signature(lambda dim, index: ...).bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    if given["dim"] not in (-1, logits.rank - 1) or not _fits(logits, value_of(given["index"]), (*logits.rows, 1)):
+        return None
+    labels = call(torch.squeeze, given["index"], -1)
+    value = _loss(logits, Loss(labels, NEVER, 0.0, "none"), call, chunk_bytes)
+    if value is None:
+        return None
+    return cast(call(torch.neg, call(torch.unsqueeze, value, -1)), logits.dtype, call)
+
+
+def _loss(logits: Logits, loss: Loss, call: Call, chunk_bytes: int) -> Any:
+    """By linear_cross_entropy; None if the steps are not what it can do."""
+    form, head = logits.softmax_form(), logits.head
+    if form is None:
+        return None
+    hidden, weight = cast(logits.hidden, head.dtype, call), head.dense_weight(call)
+    lora_s, lora_b = head.adapter(logits.hidden, call)
+    by_row = loss.reduction == "none"
+    summed = any(mark and not row for mark, row in zip(logits.trained, BY_ROW, strict=True))
+    ahead = [False] * 5 if by_row and summed else list(logits.trained)  # sums over rows cannot be scaled by row
+    results = call(
+        torch.ops.fastft.linear_cross_entropy, hidden, weight, loss.labels, cast(head.bias, head.dtype, call), lora_s,
+        lora_b, loss.ignore_index, loss.label_smoothing, 0.0, *form, chunk_bytes, not by_row, ahead,
+    )  # fmt: skip
+    value = call(operator.getitem, results, 0)
+    if loss.reduction == "mean":
+        counted = call(torch.sum, call(torch.ne, loss.labels, loss.ignore_index))
+        value = call(torch.div, value, counted)
+    return value
