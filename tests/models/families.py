@@ -33,13 +33,14 @@ Counts = dict[str, tuple[int, int]]  # a for every layer, and b: a * L + b in L 
 
 @dataclass(frozen=True)
 class Family:
-    """A configuration class of transformers, and what rules apply how often; missed: reasons for what is left."""
+    """A configuration class of transformers, and what rules apply how often, to its head too; missed: reasons for what is left."""
 
     name: str
     config: str
     lifted: Counts
     fused: Counts
     missed: Counts = field(default_factory=dict)
+    head: Counts = field(default_factory=lambda: {"linear_cross_entropy.cross_entropy": (0, 1)})
     sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
