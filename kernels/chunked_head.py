@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.kernels.lora_products import operands
@@ -21,7 +20,6 @@ from fastft.kernels.tiles import cdiv
 ALIGNED = 8  # columns: with any other number cuBLAS takes kernels of a seventh of the speed
 WHOLE = 128  # rows, of which a chunk has a multiple where it has more
 GAIN = 256.0  # of a float16 gradient of the sum of losses: probabilities of 1e-5 are not normal numbers there
-SKIPS = (9, 10)  # generations whose grouped products in bfloat16 take their number of rows from the device
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Head:
     """hidden [M, H], weight [V, H], lora_s [M, r] and lora_b [V, r] if there is an adapter.
 
     chunk_bytes: what a chunk of logits may take; one row it always may.
-    ignored: bool [M], rows that nothing is to be known of.  They are left out where that takes no wait for the device.
+    ignored: bool [M], rows that nothing is to be known of.
     gain: what the gradient of the logits is to be multiplied with while it is held.
     """
 
@@ -60,7 +58,6 @@ class Head:
     chunk_bytes: int
     ignored: Tensor | None = None
     gain: float = 1.0
-    counts: Tensor | None = field(default=None, init=False)  # by chunk: how many of its rows are not ignored
 
     def run(self, of_rows: Callable[[Tensor, Tensor | slice], None], gradients: Gradients) -> None:
         """Call of_rows(logits, rows) for each chunk, and write the gradients that it gives.
@@ -68,28 +65,34 @@ class Head:
         of_rows: writes gain times the gradient of the logits over them where any is asked for; rows says which of the
             M rows they are of.  The gradient of ignored rows is zero, which it writes too.
         """
-        for rows, count in self._chunks():
+        for rows in self._chunks():
             hidden = self.hidden[rows]
-            logits = self._logits(hidden, rows, count)
+            logits = self._logits(hidden, rows)
             of_rows(logits, rows)
             if gradients.any:
-                self._multiply_back(logits, hidden, rows, count, gradients)
+                self._multiply_back(logits, hidden, rows, gradients)
 
-    def _chunks(self) -> Iterator[tuple[Tensor | slice, Tensor | None]]:
-        """Which rows, and on a device that can leave some out, how many of them are used."""
+    def _chunks(self) -> Iterator[Tensor | slice]:
+        """Which rows: of ignored ones none but at the end of the last chunk, if that takes no time.
+
+        On a GPU their number is asked for, the first chunk is launched, and only then it is waited for: the device has
+        work meanwhile.  While a CUDA graph is captured nothing can be waited for, and all rows are taken.
+        """
         total, size = self.hidden.shape[0], self._rows_of_chunk()
-        order = None
-        if self.ignored is not None and self.hidden.device.type == "cpu":
-            order = (~self.ignored).nonzero().flatten()
-            total = order.shape[0]
-        elif self.ignored is not None and can_skip(self.hidden, self.weight):
-            order = torch.argsort(self.ignored, stable=True)
-            starts = torch.arange(0, total, size, device=order.device)
-            counts = ((~self.ignored).sum() - starts).clamp(0, size).to(torch.int32)
-        for number, start in enumerate(range(0, total, size)):
-            part = slice(start, min(start + size, total))
-            on_device = order is not None and self.hidden.device.type != "cpu"
-            yield part if order is None else order[part], counts[number : number + 1] if on_device else None
+        on_cpu = self.hidden.device.type == "cpu"
+        if self.ignored is None or (not on_cpu and (total <= size or torch.cuda.is_current_stream_capturing())):
+            yield from (slice(start, min(start + size, total)) for start in range(0, total, size))
+            return
+        order = torch.argsort(self.ignored.to(torch.uint8), stable=True)
+        used = (~self.ignored).sum()
+        count, ready = used, None
+        if not on_cpu:
+            count = torch.empty_like(used, device="cpu", pin_memory=True).copy_(used, non_blocking=True)
+            ready = torch.cuda.current_stream(used.device).record_event()
+            yield order[:size]
+            ready.synchronize()
+        total = int(count)
+        yield from (order[start : min(start + size, total)] for start in range(0 if on_cpu else size, total, size))
 
     def _rows_of_chunk(self) -> int:
         """As many as chunk_bytes allow, in chunks of about one size."""
@@ -109,13 +112,10 @@ class Head:
         rows = min(self._rows_of_chunk(), self.hidden.shape[0])
         return self.hidden.new_empty(rows, self._stride)[:, : self.weight.shape[0]]
 
-    def _logits(self, hidden: Tensor, rows: Tensor | slice, count: Tensor | None) -> Tensor:
-        if count is not None:
-            logits = F.grouped_mm(hidden, self.weight.T.unsqueeze(0), offs=count)
-        else:
-            logits = self._buffer[: hidden.shape[0]]
-            for part in self._columns:
-                torch.mm(hidden, self.weight[part].T, out=logits[:, part])
+    def _logits(self, hidden: Tensor, rows: Tensor | slice) -> Tensor:
+        logits = self._buffer[: hidden.shape[0]]
+        for part in self._columns:
+            torch.mm(hidden, self.weight[part].T, out=logits[:, part])
         if self.lora_s is not None and self.lora_b is not None:
             s, b = self.lora_s[rows], self.lora_b
             logits.addmm_(*operands(s, [(b, 0, 0, 1.0)], b.shape[0], logits.dtype, transposed=True))
@@ -128,12 +128,10 @@ class Head:
         even = V // ALIGNED * ALIGNED
         return [slice(0, V)] if even in (0, V) or self.hidden.device.type == "cpu" else [slice(0, even), slice(even, V)]
 
-    def _multiply_back(
-        self, grad: Tensor, hidden: Tensor, rows: Tensor | slice, count: Tensor | None, gradients: Gradients
-    ) -> None:
+    def _multiply_back(self, grad: Tensor, hidden: Tensor, rows: Tensor | slice, gradients: Gradients) -> None:
         scale = 1.0 / self.gain
         if gradients.hidden is not None:
-            gradients.hidden[rows] = self._hidden_gradient(grad, rows, count, scale)
+            gradients.hidden[rows] = self._hidden_gradient(grad, scale)
         if gradients.weight is not None:
             _accumulate(gradients.weight, grad.T, hidden, scale)
         if gradients.bias is not None:
@@ -143,25 +141,12 @@ class Head:
         if gradients.lora_b is not None and self.lora_s is not None:
             _accumulate(gradients.lora_b, grad.T, self.lora_s[rows].to(grad.dtype), scale)
 
-    def _hidden_gradient(self, grad: Tensor, rows: Tensor | slice, count: Tensor | None, scale: float) -> Tensor:
-        if count is not None and self.ignored is not None:
-            product = F.grouped_mm(grad, self.weight.unsqueeze(0), offs=count)
-            return product.masked_fill_(self.ignored[rows].unsqueeze(1), 0.0)  # what was not computed
+    def _hidden_gradient(self, grad: Tensor, scale: float) -> Tensor:
         out = grad.new_empty(grad.shape[0], self.weight.shape[1])
         for number, part in enumerate(self._columns):
             beta = 0.0 if number == 0 else 1.0
             torch.addmm(out, grad[:, part], self.weight[part], beta=beta, alpha=scale, out=out)
         return out
-
-
-def can_skip(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether products can leave out rows whose number only the device knows."""
-    if hidden.device.type != "cuda" or torch.version.hip is not None or hidden.dtype != torch.bfloat16:
-        return False
-    aligned = (
-        weight.is_contiguous() and weight.data_ptr() % 16 == 0 and all(size % ALIGNED == 0 for size in weight.shape)
-    )
-    return aligned and torch.cuda.get_device_capability(hidden.device)[0] in SKIPS and hasattr(F, "grouped_mm")
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

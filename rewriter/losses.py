@@ -46,7 +46,7 @@ _vocabularies: set[int] = set()  # sizes of the embeddings seen in this process:
 class Deferred:
     """An output that is computed when it is read.
 
-    position: among the graph's outputs, where its hidden states are now.  logits: with None in the place of tensors.
+    position: among the graph's outputs, where its hidden states are now.  logits: with numbers in the place of tensors.
     values: where the head's tensors are: ("input", number) or ("output", number).
     """
 
@@ -274,7 +274,7 @@ class _Lifting:
                 if value not in inputs and value not in outputs:
                     outputs.append(value)
                 values.append(("input", inputs[value]) if value in inputs else ("output", outputs.index(value)))
-            head = self.head.with_values([None] * len(self.head.values))
+            head = self.head.with_values(range(len(values)))
             bare = replace(logits, hidden=None, head=head)
             deferred.append(Deferred(position, bare, tuple(values), compat.module_path(self.root)))
         node.args = (tuple(outputs),)

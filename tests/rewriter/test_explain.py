@@ -151,7 +151,7 @@ def test_html_escapes_names(tmp_path: Path) -> None:
 
 
 def test_a_failure_in_fastft_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(gm: torch.fx.GraphModule) -> None:
+    def failing(gm: torch.fx.GraphModule, **_: object) -> None:
         raise RuntimeError("forced")
 
     monkeypatch.setattr("fastft.rewriter.explain.rewrite", failing)
