@@ -42,12 +42,10 @@ def follow(
 
     args: after the first.  dtype: of the result, where it is known.
     """
-    if logits.log:
-        return None
     if name == "log_softmax":
-        return _log_softmax(logits, args, kwargs, dtype)
+        return None if logits.log else _log_softmax(logits, args, kwargs, dtype)
     if name in _NUMBERS or name == "tanh" or name in _CASTS or name in _OTHER_CASTS:
-        return _elementwise(name, logits, args, kwargs, dtype)
+        return None if logits.log else _elementwise(name, logits, args, kwargs, dtype)
     if name in ("contiguous", "clone"):
         return logits if not args and set(kwargs) <= {"memory_format"} else None
     if logits.classes_second:

@@ -69,13 +69,14 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
     _vocabularies.update(_embeddings(graph))
     if transformed(graph):
         return
+    has_loss = any(name_of(node.target) in ("cross_entropy", "nll_loss") for node in graph.nodes)
     for root, logits in list(_heads(graph)):
         lifting = _Lifting(gm, root, logits, chunk_bytes)
         try:
             found = lifting.run(lazy=deferred is not None)
         except DeclinedError as declined:
             lifting.undo()
-            if lifting.losses:
+            if lifting.losses or (logits.head.classes in _vocabularies and has_loss):
                 report.near_misses.append(NearMiss(RULE, *_place(root), str(declined)))
             continue
         report.lifted += [Lifted(f"{RULE}.{name}", *_place(node)) for node, name in lifting.losses]
@@ -203,8 +204,10 @@ class _Lifting:
         for node, result in self.results.items():
             node.replace_all_uses_with(result)
         deferred = self._defer(left)
+        call = [self.root.args[0]] if self.root.target is operator.getitem else []
+        unused = {*self.states, *self.results, *call}
         for node in reversed(self.graph.nodes):
-            if (node in self.states or node in self.results) and not node.users:
+            if node in unused and not node.users:
                 self.graph.erase_node(node)
         return deferred
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
@@ -202,10 +203,25 @@ def _mentions_lazy(args: Sequence[Any], kwargs: Any) -> bool:
 
 
 def _widened(name: str, logits: Logits) -> torch.dtype | None:
-    """The dtype that autocast gives the result of a softmax or of a loss; None where it leaves it alone."""
+    """The dtype that autocast gives the result of a softmax or of a loss; None where it is off."""
     device = logits.hidden.device.type
-    automatic = torch.is_autocast_enabled(device) and logits.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if automatic and name in ("cross_entropy", "nll_loss", "log_softmax") else None
+    if name not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        return None
+    return _under_autocast(name, device, logits.dtype, torch.get_autocast_dtype(device))
+
+
+_AUTOCAST: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_softmax": lambda tensor: torch.log_softmax(tensor, -1),
+    "cross_entropy": lambda tensor: F.cross_entropy(tensor, torch.zeros(1, dtype=torch.long, device=tensor.device)),
+    "nll_loss": lambda tensor: F.nll_loss(tensor, torch.zeros(1, dtype=torch.long, device=tensor.device)),
+}
+
+
+@functools.cache
+def _under_autocast(name: str, device: str, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:
+    """By trial: which functions are widened differs from device to device."""
+    with torch.autocast(device, dtype=automatic), torch.no_grad():
+        return _AUTOCAST[name](torch.zeros(1, 1, dtype=dtype, device=device)).dtype
 
 
 def _is_read(lazy: LazyLogits) -> bool:
