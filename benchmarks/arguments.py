@@ -14,7 +14,7 @@ from presets import PRESETS
 Row = dict[str, Any]
 Shape = tuple[int, int]
 Item = TypeVar("Item")
-RUN_OPTIONS = ("model", "nf4", "dtype", "device", "mask", "seed", "lower")
+RUN_OPTIONS = ("model", "nf4", "dtype", "device", "mask", "loss", "seed", "lower")
 
 
 def common(doc: str | None) -> argparse.ArgumentParser:
@@ -27,6 +27,7 @@ def common(doc: str | None) -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", help="cuda if there is one, else cpu")
     add("--mask", choices=("ones", "none"), default="ones", help="attention_mask passed to the model (default ones)")
+    add("--loss", choices=("inside", "outside"), default="inside", help="the model's own, or of the logits it returns")
     add("--lower", default="inductor", help="fastft's option of that name")
     add("--timeout", type=float, default=900, help="seconds for one process (default 900)")
     add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")

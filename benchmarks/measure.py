@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from contenders import CONTENDERS
 from occupancy import occupancy
 from presets import PRESETS
@@ -32,6 +33,7 @@ class Run:
     dtype: str
     device: str | None
     mask: str
+    loss: str
     steps: int
     warmup: int
     seed: int
@@ -52,14 +54,21 @@ class Training:
     trained: list[torch.nn.Parameter]
     clock: Clock
     build_s: float
+    loss: str
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss.  A copy of it, made at once: a CUDA graph that is replayed overwrites its outputs."""
         self.optimizer.zero_grad()  # first, so that the last step's gradients can be looked at
-        loss = self.model(**batch).loss
+        loss = self.model(**batch).loss if self.loss == "inside" else self._loss_outside(batch)
         loss.backward()
         self.optimizer.step()
         return loss.detach().clone()
+
+    def _loss_outside(self, batch: dict[str, Tensor]) -> Tensor:
+        """As a loop that computes its own writes it."""
+        labels = batch["labels"][:, 1:]
+        logits = self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1))
 
 
 def machine(device: str) -> Row:
@@ -87,7 +96,7 @@ def prepare(run: Run) -> Training:
     )
     build_s = clock.now() - began
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Training(model, torch.optim.AdamW(trained, lr=1e-4, fused=True), trained, clock, build_s)
+    return Training(model, torch.optim.AdamW(trained, lr=1e-4, fused=True), trained, clock, build_s, run.loss)
 
 
 def measure(asked: Row) -> Row:

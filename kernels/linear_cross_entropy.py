@@ -338,16 +338,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(*(output[1:] if ctx.ahead is not None else given[:6]))
 
 
+def _scaled(one: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded once, with no float32 tensor between; factor has an axis, or a GPU would round it to one's dtype."""
+    return torch.mul(one, factor, out=torch.empty_like(one, dtype=dtype))
+
+
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     grad = grads[0]
     needs = [ctx.needs_input_grad[at] for at in (0, 1, 3, 4, 5)]
     found: list[Tensor | None] = [None] * 5
     if grad is not None and ctx.ahead is not None:
-        ready, factor = iter(ctx.saved_tensors), grad if ctx.reduce else grad.unsqueeze(-1)
+        ready, factor = iter(ctx.saved_tensors), grad.unsqueeze(-1)
         for number, (mark, dtype) in enumerate(zip(ctx.ahead, ctx.dtypes, strict=True)):
             if mark:
                 one = next(ready)
-                found[number] = (one * factor).to(dtype) if needs[number] else None
+                found[number] = _scaled(one, factor, dtype) if needs[number] else None
     elif grad is not None:
         labels = ctx.saved_tensors[2]
         made = iter(

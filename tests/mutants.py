@@ -1,8 +1,8 @@
 """Break each kernel in three ways and see whether the tests of the ops notice: python tests/mutants.py [--file rotary]
 
 A mutant is the package with one expression of a kernel's source changed: a sign, a mask left out, a reduction over the
-wrong axis (an index, where a kernel reduces nothing).  The tests run in Triton's interpreter.  Exit status 1 if a
-mutant survives.
+wrong axis (an index, where a kernel reduces nothing).  The tests run in Triton's interpreter.  What plain PyTorch does
+around kernels is broken too, for tests of its own.  Exit status 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -25,17 +25,22 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import checkout  # noqa: E402
 
 SIGN, MASK, AXIS, INDEX = "wrong sign", "dropped mask", "wrong reduction axis", "wrong index"
+SCALE, SIZE = "dropped scale", "wrong size"
 TESTS = "test_nothing or test_agrees or test_every_element or test_inputs"
 
 
 class Mutant(NamedTuple):
-    """One change: in the function where of kernels/<file>_triton.py, which ops' kernel it is part of, old becomes new."""
+    """One change: in the function where of kernels/<file>_triton.py, which ops' kernel it is part of, old becomes new.
+
+    Or of kernels/<file>.py, where no file has its kernels.
+    """
 
     kernel: str  # file.kernel
     kind: str
     where: str  # file.function
     old: str
     new: str
+    tests: str = ""  # in test_<tests>.py, without the interpreter; else those of the op in test_ops.py, with it
 
 
 def over_all_rows(inner: str, rows: str) -> str:
@@ -117,18 +122,28 @@ MUTANTS = (
     Mutant("lora_linear_backward.sum_kernel", SIGN, "lora_linear_backward.sum_kernel", "total += tl.sum(", "total -= tl.sum("),
     Mutant("lora_linear_backward.sum_kernel", MASK, "lora_linear_backward.sum_kernel", "(block < end)[:, None, None] & mask[None]", "mask[None]"),
     Mutant("lora_linear_backward.sum_kernel", INDEX, "lora_linear_backward.sum_kernel", "long_row * s_stride + rank + r", "long_row * s_stride + r"),
+    Mutant("linear_cross_entropy.rows_kernel", SIGN, "linear_cross_entropy.rows_kernel", "everywhere - tl.where(", "everywhere + tl.where("),
+    Mutant("linear_cross_entropy.rows_kernel", MASK, "linear_cross_entropy.rows_kernel", "y = tl.where(at < columns, y, -", "y = tl.where(at >= 0, y, -"),
+    Mutant("linear_cross_entropy.rows_kernel", INDEX, "linear_cross_entropy.rows_kernel", "upstream_ptr + row * upstream_stride)", "upstream_ptr)"),
+)  # fmt: skip
+PLAIN = (
+    Mutant("chunked_head", SIGN, "chunked_head._accumulate", "total.dtype), alpha=scale)", "total.dtype), alpha=-scale)", "linear_cross_entropy"),
+    Mutant("chunked_head", INDEX, "chunked_head._multiply_back", "self.lora_s[rows].to(", "self.lora_s[: len(grad)].to(", "linear_cross_entropy"),
+    Mutant("chunked_head", SCALE, "chunked_head._multiply_back", "1.0 / self.gain", "1.0", "linear_cross_entropy"),
+    Mutant("chunked_head", SIZE, "chunked_head._rows_of_chunk", "rounded <= most", "rounded <= most + WHOLE", "linear_cross_entropy"),
 )  # fmt: skip
 
 
 def path_of(where: str) -> Path:
-    return ROOT / "kernels" / f"{where.split('.')[0]}_triton.py"
+    kernels = ROOT / "kernels" / f"{where.split('.')[0]}_triton.py"
+    return kernels if kernels.exists() else kernels.with_name(kernels.name.replace("_triton", ""))
 
 
 def mutated(mutant: Mutant) -> str:
     """The file's source with the change made, once, in the function that it names."""
     source = path_of(mutant.where).read_text(encoding="utf-8")
     function = mutant.where.split(".")[1]
-    found = re.search(rf"^def {function}\(.*?(?=^@|^def |\Z)", source, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^( *)def {function}\(.*?(?=^\1@|^\1def |\Z)", source, re.MULTILINE | re.DOTALL)
     if found is None or mutant.old not in found.group():
         raise ValueError(f"{mutant.where} has no {mutant.old!r}")
     return source[: found.start()] + found.group().replace(mutant.old, mutant.new, 1) + source[found.end() :]
@@ -141,13 +156,14 @@ def caught_by(mutant: Mutant) -> str | None:
         target = Path(folder) / "fastft" / "kernels" / path_of(mutant.where).name
         target.unlink()
         target.write_text(mutated(mutant), encoding="utf-8")
-        ops = f"fastft::{mutant.kernel.split('.')[0]}"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         command += ["-c", str(ROOT / "pyproject.toml")]
-        command += ["--rootdir", str(ROOT), "-m", "not gpu", "-k", f"({TESTS}) and {ops}"]
-        command += [str(ROOT / "tests" / "kernels" / "test_ops.py"), "--tb=no"]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
-        environment |= {"PYTHONPATH": folder}
+        command += ["--rootdir", str(ROOT), "-m", "not gpu", "--tb=no"]
+        command += [str(ROOT / "tests" / "kernels" / f"test_{mutant.tests or 'ops'}.py")]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        if not mutant.tests:
+            command += ["-k", f"({TESTS}) and fastft::{mutant.kernel.split('.')[0]}"]
+            environment |= {"TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode == 0 and " passed" in done.stdout:
         return None
@@ -160,7 +176,7 @@ def caught_by(mutant: Mutant) -> str | None:
 
 
 def chosen(file: str) -> Iterator[Mutant]:
-    yield from (mutant for mutant in MUTANTS if mutant.kernel.startswith(file))
+    yield from (mutant for mutant in (*MUTANTS, *PLAIN) if mutant.kernel.startswith(file))
 
 
 def main() -> None:

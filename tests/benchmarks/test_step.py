@@ -22,7 +22,7 @@ import workers  # noqa: E402
 
 Row = dict[str, Any]
 QUICK = "--model tiny --device cpu --lower eager --steps 2 --warmup 1 --batches 1x32 --contenders fastft"
-ASKED = {"contender", "batch", "length", "model", "nf4", "dtype", "device", "mask", "seed", "lower"}
+ASKED = {"contender", "batch", "length", "model", "nf4", "dtype", "device", "mask", "loss", "seed", "lower"}
 ASKED |= {"layers", "steps", "warmup"}
 ABOUT = {"date", "commit", "status", "gpu", "cuda", "versions", "wall_s", "log"}
 MEASURED = {

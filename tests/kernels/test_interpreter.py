@@ -18,8 +18,11 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(INTERPRETING, reason="this is the process it starts")
 @pytest.mark.parametrize(
     "file",
-    ["test_ops.py", "test_rms_norm.py", "test_algebra.py", "test_dequantize_4bit.py", "test_lora_products.py"],
-)
+    [
+        "test_ops.py", "test_rms_norm.py", "test_algebra.py", "test_dequantize_4bit.py", "test_lora_products.py",
+        "test_linear_cross_entropy.py",
+    ],
+)  # fmt: skip
 def test_in_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
