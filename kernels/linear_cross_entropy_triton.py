@@ -70,18 +70,20 @@ def rows_kernel(
                 tl.store(logits_ptr + at, tl.zeros([BLOCK], logits_ptr.dtype.element_ty), mask=at < columns)
         return
     largest, total, summed = -3.4e38, 0.0, 0.0  # a whole block may be minus infinity
+    found = tl.zeros([BLOCK], tl.float32)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)  # [BLOCK]
         if SMOOTHED:
             summed += tl.sum(tl.where(at < columns, y, 0.0))
+        found = tl.where(at == label, y, found)  # not loaded by itself: that may be rounded in another way
         y = tl.where(at < columns, y, -float("inf"))
         larger = tl.maximum(largest, tl.max(y))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(y - larger))
         largest = larger
     log_total = tl.log(total)
     lse = largest + log_total
-    target = shaped(logits_ptr, bias_ptr, label, label < columns, scale, softcap, BIASED, CAPPED)
+    target = tl.sum(found)
     loss = log_total + (largest - target)  # near 0 not the difference of two large numbers
     if SMOOTHED:
         loss += smoothing * (target - summed / columns)
@@ -119,6 +121,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every kernel with every choice of its constants, for ahead-of-time compilation."""
     flags = ("BIASED", "CAPPED", "SMOOTHED", "GRADIENT")
     types = {"labels_ptr": "*i64", "loss_ptr": "*fp32", "upstream_ptr": "*fp32", "ignore_index": "i32"}
+    types |= dict.fromkeys(("smoothing", "z_loss", "scale", "softcap", "gain"), "fp32")
     for config in CONFIGS:
         for chosen in itertools.product((False, True), repeat=len(flags)):
             constants = dict(zip(flags, chosen, strict=True))

@@ -63,7 +63,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 def is_type(value: Any) -> bool:
     """Whether a constant of a variant is a type instead: "*fp32", "i32" or a tuple of them."""
     return isinstance(value, tuple) or (
-        isinstance(value, str) and re.fullmatch(r"\*?(row|u8|i32|fp16|fp32|bf16)", value) is not None
+        isinstance(value, str) and re.fullmatch(r"\*?(row|u8|i32|i64|fp16|fp32|bf16)", value) is not None
     )
 
 

@@ -33,7 +33,10 @@ Counts = dict[str, tuple[int, int]]  # a for every layer, and b: a * L + b in L 
 
 @dataclass(frozen=True)
 class Family:
-    """A configuration class of transformers, and what rules apply how often, to its head too; missed: reasons for what is left."""
+    """A configuration class of transformers, and what rules apply how often.
+
+    missed: reasons for what is left; head: what its loss becomes.
+    """
 
     name: str
     config: str

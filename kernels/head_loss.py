@@ -1,0 +1,313 @@
+"""A loss of a head's logits as an op, with its gradients, without holding the logits:  y = hidden W^T + s B^T + bias.
+
+y is multiplied by scale and, if softcap is not 0, becomes softcap tanh(y / softcap) (Gemma 2, arXiv:2408.00118).
+What a row of it is compared with and how is the op's own: linear_cross_entropy.py, linear_kl_div.py.
+
+hidden [..., H], weight [V, H] and bias [V] of one dtype; s = lora_s [..., r] and B = lora_b [V, r] of any
+floating-point dtype, the two factors of an adapter on the head: s_j x A_j^T beside each other, and B_j.
+chunk_bytes: of logits that are held at once.
+
+The first result is the losses [...], or with reduce their sum [], float32 (float64 for float64).  The others are
+gradients of the sum of all losses, of those among (hidden, weight, bias, lora_s, lora_b) that ahead marks: in hidden's
+dtype, and float32 for what is summed over rows.  Forward has the logits at hand, so computing them there saves a
+product.  Backward then only scales: all by the gradient of the sum, or each row of hidden's and lora_s's by its own.
+Anything that is not marked, or cannot be scaled afterwards, backward computes from new logits.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from fastft.kernels.chunked_head import GAIN, Gradients, Head
+from fastft.kernels.registry import Case, Choice, Results, Shapes, define, require, wide
+
+DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_s", "lora_b")  # the order of ahead and needed
+PLACES = (0, 1, 3, 4, 5)  # of these among an op's arguments; the third is what rows are compared with
+BY_ROW = (True, False, False, True, False)  # which gradients are rows of their own; the others are sums over rows
+ALIKE = ("hidden", "weight", "bias")
+
+OfRows = Callable[[Tensor, Tensor | slice, Tensor, Tensor, float, bool], None]
+
+
+class HeadCall:
+    """What every call has.  An op has a dataclass of it: its arguments in order, but for what it is to return."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_s: Tensor | None
+    lora_b: Tensor | None
+    scale: float
+    softcap: float
+    chunk_bytes: int
+
+    @property
+    def rows(self) -> torch.Size:
+        """The shape of all losses."""
+        return self.hidden.shape[:-1]
+
+    @property
+    def differentiable(self) -> list[Tensor | None]:
+        """What there is a gradient of, in the order of DIFFERENTIABLE."""
+        return [self.hidden, self.weight, self.bias, self.lora_s, self.lora_b]
+
+    def chosen(self, marks: Sequence[bool]) -> list[Tensor]:
+        """Those of them that are marked."""
+        return [one for one, mark in zip(self.differentiable, marks, strict=True) if mark and one is not None]
+
+    def y(self) -> Tensor:
+        """In plain PyTorch: what torch computes at once, step by step."""
+        logits = F.linear(self.hidden, self.weight, self.bias)
+        if self.lora_s is not None and self.lora_b is not None:
+            dtype = torch.promote_types(self.lora_s.dtype, self.lora_b.dtype)
+            logits = (logits + F.linear(self.lora_s.to(dtype), self.lora_b.to(dtype))).to(logits.dtype)
+        y = logits.to(wide(logits.dtype)) * self.scale
+        return self.softcap * torch.tanh(y / self.softcap) if self.softcap else y
+
+    def y_of(self, product: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """y of a chunk's hidden W^T + s B^T, and the softcap's slope there."""
+        y = product.to(dtype)
+        y = (y if self.bias is None else y + self.bias) * self.scale
+        if not self.softcap:
+            return y, None
+        y = torch.tanh(y / self.softcap)
+        return self.softcap * y, 1.0 - y * y
+
+
+C = TypeVar("C", bound=HeadCall)
+
+
+@dataclass(frozen=True)
+class HeadLoss(Generic[C]):
+    """What an op's own is; the methods take an op's arguments.
+
+    call_of: its dataclass, made of all arguments but what is to be returned.
+    check: raises where a call's rows cannot be compared with what is given for it.
+    losses: of each row, in plain PyTorch, differentiable: the specification.
+    ignored: of what rows are compared with and the numbers among a call's arguments, which rows count for nothing; None
+        where all do.
+    prepare: which rows are ignored, or None, and what writes the losses of some of them, and gain times the gradient
+        over their logits: (logits, which rows, gradient of the losses, losses, gain, whether a gradient is asked for).
+    """
+
+    call_of: Callable[..., C]
+    check: Callable[[C], None]
+    losses: Callable[[C], Tensor]
+    prepare: Callable[[C], tuple[Tensor | None, OfRows]]
+    ignored: Callable[[Tensor, Sequence[Any]], Tensor] | None = None
+
+    def define(
+        self, name: str, reference: Callable[..., Results], reference_backward: Callable[..., Results],
+        compared: Shapes, choices: Sequence[Choice],
+    ) -> tuple[CustomOpDef, CustomOpDef]:  # fmt: skip
+        """The op and its backward, of these signatures; compared: the shape of what rows are compared with."""
+        forward, backward = _cases(compared, choices)
+        op = define(
+            name, reference, self.new_outputs, self.fill,
+            cases=forward, gradients=DIFFERENTIABLE, alike=ALIKE, flops=flops,
+        )  # fmt: skip
+        again = define(
+            f"{name}_backward", reference_backward, self.new_gradients, self.fill_backward,
+            cases=backward, statistics=("grad_output",), alike=ALIKE, flops=flops_backward,
+        )  # fmt: skip
+        op.register_autograd(functools.partial(self._backward, again), setup_context=self._setup_context)
+        return op, again
+
+    def reference(self, *arguments: Any) -> list[Tensor]:
+        """The forward in plain PyTorch."""
+        *given, reduce, ahead = arguments
+        call = self.call_of(*given)
+        found = self.losses(call)
+        gradients = zip(
+            self._differentiate(call, torch.ones_like(found), ahead), _ahead_dtypes(call, ahead), strict=True
+        )
+        return [found.sum() if reduce else found, *(one.to(dtype) for one, dtype in gradients)]
+
+    def reference_backward(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
+        """The gradients that are needed; grad_output [...] is that of each row's loss."""
+        *given, needed = arguments
+        return self._differentiate(self.call_of(*given), grad_output, needed)
+
+    def _differentiate(self, call: Any, grad_output: Tensor, marks: Sequence[bool]) -> list[Tensor]:
+        given = zip(DIFFERENTIABLE, call.differentiable, marks, strict=True)
+        leaves = {name: one.detach().requires_grad_() for name, one, mark in given if mark and one is not None}
+        if not leaves:
+            return []
+        with torch.enable_grad():
+            found = self.losses(replace(call, **leaves))
+        return list(torch.autograd.grad(found, list(leaves.values()), grad_output.to(found.dtype)))
+
+    def new_outputs(self, *arguments: Any) -> list[Tensor]:
+        """Empty losses and gradients; raises where shapes or dtypes do not fit."""
+        *given, reduce, ahead = arguments
+        call = self._checked(given, ahead)
+        loss = call.hidden.new_empty(() if reduce else call.rows, dtype=wide(call.hidden.dtype))
+        return [loss, *_empty(call, ahead, _ahead_dtypes(call, ahead))]
+
+    def new_gradients(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
+        """Empty gradients, of those that are needed."""
+        *given, needed = arguments
+        call = self._checked(given, needed)
+        fits = grad_output.shape == call.rows
+        require(fits, lambda: f"gradient {tuple(grad_output.shape)} of losses {tuple(call.rows)}")
+        return _empty(call, needed, [one.dtype for one in call.chosen(needed)])
+
+    def _checked(self, given: Sequence[Any], marks: Sequence[bool]) -> C:
+        call = self.call_of(*given)
+        _check(call, marks)
+        self.check(call)
+        return call
+
+    def fill(self, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+        """Write the forward's results."""
+        *given, reduce, ahead = arguments
+        call = self.call_of(*given)
+        loss, *gradients = targets
+        by_row = loss.new_empty(prod(call.rows)) if reduce or not loss.is_contiguous() else loss.view(-1)
+        gain = GAIN / max(1.0, abs(call.scale)) if call.hidden.dtype == torch.float16 else 1.0
+        self._run(call, by_row, loss.new_ones(()).expand(by_row.shape), gradients, ahead, gain)
+        if reduce:
+            torch.sum(by_row, 0, out=loss)
+        elif by_row.data_ptr() != loss.data_ptr():
+            loss.copy_(by_row.view(loss.shape))
+
+    def fill_backward(self, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+        """Write the backward's."""
+        grad_output, *given, needed = arguments
+        call = self.call_of(*given)
+        unused = call.hidden.new_empty(prod(call.rows), dtype=wide(call.hidden.dtype))
+        self._run(call, unused, grad_output.reshape(-1), targets, needed, 1.0)  # a loss in float16 has a scale already
+
+    def _run(
+        self, call: C, loss: Tensor, upstream: Tensor, targets: Sequence[Tensor], marks: Sequence[bool], gain: float
+    ) -> None:
+        """Write each row's loss, and the gradients that are marked, each row's multiplied with upstream."""
+        flat = lambda one: None if one is None else one.reshape(prod(one.shape[:-1]), one.shape[-1])  # noqa: E731
+        ignored, fill_rows = self.prepare(call)
+        head = Head(flat(call.hidden), call.weight, flat(call.lora_s), call.lora_b, call.chunk_bytes, ignored, gain)
+        gradients, written = _targets(targets, marks)
+        loss.zero_()
+
+        def of_rows(logits: Tensor, rows: Tensor | slice) -> None:
+            one = loss.new_empty(logits.shape[0])
+            fill_rows(logits, rows, upstream[rows], one, head.gain, gradients.any)
+            loss[rows] = one
+
+        head.run(of_rows, gradients)
+        for target, value in written:
+            target.copy_(value.view(target.shape))
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        *given, ctx.reduce, ahead = inputs
+        ctx.numbers, ctx.count = given[6:], len(inputs)
+        needs = [ctx.needs_input_grad[at] for at in PLACES]
+        scalable = [mark and (ctx.reduce or row) for mark, row in zip(ahead, BY_ROW, strict=True)]
+        ctx.ahead = ahead if all(ready or not need for ready, need in zip(scalable, needs, strict=True)) else None
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if given[at] is None else given[at].dtype for at in PLACES]
+        compared = [] if self.ignored is None else [given[2]]
+        ctx.save_for_backward(*([*compared, *output[1:]] if ctx.ahead is not None else given[:6]))
+
+    def _backward(self, again: CustomOpDef, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        grad = grads[0]
+        needs = [ctx.needs_input_grad[at] for at in PLACES]
+        found: list[Tensor | None] = [None] * ctx.count
+        if grad is not None and ctx.ahead is not None:
+            ready = iter(ctx.saved_tensors)
+            if self.ignored is not None:  # the mean of no row has an infinite factor, and a gradient of 0 all the same
+                rows = self.ignored(next(ready), ctx.numbers)
+                grad = grad.masked_fill(rows.all() if ctx.reduce else rows, 0.0)
+            for at, mark, need, dtype in zip(PLACES, ctx.ahead, needs, ctx.dtypes, strict=True):
+                if mark:
+                    one = next(ready)
+                    found[at] = _scaled(one, grad.unsqueeze(-1), dtype) if need else None
+        elif grad is not None:
+            upstream = grad.expand(ctx.saved_tensors[0].shape[:-1]) if ctx.reduce else grad
+            made = iter(again(upstream, *ctx.saved_tensors, *ctx.numbers, needs))
+            for at, need in zip(PLACES, needs, strict=True):
+                found[at] = next(made) if need else None
+        return tuple(found)
+
+
+def _ahead_dtypes(call: HeadCall, ahead: Sequence[bool]) -> list[torch.dtype]:
+    """hidden's own; wide for sums over rows, which are scaled before they are rounded."""
+    return [
+        one.dtype if number == 0 else wide(one.dtype)
+        for number, (one, need) in enumerate(zip(call.differentiable, ahead, strict=True))
+        if need and one is not None
+    ]
+
+
+def _scaled(one: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded once, with no float32 tensor between; factor has an axis, or a GPU would round it to one's dtype."""
+    return torch.mul(one, factor, out=torch.empty_like(one, dtype=dtype))
+
+
+def _empty(call: HeadCall, marks: Sequence[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    pairs = zip(call.chosen(marks), dtypes, strict=True)
+    return [torch.empty(one.shape, dtype=dtype, device=one.device) for one, dtype in pairs]
+
+
+def _check(call: HeadCall, marks: Sequence[bool]) -> None:
+    hidden, weight, bias, s, b = call.hidden, call.weight, call.bias, call.lora_s, call.lora_b
+    require(hidden.is_floating_point() and hidden.dim() > 0, lambda: f"hidden {hidden.dtype} {tuple(hidden.shape)}")
+    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and weight.dtype == hidden.dtype
+    require(fits, lambda: f"weight {weight.dtype} {tuple(weight.shape)} beside {hidden.dtype} {tuple(hidden.shape)}")
+    fits = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
+    require(fits, lambda: "bias has not the shape and dtype of weight's rows")
+    require((s is None) == (b is None), lambda: "lora_s and lora_b go together")
+    if s is not None and b is not None:
+        fits = s.shape[:-1] == hidden.shape[:-1] and b.shape == (weight.shape[0], s.shape[-1])
+        require(fits, lambda: f"lora_s {tuple(s.shape)} and lora_b {tuple(b.shape)}")
+    marked = [one is not None for one, mark in zip(call.differentiable, marks, strict=True) if mark]
+    require(all(marked), lambda: "a gradient is asked of what is not given")
+
+
+def _targets(targets: Sequence[Tensor], marks: Sequence[bool]) -> tuple[Gradients, list[tuple[Tensor, Tensor]]]:
+    """Where a chunk's gradients go: the targets themselves, or what is copied to them in the end."""
+    found, gradients, copied = iter(targets), Gradients(), []
+    for name, by_row, mark in zip(DIFFERENTIABLE, BY_ROW, marks, strict=True):
+        if not mark:
+            continue
+        target = next(found)
+        summed = not by_row and target.dtype != wide(target.dtype)
+        own = torch.empty_like(target, dtype=wide(target.dtype)) if summed else target
+        own.zero_()
+        if summed:
+            copied.append((target, own))
+        setattr(gradients, name, own.view(-1, own.shape[-1]) if by_row else own)
+    return gradients, copied
+
+
+def flops(hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:
+    """2 for each logit and feature, and as many for each gradient that is computed ahead."""
+    return 2 * prod(hidden) * weight[0] * (1 + sum(map(bool, arguments[-1][:2])))
+
+
+def flops_backward(grad_output: torch.Size, hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:
+    """The same, with new logits."""
+    return flops(hidden, weight, *arguments)
+
+
+def _cases(compared: Shapes, choices: Sequence[Choice]) -> tuple[list[Case], list[Case]]:
+    """Of forward, with gradients computed ahead of all inputs, of those by rows and of none; and of backward."""
+    shapes = {"hidden": "... H", "weight": "N H", **compared}
+    adapted = {**shapes, "bias": "N", "lora_s": "... A", "lora_b": "N A"}
+    forward: list[Case] = []
+    backward: list[Case] = []
+    for options, tensors in itertools.product(choices, (shapes, {**shapes, "bias": "N"}, adapted)):
+        given = [name in tensors for name in DIFFERENTIABLE]
+        by_row = [mark and row for mark, row in zip(given, BY_ROW, strict=True)]
+        for reduce, ahead in ((True, given), (False, by_row), (options is choices[0], [False] * 5)):
+            forward.append((tensors, {**options, "reduce": reduce, "ahead": ahead}))
+        backward.append(({"grad_output": "...", **tensors}, {**options, "needed": given}))
+    return forward, backward
