@@ -190,9 +190,9 @@ class HeadLoss(Generic[C]):
         self, call: C, loss: Tensor, upstream: Tensor, targets: Sequence[Tensor], marks: Sequence[bool], gain: float
     ) -> None:
         """Write each row's loss, and the gradients that are marked, each row's multiplied with upstream."""
-        flat = lambda one: None if one is None else one.reshape(prod(one.shape[:-1]), one.shape[-1])  # noqa: E731
         ignored, fill_rows = self.prepare(call)
-        head = Head(flat(call.hidden), call.weight, flat(call.lora_s), call.lora_b, call.chunk_bytes, ignored, gain)
+        lora_s = None if call.lora_s is None else _rows(call.lora_s)
+        head = Head(_rows(call.hidden), call.weight, lora_s, call.lora_b, call.chunk_bytes, ignored, gain)
         gradients, written = _targets(targets, marks)
         loss.zero_()
 
@@ -236,6 +236,11 @@ class HeadLoss(Generic[C]):
             for at, need in zip(PLACES, needs, strict=True):
                 found[at] = next(made) if need else None
         return tuple(found)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As a matrix."""
+    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _ahead_dtypes(call: HeadCall, ahead: Sequence[bool]) -> list[torch.dtype]:

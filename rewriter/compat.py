@@ -32,54 +32,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 DYNAMIC = pgo.auto_dynamic  # the size, as Dynamo remembers it, of what it saw change
 
-__all__ = [
-    "CHECKPOINT",
-    "DYNAMIC",
-    "ENTER_AUTOCAST",
+__all__ = [  # what is only passed on
     "BackendCompilerFailed",
     "CustomPartitionerFn",
     "OpOverload",
     "SizeEntry",
-    "apart",
-    "as_captured",
-    "break_log",
-    "cache_counts",
-    "compile_fx",
-    "compile_once",
-    "copies",
-    "copy_graph",
-    "current_backend",
-    "current_code",
-    "describe_input",
-    "empty_like_fake",
-    "fake_mode_of",
-    "fake_tensor",
-    "in_forward_mode",
-    "is_higher_order",
-    "is_mutable",
-    "is_operator",
-    "is_plain",
-    "is_transform",
-    "kind_of_input",
-    "maybe_mark_dynamic",
     "min_cut_rematerialization_partition",
-    "module_path",
-    "propagate",
-    "recompile_reason",
-    "remembered_sizes",
-    "same_addresses",
-    "set_value",
-    "size_inputs",
-    "source_line",
-    "source_name",
     "statically_known_true",
-    "stays_in_place",
-    "storage_key",
-    "symbols_of",
-    "tensors_in",
-    "value_of",
-    "without_scope",
-    "written_to",
+    "tree_map_only",
 ]
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # as torch.utils.checkpoint is captured
@@ -127,6 +87,19 @@ def fake_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A fake tensor that belongs to no graph."""
     with _template_mode:
         return torch.empty(tuple(shape), dtype=dtype)
+
+
+as_plain_tensors = torch._C.DisableTorchFunctionSubclass  # within it no __torch_function__ is asked
+
+
+def without_storage(kind: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of this subclass that holds no memory."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
+
+
+def version(tensor: Tensor) -> int:
+    """How often this tensor or a view of it was written to."""
+    return tensor._version
 
 
 def written_to(tensor: torch.Tensor) -> bool:

@@ -143,6 +143,11 @@ class Logits:
         """Whether these are log-probabilities by now."""
         return self.steps[-1:] == (("log_softmax", None),)
 
+    @property
+    def compared(self) -> bool:
+        """Whether these are the summands of a divergence from others."""
+        return self.steps[-1:] != () and self.steps[-1][0] == "kl_div"
+
     def then(self, name: str, operand: Any = None, dtype: torch.dtype | None = None) -> Logits:
         """One step more."""
         return replace(self, steps=(*self.steps, (name, operand)), dtype=dtype or self.dtype)
@@ -176,6 +181,7 @@ _STEPS: dict[str, Callable | str] = {
     "tanh": torch.tanh,
     "to": "to",
     "log_softmax": lambda y: torch.log_softmax(y, -1),
+    "kl_div": lambda y, target: F.kl_div(y, target, reduction="none", log_target=True),
 }
 
 

@@ -42,6 +42,10 @@ def follow(
 
     args: after the first.  dtype: of the result, where it is known.
     """
+    if logits.compared:
+        return None
+    if name == "kl_div":
+        return _each_divergence(logits, args, kwargs)
     if name == "log_softmax":
         return None if logits.log else _log_softmax(logits, args, kwargs, dtype)
     if name in _NUMBERS or name == "tanh" or name in _CASTS or name in _OTHER_CASTS:
@@ -125,8 +129,17 @@ def _exchanges_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], r
     return name == "permute" and [one % rank for one in dims if type(one) is int] == [0, 2, 1]
 
 
-_DEFAULTS = {"weight": None, "size_average": None, "ignore_index": -100, "reduce": None, "reduction": "mean"}
-_LOSSES = {"nll_loss": _DEFAULTS, "cross_entropy": {**_DEFAULTS, "label_smoothing": 0.0}}  # after the target
+_DEFAULTS: dict[str, Any] = {
+    "weight": None,
+    "size_average": None,
+    "ignore_index": -100,
+    "reduce": None,
+    "reduction": "mean",
+}
+_LOSSES: dict[str, dict[str, Any]] = {
+    "nll_loss": _DEFAULTS,
+    "cross_entropy": {**_DEFAULTS, "label_smoothing": 0.0},
+}  # after the target
 Moved = tuple["Callable | str", Sequence[Any]]
 
 
@@ -200,8 +213,12 @@ def consume(
 
     dtype: of the result, where it is known.
     """
-    if name == "gather" and logits.log:
+    if logits.compared:
+        return _divergences(name, logits, args, kwargs, call, chunk_bytes)
+    if name == "gather" and logits.log and not logits.classes_second:
         return _gather(logits, args, kwargs, call, chunk_bytes)
+    if name == "kl_div":
+        return _divergence(logits, args, kwargs, call, chunk_bytes)
     if name not in _LOSSES or logits.log != (name == "nll_loss") or (logits.rank > 2 and not logits.classes_second):
         return None  # the second axis has the classes
     loss = _asked(name, args, kwargs)
@@ -248,22 +265,91 @@ def _gather(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call
     return cast(call(torch.neg, call(torch.unsqueeze, value, -1)), logits.dtype, call)
 
 
-def _loss(logits: Logits, loss: Loss, call: Call, chunk_bytes: int) -> Any:
-    """By linear_cross_entropy; None if the steps are not what it can do."""
-    form, head = logits.softmax_form(), logits.head
+_KL_DIV = ("target", "size_average", "reduce", "reduction", "log_target")
+
+
+def _target(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str] | None:
+    """A divergence's log-probabilities to compare with, which need no gradient, and its reduction."""
+    given: dict[str, Any] = {"size_average": None, "reduce": None, "reduction": "mean", "log_target": False}
+    given |= {**dict(zip(_KL_DIV, args, strict=False)), **kwargs}
+    if not logits.log or logits.classes_second or set(given) != set(_KL_DIV) or given["log_target"] is not True:
+        return None
+    target, hidden = value_of(given["target"]), value_of(logits.hidden)
+    plain = isinstance(target, torch.Tensor) and target.is_floating_point() and not target.requires_grad
+    if not plain or len(target.shape) != logits.rank or target.device != hidden.device:
+        return None
+    same = all(statically_known_true(one == other) for one, other in zip(target.shape, logits.shape, strict=True))
+    told = given["size_average"] is None and given["reduce"] is None
+    return (given["target"], given["reduction"]) if same and told else None
+
+
+def _each_divergence(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Logits | None:
+    """The summands of all classes, for whoever adds them up row by row."""
+    found = _target(logits, args, kwargs)
+    same = found is not None and value_of(found[0]).dtype == logits.dtype
+    return logits.then("kl_div", found[0]) if found is not None and same and found[1] == "none" else None
+
+
+def _divergences(
+    name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int
+) -> Any:
+    """Their sum over the classes."""
+    dims = args[0] if args else kwargs.get("dim")
+    last = dims[0] if isinstance(dims, (tuple, list)) and len(dims) == 1 else dims
+    if name != "sum" or len(args) + len(kwargs) != 1 or last not in (-1, logits.rank - 1):
+        return None
+    target = logits.steps[-1][1]
+    value = _kl_div(replace(logits, steps=logits.steps[:-1]), target, call, chunk_bytes, reduce=False)
+    return cast(value, logits.dtype, call)
+
+
+def _divergence(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int) -> Any:
+    """Summed over everything, and divided by a size if that is asked for."""
+    found = _target(logits, args, kwargs)
+    if found is None or found[1] not in ("sum", "batchmean", "mean"):
+        return None
+    target, reduction = found
+    value = _kl_div(logits, target, call, chunk_bytes, reduce=True)
+    if value is not None and reduction == "batchmean":
+        value = call(torch.div, value, call("size", target, 0))
+    elif value is not None and reduction == "mean":
+        value = call(torch.div, value, call("numel", target))
+    return cast(value, torch.promote_types(logits.dtype, value_of(target).dtype), call)
+
+
+def _kl_div(logits: Logits, target: Any, call: Call, chunk_bytes: int, *, reduce: bool) -> Any:
+    form = logits.softmax_form()
     if form is None:
         return None
+    inputs = _inputs(logits, target, call)
+    ahead = _ahead(logits, by_row=not reduce)
+    return call(operator.getitem, call(torch.ops.fastft.linear_kl_div, *inputs, *form, chunk_bytes, reduce, ahead), 0)
+
+
+def _inputs(logits: Logits, compared: Any, call: Call) -> tuple[Any, ...]:
+    """The tensors that an op of a head's loss takes."""
+    head = logits.head
     hidden, weight = cast(logits.hidden, head.dtype, call), head.dense_weight(call)
-    lora_s, lora_b = head.adapter(logits.hidden, call)
-    by_row = loss.reduction == "none"
+    return hidden, weight, compared, cast(head.bias, head.dtype, call), *head.adapter(logits.hidden, call)
+
+
+def _ahead(logits: Logits, *, by_row: bool) -> list[bool]:
+    """Which gradients forward computes: sums over rows cannot be scaled by row afterwards."""
     summed = any(mark and not row for mark, row in zip(logits.trained, BY_ROW, strict=True))
-    ahead = [False] * 5 if by_row and summed else list(logits.trained)  # sums over rows cannot be scaled by row
+    return [False] * 5 if by_row and summed else list(logits.trained)
+
+
+def _loss(logits: Logits, loss: Loss, call: Call, chunk_bytes: int) -> Any:
+    """By linear_cross_entropy; None if the steps are not what it can do."""
+    form = logits.softmax_form()
+    if form is None:
+        return None
+    by_row = loss.reduction == "none"
     results = call(
-        torch.ops.fastft.linear_cross_entropy, hidden, weight, loss.labels, cast(head.bias, head.dtype, call), lora_s,
-        lora_b, loss.ignore_index, loss.label_smoothing, 0.0, *form, chunk_bytes, not by_row, ahead,
+        torch.ops.fastft.linear_cross_entropy, *_inputs(logits, loss.labels, call), loss.ignore_index,
+        loss.label_smoothing, 0.0, *form, chunk_bytes, not by_row, _ahead(logits, by_row=by_row),
     )  # fmt: skip
     value = call(operator.getitem, results, 0)
     if loss.reduction == "mean":
-        counted = call(torch.sum, call(torch.ne, loss.labels, loss.ignore_index))
-        value = call(torch.div, value, counted)
+        value = call(torch.div, value, call(torch.sum, call(torch.ne, loss.labels, loss.ignore_index)))
     return value

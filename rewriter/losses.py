@@ -38,7 +38,8 @@ from fastft.rewriter.verify import same_kind, transformed, written_in_place
 
 RULE = "linear_cross_entropy"
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_TRANSPOSES = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
+_TRANSPOSES: dict[str, list[Any]] = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
+_NAMES = {"gather": "log_probability"}  # of losses, where a function's own says little
 _vocabularies: set[int] = set()  # sizes of the embeddings seen in this process: graphs of one model may be several
 
 
@@ -69,7 +70,7 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
     _vocabularies.update(_embeddings(graph))
     if transformed(graph):
         return
-    has_loss = any(name_of(node.target) in ("cross_entropy", "nll_loss") for node in graph.nodes)
+    has_loss = any(name_of(node.target) in ("cross_entropy", "nll_loss", "kl_div") for node in graph.nodes)
     for root, logits in list(_heads(graph)):
         lifting = _Lifting(gm, root, logits, chunk_bytes)
         try:
@@ -135,7 +136,7 @@ def _transposed(node: Node) -> tuple[Node, Head] | None:
     hidden, turned = node.args
     if not isinstance(turned, Node) or not turned.args:
         return None
-    name, rest = name_of(turned.target), turned.args[1:]
+    name, rest = name_of(turned.target), tuple(turned.args[1:])
     by_name = name == "getattr" and rest in (("T",), ("mT",))
     if turned.kwargs or not (by_name or rest in _TRANSPOSES.get(name, [])):
         return None
@@ -143,7 +144,7 @@ def _transposed(node: Node) -> tuple[Node, Head] | None:
 
 
 def _of_weight(node: Node, hidden: Any, weight: Any, bias: Any) -> tuple[Node, Head] | None:
-    shape = getattr(value_of(weight), "shape", ())
+    shape: Any = getattr(value_of(weight), "shape", ())
     if not isinstance(hidden, Node) or not isinstance(weight, Node) or len(shape) != 2 or value_of(node) is None:
         return None
     classes, features = shape
@@ -196,7 +197,7 @@ class _Lifting:
         known = bool(self.losses) or self.head.classes in _vocabularies
         if left and not (lazy and known):
             raise DeclinedError("its logits are an output")
-        if any(self.states[node].classes_second for node in left):
+        if any(self.states[node].classes_second or self.states[node].compared for node in left):
             raise DeclinedError("its logits are an output in another order")
         if not left and not self.losses:
             raise DeclinedError("nothing reads its logits")
@@ -237,13 +238,13 @@ class _Lifting:
             raise DeclinedError(f"its logits are also used by {name} ({compat.source_line(node)})")
         if not same_kind(value_of(result), value):
             raise DeclinedError(f"{name} gives another result")
-        self.losses.append((node, "log_probability" if name == "gather" else name))
+        self.losses.append((node, "kl_div" if logits.compared else _NAMES.get(name, name)))
         self.results[node] = result
 
     def _call(self, before: Node, function: Callable | str, args: Sequence[Any], kwargs: Any) -> Node:
         kind = "call_method" if isinstance(function, str) else "call_function"
         with self.graph.inserting_before(before):
-            node = self.graph.create_node(kind, function, tuple(args), dict(kwargs))  # type: ignore[arg-type]
+            node = self.graph.create_node(kind, function, tuple(args), dict(kwargs))
         self.made.append(node)
         describe_as(node, before)
         mark_trained(node)

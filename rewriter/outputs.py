@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
+from fastft.rewriter import compat
 from fastft.rewriter.head import Logits, run
 from fastft.rewriter.logits import consume, follow
 from fastft.rewriter.losses import Deferred
@@ -111,7 +111,7 @@ class Source:
     def check(self) -> None:
         """Raise where a tensor is not what it was in the model's forward."""
         for one, version in self.versions:
-            if one._version != version:
+            if compat.version(one) != version:
                 raise RuntimeError(_STALE)
 
 
@@ -124,7 +124,7 @@ class LazyLogits(Tensor):
     @staticmethod
     def __new__(cls, source: Source) -> LazyLogits:
         logits = source.logits
-        made = Tensor._make_wrapper_subclass(cls, logits.shape, dtype=logits.dtype, device=logits.hidden.device)
+        made = compat.without_storage(cls, logits.shape, logits.dtype, logits.hidden.device)
         made.source = source
         return made
 
@@ -133,7 +133,7 @@ class LazyLogits(Tensor):
         """These logits, which others may be derived from.  A gradient reaches what they are made of in grad mode."""
         tensors = [logits.hidden, *logits.head.values]
         if derived is None:
-            versions = [(one, one._version) for one in tensors if not one.is_inference()]
+            versions = [(one, compat.version(one)) for one in tensors if not one.is_inference()]
         else:
             versions = derived.source.versions
         if not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
@@ -149,7 +149,7 @@ class LazyLogits(Tensor):
     @torch.compiler.disable  # what is compiled breaks here, and goes on with results
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.as_plain_tensors():
             lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
             if lazy is not None and not _is_read(lazy):
                 if func in METADATA:
@@ -158,20 +158,24 @@ class LazyLogits(Tensor):
                 if result is not None:
                     return result
             if _writes(func, kwargs):
-                tree_map_only(LazyLogits, _before_write, (args[:1], kwargs.get("out")))
-            args, kwargs = tree_map_only(LazyLogits, read, (tuple(args), kwargs))
+                compat.tree_map_only(LazyLogits, _before_write, (args[:1], kwargs.get("out")))
+            args, kwargs = compat.tree_map_only(LazyLogits, read, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         """Below autograd, for callers that do not ask: those that are given the tensor itself, autograd.Functions."""
-        args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy.source.numbers(), (tuple(args), kwargs or {}))
+        args, kwargs = compat.tree_map_only(LazyLogits, lambda lazy: lazy.source.numbers(), (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
 
 def _lazily(lazy: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """The result of a call that needs no numbers, or none but in chunks; None for any other."""
     name, source = getattr(func, "__name__", ""), lazy.source
+    if name == "kl_div":  # a teacher's log-probabilities are needed as they are
+        args, kwargs = compat.tree_map_only(LazyLogits, read, (tuple(args), kwargs))
     if lazy.grad_fn is not lazy.node or _mentions_lazy(args, kwargs):
         return None  # another autograd.Function returned it: gradients have to go through that
     make = functools.partial(LazyLogits.of, chunk_bytes=source.chunk_bytes, reads=source.reads, derived=lazy)
@@ -198,7 +202,7 @@ def _as_view(made: LazyLogits, base: LazyLogits, func: Any, args: Sequence[Any],
 
 def _mentions_lazy(args: Sequence[Any], kwargs: Any) -> bool:
     found: list[Any] = []
-    tree_map_only(LazyLogits, found.append, (tuple(args), kwargs))
+    compat.tree_map_only(LazyLogits, found.append, (tuple(args), kwargs))
     return bool(found)
 
 

@@ -21,6 +21,7 @@ V, H = 67, 16
 OPTIONS = {"lower": "eager", "strict": True, "logits_memory": 4 * 80 * 4}  # bytes of four rows
 IDS, LABELS = (torch.randint(V, (3, 6), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 LABELS[0, :2] = -100
+TEACHER = torch.randn(3, 6, V, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
 VALID = LABELS.clamp_min(0)
 
 
@@ -74,6 +75,10 @@ def rows(logits: Tensor) -> Tensor:
     return logits.reshape(-1, V)
 
 
+def summands(logits: Tensor) -> Tensor:
+    return F.kl_div(logits.log_softmax(-1), TEACHER, reduction="none", log_target=True)
+
+
 FUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "shifted": lambda x: F.cross_entropy(rows(x[:, :-1]).float(), LABELS[:, 1:].reshape(-1)),
     "ellipsis": lambda x: F.cross_entropy(rows(x[..., :-1, :].contiguous()), LABELS[..., 1:].reshape(-1)),
@@ -91,6 +96,10 @@ FUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "nll": lambda x: F.nll_loss(rows(x).log_softmax(-1), LABELS.view(-1)),
     "log_probabilities": lambda x: (x.log_softmax(-1).gather(-1, VALID[..., None]).squeeze(-1) * VALID).sum(),
     "function": lambda x: torch.gather(F.log_softmax(x.float(), dim=-1), 2, VALID.unsqueeze(2)).pow(2).sum(),
+    "distilled": lambda x: F.kl_div((x / 2).log_softmax(-1), TEACHER, log_target=True, reduction="sum"),
+    "distilled_by_token": lambda x: (
+        F.kl_div(x.log_softmax(-1), TEACHER, reduction="none", log_target=True).sum(-1)[0].sum()
+    ),
     "last": lambda x: F.cross_entropy(x[:, -1], VALID[:, -1]),
     "one": lambda x: F.cross_entropy(x[0, 0], VALID[0, 0]),
     "selected": lambda x: F.cross_entropy(x.select(0, 1).narrow(0, 1, 3), VALID[1, 1:4]),
@@ -170,6 +179,8 @@ READ: dict[str, Callable[[Tensor], Tensor]] = {
     "accumulated": accumulated,
     "hooked": hooked,
     "retained": retained,
+    "summands": lambda x: summands(x).pow(2).sum(),
+    "shares": lambda x: F.kl_div(x.log_softmax(-1), TEACHER.exp(), reduction="batchmean"),
     "written": written,
     "written_through_a_view": written_through_a_view,
     "written_after": written_after,
