@@ -92,6 +92,7 @@ class HeadLoss(Generic[C]):
     call_of: its dataclass, made of all arguments but what is to be returned.
     check: raises where a call's rows cannot be compared with what is given for it.
     losses: of each row, in plain PyTorch, differentiable: the specification.
+    after: what is called last, once everything is launched.
     ignored: of what rows are compared with and the numbers among a call's arguments, which rows count for nothing; None
         where all do.
     prepare: which rows are ignored, or None, and what writes the losses of some of them, and gain times the gradient
@@ -102,6 +103,7 @@ class HeadLoss(Generic[C]):
     check: Callable[[C], None]
     losses: Callable[[C], Tensor]
     prepare: Callable[[C], tuple[Tensor | None, OfRows]]
+    after: Callable[[C], None] = lambda call: None
     ignored: Callable[[Tensor, Sequence[Any]], Tensor] | None = None
 
     def define(
@@ -204,6 +206,7 @@ class HeadLoss(Generic[C]):
         head.run(of_rows, gradients)
         for target, value in written:
             target.copy_(value.view(target.shape))
+        self.after(call)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         *given, ctx.reduce, ahead = inputs

@@ -88,7 +88,8 @@ def _check(call: Arguments) -> None:
 def _prepare(call: Arguments) -> tuple[Tensor, OfRows]:
     labels = call.labels.reshape(-1)
     ignored = labels == call.ignore_index
-    _check_labels(labels, ignored, call.weight.shape[0])
+    if labels.device.type == "cpu" and not (right := _is_class(call)).all():
+        raise IndexError(f"Target {labels[~right][0].item()} is out of bounds.")
 
     def of_rows(
         logits: Tensor, rows: Tensor | slice, upstream: Tensor, loss: Tensor, gain: float, gradient: bool
@@ -98,14 +99,16 @@ def _prepare(call: Arguments) -> tuple[Tensor, OfRows]:
     return ignored, of_rows
 
 
-def _check_labels(labels: Tensor, ignored: Tensor, classes: int) -> None:
-    """Raise as torch does, on a GPU without waiting for it."""
-    right = ((labels >= 0) & (labels < classes)) | ignored
-    if labels.device.type == "cpu":
-        if not right.all():
-            raise IndexError(f"Target {labels[~right][0].item()} is out of bounds.")
-    elif labels.numel():  # an index that is out of range is an assertion on the device
-        torch.zeros(1, device=labels.device).index_select(0, (~right).any().long().view(1))
+def _is_class(call: Arguments) -> Tensor:
+    labels = call.labels.reshape(-1)
+    return ((labels >= 0) & (labels < call.weight.shape[0])) | (labels == call.ignore_index)
+
+
+def _after(call: Arguments) -> None:
+    """Raise as torch does on a GPU, without waiting for it: an index that is out of range is an assertion there."""
+    if call.labels.device.type != "cpu" and call.labels.numel():
+        wrong = (~_is_class(call)).any().long().view(1)
+        torch.zeros(1, device=wrong.device).index_select(0, wrong)
 
 
 def fill_rows(
@@ -145,7 +148,7 @@ def _plain_rows(
     logits.copy_((dy if slope is None else dy * slope) * factor).masked_fill_(ignored.unsqueeze(1), 0.0)
 
 
-LOSS = HeadLoss(Arguments, _check, losses, _prepare, lambda labels, numbers: labels == numbers[0])
+LOSS = HeadLoss(Arguments, _check, losses, _prepare, _after, lambda labels, numbers: labels == numbers[0])
 _PLAIN = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "scale": 1.0, "softcap": 0.0}
 _PLAIN |= {"chunk_bytes": 2**9}
 linear_cross_entropy, linear_cross_entropy_backward = LOSS.define(
