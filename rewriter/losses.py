@@ -71,13 +71,15 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
     if transformed(graph):
         return
     has_loss = any(name_of(node.target) in ("cross_entropy", "nll_loss", "kl_div") for node in graph.nodes)
-    for root, logits in list(_heads(graph)):
+    heads = list(_heads(graph))
+    for root, logits in heads:
         lifting = _Lifting(gm, root, logits, chunk_bytes)
         try:
             found = lifting.run(lazy=deferred is not None)
         except DeclinedError as declined:
             lifting.undo()
-            if lifting.losses or (logits.head.classes in _vocabularies and has_loss):
+            last = root is heads[-1][0] and logits.head.classes in _vocabularies
+            if lifting.losses or (last and has_loss):
                 report.near_misses.append(NearMiss(RULE, *_place(root), str(declined)))
             continue
         report.lifted += [Lifted(f"{RULE}.{name}", *_place(node)) for node, name in lifting.losses]

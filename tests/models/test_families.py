@@ -44,7 +44,20 @@ def check(model: nn.Module, compiled: Callable, inputs: dict[str, Tensor], *othe
     Inductor rounds less often than eager in low precision, and has faster exponentials than eager in float32.
     """
     first = step(compiled, inputs, model)
-    more = nearby(inputs, first.logits.dtype)
+    if first.logits.dtype != torch.float32:
+        compare(model, compiled, inputs, nearby(inputs), *others)
+        return
+    try:
+        compare(model, compiled, inputs, [], *others)
+    except AssertionError:  # by luck of eager's?  Then not on most batches.
+        compare(model, compiled, inputs, nearby(inputs), *others)
+
+
+def compare(
+    model: nn.Module, compiled: Callable, inputs: dict[str, Tensor], more: list[dict[str, Tensor]], *others: Callable
+) -> None:
+    """The median of the errors on this batch and more."""
+    first = step(compiled, inputs, model)
     actual = stacked([first, *(step(compiled, one, model) for one in more)])
     exact = stacked([truth(model, one) for one in (inputs, *more)])
     torch_steps = [stacked([step(run, one, model) for one in (inputs, *more)]) for run in (model, *others)]
@@ -66,10 +79,8 @@ def check(model: nn.Module, compiled: Callable, inputs: dict[str, Tensor], *othe
         assert_close(name, lambda one, name=name: one.gradients[name], GRADIENT)
 
 
-def nearby(inputs: dict[str, Tensor], dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Other tokens, for low precision: on one batch a model may err little by luck, and on another one much."""
-    if dtype == torch.float32:
-        return []
+def nearby(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Other tokens: on one batch a model may err little by luck, and on another one much."""
     ids, labels = inputs["input_ids"], inputs["labels"]
     turned = [ids.roll(places, -1) for places in range(1, ids.shape[-1])]
     return [{**inputs, "input_ids": one, "labels": torch.where(labels == -100, labels, one)} for one in turned]
