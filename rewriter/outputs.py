@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastft.rewriter import compat
 from fastft.rewriter.head import Logits, run
@@ -67,7 +68,7 @@ class Source:
     """What some logits are computed from, and what they became.
 
     logits: of tensors that belong to the graph of autograd, or of detached ones where no gradient is wanted.
-    versions: what they and those that they are views of had been written to.
+    versions: how often they had been written to; stale: whether an optimizer has changed them since.
     base, view: the logits that these share memory with, and the call that made them of those.
     """
 
@@ -82,6 +83,7 @@ class Source:
     computed: Tensor | None = None  # of the leaves
     read: Tensor | None = None  # what anyone who reads them gets
     written: bool = False
+    stale: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -110,9 +112,22 @@ class Source:
 
     def check(self) -> None:
         """Raise where a tensor is not what it was in the model's forward."""
-        for one, version in self.versions:
-            if compat.version(one) != version:
-                raise RuntimeError(_STALE)
+        if self.stale or any(compat.version(one) != version for one, version in self.versions):
+            raise RuntimeError(_STALE)
+
+
+_unread: weakref.WeakSet[Source] = weakref.WeakSet()  # all that may be read yet
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Mark what was made of the weights that an optimizer changed: not every one counts its writes as torch does."""
+    if sources := [one for one in _unread if one.computed is None]:
+        changed = {one.data_ptr() for group in optimizer.param_groups for one in group["params"]}
+        for source in sources:
+            source.stale |= any(one.data_ptr() in changed for one in source.logits.head.values)
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 class LazyLogits(Tensor):
@@ -141,6 +156,8 @@ class LazyLogits(Tensor):
             head = logits.head.with_values(values)
             logits = replace(logits, hidden=hidden, head=head, trained=(False,) * len(logits.trained))
         source = Source(logits, chunk_bytes, reads, versions)
+        source.stale = derived is not None and derived.source.stale
+        _unread.add(source)
         made = _Made.apply(source, *source.tensors)
         made.node = made.grad_fn
         return made

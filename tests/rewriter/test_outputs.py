@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -328,12 +329,14 @@ def test_under_autocast() -> None:
             assert (mine - other).norm() <= 2**-6 * other.norm()
 
 
-@pytest.mark.parametrize("change", ["in_place", "optimizer"])
+@pytest.mark.parametrize("change", ["in_place", "optimizer", "bitsandbytes"])
 def test_weights_that_changed_are_an_error(change: str) -> None:
     model = Model()
     logits = compiled(model)(IDS)
     F.cross_entropy(rows(logits), LABELS.view(-1)).backward()
-    if change == "optimizer":
+    if change == "bitsandbytes":  # writes to weights without telling torch
+        bitsandbytes.optim.AdamW8bit(model.parameters(), min_8bit_size=1).step()
+    elif change == "optimizer":
         torch.optim.AdamW(model.parameters()).step()
     else:
         with torch.no_grad():
