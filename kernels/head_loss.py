@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from fastft.kernels import dispatch
 from fastft.kernels.chunked_head import GAIN, Gradients, Head
-from fastft.kernels.registry import Case, Choice, Results, Shapes, define, require, wide
+from fastft.kernels.registry import Case, Choice, Results, Shapes, define, load, require, wide
 
 DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_s", "lora_b")  # the order of ahead and needed
 PLACES = (0, 1, 3, 4, 5)  # of these among an op's arguments; the third is what rows are compared with
@@ -239,6 +240,19 @@ class HeadLoss(Generic[C]):
             for at, need in zip(PLACES, needs, strict=True):
                 found[at] = next(made) if need else None
         return tuple(found)
+
+
+def fill_rows(launcher: str, plain: Callable[..., None], logits: Tensor, *given: Any) -> None:
+    """Each row's loss, and gain times its gradient over the logits: by Triton where it runs, else by plain.
+
+    given: what the rows are compared with, the gradient of the losses, the losses, the call, gain, and whether a
+    gradient is asked for.
+    """
+    call = next(one for one in given if isinstance(one, HeadCall))
+    tensors = [one for one in (logits, *given, call.bias) if isinstance(one, Tensor) and one.is_floating_point()]
+    on_triton = logits.numel() > 0 and dispatch.takes(0, None, tensors)
+    if not (on_triton and dispatch.launched(load(launcher), tensors, logits, *given)):
+        plain(logits, *given)
 
 
 def _rows(tensor: Tensor) -> Tensor:

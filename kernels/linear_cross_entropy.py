@@ -7,17 +7,16 @@ labels: int64 [...].  The other arguments, scale, softcap and the results are th
 Labels outside of [0, V) raise as torch.nn.functional.cross_entropy does: IndexError, on a GPU a device-side assertion.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastft.kernels import dispatch
-from fastft.kernels.head_loss import BY_ROW, DIFFERENTIABLE, HeadCall, HeadLoss, OfRows
-from fastft.kernels.registry import load, require
-
-__all__ = ["BY_ROW", "DIFFERENTIABLE", "Arguments", "fill_rows", "linear_cross_entropy"]
+from fastft.kernels import head_loss
+from fastft.kernels.head_loss import HeadCall, HeadLoss, OfRows
+from fastft.kernels.registry import require
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,6 @@ def _after(call: Arguments) -> None:
         torch.zeros(1, device=wrong.device).index_select(0, wrong)
 
 
-def fill_rows(
-    logits: Tensor, labels: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
-) -> None:
-    """Each row's loss, and gain times its gradient over the logits: by Triton where it runs."""
-    given = (logits, labels, upstream, loss, call, gain, gradient)
-    tensors = [one for one in (logits, loss, upstream, call.bias) if one is not None]
-    on_triton = logits.numel() > 0 and dispatch.takes(0, None, tensors)
-    if on_triton and dispatch.launched(load("linear_cross_entropy_triton.rows"), tensors, *given):
-        return
-    _plain_rows(*given)
-
-
 def _plain_rows(
     logits: Tensor, labels: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
 ) -> None:
@@ -148,6 +135,7 @@ def _plain_rows(
     logits.copy_((dy if slope is None else dy * slope) * factor).masked_fill_(ignored.unsqueeze(1), 0.0)
 
 
+fill_rows = functools.partial(head_loss.fill_rows, "linear_cross_entropy_triton.rows", _plain_rows)
 LOSS = HeadLoss(Arguments, _check, losses, _prepare, _after, lambda labels, numbers: labels == numbers[0])
 _PLAIN = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "scale": 1.0, "softcap": 0.0}
 _PLAIN |= {"chunk_bytes": 2**9}

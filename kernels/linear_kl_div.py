@@ -8,6 +8,7 @@ target = t [..., V], of any floating-point dtype: it has no gradient.  The other
 temperature, softcap and the results are those of head_loss.py.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,10 +16,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastft.kernels import dispatch
+from fastft.kernels import head_loss
 from fastft.kernels.head_loss import HeadCall, HeadLoss, OfRows
 from fastft.kernels.layout import has_unit_rows, merge
-from fastft.kernels.registry import load, require
+from fastft.kernels.registry import require
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,6 @@ def rows_of(target: Tensor, rows: Tensor | slice) -> Tensor:
     return target[tuple(reversed(index))].contiguous()
 
 
-def fill_rows(
-    logits: Tensor, target: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
-) -> None:
-    """Each row's loss, and gain times its gradient over the logits: by Triton where it runs."""
-    given = (logits, target, upstream, loss, call, gain, gradient)
-    tensors = [one for one in (logits, target, loss, upstream, call.bias) if one is not None]
-    on_triton = logits.numel() > 0 and dispatch.takes(0, None, tensors)
-    if on_triton and dispatch.launched(load("linear_kl_div_triton.rows"), tensors, *given):
-        return
-    _plain_rows(*given)
-
-
 def _plain_rows(
     logits: Tensor, target: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
 ) -> None:
@@ -125,6 +114,7 @@ def _plain_rows(
     logits.copy_((dy if slope is None else dy * slope) * factor)
 
 
+fill_rows = functools.partial(head_loss.fill_rows, "linear_kl_div_triton.rows", _plain_rows)
 LOSS = HeadLoss(Arguments, _check, losses, _prepare)
 _PLAIN = {"scale": 1.0, "softcap": 0.0, "chunk_bytes": 2**9}
 linear_kl_div, linear_kl_div_backward = LOSS.define(

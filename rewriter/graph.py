@@ -17,6 +17,7 @@ from fastft.rewriter.compat import value_of
 _BODIES = ("tag_activation_checkpoint", "autograd_function_apply", "invoke_subgraph", "wrap")
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
+_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE.split())
 _RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
 _MODE_SWITCHES = (
     "_set_grad_enabled",
@@ -81,13 +82,17 @@ def written(node: Node) -> list[Any]:
     if node.op not in ("call_function", "call_method") or not (node.args or node.kwargs):
         return out
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
+    if names_a_write(name) or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
         target = node.args[0] if node.args else node.all_input_nodes
         return [*(target if isinstance(target, (tuple, list)) else [target]), *out]
     if compat.is_mutable(node.target) or compat.is_higher_order(node.target):  # its body is not looked into
         return list(node.all_input_nodes)
     return out
+
+
+def names_a_write(name: str) -> bool:
+    """Whether a method of this name, or a function named like one, writes to its first argument."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
 
 
 def _runs_bodies(node: Node) -> bool:

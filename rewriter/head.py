@@ -7,7 +7,6 @@ it is made.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -74,19 +73,18 @@ class Head:
             lora_b=tuple(next(given) for _ in self.lora_b),
         )
 
-    def product(self, hidden: Any, call: Call) -> Any:
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits, as the user's own call gives them."""
         dtype = self.dtype
         if self.plain:
-            return call(F.linear, *(cast(one, dtype, call) for one in (hidden, self.weight, self.bias)))
+            return F.linear(*(cast(one, dtype, run) for one in (hidden, self.weight, self.bias)))
         statistics = [[one] for one in self.statistics] + [[]] * (4 - len(self.statistics))
         biases = [] if self.bias is None else [self.bias]
-        results = call(
-            torch.ops.fastft.lora_linear, cast(hidden, dtype, call), [self.weight], *statistics, biases,
+        return torch.ops.fastft.lora_linear(
+            cast(hidden, dtype, run), [self.weight], *statistics, biases,
             list(self.lora_a), list(self.lora_b), [], [self.classes], [0] * len(biases), [0] * len(self.lora_a),
             list(self.scales), self.blocksize, self.quant_type, self.result != dtype,
-        )  # fmt: skip
-        return call(operator.getitem, results, 0)
+        )[0]  # fmt: skip
 
     def dense_weight(self, call: Call) -> Any:
         """[V, H] in the product's dtype."""
@@ -152,12 +150,22 @@ class Logits:
         """One step more."""
         return replace(self, steps=(*self.steps, (name, operand)), dtype=dtype or self.dtype)
 
-    def compute(self, call: Call = run) -> Any:
+    @property
+    def values(self) -> list[Any]:
+        """All tensors that they are made of."""
+        return [self.hidden, *self.head.values]
+
+    def with_values(self, values: Sequence[Any]) -> Logits:
+        """The same of other values, in the order of ``values``."""
+        hidden, *others = values
+        return replace(self, hidden=hidden, head=self.head.with_values(others))
+
+    def compute(self) -> torch.Tensor:
         """The numbers themselves, by the user's own steps."""
-        y = self.head.product(self.hidden, call)
+        y = self.head.product(self.hidden)
         for name, operand in self.steps:
-            y = call(_STEPS[name], y, *(() if operand is None else (operand,)))
-        return call(torch.transpose, y, -1, -2) if self.classes_second else y
+            y = run(_STEPS[name], y, *(() if operand is None else (operand,)))
+        return y.transpose(-1, -2) if self.classes_second else y
 
     def softmax_form(self) -> tuple[float, float] | None:
         """The steps as scale and softcap of linear_cross_entropy; None if they are something else."""

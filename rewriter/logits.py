@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from fastft.kernels.linear_cross_entropy import BY_ROW
+from fastft.kernels.head_loss import BY_ROW
 from fastft.rewriter.compat import statically_known_true, value_of
 from fastft.rewriter.head import Call, Logits, cast
+from fastft.rewriter.verify import same_sizes
 
 NEVER = -(2**62)  # an ignore_index that no label has
-_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
-_OTHER_CASTS = ("to", "type", "type_as")
+_NAMED_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+_TOLD_CASTS = ("to", "type", "type_as")  # whose arguments say to what
+CASTS = frozenset((*_NAMED_CASTS, *_TOLD_CASTS))
 _NUMBERS = {"mul": "mul", "__mul__": "mul", "__rmul__": "mul", "multiply": "mul", "div": "div", "truediv": "div"}
 _NUMBERS |= {"__truediv__": "div", "divide": "div", "true_divide": "div"}
 _LEADING: dict[str, tuple[str, ...]] = {  # functions of leading axes, which those of their arguments named dim are
@@ -48,7 +50,7 @@ def follow(
         return _each_divergence(logits, args, kwargs)
     if name == "log_softmax":
         return None if logits.log else _log_softmax(logits, args, kwargs, dtype)
-    if name in _NUMBERS or name == "tanh" or name in _CASTS or name in _OTHER_CASTS:
+    if name in _NUMBERS or name == "tanh" or name in CASTS:
         return None if logits.log else _elementwise(name, logits, args, kwargs, dtype)
     if name in ("contiguous", "clone"):
         return logits if not args and set(kwargs) <= {"memory_format"} else None
@@ -67,20 +69,14 @@ def _log_softmax(
     logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Logits | None:
     """torch.log_softmax, the function of torch.nn.functional and the method."""
-    for form in (lambda dim=None, _stacklevel=3, dtype=None: ..., lambda dim, dtype=None: ...):
-        try:
-            given = signature(form).bind(*args, **kwargs).arguments
-        except TypeError:
-            continue
-        if given.get("dim") not in (-1, logits.rank - 1) or logits.classes_second:
-            return None
-        wanted = given.get("dtype")
-        if isinstance(given.get("_stacklevel"), torch.dtype):
-            wanted = given["_stacklevel"]
-        wide = dtype or wanted or logits.dtype  # autocast widens too
-        wider = logits if wide == logits.dtype else logits.then("to", wide, wide)
-        return wider.then("log_softmax") if wider.softmax_form() is not None else None
-    return None
+    if len(args) > 3 or not set(kwargs) <= {"dim", "dtype", "_stacklevel"} or logits.classes_second:
+        return None
+    if (args[0] if args else kwargs.get("dim")) not in (-1, logits.rank - 1):
+        return None
+    asked = [one for one in (*args[1:], kwargs.get("dtype")) if isinstance(one, torch.dtype)]
+    wide = dtype or (asked or [logits.dtype])[0]  # autocast widens too
+    wider = logits if wide == logits.dtype else logits.then("to", wide, wide)
+    return wider.then("log_softmax") if wider.softmax_form() is not None else None
 
 
 def _elementwise(
@@ -94,7 +90,7 @@ def _elementwise(
         if not is_number or (kind == "div" and args[0] == 0):
             return None
         return logits.then(kind, float(args[0]))
-    if name in _OTHER_CASTS and not args and not kwargs:
+    if name in _TOLD_CASTS and not args and not kwargs:
         return None
     wanted = dtype or _cast_of(name, logits, args, kwargs)
     return logits.then("to", wanted, wanted) if wanted is not None and wanted.is_floating_point else None
@@ -102,7 +98,7 @@ def _elementwise(
 
 def _cast_of(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that a cast asks for; None where it asks for another device, or for anything else."""
-    dtype, device = _CASTS.get(name, logits.dtype), value_of(logits.hidden).device
+    dtype, device = _NAMED_CASTS.get(name, logits.dtype), value_of(logits.hidden).device
     if not set(kwargs) <= {"dtype", "device", "other", "non_blocking", "copy"}:
         return None
     for argument in (*args, *kwargs.values()):
@@ -229,10 +225,9 @@ def consume(
 
 def _fits(logits: Logits, labels: Any, shape: Sequence[Any]) -> bool:
     """Whether these are class numbers, one for each row."""
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or len(labels.shape) != len(shape):
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
         return False
-    same = all(statically_known_true(one == other) for one, other in zip(labels.shape, shape, strict=True))
-    return same and labels.device == value_of(logits.hidden).device
+    return same_sizes(labels.shape, shape) and labels.device == value_of(logits.hidden).device
 
 
 def _asked(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss | None:
@@ -276,11 +271,10 @@ def _target(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
         return None
     target, hidden = value_of(given["target"]), value_of(logits.hidden)
     plain = isinstance(target, torch.Tensor) and target.is_floating_point() and not target.requires_grad
-    if not plain or len(target.shape) != logits.rank or target.device != hidden.device:
+    if not plain or not same_sizes(target.shape, logits.shape) or target.device != hidden.device:
         return None
-    same = all(statically_known_true(one == other) for one, other in zip(target.shape, logits.shape, strict=True))
     told = given["size_average"] is None and given["reduce"] is None
-    return (given["target"], given["reduction"]) if same and told else None
+    return (given["target"], given["reduction"]) if told else None
 
 
 def _each_divergence(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Logits | None:

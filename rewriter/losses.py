@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -280,8 +280,7 @@ class _Lifting:
                 if value not in inputs and value not in outputs:
                     outputs.append(value)
                 values.append(("input", inputs[value]) if value in inputs else ("output", outputs.index(value)))
-            head = self.head.with_values(range(len(values)))
-            bare = replace(logits, hidden=None, head=head)
+            bare = logits.with_values(range(1 + len(values)))
             deferred.append(Deferred(position, bare, tuple(values), compat.module_path(self.root)))
         node.args = (tuple(outputs),)
         return deferred

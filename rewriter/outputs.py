@@ -25,8 +25,9 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastft.rewriter import compat
+from fastft.rewriter.graph import names_a_write
 from fastft.rewriter.head import Logits, run
-from fastft.rewriter.logits import consume, follow
+from fastft.rewriter.logits import CASTS, consume, follow
 from fastft.rewriter.losses import Deferred
 
 _STALE = (
@@ -40,8 +41,6 @@ _APART = (
 VIEWS = frozenset(
     ["view", "reshape", "__getitem__", "flatten", "select", "narrow", "unsqueeze", "squeeze", "transpose", "permute"]
 )
-CASTS = frozenset(["float", "half", "bfloat16", "double", "to", "type", "type_as"])
-IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"])
 # What a tensor tells of itself without its numbers.
 _GETTERS = (
     "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
@@ -85,21 +84,14 @@ class Source:
     written: bool = False
     stale: bool = False
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that they are made of."""
-        return [self.logits.hidden, *self.logits.head.values]
-
     def numbers(self) -> Tensor:
         """The logits, apart from the graph of autograd."""
         if self.computed is None:
             self.check()
             self.reads[_reader()] += 1
-            self.leaves = [one.detach().requires_grad_(one.requires_grad) for one in self.tensors]
-            hidden, *values = self.leaves
-            logits = replace(self.logits, hidden=hidden, head=self.logits.head.with_values(values))
-            with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-                self.computed = logits.compute(run)
+            self.leaves = [one.detach().requires_grad_(one.requires_grad) for one in self.logits.values]
+            with torch.enable_grad(), torch.autocast(self.logits.hidden.device.type, enabled=False):
+                self.computed = self.logits.with_values(self.leaves).compute()
         return self.computed.detach()
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
@@ -146,19 +138,18 @@ class LazyLogits(Tensor):
     @classmethod
     def of(cls, logits: Logits, chunk_bytes: int, reads: Counter[str], derived: LazyLogits | None = None) -> LazyLogits:
         """These logits, which others may be derived from.  A gradient reaches what they are made of in grad mode."""
-        tensors = [logits.hidden, *logits.head.values]
+        tensors = logits.values
         if derived is None:
             versions = [(one, compat.version(one)) for one in tensors if not one.is_inference()]
         else:
             versions = derived.source.versions
         if not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
-            hidden, *values = (one.detach() for one in tensors)
-            head = logits.head.with_values(values)
-            logits = replace(logits, hidden=hidden, head=head, trained=(False,) * len(logits.trained))
+            apart = logits.with_values([one.detach() for one in tensors])
+            logits = replace(apart, trained=(False,) * len(logits.trained))
         source = Source(logits, chunk_bytes, reads, versions)
         source.stale = derived is not None and derived.source.stale
         _unread.add(source)
-        made = _Made.apply(source, *source.tensors)
+        made = _Made.apply(source, *logits.values)
         made.node = made.grad_fn
         return made
 
@@ -272,9 +263,7 @@ def read(lazy: LazyLogits) -> Tensor:
 
 def _writes(func: Any, kwargs: Any) -> bool:
     """Whether a call writes to its first argument, or to another given for that."""
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "__setitem__" or name[2:-2] in IN_PLACE or kwargs.get("out") is not None
+    return names_a_write(getattr(func, "__name__", "")) or kwargs.get("out") is not None
 
 
 def _before_write(lazy: LazyLogits) -> None:
@@ -347,7 +336,7 @@ def restore(
         made = {}
         for one in deferred:
             values = [(inputs if kind == "input" else results)[at] for kind, at in one.values]
-            logits = replace(one.logits, hidden=results[one.position], head=one.logits.head.with_values(values))
+            logits = one.logits.with_values([results[one.position], *values])
             made[one.position] = LazyLogits.of(logits, chunk_bytes, reads)
         return tuple(made.get(position, result) for position, result in enumerate(results[:outputs]))
 

@@ -69,7 +69,7 @@ def retraced(found: Match, values: dict[str, Any]) -> str | None:
         return f"traced at these shapes the reference differs: {second.reason}"
     pairs = [pair for node, actual in second.calls.items() for pair in _tensors(node, actual)]
     for want, got, actual in pairs:
-        if want.dtype != got.dtype or want.device != got.device or not _same_sizes(want.shape, got.shape):
+        if want.dtype != got.dtype or want.device != got.device or not same_sizes(want.shape, got.shape):
             return f"{name_of(actual.target)} gives {_describe(got)} where the reference gives {_describe(want)}"
     return None
 
@@ -141,7 +141,7 @@ def replaced(rule: Rule, values: dict[str, Any], expected: list[Tensor]) -> str 
         for result, one in zip(results, expected, strict=True):
             if not isinstance(result, Tensor) or result.dtype != one.dtype or result.device != one.device:
                 return f"the replacement gives {_describe(result)}, not {_describe(one)}"
-            if not _same_sizes(result.shape, one.shape) or not _same_strides(result, one):
+            if not same_sizes(result.shape, one.shape) or not _same_strides(result, one):
                 return f"the replacement is laid out as {_describe(result)}, not {_describe(one)}"
         wanted = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
         return _without_gradient(results, wanted) if any(one.requires_grad for one in expected) else None
@@ -151,7 +151,7 @@ def _without_gradient(results: list[Tensor], inputs: dict[str, Tensor]) -> str |
     ones = [torch.ones_like(result) for result in results]
     gradients = torch.autograd.grad(results, list(inputs.values()), ones, allow_unused=True)
     for (name, value), gradient in zip(inputs.items(), gradients, strict=True):
-        if gradient is None or gradient.dtype != value.dtype or not _same_sizes(gradient.shape, value.shape):
+        if gradient is None or gradient.dtype != value.dtype or not same_sizes(gradient.shape, value.shape):
             return f"the replacement gives {name} no gradient of its own shape and dtype"
     return None
 
@@ -159,7 +159,7 @@ def _without_gradient(results: list[Tensor], inputs: dict[str, Tensor]) -> str |
 def same_kind(left: Tensor, right: Tensor) -> bool:
     """Whether two fake tensors have one dtype, device, shape and memory layout."""
     alike = left.dtype == right.dtype and left.device == right.device
-    return alike and _same_sizes(left.shape, right.shape) and _same_strides(left, right)
+    return alike and same_sizes(left.shape, right.shape) and _same_strides(left, right)
 
 
 def _same_strides(left: Tensor, right: Tensor) -> bool:
@@ -181,7 +181,8 @@ def _detached(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def _same_sizes(left: Any, right: Any) -> bool:
+def same_sizes(left: Any, right: Any) -> bool:
+    """Whether two shapes are known to be equal."""
     return len(left) == len(right) and all(
         compat.statically_known_true(one == other) for one, other in zip(left, right, strict=True)
     )

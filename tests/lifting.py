@@ -10,6 +10,8 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from fastft.rewriter.graph import name_of
+from fastft.rewriter.losses import Deferred
+from fastft.rewriter.outputs import restore
 from fastft.rewriter.pattern import capture
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rewrite import rewrite
@@ -24,12 +26,21 @@ def lifted(function: Callable, *values: Any) -> Capture:
     return gm, rewrite(gm)
 
 
-def compiled(function: Callable, captures: list[Capture], *, across_layers: bool = False) -> Callable:
+def rewritten(gm: GraphModule, *, lazy: bool = False, **options: Any) -> tuple[Callable, GraphReport]:
+    """What runs a captured graph once it is rewritten, without a compiler; lazy: its logits may be deferred."""
+    deferred: list[Deferred] = []
+    count = len(gm.graph.output_node().args[0])
+    report = rewrite(gm, deferred=deferred if lazy else None, **options)
+    return restore(gm.forward, deferred, count, options.get("logits_bytes", 2**28), report.reads), report
+
+
+def compiled(function: Callable, captures: list[Capture], **options: Any) -> Callable:
     """A function or module, captured by torch.compile: with its modules, its modes and what symbolic tracing runs."""
 
     def backend(gm: GraphModule, _: object) -> Callable:
-        captures.append((gm, rewrite(gm, across_layers=across_layers)))
-        return gm.forward
+        run, report = rewritten(gm, **options)
+        captures.append((gm, report))
+        return run
 
     torch._dynamo.reset()
     return torch.compile(function, backend=backend)

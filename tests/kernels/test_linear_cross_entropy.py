@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.kernels import REGISTRY
-from fastft.kernels.linear_cross_entropy import DIFFERENTIABLE as NAMES
+from fastft.kernels.head_loss import DIFFERENTIABLE as NAMES
 from fastft.kernels.linear_cross_entropy import Arguments, fill_rows
 
 SUM, EACH, HIDDEN, BASE, ROWS = "sum", "none", ("hidden",), ("hidden", "weight"), ("hidden", "lora_s")

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from compare import FORWARD, GRADIENT, assert_close_to_truth
+from lifting import rewritten
 from torch import Tensor, nn
 
 import fastft
-from fastft.rewriter.outputs import restore
 from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
 from models.families import (
     FAMILIES,
     LAYERS,
@@ -94,9 +93,9 @@ def rewriting(reports: list[GraphReport]) -> Callable:
     """A backend: lower="eager", a few logits at a time, with the reports kept."""
 
     def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
-        deferred, count = [], len(gm.graph.output_node().args[0])
-        reports.append(rewrite(gm, logits_bytes=CHUNK, deferred=deferred))
-        return restore(gm.forward, deferred, count, CHUNK, reports[-1].reads)
+        run, report = rewritten(gm, lazy=True, logits_bytes=CHUNK)
+        reports.append(report)
+        return run
 
     return backend
 

@@ -1,5 +1,6 @@
 """Heads and their losses in one graph: what is lifted, by which name, with which gradients, and what is left alone."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,37 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import FORWARD, GRADIENT, assert_close_to_truth
-from lifting import ops, reasons
+from lifting import Capture, compiled, ops, reasons
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 import fastft
-from fastft.rewriter.losses import Deferred
-from fastft.rewriter.outputs import LazyLogits, restore
-from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
+from fastft.rewriter.outputs import LazyLogits
 
 V, H = 131, 64
 IDS, LABELS = (torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 LABELS[1, 4:] = -100
 TEACHER = torch.randn(2, 9, V, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
 FEW = 3 * 192 * 4  # bytes of three rows of logits
-Capture = tuple[GraphModule, GraphReport]
 
 
-def captured(function: Callable, captures: list[Capture], *, lazy: bool = True) -> Callable:
-    """A function or module as fastft would run it, without a compiler."""
-
-    def backend(gm: GraphModule, _: object) -> Callable:
-        deferred: list[Deferred] | None = [] if lazy else None
-        count = len(gm.graph.output_node().args[0])
-        report = rewrite(gm, logits_bytes=FEW, deferred=deferred)
-        captures.append((gm, report))
-        return restore(gm.forward, deferred or [], count, FEW, report.reads)
-
-    torch._dynamo.reset()
-    return torch.compile(function, backend=backend)
+captured = functools.partial(compiled, lazy=True, logits_bytes=FEW)
 
 
 class Model(nn.Module):
