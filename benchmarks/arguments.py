@@ -26,7 +26,13 @@ def common(doc: str | None) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", help="cuda if there is one, else cpu")
-    add("--mask", choices=("ones", "none"), default="ones", help="attention_mask passed to the model (default ones)")
+    masks = ("ones", "none", "padded", "packed")
+    add(
+        "--mask",
+        choices=masks,
+        default="ones",
+        help="what the batch's attention_mask is, or what is there instead of it",
+    )
     add("--loss", choices=("inside", "outside"), default="inside", help="the model's own, or of the logits it returns")
     add("--lower", default="inductor", help="fastft's option of that name")
     add("--timeout", type=float, default=900, help="seconds for one process (default 900)")

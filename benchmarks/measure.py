@@ -17,6 +17,7 @@ from torch import Tensor
 
 Row = dict[str, Any]
 GIB = 2**30
+IGNORED, DOCUMENT = -100, 512  # a label without a loss; tokens in a packed document
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "fastft")
 
 
@@ -138,10 +139,21 @@ def make_batches(run: Run) -> list[dict[str, Tensor]]:
 
 
 def make_batch(run: Run, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random tokens; labels are the ids."""
+    """Random tokens; labels are the ids, but for padding and the first token of a packed document."""
     ids = torch.randint(PRESETS[run.model]["vocab_size"], (batch, length), generator=generator)
     ids = ids.to(device_of(run.device))
-    return {"input_ids": ids, "labels": ids} | ({"attention_mask": torch.ones_like(ids)} if run.mask == "ones" else {})
+    made = {"input_ids": ids, "labels": ids}
+    if run.mask == "ones":
+        made["attention_mask"] = torch.ones_like(ids)
+    if run.mask == "padded":
+        made["attention_mask"] = torch.ones_like(ids)
+        made["attention_mask"][min(1, batch - 1) :, length - length // 4 :] = 0
+        made["labels"] = ids.masked_fill(made["attention_mask"] == 0, IGNORED)
+    if run.mask == "packed":
+        positions = torch.arange(length, device=ids.device) % max(1, min(DOCUMENT, length // 4))
+        made["position_ids"] = positions.repeat(batch, 1)
+        made["labels"] = ids.masked_fill(positions == 0, IGNORED)
+    return made
 
 
 class Clock:

@@ -20,10 +20,15 @@ loss and gradient norm of the last step are there to compare contenders by: they
 On CUDA, after all that: the host's time to issue a step, and the share of a step's time in which the GPU works (see
 occupancy.py); a host time near the step's, with the GPU idle between, is a step bound by launches.
 
-What a user would write: ids, labels and an all-ones attention_mask, as a tokenizer returns them (--mask none leaves it
-out); use_cache off, as in Trainer; base model in --dtype, LoRA factors in float32, no autocast.  The base of --nf4 is
-double-quantised and not passed through prepare_model_for_kbit_training, so norms, embeddings and head stay in --dtype.
-Checkpointing is non-reentrant, every layer.
+What a user would write: ids, labels and an all-ones attention_mask, as a tokenizer returns them; use_cache off, as in
+Trainer; base model in --dtype, LoRA factors in float32, no autocast.  The base of --nf4 is double-quantised and not
+passed through prepare_model_for_kbit_training, so norms, embeddings and head stay in --dtype.  Checkpointing is
+non-reentrant, every layer.
+
+--mask none leaves the attention_mask out.  padded: the last quarter of every row but the first, or of the only one, is
+padding, without labels.  packed: no attention_mask, but position_ids that begin again every 512 tokens (a quarter of a
+row, where that is less), as a collator without padding makes them, and no label for the first token of a document.
+tokens/s count the tokens of the batch as they are, padding included.
 """
 
 from __future__ import annotations

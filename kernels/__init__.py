@@ -2,6 +2,7 @@
 
 from fastft.kernels import (
     add_rms_norm,
+    attention,
     dequantize_4bit,
     glu,
     layer_norm,
@@ -18,6 +19,7 @@ from fastft.kernels.registry import REGISTRY
 __all__ = [
     "REGISTRY",
     "add_rms_norm",
+    "attention",
     "dequantize_4bit",
     "glu",
     "layer_norm",

@@ -66,7 +66,8 @@ def takes(row_length: int, longest_row: int | None, tensors: Sequence[Tensor]) -
     device = tensors[0].device
     dtypes = triton_dtypes(device)
     fits = longest_row is None or row_length <= longest_row
-    return fits and all(tensor.device == device and tensor.dtype in dtypes for tensor in tensors)
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return fits and all(one.device == device for one in tensors) and all(one.dtype in dtypes for one in floats)
 
 
 def fill(

@@ -86,6 +86,8 @@ def define(
     statistics: Sequence[str] = (),
     alike: Sequence[str] = (),
     gradients: Sequence[str] = (),
+    engine: Callable[..., Results | None] | None = None,
+    multiplies: bool = False,
 ) -> CustomOpDef:
     """Make the op ``fastft::name`` and enter it; the caller adds autograd.
 
@@ -95,15 +97,21 @@ def define(
     flops: floating-point operations for each element of the first tensor, casts not counted; or a function of the
         arguments, in which a tensor is its shape.
     longest_row: the longest last axis that the Triton kernels take.
+    engine: called first, gives the results of a kernel of torch's own where that is the fastest, laid out as those of
+        outputs, or None.
+    multiplies: the Triton kernels are made of products of tiles, and only run on tensor cores.
     """
 
     def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
         if callable(launcher):
             launcher(targets, arguments)
         else:
-            dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest_row)
+            longest = 0 if multiplies and not dispatch.has_tensor_cores(arguments[0].device) else longest_row
+            dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest)
 
     def run(*arguments: Any) -> Results:
+        if engine is not None and (found := engine(*arguments)) is not None:
+            return found
         results = outputs(*arguments)
         targets = (results,) if isinstance(results, Tensor) else results
         device = arguments[0].device.type

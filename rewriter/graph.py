@@ -18,6 +18,7 @@ _BODIES = ("tag_activation_checkpoint", "autograd_function_apply", "invoke_subgr
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE.split())
+_KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of operator whose names would be Python's own
 _RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
 _MODE_SWITCHES = (
     "_set_grad_enabled",
@@ -92,7 +93,8 @@ def written(node: Node) -> list[Any]:
 
 def names_a_write(name: str) -> bool:
     """Whether a method of this name, or a function named like one, writes to its first argument."""
-    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_METHODS
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS
+    return in_place or name in _IN_PLACE_METHODS
 
 
 def _runs_bodies(node: Node) -> bool:

@@ -207,7 +207,8 @@ class _Matcher:
         spec = self.pattern.rule.shapes[name]
         if not rank_fits(spec, value.dim()):
             return f"{name} has {value.dim()} dimensions, not '{spec}': {_show(actual)}"
-        of_dtype = name not in self.pattern.rule.cast or value.dtype == example.dtype
+        fixed = (*self.pattern.rule.cast, *self.pattern.rule.booleans)
+        of_dtype = name not in fixed or value.dtype == example.dtype
         return "" if of_dtype else f"{name} is {value.dtype}, not {example.dtype}: {_show(actual)}"
 
     def _spell(self, node: Node) -> str:

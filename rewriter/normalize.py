@@ -10,6 +10,7 @@ canonical form are those of the spelling it stands for, forward and backward, wh
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
@@ -50,6 +51,11 @@ SIGNATURES: dict[Callable, Signature] = {
     torch.matmul: signature(lambda input, other: ...),
     torch.rms_norm: signature(lambda input, normalized_shape, weight=None, eps=None: ...),
     F.layer_norm: signature(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: ...),
+    torch.masked_fill: signature(lambda input, mask, value: ...),
+    torch.softmax: signature(lambda input, dim, dtype=None: ...),
+    F.scaled_dot_product_attention: signature(
+        lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False: ...
+    ),
 }
 
 ALIASES: dict[Callable, Callable] = {
@@ -66,6 +72,7 @@ ALIASES: dict[Callable, Callable] = {
     F.relu: torch.relu,
     F.sigmoid: torch.sigmoid,
     F.tanh: torch.tanh,
+    F.softmax: torch.softmax,
     torch.negative: torch.neg,
     operator.neg: torch.neg,
     operator.matmul: torch.matmul,
@@ -167,6 +174,25 @@ def _layer_norm_form(args: tuple, node: Node) -> tuple:
     return _completed(args, (None, None, 1e-5), 2)
 
 
+def _softmax_form(args: tuple, node: Node) -> tuple:
+    """A cast to float32 before it is the same as within it."""
+    source, dim, dtype = _completed(args, (None,), 2)
+    assert isinstance(source, Node)
+    if dtype is None and (cast := cast_dtype(source)) == torch.float32:
+        source, dtype = source.args[0], cast
+    dim = _from_end(dim, value_of(source).dim())
+    return (source, dim) if dtype in (None, value_of(source).dtype) else (source, dim, dtype)
+
+
+def _attention_form(args: tuple, node: Node) -> tuple:
+    """All eight spelt out, the scale too."""
+    *given, scale, grouped = _completed(args, (None, 0.0, False, None, False), 3)
+    head_dim = value_of(args[0]).shape[-1]
+    if scale is None and isinstance(head_dim, int):
+        scale = 1.0 / math.sqrt(head_dim)
+    return (*given, scale, grouped)
+
+
 def _mean_form(args: tuple, node: Node) -> tuple:
     return (args[0], _from_end(args[1], value_of(args[0]).dim()), *args[2:]) if len(args) > 1 else args
 
@@ -188,6 +214,8 @@ def _transpose_form(args: tuple, node: Node) -> tuple:
 
 _FORMS: dict[Callable, Callable[[tuple, Node], tuple]] = {
     torch.mean: _mean_form,
+    torch.softmax: _softmax_form,
+    F.scaled_dot_product_attention: _attention_form,
     torch.rms_norm: _rms_norm_form,
     F.layer_norm: _layer_norm_form,
     torch.cat: _join_form,

@@ -95,9 +95,10 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
     sizes: dict[str, int] = {}
     for spec in rule.shapes.values():
         for name in dims(spec)[1]:
-            sizes.setdefault(name, largest >> len(sizes))
+            sizes.setdefault(name, int(name) if name.isdigit() else largest >> len(sizes))
     of_dtype = dict(zip(rule.cast, dtypes, strict=True))
     of_dtype |= {name: of_dtype[other] for name, other in rule.alike.items()}
+    of_dtype |= dict.fromkeys(rule.booleans, torch.bool)
     values: dict[str, Any] = {}
     for parameter, given in inspect.signature(rule.reference).parameters.items():
         if parameter in rule.shapes:

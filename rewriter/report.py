@@ -56,9 +56,10 @@ class Region:
 class GraphReport:
     """One graph that Dynamo captured.
 
-    nodes_before, nodes_after: its size with its nested bodies.  fused: what was made of several things lifted.  left:
-    how often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none,
-    whole says why.  deferred: modules whose logits are computed when they are read; reads: how often that was, by
+    nodes_before, nodes_after: its size with its nested bodies.  fused: what was made of several things lifted.  masks:
+    what the mask of each attention means, in place of a rule; "dense: " and a reason if it is not known.  left: how
+    often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none, whole
+    says why.  deferred: modules whose logits are computed when they are read; reads: how often that was, by
     ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
 
     Known of graphs that were compiled: place, the code that it was captured from.  reason: why Dynamo compiled that
@@ -72,6 +73,7 @@ class GraphReport:
     fused: list[Lifted] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
+    masks: list[Lifted] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     whole: str = ""
     deferred: list[str] = field(default_factory=list)
@@ -107,6 +109,11 @@ class Report:
         return [fused for graph in self.graphs for fused in graph.fused]
 
     @property
+    def masks(self) -> list[Lifted]:
+        """What the mask of each attention means, over all graphs."""
+        return [mask for graph in self.graphs for mask in graph.masks]
+
+    @property
     def near_misses(self) -> list[NearMiss]:
         """Everything that nearly did, over all graphs."""
         return [miss for graph in self.graphs for miss in graph.near_misses]
@@ -128,6 +135,7 @@ class Report:
             _table("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in self.graphs)),
             _table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)),
             _table("Of these, fused", ("rule", "times", "modules"), _by_rule(self.fused)),
+            _table("Masks of attention", ("mask", "times", "modules"), _by_rule(self.masks)),
             _table("Logits that are computed only when they are read", ("module", "read"), _deferred(self.graphs)),
             _table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)),
             _table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), _failures(self.graphs)),

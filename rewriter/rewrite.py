@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fastft import patterns
-from fastft.rewriter import autocast, losses, merge, quantized
+from fastft.rewriter import attention, autocast, losses, merge, quantized
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import bodies, name_of
 from fastft.rewriter.lift import fuse, lift
@@ -49,6 +49,7 @@ def rewrite(
             fuse(body, merging, report, across_layers=across_layers)
         body.graph.lint()
         body.recompile()
+    attention.simplify(gm, report)
     losses.lift(gm, report, logits_bytes, deferred)
     gm.graph.lint()
     gm.recompile()

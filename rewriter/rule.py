@@ -17,10 +17,11 @@ class Rule:
         ``str`` a literal.
     replacement: a function of the same parameters, made of ``torch.ops.fastft`` calls; None declines what matches.
     anchor: the rarest function of the reference; each of its calls in a graph is either matched or reported.
-    shapes: a tensor parameter's dimensions, by name; "..." stands for any number of leading ones, and "*" for any that
-        broadcast with those of other tensors.
+    shapes: a tensor parameter's dimensions, by name or number; "..." stands for any number of leading ones, and "*" for
+        any that broadcast with those of other tensors.
     cast: the tensor parameters whose dtype decides which calls the reference makes: it casts them, or their product.
     alike: tensor parameters, and that of cast whose dtype they have.
+    booleans: the tensor parameters that are bool.
     rare: whether a call of the anchor that is not part of a match is worth telling.
     unless: called with the bound values, says why the rule does not apply, or None.
     because: for a rule without replacement, the reason it gives.
@@ -32,6 +33,7 @@ class Rule:
     shapes: Mapping[str, str]
     cast: tuple[str, ...] = ()
     alike: Mapping[str, str] = field(default_factory=dict)
+    booleans: tuple[str, ...] = ()
     rare: bool = True
     unless: Callable[..., str | None] = lambda **_: None
     because: str = ""
@@ -74,7 +76,8 @@ def shape_reason(shapes: Mapping[str, str], sizes: Mapping[str, Any], equal: Cal
         if not rank_fits(spec, len(size)):
             return f"{parameter} has {len(size)} dimensions and not '{spec}'"
         for name, length in zip(names, size[len(size) - len(names) :], strict=True):
-            other, first = known.setdefault(name, (parameter, length))
+            fixed = ("the op", int(name)) if name.isdigit() else (parameter, length)
+            other, first = known.setdefault(name, fixed)
             if not equal(first, length):
                 return f"{parameter} has size {length} in dimension {name} and {other} has {first}"
     return None

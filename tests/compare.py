@@ -88,10 +88,11 @@ def makes_new_tensors(func: Any) -> bool:
 
 
 class RoundedOtherwise(TorchDispatchMode):
-    """In float64, every step errs by up to float32's eps, at random: what arithmetic in float32 may do to a result."""
+    """In float64, every step errs by up to eps, float32's, at random: what arithmetic in float32 may do to a result."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, eps: float = torch.finfo(torch.float32).eps) -> None:
         super().__init__()
+        self.eps = eps
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,4 +105,4 @@ class RoundedOtherwise(TorchDispatchMode):
         if value.dtype != torch.float64:
             return value
         noise = torch.rand(value.shape, generator=self.generator, dtype=torch.float64)
-        return value * (1.0 + torch.finfo(torch.float32).eps * (2.0 * noise - 1.0))
+        return value * (1.0 + self.eps * (2.0 * noise - 1.0))

@@ -75,8 +75,8 @@ def shape_of(spec: str, sizes: Sizes) -> tuple[int, ...]:
 
 
 def below(spec: str, sizes: Sizes) -> int:
-    """What the numbers of "index ... N" are less than."""
-    return sizes[spec.split()[-1]] if spec.startswith("index") else 0
+    """What the numbers of "index ... N" are less than, a name or a number."""
+    return eval(spec.split()[-1], {}, sizes) if spec.startswith("index") else 0
 
 
 def trainable(entry: Entry, shapes: Shapes) -> list[str]:
@@ -119,17 +119,19 @@ def calls(draw: st.DrawFn, op: str) -> Call:
     return Call(op, case, tuple(specs), draw(st.sampled_from(UPSTREAM)), needs, tuple(drawn.items()))
 
 
-def examples(op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48)) -> Iterator[Call]:
+def examples(
+    op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48), largest: int = 6
+) -> Iterator[Call]:
     """Some calls, always the same, the first five each larger than the one before; cases from all over the list.
 
-    rows: the sizes that rows are made of, in turn.
+    rows: the sizes that rows are made of, in turn; the other sizes are at most largest.
     """
     entry = REGISTRY[op]
     for number in range(count):
         case = number * len(entry.cases) // count
         shapes = entry.cases[case][0]
         chosen = random.Random(number)
-        size = 2 + number % 5 if max(rows) < 100 else 2  # long rows are few
+        size = min(2 + number % 5, largest) if max(rows) < 100 else 2  # long rows are few
         drawn: Sizes = {"...": (size, 3)}
         for name in names_in(shapes):
             drawn[name] = rows[number % len(rows)] if name in ROW_NAMES else size

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import checkout  # noqa: E402
 import contenders  # noqa: E402
+import measure  # noqa: E402
 import report  # noqa: E402
 import step  # noqa: E402
 import workers  # noqa: E402
@@ -166,7 +169,53 @@ def test_links_stand_in_for_an_installation(tmp_path: Path) -> None:
     assert (tmp_path / "fastft/rewriter/backend.py").samefile(BENCHMARKS.parent / "rewriter/backend.py")
 
 
-@pytest.mark.parametrize("wrong", ["--batches 4", "--batches 0x32", "--contenders eager,typo", "--steps 0"])
+def batch_of(mask: str, batch: int, length: int) -> dict[str, torch.Tensor]:
+    run = measure.Run.of(job_of(mask=mask, batch=batch, length=length).asked)
+    return measure.make_batches(run)[0]
+
+
+@pytest.mark.parametrize("mask", ["ones", "none"])
+def test_batches_without_padding(mask: str) -> None:
+    made = batch_of(mask, 2, 8)
+    assert set(made) == {"input_ids", "labels"} | ({"attention_mask"} if mask == "ones" else set())
+    assert torch.equal(made["labels"], made["input_ids"])
+    assert mask == "none" or made["attention_mask"].tolist() == [[1] * 8] * 2
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_padded_batches(batch: int) -> None:
+    """The last quarter of all rows but the first, or of the only one."""
+    made = batch_of("padded", batch, 10)
+    assert set(made) == {"input_ids", "labels", "attention_mask"}
+    whole = [[1] * 10] * (batch > 1)
+    assert made["attention_mask"].tolist() == whole + [[1] * 8 + [0] * 2] * (batch - len(whole))
+    assert torch.equal(made["labels"], torch.where(made["attention_mask"] == 1, made["input_ids"], -100))
+
+
+@pytest.mark.parametrize(("length", "document"), [(1300, 325), (2100, 512), (10, 2), (3, 1)])
+def test_packed_batches(length: int, document: int) -> None:
+    made = batch_of("packed", 2, length)
+    assert set(made) == {"input_ids", "labels", "position_ids"}
+    assert made["position_ids"].tolist() == [[i % document for i in range(length)]] * 2
+    assert torch.equal(made["labels"], torch.where(made["position_ids"] > 0, made["input_ids"], -100))
+
+
+def test_packed_batches_are_as_the_collator_makes_them() -> None:
+    made = batch_of("packed", 1, 16)
+    documents = [{"input_ids": ids} for ids in made["input_ids"].view(4, 4).tolist()]
+    expected = transformers.DataCollatorWithFlattening()(documents)
+    assert set(made) == set(expected)
+    assert all(torch.equal(made[name], value) for name, value in expected.items())
+
+
+def test_masks_change_no_tokens() -> None:
+    first, *others = (batch_of(mask, 2, 8)["input_ids"] for mask in ("ones", "none", "padded", "packed"))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--batches 4", "--batches 0x32", "--contenders eager,typo", "--steps 0", "--mask some"]
+)
 def test_bad_arguments_are_told(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         step.parse(wrong.split())

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
     "file",
     [
         "test_ops.py", "test_rms_norm.py", "test_algebra.py", "test_dequantize_4bit.py", "test_lora_products.py",
-        "test_linear_cross_entropy.py",
+        "test_linear_cross_entropy.py", "test_attention.py",
     ],
 )  # fmt: skip
 def test_in_the_interpreter(file: str) -> None:

@@ -32,6 +32,7 @@ from fastft.kernels import REGISTRY
 from fastft.kernels.registry import bytes_moved
 
 OPS = sorted(REGISTRY)
+ROUND_INSIDE = ("fastft::attention", "fastft::attention_backward")  # to the rows' dtype, where references are wide
 every_op = pytest.mark.parametrize("name", OPS)
 every_differentiable_op = pytest.mark.parametrize("name", [name for name in OPS if REGISTRY[name].gradients])
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -115,6 +116,8 @@ def evaluate(function: Callable, call: Call, tensors: dict[str, Tensor], upstrea
 def check(call: Call, device: str) -> None:
     """The op against its reference in float64, with the reference's own error in the call's dtypes for a measure."""
     entry, tensors = call.entry, call.tensors(device)
+    rounded = call.specs[0][1].dtype if call.op in ROUND_INSIDE else torch.float32
+    eps = max(torch.finfo(rounded).eps / 2, torch.finfo(torch.float32).eps)
     given = leaves(call, tensors)
     results = outputs_of(entry.op, call, given)
     upstreams = [upstream(one, call.upstream, at) if one.requires_grad else None for at, one in enumerate(results)]
@@ -130,7 +133,7 @@ def check(call: Call, device: str) -> None:
         on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}  # whose backward runs in this thread
         given = [None if one is None else one.cpu() for one in upstreams]
         exact = evaluate(entry.reference, call, leaves(call, on_cpu, torch.float64), given)
-        with RoundedOtherwise(seed):
+        with RoundedOtherwise(seed, eps):
             noisy = evaluate(entry.reference, call, leaves(call, on_cpu, torch.float64), given)
         return list(zip([*noisy[0], *noisy[1]], [one.double() for one in (*exact[0], *exact[1])], strict=True))
 
@@ -319,21 +322,13 @@ def test_bytes_are_those_of_each_element_once() -> None:
 @every_differentiable_op
 @on_devices
 def test_gradcheck(name: str, device: str) -> None:
-    for call in examples(name, torch.float64, 2):
+    for call in examples(name, torch.float64, 2, largest=2):
         tensors = leaves(call, call.tensors(device), torch.float64)
 
         def differentiable(*values: Tensor, call: Call = call, tensors: dict[str, Tensor] = tensors) -> list[Tensor]:
             results = outputs_of(call.entry.op, call, tensors | dict(zip(call.needs, values, strict=True)))
             return [one for one in results if one.requires_grad]
 
-        shapes = [spec.split() for spec in call.entry.cases[call.case][0].values() if spec]
-        classes = {spec[0] for spec in shapes} & {
-            spec[-1] for spec in shapes if len(spec) > 1
-        }  # rows of one, in others
-        two = {key: slice(None) if classes or key.split(".")[0] in call.entry.lists else slice(0, 2) for key in tensors}
-        few = {key: value[tuple(two[key] for _ in value.shape[:-1])] for key, value in tensors.items()}
-        call_tensors = {key: few[key].detach().requires_grad_(value.requires_grad) for key, value in tensors.items()}
-        tensors.update(call_tensors)
         assert torch.autograd.gradcheck(differentiable, [tensors[key] for key in call.needs])
 
 

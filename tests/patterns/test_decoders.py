@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import FORWARD, GRADIENT
 from lifting import compiled, reasons
 from torch import Tensor, nn
 
@@ -129,13 +130,17 @@ class Decoder(nn.Module):
 
 
 Counts = dict[str, int]
+ATTENTION = {"attention.grouped": LAYERS}
 PLANS: dict[type[nn.Module], tuple[Counts, Counts]] = {  # lifted, and merged of it
     PreNorm: (
-        {"rms_norm.llama": 4 * LAYERS + 1, "rotary.half": 2 * LAYERS, "glu.silu": LAYERS},
+        {"rms_norm.llama": 4 * LAYERS + 1, "rotary.half": 2 * LAYERS, "glu.silu": LAYERS, **ATTENTION},
         {"norm_rotary.normed_then_transposed": LAYERS, "add_rms_norm.before_a_block": LAYERS},
     ),
     Sandwich: (
-        {"rms_norm.gemma": 4 * LAYERS, "rms_norm.llama": 1, "rotary.half": 2 * LAYERS, "glu.gelu_tanh": LAYERS},
+        {
+            "rms_norm.gemma": 4 * LAYERS, "rms_norm.llama": 1, "rotary.half": 2 * LAYERS, "glu.gelu_tanh": LAYERS,
+            **ATTENTION,
+        },
         {
             "rotary.queries_and_keys": LAYERS,
             "add_rms_norm.around_an_addition": LAYERS,
@@ -143,10 +148,13 @@ PLANS: dict[type[nn.Module], tuple[Counts, Counts]] = {  # lifted, and merged of
         },
     ),
     Parallel: (
-        {"layer_norm.torch_layer_norm": LAYERS, "rms_norm.llama": 1, "rotary.half": 2 * LAYERS, "glu.gelu": LAYERS},
+        {
+            "layer_norm.torch_layer_norm": LAYERS, "rms_norm.llama": 1, "rotary.half": 2 * LAYERS, "glu.gelu": LAYERS,
+            **ATTENTION,
+        },
         {"rotary.queries_and_keys": LAYERS},
     ),
-}
+}  # fmt: skip
 MODES = ["float32", "bfloat16", "autocast outside", "autocast inside"]
 
 
@@ -177,7 +185,8 @@ def test_a_decoder(plan: type[nn.Module], mode: str) -> None:
     exact = Decoder(plan, autocast=False).double()
     exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     truth = run(exact, exact, x.detach().double().requires_grad_(), outside=False)
-    for mine, other, right in zip(actual, eager, truth, strict=True):
+    factors = (FORWARD, *[GRADIENT] * (len(truth) - 1))
+    for factor, mine, other, right in zip(factors, actual, eager, truth, strict=True):
         assert (mine.dtype, mine.shape, mine.stride()) == (other.dtype, other.shape, other.stride())
         error, allowed = ((one.double() - right).norm() for one in (mine, other))
-        assert error <= 2 * allowed + 1e-6 * right.norm()
+        assert error <= factor * allowed + 1e-6 * right.norm()

@@ -1,0 +1,279 @@
+"""Softmax attention of grouped heads under any mask, without a tensor of the size of the scores.
+
+out = dropout(softmax(scores)) value, of scores = softcap(scale * query key^T) where a query may attend to a key.
+Vaswani et al., arXiv:1706.03762; computed as in Dao, FlashAttention-2, arXiv:2307.08691, with the log-sum-exp saved.
+
+query [B, H, S, D]; key, value [B, G, T, D], H a multiple of G: head h reads key head h // (H // G) (arXiv:2305.13245).
+What query i may attend to are the keys j for which all of this holds, of what is given:
+- causal: j <= i.  window, if not 0: j > i - window.
+- start, end [B or 1, S], integers: start[i] <= j < end[i].  Most masks are such ranges: causal and sliding windows,
+  padding, documents in a row, prefixes.  A row whose start is negative gives the same weight to all keys before its
+  end, whatever else holds, and its scores get the gradient of such a softmax: so does a row that is masked throughout
+  by the lowest finite number, in which its scores vanish.
+- query_ids [B or 1, S] and key_ids [B or 1, T], integers: they are equal.
+- mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.
+A row that may attend to nothing is 0, and its log-sum-exp is -inf.
+sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXiv:2508.10925).
+softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
+seed [1], an integer: with it a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
+contiguous: out is, otherwise it is a transposed view of [B, S, H, D].
+Results: out, of the dtype of query, and the log-sum-exp of each row of scores [B, H, S], float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.kernels import attention_engines, dispatch
+from fastft.kernels.registry import define, require, wide
+
+LONGEST_HEAD = 256  # that the Triton kernels take
+MULTIPLIER, INCREMENT = 0x45D9F3B, 0x9E3779B9  # of the hash that dropout draws from
+
+
+def allowed(
+    query: Tensor, key: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
+    key_ids: Tensor | None, mask: Tensor | None, causal: bool, window: int,
+) -> Tensor:  # fmt: skip
+    """Which scores count: bool, broadcasts to [B, H, S, T]."""
+    i = torch.arange(query.shape[-2], device=query.device)[:, None]
+    j = torch.arange(key.shape[-2], device=query.device)
+    found = torch.ones(1, 1, len(i), len(j), dtype=torch.bool, device=query.device)
+    if causal:
+        found = found & (j <= i)
+    if window:
+        found = found & (j > i - window)
+    if start is not None:
+        found = found & (j >= start[:, None, :, None])
+    if end is not None:
+        found = found & (j < end[:, None, :, None])
+    if query_ids is not None and key_ids is not None:
+        found = found & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
+    if mask is not None and mask.dtype == torch.bool:
+        found = found & mask
+    if start is not None:
+        before_end = torch.ones_like(j, dtype=torch.bool) if end is None else j < end[:, None, :, None]
+        found = torch.where(start[:, None, :, None] < 0, before_end, found)
+    return found
+
+
+def alike(start: Tensor | None) -> Tensor | None:
+    """Which rows give all keys the same weight: broadcasts to [B, H, S, T]."""
+    return None if start is None else start[:, None, :, None] < 0
+
+
+def kept(seed: Tensor, shape: Sequence[int], dropout: float) -> Tensor:
+    """What dropout leaves, bool [B, H, S, T]: a hash of the seed and of where an element is, of 32 bits."""
+    B, H, S, T = shape
+    rows = torch.arange(B * H * S, device=seed.device).view(B, H, S, 1)
+    columns = torch.arange(T, device=seed.device)
+    drawn = _mixed(_mixed(_mixed(rows) ^ seed) + columns * INCREMENT)
+    return drawn >= int(dropout * 2**32)
+
+
+def _mixed(number: Tensor) -> Tensor:
+    """A permutation of 32-bit numbers whose every bit depends on all: two rounds of multiply and shift."""
+    number = number & 0xFFFFFFFF
+    for _ in range(2):
+        number = ((number ^ (number >> 16)) * MULTIPLIER) & 0xFFFFFFFF
+    return number ^ (number >> 16)
+
+
+def grouped(tensor: Tensor, heads: int) -> Tensor:
+    """Key or value heads [B, G, T, D], one for each query head."""
+    return tensor.repeat_interleave(heads // tensor.shape[1], 1)
+
+
+def capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
+    key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
+    scale: float, softcap: float, dropout: float, contiguous: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """All scores at once, in float32."""
+    dtype = wide(query.dtype)
+    counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
+    scores = capped(query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale, softcap)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(dtype)
+    if start is not None:
+        scores = torch.where(alike(start), scores - scores.detach(), scores)
+    counts = counts.expand(scores.shape) & (scores > -torch.inf)
+    scores = scores.masked_fill(~counts, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(dtype)[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)  # a softmax without an element has no gradient
+    weights = scores.softmax(-1).masked_fill(empty, 0.0)[..., : key.shape[-2]]
+    if seed is not None:
+        weights = weights * kept(seed, weights.shape, dropout).to(dtype) / (1.0 - dropout)
+    out = (weights @ grouped(value, query.shape[1]).to(dtype)).to(query.dtype)
+    return out, scores.detach().logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+
+
+def reference_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
+    end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value, all scores at once."""
+    dtype, heads = wide(query.dtype), query.shape[1]
+    q, k, v, dout = (one.to(dtype) for one in (query, grouped(key, heads), grouped(value, heads), grad_output))
+    counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
+    products = q @ k.transpose(-1, -2) * scale
+    scores = capped(products, softcap)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(dtype)
+    if start is not None:
+        scores = scores.masked_fill(alike(start), 0.0)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0).to(dtype)
+    weights = torch.exp(scores.masked_fill(~counts, -torch.inf) - lse[..., None])
+    kept_scale: Tensor | float = 1.0 if seed is None else kept(seed, weights.shape, dropout).to(dtype) / (1.0 - dropout)
+    dweights = (dout @ v.transpose(-1, -2)) * kept_scale
+    dscores = weights * (dweights - (dout * out.to(dtype)).sum(-1, keepdim=True))
+    if softcap:
+        dscores = dscores * (1.0 - torch.tanh(products / softcap) ** 2)
+    dquery = dscores @ k * scale
+    by_group = (*key.shape[:2], heads // key.shape[1], *key.shape[2:])
+    dkey = (dscores.transpose(-1, -2) @ q * scale).view(by_group).sum(2)
+    dvalue = ((weights * kept_scale).transpose(-1, -2) @ dout).view(by_group).sum(2)
+    return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+def check(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
+    key_ids: Tensor | None, mask: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise for what the op does not define."""
+    shapes = lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"  # noqa: E731
+    require(query.dim() == key.dim() == value.dim() == 4, shapes)
+    require(key.shape == value.shape, shapes)
+    require(query.shape[0] == key.shape[0], shapes)
+    require(query.shape[-1] == key.shape[-1], shapes)
+    require(query.shape[1] % key.shape[1] == 0, shapes)
+    dtypes = lambda: f"query {query.dtype}, key {key.dtype}, value {value.dtype}"  # noqa: E731
+    require(query.dtype == key.dtype == value.dtype and query.is_floating_point(), dtypes)
+    require((query_ids is None) == (key_ids is None), lambda: "query_ids and key_ids belong together")
+    rows, columns = query.shape[-2], key.shape[-2]
+    named = {"start": (start, rows), "end": (end, rows), "query_ids": (query_ids, rows), "key_ids": (key_ids, columns)}
+    for name, (one, length) in named.items():
+        if one is not None:
+            require(one.dim() == 2, lambda name=name, one=one: f"{name} has {one.dim()} axes and not 2")
+            require(one.shape[1] == length, lambda name=name, one=one: f"{name} {tuple(one.shape)}: {shapes()}")
+            one.expand(query.shape[0], -1)  # raises where it does not broadcast
+    if mask is not None:
+        mask.expand(*query.shape[:-1], columns)
+
+
+def takes_on(query: Tensor, masked: bool) -> str | None:
+    """Why a call would take a tensor of all scores on this device, with more than a causal mask or without."""
+    on_gpu, head_dim = query.device.type == "cuda", query.shape[-1]
+    if on_gpu and not (dispatch.has_tensor_cores(query.device) and head_dim <= LONGEST_HEAD):
+        plain = not masked and attention_engines.engine_of(query.device, query.dtype, head_dim)
+        return None if plain else f"there is no kernel for it on this GPU, with {head_dim} elements a head"
+    return None
+
+
+def new_outputs(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
+    key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
+    scale: float, softcap: float, dropout: float, contiguous: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Empty out and log-sum-exp."""
+    check(query, key, value, start, end, query_ids, key_ids, mask)
+    require(0.0 <= dropout < 1.0, lambda: f"a share of {dropout} cannot be dropped")
+    B, H, S, D = query.shape
+    out = query.new_empty(B, H, S, D) if contiguous else query.new_empty(B, S, H, D).transpose(1, 2)
+    return out, query.new_empty(B, H, S, dtype=wide(query.dtype))
+
+
+def new_gradients(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """Empty gradients, in the memory order of what they are gradients of."""
+    return tuple(torch.empty_like(one) for one in (query, key, value))
+
+
+def flops(query: Sequence[int], key: Sequence[int], *arguments: Any, products: int = 2) -> int:
+    """Of so many products of the scores' size; causal rows meet half of the keys, other masks are not known."""
+    B, H, S, D = query
+    causal = next(one for one in arguments if isinstance(one, bool))
+    return 2 * products * B * H * S * key[2] * D // (2 if causal else 1)
+
+
+def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments: Any) -> int:
+    """Scores again, and the gradients of them, of query, key and value."""
+    return flops(query, *arguments, products=5)
+
+
+_QKV = {"query": "B G*E S D", "key": "B G T D", "value": "B G T D"}
+_BACKWARD = {"grad_output": "B G*E S D", **_QKV, "out": "B G*E S D", "lse": "B G*E S"}
+_IDS = {"query_ids": "index B S 2", "key_ids": "index B T 2"}
+_PLAIN = {
+    "causal": False,
+    "window": 0,
+    "scale": 0.01,
+    "softcap": 0.0,
+    "dropout": 0.0,
+}  # products of long heads are large
+_WAYS: list[tuple[dict, dict]] = [
+    ({}, {}), ({}, {"causal": True}), ({}, {"causal": True, "window": 3}), ({}, {"causal": True, "softcap": 0.1}),
+    ({"start": "index B S T"}, {}), ({"mask": "B 1 S T"}, {}), ({"mask": "1 G*E S T"}, {"causal": True}),
+    ({"seed": "index 1 N"}, {"dropout": 0.25}),
+]  # fmt: skip
+_SPARSE_WAYS: list[tuple[dict, dict]] = [  # a row may be left without a key
+    ({"start": "index B S T", "end": "index 1 S T"}, {}), (_IDS, {"causal": True}),
+    ({"start": "index 1 S T", **_IDS}, {"softcap": 0.1}),
+]  # fmt: skip
+_SINKS = {"sinks": "G*E"}
+attention = define(
+    "attention", reference, new_outputs, "attention_triton.forward",
+    cases=[
+        *(({**_QKV, **tensors}, {**_PLAIN, **choice, "contiguous": False}) for tensors, choice in _WAYS),
+        *(
+            ({**_QKV, **tensors, **_SINKS}, {**_PLAIN, **choice, "contiguous": True})
+            for tensors, choice in (_WAYS[1], *_SPARSE_WAYS)
+        ),
+    ],
+    gradients=("query", "key", "value", "sinks"), alike=("query", "key", "value"), statistics=("mask",),
+    flops=flops, engine=attention_engines.forward, longest_row=LONGEST_HEAD,
+    multiplies=True,
+)  # fmt: skip
+attention_backward = define(
+    "attention_backward", reference_backward, new_gradients, "attention_backward_triton.backward",
+    cases=[({**_BACKWARD, **tensors}, {**_PLAIN, **choice}) for tensors, choice in (*_WAYS, *_SPARSE_WAYS)],
+    statistics=("lse", "mask"), alike=("grad_output", "query", "key", "value", "out"),
+    flops=flops_backward, engine=attention_engines.backward, longest_row=LONGEST_HEAD,
+    multiplies=True,
+)  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *masks, sinks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap, ctx.dropout, _ = inputs
+    ctx.save_for_backward(query, key, value, *output, *masks, sinks, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 16
+    query, key, value, out, lse, *masks, sinks, seed = ctx.saved_tensors
+    found = attention_backward(
+        grad_output, query, key, value, out, lse, *masks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap,
+        ctx.dropout,
+    )  # fmt: skip
+    needed = [one if needs else None for one, needs in zip(found, ctx.needs_input_grad[:3], strict=True)]
+    dsinks = None
+    if sinks is not None and ctx.needs_input_grad[8]:
+        # With value 0 a sink only takes weight from the others: its score's gradient is -weight * (dout . out).
+        weight = torch.exp(sinks[:, None].to(lse.dtype) - lse)
+        delta = (grad_output.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+    return *needed, *(None,) * 5, dsinks, *(None,) * 7
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)

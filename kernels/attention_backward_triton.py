@@ -1,0 +1,306 @@
+"""Triton kernels of attention's backward: one over tiles of queries for dq, one over tiles of keys for dk and dv.
+
+Dao, FlashAttention-2, arXiv:2307.08691, algorithm 2, with a pass of its own for dq: nothing is added by atomics, so two
+runs give the same bits.
+"""
+# mypy: allow-untyped-defs
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft.kernels import attention_tiles
+from fastft.kernels.attention_tiles import (
+    LOG2E,
+    Tiles,
+    block_d,
+    column_range,
+    kept,
+    key_range,
+    load_mask,
+    load_rows,
+    masked,
+    operands,
+    row_hash,
+    shaped,
+    tiles_for,
+    unit,
+)
+from fastft.kernels.tiles import cdiv
+
+# By head_dim, bytes of an element, and whether there is much shared memory.
+QUERY_TILES = {
+    (64, 2, True): Tiles(64, 64, 4, 3), (64, 2, False): Tiles(64, 64, 4, 2),
+    (128, 2, True): Tiles(64, 64, 4, 2), (128, 2, False): Tiles(64, 32, 4, 2),
+    (256, 2, True): Tiles(64, 32, 4, 2), (256, 2, False): Tiles(32, 32, 4, 1),
+    (64, 4, True): Tiles(32, 32, 8, 2), (64, 4, False): Tiles(32, 32, 8, 2),
+    (128, 4, True): Tiles(32, 32, 8, 1), (128, 4, False): Tiles(16, 32, 8, 1),
+    (256, 4, True): Tiles(16, 16, 8, 1), (256, 4, False): Tiles(16, 16, 8, 1),
+}  # fmt: skip
+KEY_TILES = {
+    (64, 2, True): Tiles(64, 64, 4, 3), (64, 2, False): Tiles(64, 64, 4, 2),
+    (128, 2, True): Tiles(32, 64, 4, 3), (128, 2, False): Tiles(32, 64, 4, 2),
+    (256, 2, True): Tiles(64, 64, 8, 2), (256, 2, False): Tiles(32, 32, 4, 1),
+    (64, 4, True): Tiles(32, 32, 8, 2), (64, 4, False): Tiles(32, 32, 8, 2),
+    (128, 4, True): Tiles(32, 32, 8, 1), (128, 4, False): Tiles(32, 16, 8, 1),
+    (256, 4, True): Tiles(16, 16, 8, 1), (256, 4, False): Tiles(16, 16, 8, 1),
+}  # fmt: skip
+SCANNED = 512  # rows whose ranges are looked at together
+
+
+@triton.jit
+def query_tiles(
+    dq, q, dout, lse, delta, k_ptr, v_ptr, low, high, i, first, last, alike, query_ids, key_ids_ptr, mask_ptr,
+    mask_si, mask_sj, k_stride, v_stride, S, T, scale, softcap, hashes, threshold, keep_scale,
+    MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq [BLOCK_M, BLOCK_D], not scaled, after the keys from low to high."""
+    d = tl.arange(0, BLOCK_D)
+    for j0 in range(low, high, BLOCK_N):
+        j = j0 + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, j, d, k_stride, T, D, BLOCK_D, not MASKED)
+        v = load_rows(v_ptr, j, d, v_stride, T, D, BLOCK_D, not MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores, slope = shaped(products, scale, softcap, SOFTCAP, q.dtype == tl.float32)
+        if MASKED:
+            key_ids = tl.load(key_ids_ptr + j, mask=j < T, other=0)[None, :] if IDS else 0
+            mask = load_mask(mask_ptr, i[:, None], j[None, :], mask_si, mask_sj, S, T, MASK) if MASK > 0 else 0
+            scores = masked(
+                scores, i[:, None], j[None, :], first[:, None], last[:, None], alike[:, None], query_ids, key_ids,
+                mask, T, START, IDS, MASK,
+            )  # fmt: skip
+        p = tl.exp2(scores - lse[:, None])
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            dp = tl.where(kept(hashes[:, None], j[None, :], threshold), dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None]) * slope
+        dq = tl.dot(tl.cast(ds, k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def query_kernel(
+    dq_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr,
+    start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, mask_ptr, seed_ptr,
+    dq_sb, dq_sh, dq_si, q_sb, q_sh, q_si, k_sb, k_sh, k_sj, v_sb, v_sh, v_sj,
+    out_sb, out_sh, out_si, dout_sb, dout_sh, dout_si,
+    start_sb, end_sb, query_ids_sb, key_ids_sb, mask_sb, mask_sh, mask_si, mask_sj,
+    H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta = dout . out of each row, which the other kernel needs too."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    wide_b, wide_h, g = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h // GROUP, tl.int64)
+    i, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    q = load_rows(q_ptr + wide_b * q_sb + wide_h * q_sh, i, d, q_si, S, D, BLOCK_D, False)
+    out = load_rows(out_ptr + wide_b * out_sb + wide_h * out_sh, i, d, out_si, S, D, BLOCK_D, False)
+    dout = load_rows(dout_ptr + wide_b * dout_sb + wide_h * dout_sh, i, d, dout_si, S, D, BLOCK_D, False)
+    delta = tl.sum(tl.cast(out, tl.float32) * tl.cast(dout, tl.float32), 1)
+    row = tl.cast(tl.program_id(1), tl.int64) * S + i
+    tl.store(delta_ptr + row, delta, mask=i < S)
+    lse = tl.load(lse_ptr + row, mask=i < S, other=0.0) * LOG2E
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    first, last, alike = key_range(
+        i, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb, S, T, window, CAUSAL, WINDOW, START, END
+    )
+    low, full_low, full_high, high = column_range(i, first, last, alike, S, T, BLOCK_N, IDS or MASK > 0)
+    query_ids = tl.load(query_ids_ptr + wide_b * query_ids_sb + i, mask=i < S, other=0)[:, None] if IDS else 0
+    hashes = row_hash(seed_ptr, (b * H + h) * S + i) if DROPOUT else i
+    k_ptr, v_ptr = k_ptr + wide_b * k_sb + g * k_sh, v_ptr + wide_b * v_sb + g * v_sh
+    mask_ptr, key_ids_ptr = mask_ptr + wide_b * mask_sb + wide_h * mask_sh, key_ids_ptr + wide_b * key_ids_sb
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WINDOW or START:
+        dq = query_tiles(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, low, full_low, i, first, last, alike, query_ids, key_ids_ptr,
+            mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
+            True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if not (IDS or MASK > 0):
+        dq = query_tiles(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, full_low, full_high, i, first, last, alike, query_ids, key_ids_ptr,
+            mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
+            False, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    dq = query_tiles(
+        dq, q, dout, lse, delta, k_ptr, v_ptr, full_high, high, i, first, last, alike, query_ids, key_ids_ptr,
+        mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
+        True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    at = dq_ptr + wide_b * dq_sb + wide_h * dq_sh + tl.cast(i, tl.int64)[:, None] * dq_si + d[None, :]
+    tl.store(at, tl.cast(dq * scale, dq_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def row_span(
+    j0, start_ptr, end_ptr, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr,
+    END: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Where the rows begin and end that attend to one of the columns from j0, and between where they attend to all.
+
+    Of ranges that are given in tensors all are looked at; none is known to attend to all.
+    """
+    low, high = 0, S
+    if START or END:
+        low, high = S, 0
+        for i0 in range(0, S, SCAN):
+            i = i0 + tl.arange(0, SCAN)
+            first, last, _ = key_range(i, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END)
+            meets = (i < S) & (first < last) & (first < j0 + BLOCK_N) & (last > j0)
+            low = tl.minimum(low, tl.min(tl.where(meets, i, S), 0))
+            high = tl.maximum(high, tl.max(tl.where(meets, i + 1, 0), 0))
+        low = low // BLOCK_M * BLOCK_M
+        return low, low, low, high
+    full_low, full_high = 0, S // BLOCK_M * BLOCK_M
+    if CAUSAL:
+        low = j0 // BLOCK_M * BLOCK_M
+        full_low = tl.cdiv(j0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+    if WINDOW:
+        high = tl.minimum(S, j0 + BLOCK_N - 1 + window)
+        full_high = tl.minimum(full_high, (j0 + window) // BLOCK_M * BLOCK_M)
+    none = full_low >= full_high
+    return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
+
+
+@triton.jit
+def key_tiles(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, low, high, j, start_ptr, end_ptr, query_ids_ptr, key_ids,
+    mask_ptr, mask_si, mask_sj, q_stride, dout_stride, S, T, window, scale, softcap, seed_ptr, row0, threshold,
+    keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
+    IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk, not scaled, and dv [BLOCK_N, BLOCK_D] after the queries from low to high of one head; scores transposed."""
+    d = tl.arange(0, BLOCK_D)
+    for i0 in range(low, high, BLOCK_M):
+        i = i0 + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, i, d, q_stride, S, D, BLOCK_D, not MASKED)
+        dout = load_rows(dout_ptr, i, d, dout_stride, S, D, BLOCK_D, not MASKED)
+        lse = tl.load(lse_ptr + i, mask=i < S, other=0.0) * LOG2E
+        lse = tl.where(lse == float("-inf"), 0.0, lse)
+        delta = tl.load(delta_ptr + i, mask=i < S, other=0.0)
+        products = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        scores, slope = shaped(products, scale, softcap, SOFTCAP, k.dtype == tl.float32)
+        if MASKED:
+            first, last, alike = key_range(i, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END)
+            query_ids = tl.load(query_ids_ptr + i, mask=i < S, other=0)[None, :] if IDS else 0
+            mask = load_mask(mask_ptr, i[None, :], j[:, None], mask_si, mask_sj, S, T, MASK) if MASK > 0 else 0
+            scores = masked(
+                scores, i[None, :], j[:, None], first[None, :], last[None, :], alike[None, :], query_ids, key_ids,
+                mask, T, START, IDS, MASK,
+            )  # fmt: skip
+        p = tl.exp2(scores - lse[None, :])
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        weights = p
+        if DROPOUT:
+            keeps = kept(row_hash(seed_ptr, row0 + i)[None, :], j[:, None], threshold)
+            weights, dp = tl.where(keeps, p * keep_scale, 0.0), tl.where(keeps, dp * keep_scale, 0.0)
+        dv = tl.dot(tl.cast(weights, dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :]) * slope
+        dk = tl.dot(tl.cast(ds, q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def key_kernel(
+    dk_ptr, dv_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, mask_ptr, seed_ptr,
+    dk_sb, dk_sh, dk_sj, dv_sb, dv_sh, dv_sj, q_sb, q_sh, q_si, k_sb, k_sh, k_sj, v_sb, v_sh, v_sj,
+    dout_sb, dout_sh, dout_si,
+    start_sb, end_sb, query_ids_sb, key_ids_sb, mask_sb, mask_sh, mask_si, mask_sj,
+    H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys, summed over the heads that read them."""
+    G = H // GROUP
+    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    wide_b, wide_g = tl.cast(b, tl.int64), tl.cast(g, tl.int64)
+    j0 = tl.program_id(0) * BLOCK_N
+    j, d = j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    k = load_rows(k_ptr + wide_b * k_sb + wide_g * k_sh, j, d, k_sj, T, D, BLOCK_D, False)
+    v = load_rows(v_ptr + wide_b * v_sb + wide_g * v_sh, j, d, v_sj, T, D, BLOCK_D, False)
+    start_ptr, end_ptr = start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb
+    query_ids_ptr, key_ids_ptr = query_ids_ptr + wide_b * query_ids_sb, key_ids_ptr + wide_b * key_ids_sb
+    key_ids = tl.load(key_ids_ptr + j, mask=j < T, other=0)[:, None] if IDS else 0
+    low, full_low, full_high, high = row_span(
+        j0, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END, BLOCK_M, BLOCK_N, SCAN
+    )
+    if IDS or MASK > 0:
+        full_low, full_high = low, low
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for h in range(g * GROUP, (g + 1) * GROUP):
+        wide_h = tl.cast(h, tl.int64)
+        head, row0 = wide_b * H + wide_h, (b * H + h) * S
+        q_at, dout_at = q_ptr + wide_b * q_sb + wide_h * q_sh, dout_ptr + wide_b * dout_sb + wide_h * dout_sh
+        lse_at, delta_at = lse_ptr + head * S, delta_ptr + head * S
+        mask_at = mask_ptr + wide_b * mask_sb + wide_h * mask_sh
+        if CAUSAL and not (START or END or IDS or MASK > 0):
+            dk, dv = key_tiles(
+                dk, dv, k, v, q_at, dout_at, lse_at, delta_at, low, full_low, j, start_ptr, end_ptr, query_ids_ptr,
+                key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
+                threshold, keep_scale,
+                True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        if not (START or END or IDS or MASK > 0):
+            dk, dv = key_tiles(
+                dk, dv, k, v, q_at, dout_at, lse_at, delta_at, full_low, full_high, j, start_ptr, end_ptr,
+                query_ids_ptr, key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap,
+                seed_ptr, row0, threshold, keep_scale,
+                False, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        dk, dv = key_tiles(
+            dk, dv, k, v, q_at, dout_at, lse_at, delta_at, full_high, high, j, start_ptr, end_ptr, query_ids_ptr,
+            key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
+            threshold, keep_scale,
+            True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    store = (j < T)[:, None] & (d < D)[None, :]
+    dk_at = dk_ptr + wide_b * dk_sb + wide_g * dk_sh + tl.cast(j, tl.int64)[:, None] * dk_sj + d[None, :]
+    dv_at = dv_ptr + wide_b * dv_sb + wide_g * dv_sh + tl.cast(j, tl.int64)[:, None] * dv_sj + d[None, :]
+    tl.store(dk_at, tl.cast(dk * scale, dk_ptr.dtype.element_ty), mask=store)
+    tl.store(dv_at, tl.cast(dv, dv_ptr.dtype.element_ty), mask=store)
+
+
+def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    for given in attention_tiles.variants(QUERY_TILES):
+        yield query_kernel, given
+    for given in attention_tiles.variants(KEY_TILES):
+        yield key_kernel, {"SCAN": SCANNED, **given}
+
+
+def backward(
+    outputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
+    key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float,
+    softcap: float, dropout: float,
+) -> None:  # fmt: skip
+    dq, dk, dv = outputs
+    B, H, S, D = query.shape
+    G, T = key.shape[1:3]
+    q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
+    given = operands(q, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    sizes = (H, H // G, S, T, *given.numbers)
+    lse, delta = lse.contiguous(), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
+    meta = {**given.meta, "D": D, "BLOCK_D": block_d(D)}
+    tiles = tiles_for(QUERY_TILES, query, mask)
+    query_kernel[(cdiv(S, tiles.rows), B * H)](
+        dq, delta, q, k, v, out, dout, lse, *given.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
+    )  # fmt: skip
+    tiles = tiles_for(KEY_TILES, query, mask)
+    key_kernel[(cdiv(T, tiles.columns), B * G)](
+        dk, dv, q, k, v, dout, lse, delta, *given.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, SCAN=SCANNED, **meta,
+        **tiles.meta,
+    )  # fmt: skip

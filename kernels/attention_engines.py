@@ -1,0 +1,133 @@
+"""Kernels of torch's own for attention, and where they are the fastest: cuDNN, FlashAttention-2, memory-efficient.
+
+They take what all of them know: no mask or a causal one over as many keys as queries, and nothing else.  Each saves
+the log-sum-exp of its rows, so a backward need not be that of the forward's engine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_triton_alone = False  # set by only_triton
+CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
+FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
+EFFICIENT_FROM = (7, 5)
+
+
+@contextmanager
+def only_triton() -> Iterator[None]:
+    """The Triton kernels wherever they can run, for tests and measurements."""
+    global _triton_alone
+    before, _triton_alone = _triton_alone, True
+    try:
+        yield
+    finally:
+        _triton_alone = before
+
+
+@functools.cache
+def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The fastest for plain and causal attention of equal lengths; "" for the Triton kernel, or the reference.
+
+    On an H100 cuDNN's kernels are 1.5 to 2 times as fast as FlashAttention-2, see docs/performance.md.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ""
+    capability, half = torch.cuda.get_device_capability(device), dtype in (torch.float16, torch.bfloat16)
+    if half and head_dim % 8 == 0 and CUDNN_FROM <= capability < CUDNN_BEFORE and head_dim <= CUDNN_HEAD:
+        return "cudnn" if torch.backends.cudnn.is_available() else "flash"
+    if half and head_dim % 8 == 0 and FLASH_FROM <= capability < FLASH_BEFORE and head_dim <= FLASH_HEAD:
+        return "flash"
+    fits = head_dim % (8 if half else 4) == 0 and dtype in (torch.float16, torch.float32)
+    return "efficient" if fits and EFFICIENT_FROM <= capability < FLASH_FROM else ""
+
+
+def chosen(query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal: bool, *numbers: float) -> str:
+    """The engine for a call, "" where it has more than a causal mask."""
+    if _triton_alone or any(one is not None for one in tensors) or any(numbers) or query.numel() == 0:
+        return ""
+    if key.shape[2] == 0 or (causal and query.shape[2] != key.shape[2]):
+        return ""  # they do not agree on where the diagonal begins
+    return engine_of(query.device, query.dtype, query.shape[-1])
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
+    key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
+    scale: float, softcap: float, dropout: float, contiguous: bool,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """out and log-sum-exp by an engine of torch's, or None."""
+    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, sinks, seed), causal, window, softcap)
+    if not engine:
+        return None
+    q, k, v = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value))
+    B, H, S, _ = q.shape
+    if engine == "cudnn":
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    elif engine == "flash":
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    else:
+        k, v = (one.repeat_interleave(H // k.shape[1], 1) for one in (k, v))
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return _laid_out(found[0], contiguous), found[1].reshape(B, H, -1)[..., :S].contiguous()
+
+
+def _laid_out(out: Tensor, contiguous: bool) -> Tensor:
+    """In the memory order that was asked for; engines choose their own."""
+    return out.contiguous() if contiguous else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
+    end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
+    causal: bool, window: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """The gradients by an engine of torch's, or None."""
+    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, seed), causal, window, softcap)
+    if not engine:
+        return None
+    dout, q, k, v = (
+        one if one.stride(-1) == 1 else one.contiguous() for one in (_dense(grad_output), query, key, value)
+    )
+    S, T = q.shape[2], k.shape[2]
+    none: Any = torch.empty(0, dtype=torch.int64, device=q.device)  # of dropout's generator
+    if engine == "cudnn":
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse[..., None], none, none, None, None, None, S, T, 0.0, causal, scale=scale
+        )
+    elif engine == "flash":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, None, None, S, T, 0.0, causal, none, none, scale=scale
+        )
+    else:
+        found = _efficient_backward(dout, q, k, v, out, lse, causal, scale, none)
+    return tuple(_ordered(one, like) for one, like in zip(found, (query, key, value), strict=True))
+
+
+def _efficient_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float, none: Tensor
+) -> tuple[Tensor, ...]:
+    group = q.shape[1] // k.shape[1]
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+    wide = (one.repeat_interleave(group, 1) for one in (k, v))
+    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, *wide, None, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
+    )
+    return dq, *(one.unflatten(1, (-1, group)).sum(2) for one in (dk, dv))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Not expanded: the engines address no axis of stride 0."""
+    return gradient.contiguous() if 0 in gradient.stride() else gradient
+
+
+def _ordered(gradient: Tensor, like: Tensor) -> Tensor:
+    """In the memory order that an empty_like has."""
+    target = torch.empty_like(like)
+    return gradient if gradient.stride() == target.stride() else target.copy_(gradient)

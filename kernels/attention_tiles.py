@@ -1,0 +1,247 @@
+"""What the attention kernels share: which keys a tile of rows may attend to, and the scores of a tile.
+
+A tile has rows i [BLOCK_M] of queries and columns j [BLOCK_N] of keys.  Scores are in units of log 2: exp2 is faster.
+"""
+# mypy: allow-untyped-defs
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft.kernels import dispatch
+from fastft.kernels.attention import INCREMENT, MULTIPLIER
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+_MULTIPLIER: tl.constexpr = tl.constexpr(MULTIPLIER)
+_INCREMENT: tl.constexpr = tl.constexpr(INCREMENT)
+NO_MASK, BOOL_MASK, ADDED_MASK = range(3)
+_ADDED: tl.constexpr = tl.constexpr(ADDED_MASK)
+_BOOL: tl.constexpr = tl.constexpr(BOOL_MASK)
+
+
+NARROW = (8, 12)  # generations with less shared memory than dispatch.SHARED_OPERANDS
+
+
+class Tiles(NamedTuple):
+    """A launch: rows and columns of a tile, warps, and how many tiles are loaded ahead."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps, "num_stages": self.stages
+        }  # fmt: skip
+
+    def for_mask(self) -> "Tiles":
+        """With fewer columns: addresses of a mask's elements take registers."""
+        return self._replace(rows=max(16, self.rows // 2), columns=max(16, self.columns // 2))
+
+
+Table = dict[tuple[int, int, bool], Tiles]  # by padded head_dim, bytes of an element, and whether there is much memory
+
+
+def tiles_for(table: Table, query: Tensor, mask: Tensor | None) -> Tiles:
+    tiles = table[max(64, block_d(query.shape[-1])), query.element_size(), is_roomy(query.device)]
+    return tiles if mask is None else tiles.for_mask()
+
+
+def block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def is_roomy(device: torch.device) -> bool:
+    """Whether a block has the shared memory of a data centre's GPU; the interpreter's has little to do."""
+    return dispatch.has_shared_operands(device)
+
+
+@triton.jit
+def key_range(
+    i, start_ptr, end_ptr, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr,
+    END: tl.constexpr,
+):  # fmt: skip
+    """The first key of each row and the one after its last, and whether the row weighs its keys alike."""
+    end = tl.zeros_like(i) + T
+    if END:
+        end = tl.minimum(end, tl.cast(tl.load(end_ptr + i, mask=i < S, other=0), tl.int32))
+    first, last, alike = tl.zeros_like(i), end, i < 0
+    if CAUSAL:
+        last = tl.minimum(last, i + 1)
+    if WINDOW:
+        first = tl.maximum(i - window + 1, 0)
+    if START:
+        start = tl.cast(tl.load(start_ptr + i, mask=i < S, other=0), tl.int32)
+        alike = start < 0
+        first = tl.where(alike, 0, tl.maximum(first, start))
+        last = tl.where(alike, end, last)
+    return first, last, alike
+
+
+@triton.jit
+def column_range(i, first, last, alike, S, T, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr):
+    """Where a tile's columns begin and end, and between where every row attends to every key.
+
+    PARTIAL: there is more to a mask than ranges, and no such columns, whose range is then empty and at the beginning.
+    """
+    inside = i < S
+    some = inside & (first < last)
+    low = tl.min(tl.where(some, first, T), 0) // BLOCK_N * BLOCK_N
+    high = tl.max(tl.where(some, last, 0), 0)
+    if PARTIAL:
+        return low, low, low, high
+    full_low = tl.cdiv(tl.max(tl.where(inside, tl.where(alike, T, first), 0), 0), BLOCK_N) * BLOCK_N
+    full_high = tl.min(tl.where(inside, last, T), 0) // BLOCK_N * BLOCK_N
+    none = full_low >= full_high
+    return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
+
+
+@triton.jit
+def mixed(number):
+    """A permutation of 32-bit numbers, as attention.kept draws with."""
+    for _ in tl.static_range(2):
+        number = (number ^ (number >> 16)) * tl.cast(_MULTIPLIER, tl.uint32)
+    return number ^ (number >> 16)
+
+
+@triton.jit
+def row_hash(seed_ptr, row):
+    """Of rows of scores, numbered through all heads."""
+    return mixed(mixed(tl.cast(row, tl.uint32)) ^ tl.cast(tl.load(seed_ptr), tl.uint32))
+
+
+@triton.jit
+def kept(hashes, j, threshold):
+    """Which elements dropout keeps; hashes of the rows and j broadcast."""
+    return mixed(hashes + tl.cast(j, tl.uint32) * tl.cast(_INCREMENT, tl.uint32)) >= tl.cast(threshold, tl.uint32)
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """By exp; exactly, without a difference of near numbers: a polynomial where x is small."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    found = tl.where(x < 0.0, -far, far)
+    if EXACT:
+        square = x * x
+        series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)
+        series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
+        found = tl.where(tl.abs(x) < 0.15, series, found)
+    return found
+
+
+@triton.jit
+def shaped(products, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """Scores in units of log 2, and the softcap's slope there."""
+    if SOFTCAP:
+        bent = tanh(products * (scale / softcap), EXACT)
+        return bent * (softcap * LOG2E), 1.0 - bent * bent
+    else:
+        return products * (scale * LOG2E), 1.0
+
+
+@triton.jit
+def masked(
+    scores, i, j, first, last, alike, query_ids, key_ids, mask, T,
+    START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Scores that do not count become -inf.  All of it broadcasts: a tile may be transposed."""
+    counts = (j >= first) & (j < last)
+    if IDS:
+        counts = counts & (alike | (query_ids == key_ids))
+    if MASK == _BOOL:
+        counts = counts & (alike | mask)
+    if MASK == _ADDED:
+        scores += mask * LOG2E
+    if START:
+        scores = tl.where(alike, 0.0, scores)
+    return tl.where(counts, scores, float("-inf"))
+
+
+@triton.jit
+def load_mask(mask_ptr, i, j, stride_i, stride_j, S, T, MASK: tl.constexpr):
+    """A tile of it: bool, or float32 to be added."""
+    at = mask_ptr + tl.cast(i, tl.int64) * stride_i + tl.cast(j, tl.int64) * stride_j
+    found = tl.load(at, mask=(i < S) & (j < T), other=0)
+    if MASK == _ADDED:
+        return tl.cast(found, tl.float32)
+    else:
+        return found != 0
+
+
+@triton.jit
+def load_rows(ptr, i, d, stride, N, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows i of [N, D]; WHOLE: all of them are there."""
+    at = ptr + tl.cast(i, tl.int64)[:, None] * stride + d[None, :]
+    if WHOLE and D == BLOCK_D:
+        return tl.load(at)
+    if D == BLOCK_D:
+        return tl.load(at, mask=(i < N)[:, None], other=0.0)
+    return tl.load(at, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0)
+
+
+class Operands(NamedTuple):
+    """What all three kernels are launched with beside the tensors of their own."""
+
+    pointers: tuple[Any, ...]  # of start, end, query_ids, key_ids, mask, seed
+    strides: tuple[int, ...]  # of a batch of each but seed; then of mask along heads, rows and columns
+    numbers: tuple[Any, ...]  # window, scale, softcap, dropout's threshold and factor
+    meta: dict[str, Any]
+
+
+def operands(
+    query: Tensor, masks: tuple[Tensor | None, ...], seed: Tensor | None, causal: bool, window: int, scale: float,
+    softcap: float, dropout: float,
+) -> Operands:  # fmt: skip
+    """masks: start, end, query_ids, key_ids and mask; what is not given is not read."""
+    start, end, query_ids, _, mask = masks
+    rows = [None if one is None else one if one.stride(-1) == 1 else one.contiguous() for one in masks[:4]]
+    if mask is not None:
+        kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
+        mask = (mask.view(torch.uint8) if kind == BOOL_MASK else mask).expand(*query.shape[:-1], mask.shape[-1])
+    strides = [0 if one is None or one.shape[0] == 1 else one.stride(0) for one in rows]
+    of_mask = (0, 0, 0, 0) if mask is None else mask.stride()
+    meta = {
+        "CAUSAL": causal, "WINDOW": window > 0, "START": start is not None, "END": end is not None,
+        "IDS": query_ids is not None, "MASK": NO_MASK if mask is None else kind, "SOFTCAP": softcap != 0.0,
+        "DROPOUT": seed is not None,
+    }  # fmt: skip
+    pointers = tuple(query if one is None else one for one in (*rows, mask, seed))
+    numbers = (window, scale, softcap, int(dropout * 2**32), 1.0 / (1.0 - dropout))
+    return Operands(pointers, (*strides, *of_mask), numbers, meta)
+
+
+KINDS = (  # of masks, which a kernel is compiled for
+    {"CAUSAL": True}, {"CAUSAL": True, "WINDOW": True}, {"CAUSAL": True, "START": True}, {"CAUSAL": True, "IDS": True},
+    {"CAUSAL": True, "SOFTCAP": True}, {"CAUSAL": True, "WINDOW": True, "START": True, "END": True, "IDS": True},
+    {"MASK": BOOL_MASK}, {"MASK": ADDED_MASK, "DROPOUT": True},
+)  # fmt: skip
+_FLAGS = ("CAUSAL", "WINDOW", "START", "END", "IDS", "SOFTCAP", "DROPOUT")
+
+
+def variants(table: Table) -> Iterator[dict[str, Any]]:
+    """Constants and types of what a kernel is launched with, for the tests that compile ahead of time."""
+    integers = ("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr")
+    for ((D, element_bytes, roomy), tiles), kind in itertools.product(table.items(), KINDS):
+        types = dict.fromkeys(integers, "*i32") | {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64"}
+        types |= {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8", "threshold": "i64"}
+        types |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
+        if element_bytes == 4:
+            types |= {f"{one}_ptr": "*fp32" for one in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
+        flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
+        meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
+        majors = dispatch.SHARED_OPERANDS if roomy else NARROW
+        yield {**flags, "D": D, "BLOCK_D": D, **meta, **types, "majors": majors}
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """With elements of a head side by side."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

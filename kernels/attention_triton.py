@@ -1,0 +1,153 @@
+"""Triton kernel of attention's forward: one program a tile of query rows of a head, over the tiles of keys it meets.
+
+Dao, FlashAttention-2, arXiv:2307.08691, algorithm 1.
+"""
+# mypy: allow-untyped-defs
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft.kernels import attention_tiles
+from fastft.kernels.attention_tiles import (
+    LN2,
+    LOG2E,
+    Tiles,
+    block_d,
+    column_range,
+    kept,
+    key_range,
+    load_mask,
+    load_rows,
+    masked,
+    operands,
+    row_hash,
+    shaped,
+    tiles_for,
+    unit,
+)
+from fastft.kernels.tiles import cdiv
+
+# By head_dim, bytes of an element, and whether there is much shared memory.
+TILES = {
+    (64, 2, True): Tiles(64, 64, 4, 3), (64, 2, False): Tiles(64, 64, 4, 3),
+    (128, 2, True): Tiles(64, 64, 4, 3), (128, 2, False): Tiles(64, 64, 4, 2),
+    (256, 2, True): Tiles(128, 64, 8, 2), (256, 2, False): Tiles(64, 32, 8, 2),
+    (64, 4, True): Tiles(64, 32, 8, 2), (64, 4, False): Tiles(64, 32, 8, 2),
+    (128, 4, True): Tiles(32, 16, 4, 2), (128, 4, False): Tiles(32, 16, 4, 2),
+    (256, 4, True): Tiles(32, 16, 8, 2), (256, 4, False): Tiles(16, 16, 4, 1),
+}  # fmt: skip
+
+
+@triton.jit
+def forward_tiles(
+    acc, top, total, q, k_ptr, v_ptr, low, high, i, first, last, alike, query_ids, key_ids_ptr, mask_ptr,
+    mask_si, mask_sj, k_stride, v_stride, S, T, scale, softcap, hashes, threshold, keep_scale,
+    MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M] after the keys from low to high."""
+    d = tl.arange(0, BLOCK_D)
+    for j0 in range(low, high, BLOCK_N):
+        j = j0 + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, j, d, k_stride, T, D, BLOCK_D, not MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores, _ = shaped(products, scale, softcap, SOFTCAP, q.dtype == tl.float32)
+        if MASKED:
+            key_ids = tl.load(key_ids_ptr + j, mask=j < T, other=0)[None, :] if IDS else 0
+            mask = load_mask(mask_ptr, i[:, None], j[None, :], mask_si, mask_sj, S, T, MASK) if MASK > 0 else 0
+            scores = masked(
+                scores, i[:, None], j[None, :], first[:, None], last[:, None], alike[:, None], query_ids, key_ids,
+                mask, T, START, IDS, MASK,
+            )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        at = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+        p = tl.exp2(scores - at[:, None])
+        shrink = tl.exp2(top - at)
+        total = total * shrink + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(kept(hashes[:, None], j[None, :], threshold), p * keep_scale, 0.0)
+        v = load_rows(v_ptr, j, d, v_stride, T, D, BLOCK_D, not MASKED)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(tl.cast(p, v.dtype), v, acc, input_precision="ieee")
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def forward_kernel(
+    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, sinks_ptr,
+    start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, mask_ptr, seed_ptr,
+    out_sb, out_sh, out_si, q_sb, q_sh, q_si, k_sb, k_sh, k_sj, v_sb, v_sh, v_sj,
+    start_sb, end_sb, query_ids_sb, key_ids_sb, mask_sb, mask_sh, mask_si, mask_sj,
+    H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SINKS: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a causal mask first
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    wide_b, wide_h, g = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h // GROUP, tl.int64)
+    i, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    q = load_rows(q_ptr + wide_b * q_sb + wide_h * q_sh, i, d, q_si, S, D, BLOCK_D, False)
+    first, last, alike = key_range(
+        i, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb, S, T, window, CAUSAL, WINDOW, START, END
+    )
+    low, full_low, full_high, high = column_range(i, first, last, alike, S, T, BLOCK_N, IDS or MASK > 0)
+    query_ids = tl.load(query_ids_ptr + wide_b * query_ids_sb + i, mask=i < S, other=0)[:, None] if IDS else 0
+    hashes = row_hash(seed_ptr, (b * H + h) * S + i) if DROPOUT else i
+    acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    top = total - float("inf")
+    if SINKS:
+        top, total = total + tl.cast(tl.load(sinks_ptr + h), tl.float32) * LOG2E, total + 1.0
+    k_ptr, v_ptr = k_ptr + wide_b * k_sb + g * k_sh, v_ptr + wide_b * v_sb + g * v_sh
+    mask_ptr, key_ids_ptr = mask_ptr + wide_b * mask_sb + wide_h * mask_sh, key_ids_ptr + wide_b * key_ids_sb
+    if WINDOW or START:
+        acc, top, total = forward_tiles(
+            acc, top, total, q, k_ptr, v_ptr, low, full_low, i, first, last, alike, query_ids, key_ids_ptr,
+            mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
+            True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if not (IDS or MASK > 0):
+        acc, top, total = forward_tiles(
+            acc, top, total, q, k_ptr, v_ptr, full_low, full_high, i, first, last, alike, query_ids, key_ids_ptr,
+            mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
+            False, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, top, total = forward_tiles(
+        acc, top, total, q, k_ptr, v_ptr, full_high, high, i, first, last, alike, query_ids, key_ids_ptr,
+        mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
+        True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    empty = total == 0.0
+    out = acc / tl.where(empty, 1.0, total)[:, None]
+    at = out_ptr + wide_b * out_sb + wide_h * out_sh + tl.cast(i, tl.int64)[:, None] * out_si + d[None, :]
+    tl.store(at, tl.cast(out, out_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
+    tl.store(lse_ptr + tl.cast(tl.program_id(1), tl.int64) * S + i, lse, mask=i < S)
+
+
+def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    for given in attention_tiles.variants(TILES):
+        yield forward_kernel, {"SINKS": given["WINDOW"], **given}
+
+
+def forward(
+    outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, start: Tensor | None,
+    end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
+    seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float, contiguous: bool,
+) -> None:  # fmt: skip
+    out, lse = outputs
+    B, H, S, D = query.shape
+    q, k, v = unit(query), unit(key), unit(value)
+    given = operands(q, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    tiles = tiles_for(TILES, query, mask)
+    forward_kernel[(cdiv(S, tiles.rows), B * H)](
+        out, lse, q, k, v, q if sinks is None else sinks, *given.pointers, *out.stride()[:3], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *given.strides, H, H // key.shape[1], S, key.shape[2], *given.numbers,
+        **given.meta, SINKS=sinks is not None, D=D, BLOCK_D=block_d(D), **tiles.meta,
+    )  # fmt: skip

@@ -1,0 +1,205 @@
+"""Attention -> fastft::attention, with whatever mask is added or passed; rewriter/attention.py finds out what it means.
+
+The references differ in how they scale, where they mask, and what they do to the scores.  Source: Vaswani et al.,
+Attention Is All You Need, arXiv:1706.03762.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.kernels.attention import takes_on
+from fastft.rewriter import autocast
+from fastft.rewriter.rule import Rule
+
+
+def attended(scores: Tensor, v: Tensor) -> Tensor:
+    """Values weighted by a softmax in float32."""
+    return torch.matmul(torch.softmax(scores, -1, torch.float32).to(v.dtype), v)
+
+
+def product(q: Tensor, k: Tensor) -> Tensor:
+    """Of every query with every key."""
+    return torch.matmul(q, k.transpose(2, 3))
+
+
+def dot_product(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
+    """torch's own, without a mask."""
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scale)
+
+
+def dot_product_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, is_causal: bool, scale: float
+) -> Tensor:
+    """torch's own, with a mask."""
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
+    """torch's own, of fewer key heads than query heads."""
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scale, enable_gqa=True)
+
+
+def grouped_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, is_causal: bool, scale: float
+) -> Tensor:
+    """torch's own, of fewer key heads, with a mask."""
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=True)
+
+
+def shared(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
+    """torch's own, of one key head that is broadcast: Falcon."""
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scale)
+
+
+def shared_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, is_causal: bool, scale: float
+) -> Tensor:
+    """The same with a mask."""
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
+
+
+def added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """transformers' eager attention."""
+    return attended(product(q, k) * scale + mask, v)
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same without a mask."""
+    return attended(product(q, k) * scale, v)
+
+
+def softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """Gemma 2: scores between -softcap and softcap."""
+    return attended(torch.tanh(product(q, k) * scale / softcap) * softcap + mask, v)
+
+
+def softcapped_unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
+    """The same without a mask."""
+    return attended(torch.tanh(product(q, k) * scale / softcap) * softcap, v)
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    """GPT-OSS: one more score a head, whose weight goes nowhere."""
+    scores = product(q, k) * scale + mask
+    more = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    together = torch.cat([scores, more], -1)
+    together = together - together.max(dim=-1, keepdim=True)[0]
+    weights = torch.softmax(together, -1, torch.float32)[..., :-1]
+    return torch.matmul(weights.to(v.dtype), v)
+
+
+def added_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, root: float) -> Tensor:
+    """Llama's own code: divided by the root of head_dim."""
+    return attended(product(q, k) / root + mask, v)
+
+
+def unmasked_divided(q: Tensor, k: Tensor, v: Tensor, root: float) -> Tensor:
+    """The same without a mask."""
+    return attended(product(q, k) / root, v)
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, value: float) -> Tensor:
+    """nanoGPT: scores replaced where they do not count."""
+    return torch.matmul(torch.softmax((product(q, k) * scale).masked_fill(masked, value), -1), v)
+
+
+def filled_divided(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, root: float, value: float) -> Tensor:
+    """The same, divided by the root of head_dim."""
+    return torch.matmul(torch.softmax((product(q, k) / root).masked_fill(masked, value), -1), v)
+
+
+def filled_dropped(
+    q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, value: float, dropout: float
+) -> Tensor:
+    """nanoGPT with dropout."""
+    weights = torch.softmax((product(q, k) * scale).masked_fill(masked, value), -1)
+    return torch.matmul(F.dropout(weights, dropout), v)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """No mask, and a softmax in the dtype of the scores."""
+    return torch.matmul(torch.softmax(product(q, k) * scale, -1), v)
+
+
+def plain_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """A mask that is added, and a softmax in the dtype of the scores."""
+    return torch.matmul(torch.softmax(product(q, k) * scale + mask, -1), v)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None,
+    masked: Tensor | None = None, *, contiguous: bool, scale: float = 1.0, root: float = 1.0, value: float = 0.0,
+    softcap: float = 0.0, dropout: float = 0.0, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """fastft::attention"""
+    dtype = next((one for one in autocast.state() if one is not None), None)
+    if dtype is not None:
+        q, k, v = (one.to(dtype) for one in (q, k, v))
+    if masked is not None:
+        mask = torch.zeros_like(masked, dtype=torch.float32).masked_fill(masked, value)
+    seed = q.new_empty(1, dtype=torch.int64).random_(2**31) if dropout else None
+    return torch.ops.fastft.attention(
+        q, k, v, None, None, None, None, mask, sinks, seed, is_causal, 0, scale / root, softcap, dropout, contiguous
+    )[0]
+
+
+def not_taken(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> str | None:
+    """What the op does not do, or not here."""
+    if mask is not None and mask.requires_grad:
+        return "the mask is trained"
+    if not 0.0 <= more.get("dropout", 0.0) < 1.0:
+        return f"dropout is {more['dropout']}"
+    value = more.get("value", -math.inf)
+    if value != -math.inf and value > torch.finfo(q.dtype).min:
+        return f"scores are filled with {value}, which is not the least there is"
+    if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1] != 0:
+        return "the number of query heads is no multiple of that of key heads"
+    extra = mask is not None or "softcap" in more or "sinks" in more or "masked" in more or more.get("dropout", 0.0)
+    return takes_on(q, bool(extra))
+
+
+HEADS = {"q": "B H S D", "k": "B H T D", "v": "B H T D"}
+SHARED = {"q": "B H S D", "k": "B 1 T D", "v": "B 1 T D"}
+GROUPS = {"q": "B H S D", "k": "B G T D", "v": "B G T D"}
+
+
+def rules(reference: Callable, anchor: Callable, shapes: dict[str, str], **more: Any) -> tuple[Rule, ...]:
+    """One for each memory order that the result may have."""
+    orders = (False, True)
+    return tuple(
+        Rule(reference, partial(attention, contiguous=one), anchor, shapes, unless=not_taken, **more) for one in orders
+    )
+
+
+def eager(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
+    """Other softmaxes are not worth telling: routers have them too."""
+    more = {"cast": ("v",), "alike": {"q": "v", "k": "v"}, "booleans": ("masked",) if "masked" in tensors else ()}
+    return rules(reference, torch.softmax, {**HEADS, **tensors}, rare=False, **more)
+
+
+RULES = (
+    *rules(dot_product, F.scaled_dot_product_attention, HEADS),
+    *rules(dot_product_masked, F.scaled_dot_product_attention, {**HEADS, "mask": "* S T"}),
+    *rules(grouped, F.scaled_dot_product_attention, GROUPS),
+    *rules(grouped_masked, F.scaled_dot_product_attention, {**GROUPS, "mask": "* S T"}),
+    *rules(shared, F.scaled_dot_product_attention, SHARED),
+    *rules(shared_masked, F.scaled_dot_product_attention, {**SHARED, "mask": "* S T"}),
+    *eager(added, mask="* S T"),
+    *eager(unmasked),
+    *eager(softcapped, mask="* S T"),
+    *eager(softcapped_unmasked),
+    *eager(with_sinks, mask="* S T", sinks="H"),
+    *eager(added_divided, mask="* S T"),
+    *eager(unmasked_divided),
+    *eager(filled, masked="* S T"),
+    *eager(filled_divided, masked="* S T"),
+    *eager(filled_dropped, masked="* S T"),
+    *eager(plain),
+    *eager(plain_added, mask="* S T"),
+)

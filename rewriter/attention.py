@@ -1,0 +1,236 @@
+"""Attention that was lifted, made simpler: what its mask means, whose key heads it reads, in which order it writes.
+
+A mask is read once, however many layers take it, and what it means is computed once, where the mask was; then nothing
+needs the mask itself.  What is not proven about a mask leaves it as it is, and the report says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.kernels import REGISTRY
+from fastft.rewriter import compat
+from fastft.rewriter.compat import value_of
+from fastft.rewriter.graph import bodies, calls_of, draws, may_alias, name_of, only_reads, switches_mode, written
+from fastft.rewriter.masks import recognize
+from fastft.rewriter.report import GraphReport, Lifted
+from fastft.rewriter.verify import same_sizes
+
+PARAMETERS = REGISTRY["fastft::attention"].parameters
+MEANING = ("start", "end", "query_ids", "key_ids")
+Found = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, and its kind; or why that is not known
+
+
+def simplify(gm: GraphModule, report: GraphReport) -> None:
+    """Every attention of ``gm`` and its bodies."""
+    known: dict[Node, Found] = {}
+    for body in bodies(gm):
+        writes = [node for node in body.graph.nodes if not only_reads(body, node)]
+        targets = [target for node in writes for target in written(node)]
+        for node in body.graph.find_nodes(op="call_function", target=torch.ops.fastft.attention):
+            call = dict(zip(PARAMETERS, node.args, strict=True))
+            mask = call["mask"]
+            _read_heads(call, targets)
+            kind = _read_mask(gm, body, call, known)
+            node.args = tuple(call.values())
+            report.masks.append(Lifted(kind, compat.module_path(node), compat.source_line(node)))
+            _transpose_late(node)
+            if isinstance(mask, Node) and call["mask"] is None:
+                _drop(gm, body, mask)
+
+
+def _read_mask(gm: GraphModule, body: GraphModule, call: dict[str, Any], known: dict[Node, Found]) -> str:
+    """Put what the mask means in its place, and return the kind of mask."""
+    mask = call["mask"]
+    if mask is None:
+        return "causal" if call["causal"] else "full"
+    outer, around = _outside(gm, body, mask)
+    if outer not in known:
+        known[outer] = _meaning(outer, value_of(call["query"]).shape[-2], value_of(call["key"]).shape[-2])
+    meaning, kind = known[outer]
+    if meaning is None:
+        return f"dense: {kind}"
+    meaning = dict(meaning)
+    if around is not None:
+        for name in MEANING:
+            meaning[name] = _passed_in(body, around, meaning[name])
+    call |= meaning | {"mask": None, "causal": meaning["causal"] or call["causal"]}
+    return kind
+
+
+def _meaning(mask: Node, rows: Any, columns: Any) -> Found:
+    found = recognize(mask, rows, columns)
+    if isinstance(found, str):
+        return None, found
+    try:
+        return found.arguments(mask), found.kind
+    except Exception as error:  # a size that no node computes
+        return None, str(error)
+
+
+def _outside(gm: GraphModule, body: GraphModule, mask: Node) -> tuple[Node, Node | None]:
+    """Where the mask is made: in this graph, or in the one around a checkpointed layer, with the call of that layer."""
+    around = calls_of(gm, body)
+    if mask.op != "placeholder" or len(around) != 1 or not _is_checkpoint(around[0]):
+        return mask, None
+    given = list(body.graph.find_nodes(op="placeholder"))
+    operands = around[0].args[1:]
+    outer = operands[given.index(mask)] if len(given) == len(operands) else mask
+    return (outer, around[0]) if isinstance(outer, Node) and outer is not mask else (mask, None)
+
+
+def _is_checkpoint(call: Node) -> bool:
+    """Whether this runs its first argument, and that graph is run by nothing else, on the others."""
+    body = call.args[0]
+    once = isinstance(body, Node) and len(body.users) == 1
+    return once and compat.is_higher_order(call.target) and name_of(call.target) == "tag_activation_checkpoint"
+
+
+def _passed_in(body: GraphModule, call: Node, value: Any) -> Any:
+    """A node of the graph around a layer, as the layer sees it."""
+    if not isinstance(value, Node):
+        return value
+    given = list(body.graph.find_nodes(op="placeholder"))
+    if value in call.args[1:]:
+        return given[call.args.index(value) - 1]
+    with body.graph.inserting_after(given[-1]):
+        placeholder = body.graph.placeholder(f"{value.name}_of_mask")
+    compat.set_value(placeholder, value_of(value))
+    call.args = (*call.args, value)
+    return placeholder
+
+
+def _drop(gm: GraphModule, body: GraphModule, mask: Node) -> None:
+    """Take out a mask that nothing uses any more, and what only it was made of."""
+    if mask.users:
+        return
+    outer, around = _outside(gm, body, mask)
+    if around is not None:
+        at = list(body.graph.find_nodes(op="placeholder")).index(mask) + 1
+        body.graph.erase_node(mask)
+        around.args = (*around.args[:at], *around.args[at + 1 :])
+    pending = [outer]
+    while pending:
+        node = pending.pop()
+        gone = node.users or node.op not in ("call_function", "call_method") or node.graph is None
+        if gone or written(node) or draws(node) or switches_mode(node):
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)
+        pending = [one for one in dict.fromkeys(pending) if one is not node]
+
+
+def _read_heads(call: dict[str, Any], targets: Iterable[Any]) -> None:
+    """Let it read key and value heads where they were before they were repeated or copied into a cache."""
+    key, value = _source(call["key"], targets), _source(call["value"], targets)
+    heads = [value_of(one).shape for one in (key, value)]
+    if same_sizes(*heads):
+        call["key"], call["value"] = key, value
+
+
+def _source(node: Node, targets: Iterable[Any]) -> Node:
+    """What repeats, copies and empty caches were made of; itself, if any of it is written to."""
+    at = node
+    while (before := _copied(at)) is not None:
+        at = before
+    return node if any(may_alias(target, at) for target in targets) else at
+
+
+def _copied(node: Node) -> Node | None:
+    """What this call only copies, or repeats along the heads as the op would read them."""
+    name = name_of(node.target)
+    if node.op not in ("call_function", "call_method") or value_of(node).dim() != 4:
+        return None
+    if name in ("contiguous", "clone") and not node.args[1:] and not node.kwargs:
+        return _like(node, node.args[0])
+    if name in ("cat", "concat", "concatenate"):
+        return _with_nothing(node)
+    if name in ("reshape", "view"):
+        return _repeated(node)
+    return _interleaved(node) if name == "repeat_interleave" else None
+
+
+def _like(node: Node, source: Any) -> Node | None:
+    alike = isinstance(source, Node) and value_of(source).dtype == value_of(node).dtype
+    return source if alike and same_sizes(value_of(source).shape, value_of(node).shape) else None
+
+
+def _with_nothing(node: Node) -> Node | None:
+    """cat((an empty cache, k)): empty tensors of one axis are skipped."""
+    tensors = node.args[0] if node.args else None
+    if not isinstance(tensors, (tuple, list)):
+        return None
+    full = [one for one in tensors if not isinstance(one, Node) or tuple(value_of(one).shape) != (0,)]
+    return _like(node, full[0]) if len(full) == 1 else None
+
+
+def _repeated(node: Node) -> Node | None:
+    """x[:, :, None].expand(B, G, n, T, D).reshape(B, G * n, T, D)"""
+    expanded = node.args[0]
+    if not isinstance(expanded, Node) or name_of(expanded.target) != "expand" or value_of(expanded).dim() != 5:
+        return None
+    widened = expanded.args[0]
+    source = widened.args[0] if isinstance(widened, Node) and widened.args else None
+    if not isinstance(source, Node) or not isinstance(value_of(source), Tensor) or value_of(source).dim() != 4:
+        return None
+    whole = slice(None)
+    index = (whole, whole, None)
+    by_index = widened.target is operator.getitem and _trimmed(widened.args[1]) == index
+    by_name = name_of(widened.target) == "unsqueeze" and widened.args[1:] in ((2,), (-3,)) and not widened.kwargs
+    B, G, T, D = value_of(source).shape
+    five, four = value_of(expanded).shape, value_of(node).shape
+    fits = same_sizes((five[0], five[1], five[3], five[4]), (B, G, T, D)) and same_sizes(
+        (four[0], *four[2:]), (B, T, D)
+    )
+    return source if (by_index or by_name) and fits else None
+
+
+def _trimmed(index: Any) -> Any:
+    """An index without the whole axes at its end."""
+    found = list(index) if isinstance(index, tuple) else [index]
+    while found and (found[-1] == slice(None) or found[-1] is Ellipsis):
+        found.pop()
+    return tuple(found)
+
+
+def _interleaved(node: Node) -> Node | None:
+    """x.repeat_interleave(n, dim=1)"""
+    source, *rest = node.args
+    times = rest[0] if rest else node.kwargs.get("repeats")
+    dim = rest[1] if len(rest) > 1 else node.kwargs.get("dim")
+    plain = isinstance(times, int) and dim in (1, -3) and "output_size" not in node.kwargs
+    return source if plain and isinstance(source, Node) and value_of(source).dim() == 4 else None
+
+
+def _transpose_late(node: Node) -> None:
+    """Attention whose heads are put beside each other afterwards writes them so: its copy is saved."""
+    call = dict(zip(PARAMETERS, node.args, strict=True))
+    out = _only_user(node)
+    turned = _only_user(out)
+    copied = _only_user(turned)
+    if not call["contiguous"] or copied is None or turned is None or out is None:
+        return
+    by_axes = name_of(turned.target) == "transpose" and {*turned.args[1:]} in ({1, 2}, {-3, -2}) and not turned.kwargs
+    copies = name_of(copied.target) == "contiguous" and not copied.args[1:] and not copied.kwargs
+    if not by_axes or not copies:
+        return
+    call["contiguous"] = False
+    node.args = tuple(call.values())
+    for one in (node, out, turned):
+        trained = any(tensor.requires_grad for tensor in compat.tensors_in(value_of(one)))
+        compat.propagate(one)
+        if trained and one is not node:
+            compat.set_value(one, value_of(one).detach().requires_grad_())
+    copied.replace_all_uses_with(turned)
+    copied.graph.erase_node(copied)
+
+
+def _only_user(node: Node | None) -> Node | None:
+    users = list(node.users) if node is not None else []
+    return users[0] if len(users) == 1 else None
