@@ -11,7 +11,8 @@ What query i may attend to are the keys j for which all of this holds, of what i
   end, whatever else holds, and its scores get the gradient of such a softmax: so does a row that is masked throughout
   by the lowest finite number, in which its scores vanish.
 - query_ids [B or 1, S] and key_ids [B or 1, T], integers: they are equal.
-- mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.
+- mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.  Numbers
+  below LOWEST, in which scores vanish, count as -inf.
 A row that may attend to nothing is 0, and its log-sum-exp is -inf.
 sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXiv:2508.10925).
 softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
@@ -29,6 +30,7 @@ from torch import Tensor
 from fastft.kernels import attention_engines, dispatch
 from fastft.kernels.registry import define, require, wide
 
+LOWEST = -1e30
 LONGEST_HEAD = 256  # that the Triton kernels take
 MULTIPLIER, INCREMENT = 0x45D9F3B, 0x9E3779B9  # of the hash that dropout draws from
 
@@ -86,6 +88,10 @@ def grouped(tensor: Tensor, heads: int) -> Tensor:
     return tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return mask.to(dtype).masked_fill(mask < LOWEST, -torch.inf)
+
+
 def capped(scores: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
@@ -99,10 +105,11 @@ def reference(
     dtype = wide(query.dtype)
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     scores = capped(query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale, softcap)
+    nothing = scores - scores.detach()
     if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask.to(dtype)
+        scores = scores + added(mask, dtype)
     if start is not None:
-        scores = torch.where(alike(start), scores - scores.detach(), scores)
+        scores = torch.where(alike(start), nothing, scores)
     counts = counts.expand(scores.shape) & (scores > -torch.inf)
     scores = scores.masked_fill(~counts, -torch.inf)
     if sinks is not None:
@@ -128,7 +135,7 @@ def reference_backward(
     products = q @ k.transpose(-1, -2) * scale
     scores = capped(products, softcap)
     if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask.to(dtype)
+        scores = scores + added(mask, dtype)
     if start is not None:
         scores = scores.masked_fill(alike(start), 0.0)
     lse = lse.masked_fill(lse == -torch.inf, 0.0).to(dtype)

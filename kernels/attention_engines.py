@@ -18,6 +18,8 @@ _triton_alone = False  # set by only_triton
 CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
 FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
 EFFICIENT_FROM = (7, 5)
+SHORTEST = 64  # cuDNN crashes at a length of 1, and below this nothing is gained
+ALIGNED_BYTES = 16
 
 
 @contextmanager
@@ -52,9 +54,30 @@ def chosen(query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal:
     """The engine for a call, "" where it has more than a causal mask."""
     if _triton_alone or any(one is not None for one in tensors) or any(numbers) or query.numel() == 0:
         return ""
-    if key.shape[2] == 0 or (causal and query.shape[2] != key.shape[2]):
+    if min(query.shape[2], key.shape[2]) < SHORTEST or (causal and query.shape[2] != key.shape[2]):
         return ""  # they do not agree on where the diagonal begins
     return engine_of(query.device, query.dtype, query.shape[-1])
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """As the engines address it: no axis expanded, heads side by side, all aligned."""
+    step = ALIGNED_BYTES // tensor.element_size()
+    *others, last = tensor.stride()
+    fits = last == 1 and all(one % step == 0 for one in others) and tensor.data_ptr() % ALIGNED_BYTES == 0
+    return tensor if fits and 0 not in others else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _beside(tensor: Tensor) -> Tensor:
+    """[B, H, S, D] in exactly the strides of a dense [B, S, H, D].
+
+    torch keeps the graphs of cuDNN's backward by the strides of query, key and value alone (aten/native/cudnn/MHA.cpp),
+    so that those of the others must never be other ones, also along axes of one element.
+    """
+    _, H, S, D = tensor.shape
+    strides = (S * H * D, D, H * D, 1)
+    if tensor.stride() == strides and tensor.data_ptr() % ALIGNED_BYTES == 0:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def forward(
@@ -66,7 +89,7 @@ def forward(
     engine = chosen(query, key, (start, end, query_ids, key_ids, mask, sinks, seed), causal, window, softcap)
     if not engine:
         return None
-    q, k, v = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value))
+    q, k, v = map(_readable, (query, key, value))
     B, H, S, _ = q.shape
     if engine == "cudnn":
         found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
@@ -75,12 +98,8 @@ def forward(
     else:
         k, v = (one.repeat_interleave(H // k.shape[1], 1) for one in (k, v))
         found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return _laid_out(found[0], contiguous), found[1].reshape(B, H, -1)[..., :S].contiguous()
-
-
-def _laid_out(out: Tensor, contiguous: bool) -> Tensor:
-    """In the memory order that was asked for; engines choose their own."""
-    return out.contiguous() if contiguous else out.transpose(1, 2).contiguous().transpose(1, 2)
+    out = found[0].contiguous() if contiguous else _beside(found[0])
+    return out, found[1].reshape(B, H, -1)[..., :S].contiguous()
 
 
 def backward(
@@ -92,14 +111,28 @@ def backward(
     engine = chosen(query, key, (start, end, query_ids, key_ids, mask, seed), causal, window, softcap)
     if not engine:
         return None
-    dout, q, k, v = (
-        one if one.stride(-1) == 1 else one.contiguous() for one in (_dense(grad_output), query, key, value)
-    )
+    q, k, v = map(_readable, (query, key, value))
+    dout, out = _beside(grad_output), _beside(out)
     S, T = q.shape[2], k.shape[2]
     none: Any = torch.empty(0, dtype=torch.int64, device=q.device)  # of dropout's generator
     if engine == "cudnn":
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse[..., None], none, none, None, None, None, S, T, 0.0, causal, scale=scale
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous()[..., None],
+            none,
+            none,
+            None,
+            None,
+            None,
+            S,
+            T,
+            0.0,
+            causal,
+            scale=scale,
         )
     elif engine == "flash":
         found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -120,11 +153,6 @@ def _efficient_backward(
         dout, q, *wide, None, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
     )
     return dq, *(one.unflatten(1, (-1, group)).sum(2) for one in (dk, dv))
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    """Not expanded: the engines address no axis of stride 0."""
-    return gradient.contiguous() if 0 in gradient.stride() else gradient
 
 
 def _ordered(gradient: Tensor, like: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import dispatch
-from fastft.kernels.attention import INCREMENT, MULTIPLIER
+from fastft.kernels.attention import INCREMENT, LOWEST, MULTIPLIER
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _MULTIPLIER: tl.constexpr = tl.constexpr(MULTIPLIER)
 _INCREMENT: tl.constexpr = tl.constexpr(INCREMENT)
+_LOWEST: tl.constexpr = tl.constexpr(LOWEST)
 NO_MASK, BOOL_MASK, ADDED_MASK = range(3)
 _ADDED: tl.constexpr = tl.constexpr(ADDED_MASK)
 _BOOL: tl.constexpr = tl.constexpr(BOOL_MASK)
@@ -160,7 +161,7 @@ def masked(
     if MASK == _BOOL:
         counts = counts & (alike | mask)
     if MASK == _ADDED:
-        scores += mask * LOG2E
+        scores += tl.where(mask < _LOWEST, float("-inf"), mask * LOG2E)
     if START:
         scores = tl.where(alike, 0.0, scores)
     return tl.where(counts, scores, float("-inf"))

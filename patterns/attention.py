@@ -142,7 +142,7 @@ def attention(
     if dtype is not None:
         q, k, v = (one.to(dtype) for one in (q, k, v))
     if masked is not None:
-        mask = torch.zeros_like(masked, dtype=torch.float32).masked_fill(masked, value)
+        mask = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, value)
     seed = q.new_empty(1, dtype=torch.int64).random_(2**31) if dropout else None
     return torch.ops.fastft.attention(
         q, k, v, None, None, None, None, mask, sinks, seed, is_causal, 0, scale / root, softcap, dropout, contiguous
@@ -153,6 +153,8 @@ def not_taken(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **mor
     """What the op does not do, or not here."""
     if mask is not None and mask.requires_grad:
         return "the mask is trained"
+    if mask is not None and mask.dtype != torch.bool and mask.dim() == 4 and mask.shape[1] != 1:
+        return "what it adds differs between heads"
     if not 0.0 <= more.get("dropout", 0.0) < 1.0:
         return f"dropout is {more['dropout']}"
     value = more.get("value", -math.inf)

@@ -6,6 +6,7 @@ needs the mask itself.  What is not proven about a mask leaves it as it is, and 
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -15,9 +16,20 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastft.kernels import REGISTRY
+from fastft.kernels.attention import LOWEST
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import bodies, calls_of, draws, may_alias, name_of, only_reads, switches_mode, written
+from fastft.rewriter.graph import (
+    bodies,
+    calls_of,
+    describe_as,
+    draws,
+    may_alias,
+    name_of,
+    only_reads,
+    switches_mode,
+    written,
+)
 from fastft.rewriter.masks import recognize
 from fastft.rewriter.report import GraphReport, Lifted
 from fastft.rewriter.verify import same_sizes
@@ -29,7 +41,7 @@ Found = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, an
 
 def simplify(gm: GraphModule, report: GraphReport) -> None:
     """Every attention of ``gm`` and its bodies."""
-    known: dict[Node, Found] = {}
+    masks = _Masks(gm)
     for body in bodies(gm):
         writes = [node for node in body.graph.nodes if not only_reads(body, node)]
         targets = [target for node in writes for target in written(node)]
@@ -37,7 +49,7 @@ def simplify(gm: GraphModule, report: GraphReport) -> None:
             call = dict(zip(PARAMETERS, node.args, strict=True))
             mask = call["mask"]
             _read_heads(call, targets)
-            kind = _read_mask(gm, body, call, known)
+            kind = masks.read(body, call)
             node.args = tuple(call.values())
             report.masks.append(Lifted(kind, compat.module_path(node), compat.source_line(node)))
             _transpose_late(node)
@@ -45,33 +57,70 @@ def simplify(gm: GraphModule, report: GraphReport) -> None:
                 _drop(gm, body, mask)
 
 
-def _read_mask(gm: GraphModule, body: GraphModule, call: dict[str, Any], known: dict[Node, Found]) -> str:
-    """Put what the mask means in its place, and return the kind of mask."""
-    mask = call["mask"]
-    if mask is None:
-        return "causal" if call["causal"] else "full"
-    outer, around = _outside(gm, body, mask)
-    if outer not in known:
-        known[outer] = _meaning(outer, value_of(call["query"]).shape[-2], value_of(call["key"]).shape[-2])
-    meaning, kind = known[outer]
-    if meaning is None:
-        return f"dense: {kind}"
-    meaning = dict(meaning)
-    if around is not None:
-        for name in MEANING:
-            meaning[name] = _passed_in(body, around, meaning[name])
-    call |= meaning | {"mask": None, "causal": meaning["causal"] or call["causal"]}
-    return kind
+class _Masks:
+    """What the masks of a graph and its bodies mean, each read once."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.meanings: dict[tuple[Node, bool], Found] = {}
+        self.rows: dict[Node, dict[str, Any]] = {}
+
+    def read(self, body: GraphModule, call: dict[str, Any]) -> str:
+        """Put what the mask means in its place, and return the kind of mask."""
+        mask, alone = call["mask"], call["sinks"] is None
+        if mask is None:
+            return "causal" if call["causal"] else "full"
+        outer, around = _outside(self.gm, body, mask)
+        if (outer, alone) not in self.meanings:
+            rows, columns = (value_of(call[name]).shape[-2] for name in ("query", "key"))
+            self.meanings[outer, alone] = _meaning(outer, rows, columns, alike=alone)
+        meaning, kind = self.meanings[outer, alone]
+        if meaning is None:
+            if alone and mask not in self.rows:
+                self.rows[mask] = _rows_without_keys(mask)
+            call |= self.rows.get(mask, {})
+            return f"dense: {kind}"
+        meaning = dict(meaning)
+        if around is not None:
+            for name in MEANING:
+                meaning[name] = _passed_in(body, around, meaning[name])
+        call |= meaning | {"mask": None, "causal": meaning["causal"] or call["causal"]}
+        return kind
 
 
-def _meaning(mask: Node, rows: Any, columns: Any) -> Found:
+def _meaning(mask: Node, rows: Any, columns: Any, *, alike: bool) -> Found:
+    """alike: whether a row masked throughout by the lowest number gives all keys the same weight; not beside a sink."""
     found = recognize(mask, rows, columns)
     if isinstance(found, str):
         return None, found
+    if not alike:
+        found = dataclasses.replace(found, _alike=False)
     try:
         return found.arguments(mask), found.kind
     except Exception as error:  # a size that no node computes
         return None, str(error)
+
+
+def _rows_without_keys(mask: Node) -> dict[str, Any]:
+    """start, of a mask that is added: -1 in rows that it masks throughout by numbers in which scores vanish."""
+    tensor = value_of(mask)
+    if not tensor.is_floating_point():
+        return {}
+    graph, made = mask.graph, []
+    after = mask if mask.op != "placeholder" else list(mask.graph.find_nodes(op="placeholder"))[-1]
+
+    def add(name: str, *arguments: Any, **named: Any) -> Node:
+        with graph.inserting_after(made[-1] if made else after):
+            made.append(graph.call_method(name, arguments, named))
+        describe_as(made[-1], mask)
+        return made[-1]
+
+    vanishing = add("all", add("lt", add("detach", mask), LOWEST), -1)
+    finite = add("gt", add("amin", mask, -1), -torch.inf)
+    rows = add("neg", add("to", add("logical_and", vanishing, finite), torch.int32))
+    for _ in range(tensor.dim(), 4):
+        rows = add("unsqueeze", rows, 0)
+    return {"start": add("select", rows, 1, 0)}
 
 
 def _outside(gm: GraphModule, body: GraphModule, mask: Node) -> tuple[Node, Node | None]:
