@@ -138,7 +138,7 @@ class Problem:
             result = result & ~(given["query_ids"][:, None, :, None] - given["key_ids"][:, None, None, :]).bool()
         mask = given.get("mask")
         if mask is not None:
-            result = result & (mask if mask.dtype == torch.bool else mask >= -1e30)
+            result = result & (mask if mask.dtype == torch.bool else mask.double() >= -1e30)
         if "start" not in given:
             return result.expand(*query.shape[:3], len(j)), False
         start = given["start"][:, None, :, None]
@@ -156,7 +156,7 @@ class Problem:
         seen, alike = self.seen(given)
         nothing = scores - scores.detach()  # but its gradient
         if "mask" in given and given["mask"].dtype != torch.bool:
-            scores = scores + given["mask"].to(wide).masked_fill(given["mask"] < -1e30, -torch.inf)
+            scores = scores + given["mask"].to(wide).masked_fill(given["mask"].double() < -1e30, -torch.inf)
         scores = torch.where(torch.as_tensor(alike, device=query.device), nothing, scores)
         scores = scores.masked_fill(~seen, -torch.inf)
         empty = ~seen.any(-1, keepdim=True) if "sinks" not in given else torch.zeros_like(seen[..., :1])
