@@ -30,7 +30,7 @@ from torch import Tensor
 from fastft.kernels import attention_engines, dispatch
 from fastft.kernels.registry import define, require, wide
 
-LOWEST = -1e30
+LOWEST = -5e8
 LONGEST_HEAD = 256  # that the Triton kernels take
 MULTIPLIER, INCREMENT = 0x45D9F3B, 0x9E3779B9  # of the hash that dropout draws from
 
@@ -174,7 +174,8 @@ def check(
             require(one.shape[1] == length, lambda name=name, one=one: f"{name} {tuple(one.shape)}: {shapes()}")
             one.expand(query.shape[0], -1)  # raises where it does not broadcast
     if mask is not None:
-        mask.expand(*query.shape[:-1], columns)
+        require(mask.shape[-2:] == (rows, columns), lambda: f"mask {tuple(mask.shape)}: {shapes()}")
+        mask.expand(*query.shape[:-1], columns)  # raises where it does not broadcast
 
 
 def takes_on(query: Tensor, masked: bool) -> str | None:
@@ -269,10 +270,12 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
     if grad_output is None:
         return (None,) * 16
     query, key, value, out, lse, *masks, sinks, seed = ctx.saved_tensors
-    found = attention_backward(
-        grad_output, query, key, value, out, lse, *masks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap,
-        ctx.dropout,
-    )  # fmt: skip
+    found: Sequence[Tensor | None] = (None,) * 3
+    if any(ctx.needs_input_grad[:3]):
+        found = attention_backward(
+            grad_output, query, key, value, out, lse, *masks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap,
+            ctx.dropout,
+        )  # fmt: skip
     needed = [one if needs else None for one, needs in zip(found, ctx.needs_input_grad[:3], strict=True)]
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[8]:

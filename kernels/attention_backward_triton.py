@@ -44,7 +44,7 @@ QUERY_TILES = {
 KEY_TILES = {
     (64, 2, True): Tiles(64, 64, 4, 3), (64, 2, False): Tiles(64, 64, 4, 2),
     (128, 2, True): Tiles(32, 64, 4, 3), (128, 2, False): Tiles(32, 64, 4, 2),
-    (256, 2, True): Tiles(64, 64, 8, 2), (256, 2, False): Tiles(32, 32, 4, 1),
+    (256, 2, True): Tiles(64, 64, 8, 1), (256, 2, False): Tiles(32, 32, 4, 1),
     (64, 4, True): Tiles(32, 32, 8, 2), (64, 4, False): Tiles(32, 32, 8, 2),
     (128, 4, True): Tiles(32, 32, 8, 1), (128, 4, False): Tiles(32, 16, 8, 1),
     (256, 4, True): Tiles(16, 16, 8, 1), (256, 4, False): Tiles(16, 16, 8, 1),
@@ -96,15 +96,16 @@ def query_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = dout . out of each row, which the other kernel needs too."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    tiles = tl.cdiv(S, BLOCK_M)
+    tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = head // H, head % H
     wide_b, wide_h, g = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h // GROUP, tl.int64)
     i, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + wide_b * q_sb + wide_h * q_sh, i, d, q_si, S, D, BLOCK_D, False)
     out = load_rows(out_ptr + wide_b * out_sb + wide_h * out_sh, i, d, out_si, S, D, BLOCK_D, False)
     dout = load_rows(dout_ptr + wide_b * dout_sb + wide_h * dout_sh, i, d, dout_si, S, D, BLOCK_D, False)
     delta = tl.sum(tl.cast(out, tl.float32) * tl.cast(dout, tl.float32), 1)
-    row = tl.cast(tl.program_id(1), tl.int64) * S + i
+    row = tl.cast(head, tl.int64) * S + i
     tl.store(delta_ptr + row, delta, mask=i < S)
     lse = tl.load(lse_ptr + row, mask=i < S, other=0.0) * LOG2E
     lse = tl.where(lse == float("-inf"), 0.0, lse)
@@ -222,10 +223,10 @@ def key_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, summed over the heads that read them."""
-    G = H // GROUP
-    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    G, tiles = H // GROUP, tl.cdiv(T, BLOCK_N)
+    b, g = tl.program_id(0) // tiles // G, tl.program_id(0) // tiles % G
     wide_b, wide_g = tl.cast(b, tl.int64), tl.cast(g, tl.int64)
-    j0 = tl.program_id(0) * BLOCK_N
+    j0 = tl.program_id(0) % tiles * BLOCK_N
     j, d = j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k = load_rows(k_ptr + wide_b * k_sb + wide_g * k_sh, j, d, k_sj, T, D, BLOCK_D, False)
     v = load_rows(v_ptr + wide_b * v_sb + wide_g * v_sh, j, d, v_sj, T, D, BLOCK_D, False)
@@ -289,17 +290,17 @@ def backward(
     B, H, S, D = query.shape
     G, T = key.shape[1:3]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
-    given = operands(q, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    given = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
     sizes = (H, H // G, S, T, *given.numbers)
     lse, delta = lse.contiguous(), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     meta = {**given.meta, "D": D, "BLOCK_D": block_d(D)}
     tiles = tiles_for(QUERY_TILES, query, mask)
-    query_kernel[(cdiv(S, tiles.rows), B * H)](
+    query_kernel[(cdiv(S, tiles.rows) * B * H,)](
         dq, delta, q, k, v, out, dout, lse, *given.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip
     tiles = tiles_for(KEY_TILES, query, mask)
-    key_kernel[(cdiv(T, tiles.columns), B * G)](
+    key_kernel[(cdiv(T, tiles.columns) * B * G,)](
         dk, dv, q, k, v, dout, lse, delta, *given.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, SCAN=SCANNED, **meta,
         **tiles.meta,

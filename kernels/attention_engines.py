@@ -17,9 +17,17 @@ from torch import Tensor
 _triton_alone = False  # set by only_triton
 CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
 FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
+FLASH_SMALL_HEAD = 192  # its backward refuses longer ones where a block has little shared memory
 EFFICIENT_FROM = (7, 5)
 SHORTEST = 64  # cuDNN crashes at a length of 1, and below this nothing is gained
 ALIGNED_BYTES = 16
+
+
+@functools.cache
+def _operator(engine: str, *, backward: bool = False) -> Any:
+    from fastft.rewriter.compat import attention_operator
+
+    return attention_operator(engine, backward=backward)
 
 
 @contextmanager
@@ -44,19 +52,40 @@ def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     capability, half = torch.cuda.get_device_capability(device), dtype in (torch.float16, torch.bfloat16)
     if half and head_dim % 8 == 0 and CUDNN_FROM <= capability < CUDNN_BEFORE and head_dim <= CUDNN_HEAD:
         return "cudnn" if torch.backends.cudnn.is_available() else "flash"
-    if half and head_dim % 8 == 0 and FLASH_FROM <= capability < FLASH_BEFORE and head_dim <= FLASH_HEAD:
+    longest = FLASH_HEAD if capability[1] == 0 and capability[0] < 12 else FLASH_SMALL_HEAD
+    if half and head_dim % 8 == 0 and FLASH_FROM <= capability < FLASH_BEFORE and head_dim <= longest:
         return "flash"
     fits = head_dim % (8 if half else 4) == 0 and dtype in (torch.float16, torch.float32)
     return "efficient" if fits and EFFICIENT_FROM <= capability < FLASH_FROM else ""
 
 
-def chosen(query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal: bool, *numbers: float) -> str:
-    """The engine for a call, "" where it has more than a causal mask."""
-    if _triton_alone or any(one is not None for one in tensors) or any(numbers) or query.numel() == 0:
+def chosen(
+    query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal: bool, scale: float, *numbers: float
+) -> str:
+    """The engine for a call, "" where it has more than a causal mask; as torch.backends.cuda allows.
+
+    The Triton kernels give the same bits each time, the engines' backwards do not.
+    """
+    if (
+        _triton_alone
+        or torch.are_deterministic_algorithms_enabled()
+        or not scale > 0.0
+        or any(one is not None for one in tensors)
+        or any(numbers)
+        or query.numel() == 0
+    ):
         return ""
     if min(query.shape[2], key.shape[2]) < SHORTEST or (causal and query.shape[2] != key.shape[2]):
         return ""  # they do not agree on where the diagonal begins
-    return engine_of(query.device, query.dtype, query.shape[-1])
+    engine = engine_of(query.device, query.dtype, query.shape[-1])
+    return engine if engine and _ENABLED[engine]() else ""
+
+
+_ENABLED = {
+    "cudnn": lambda: torch.backends.cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled(),
+    "flash": torch.backends.cuda.flash_sdp_enabled,
+    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+}
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -86,18 +115,15 @@ def forward(
     scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """out and log-sum-exp by an engine of torch's, or None."""
-    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, sinks, seed), causal, window, softcap)
+    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, sinks, seed), causal, scale, window, softcap)
     if not engine:
         return None
     q, k, v = map(_readable, (query, key, value))
     B, H, S, _ = q.shape
-    if engine == "cudnn":
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    elif engine == "flash":
-        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
-    else:
+    if engine == "efficient":
         k, v = (one.repeat_interleave(H // k.shape[1], 1) for one in (k, v))
-        found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    extra = () if engine == "flash" else (None, True)  # no bias, and the log-sum-exp
+    found = _operator(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
     out = found[0].contiguous() if contiguous else _beside(found[0])
     return out, found[1].reshape(B, H, -1)[..., :S].contiguous()
 
@@ -108,21 +134,21 @@ def backward(
     causal: bool, window: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """The gradients by an engine of torch's, or None."""
-    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, seed), causal, window, softcap)
+    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, seed), causal, scale, window, softcap)
     if not engine:
         return None
     q, k, v = map(_readable, (query, key, value))
-    dout, out = _beside(grad_output), _beside(out)
+    dout, out, lse = _beside(grad_output), _beside(out), lse.contiguous()
     S, T = q.shape[2], k.shape[2]
     none: Any = torch.empty(0, dtype=torch.int64, device=q.device)  # of dropout's generator
     if engine == "cudnn":
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        found = _operator(engine, backward=True)(
             dout,
             q,
             k,
             v,
             out,
-            lse.contiguous()[..., None],
+            lse[..., None],
             none,
             none,
             None,
@@ -135,7 +161,7 @@ def backward(
             scale=scale,
         )
     elif engine == "flash":
-        found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        found = _operator(engine, backward=True)(
             dout, q, k, v, out, lse, None, None, S, T, 0.0, causal, none, none, scale=scale
         )
     else:
@@ -149,7 +175,7 @@ def _efficient_backward(
     group = q.shape[1] // k.shape[1]
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
     wide = (one.repeat_interleave(group, 1) for one in (k, v))
-    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+    dq, dk, dv, _ = _operator("efficient", backward=True)(
         dout, q, *wide, None, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
     )
     return dq, *(one.unflatten(1, (-1, group)).sum(2) for one in (dk, dv))

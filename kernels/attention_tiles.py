@@ -4,7 +4,6 @@ A tile has rows i [BLOCK_M] of queries and columns j [BLOCK_N] of keys.  Scores 
 """
 # mypy: allow-untyped-defs
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -73,14 +72,15 @@ def key_range(
     """The first key of each row and the one after its last, and whether the row weighs its keys alike."""
     end = tl.zeros_like(i) + T
     if END:
-        end = tl.minimum(end, tl.cast(tl.load(end_ptr + i, mask=i < S, other=0), tl.int32))
+        end = tl.cast(tl.minimum(tl.load(end_ptr + i, mask=i < S, other=0), T), tl.int32)
     first, last, alike = tl.zeros_like(i), end, i < 0
     if CAUSAL:
         last = tl.minimum(last, i + 1)
     if WINDOW:
         first = tl.maximum(i - window + 1, 0)
     if START:
-        start = tl.cast(tl.load(start_ptr + i, mask=i < S, other=0), tl.int32)
+        start = tl.load(start_ptr + i, mask=i < S, other=0)
+        start = tl.cast(tl.minimum(tl.maximum(start, -1), T), tl.int32)
         alike = start < 0
         first = tl.where(alike, 0, tl.maximum(first, start))
         last = tl.where(alike, end, last)
@@ -199,8 +199,8 @@ class Operands(NamedTuple):
 
 
 def operands(
-    query: Tensor, masks: tuple[Tensor | None, ...], seed: Tensor | None, causal: bool, window: int, scale: float,
-    softcap: float, dropout: float,
+    query: Tensor, key: Tensor, masks: tuple[Tensor | None, ...], seed: Tensor | None, causal: bool, window: int,
+    scale: float, softcap: float, dropout: float,
 ) -> Operands:  # fmt: skip
     """masks: start, end, query_ids, key_ids and mask; what is not given is not read."""
     start, end, query_ids, _, mask = masks
@@ -216,6 +216,7 @@ def operands(
         "DROPOUT": seed is not None,
     }  # fmt: skip
     pointers = tuple(query if one is None else one for one in (*rows, mask, seed))
+    window = min(window, max(query.shape[2], key.shape[2]))  # sums with it stay in 32 bits
     numbers = (window, scale, softcap, int(dropout * 2**32), 1.0 / (1.0 - dropout))
     return Operands(pointers, (*strides, *of_mask), numbers, meta)
 
@@ -226,21 +227,27 @@ KINDS = (  # of masks, which a kernel is compiled for
     {"MASK": BOOL_MASK}, {"MASK": ADDED_MASK, "DROPOUT": True},
 )  # fmt: skip
 _FLAGS = ("CAUSAL", "WINDOW", "START", "END", "IDS", "SOFTCAP", "DROPOUT")
+SPILLED_BYTES = 2048  # of a thread, which the tiles that were measured to be the fastest may store
 
 
 def variants(table: Table) -> Iterator[dict[str, Any]]:
-    """Constants and types of what a kernel is launched with, for the tests that compile ahead of time."""
-    integers = ("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr")
-    for ((D, element_bytes, roomy), tiles), kind in itertools.product(table.items(), KINDS):
-        types = dict.fromkeys(integers, "*i32") | {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64"}
-        types |= {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8", "threshold": "i64"}
-        types |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
-        if element_bytes == 4:
-            types |= {f"{one}_ptr": "*fp32" for one in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
+    """Constants and types of what a kernel is launched with, for the tests that compile ahead of time.
+
+    Each tiling is compiled for one kind of mask, so that all of them are in turn.
+    """
+    types = dict.fromkeys(("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr"), "*i32")
+    types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "threshold": "i64"}
+    types |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
+    for at, ((D, element_bytes, roomy), tiles) in enumerate(table.items()):
+        kind = KINDS[at % len(KINDS)]
+        rows = "*fp32" if element_bytes == 4 else "*bf16"
+        of_rows = {f"{one}_ptr": rows for one in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
+        mask = {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8"}
         flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
         meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
         majors = dispatch.SHARED_OPERANDS if roomy else NARROW
-        yield {**flags, "D": D, "BLOCK_D": D, **meta, **types, "majors": majors}
+        launch = {"D": D, "BLOCK_D": D, **meta, "majors": majors, "spilled_bytes": SPILLED_BYTES}
+        yield {**flags, **types, **of_rows, **mask, **launch}
 
 
 def unit(tensor: Tensor) -> Tensor:

@@ -88,8 +88,9 @@ def forward_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SINKS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows of a causal mask first
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    tiles = tl.cdiv(S, BLOCK_M)
+    tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles  # the longest of a causal mask first
+    b, h = head // H, head % H
     wide_b, wide_h, g = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h // GROUP, tl.int64)
     i, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + wide_b * q_sb + wide_h * q_sh, i, d, q_si, S, D, BLOCK_D, False)
@@ -127,7 +128,7 @@ def forward_kernel(
     at = out_ptr + wide_b * out_sb + wide_h * out_sh + tl.cast(i, tl.int64)[:, None] * out_si + d[None, :]
     tl.store(at, tl.cast(out, out_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
     lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
-    tl.store(lse_ptr + tl.cast(tl.program_id(1), tl.int64) * S + i, lse, mask=i < S)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * S + i, lse, mask=i < S)
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -144,9 +145,9 @@ def forward(
     out, lse = outputs
     B, H, S, D = query.shape
     q, k, v = unit(query), unit(key), unit(value)
-    given = operands(q, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    given = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
     tiles = tiles_for(TILES, query, mask)
-    forward_kernel[(cdiv(S, tiles.rows), B * H)](
+    forward_kernel[(cdiv(S, tiles.rows) * B * H,)](
         out, lse, q, k, v, q if sinks is None else sinks, *given.pointers, *out.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *given.strides, H, H // key.shape[1], S, key.shape[2], *given.numbers,
         **given.meta, SINKS=sinks is not None, D=D, BLOCK_D=block_d(D), **tiles.meta,

@@ -83,7 +83,8 @@ def fill(
     """
     tensors = [value for value in (*outputs, *arguments) if isinstance(value, Tensor)]
     row_length = outputs[0].shape[-1]
-    key = (op, row_length, *[(tensor.device, tensor.dtype) for tensor in tensors])
+    given = [one if isinstance(one, bool) else one is None for one in arguments]
+    key = (op, row_length, *given, *[(tensor.device, tensor.dtype) for tensor in tensors])
     if all(tensor.numel() > 0 for tensor in tensors):
         if key not in _verdicts:
             _verdicts[key] = takes(row_length, longest_row, tensors)

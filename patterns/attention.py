@@ -23,6 +23,11 @@ def attended(scores: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(scores, -1, torch.float32).to(v.dtype), v)
 
 
+def widened(scores: Tensor, v: Tensor) -> Tensor:
+    """The same, with the scores cast before."""
+    return torch.matmul(torch.softmax(scores.float(), -1).to(v.dtype), v)
+
+
 def product(q: Tensor, k: Tensor) -> Tensor:
     """Of every query with every key."""
     return torch.matmul(q, k.transpose(2, 3))
@@ -95,13 +100,23 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, sca
 
 
 def added_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, root: float) -> Tensor:
-    """Llama's own code: divided by the root of head_dim."""
-    return attended(product(q, k) / root + mask, v)
+    """Llama's own code: divided by the root of head_dim, cast before the softmax."""
+    return widened(product(q, k) / root + mask, v)
 
 
 def unmasked_divided(q: Tensor, k: Tensor, v: Tensor, root: float) -> Tensor:
     """The same without a mask."""
-    return attended(product(q, k) / root, v)
+    return widened(product(q, k) / root, v)
+
+
+def added_widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Scaled, and cast before the softmax."""
+    return widened(product(q, k) * scale + mask, v)
+
+
+def unmasked_widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same without a mask."""
+    return widened(product(q, k) * scale, v)
 
 
 def filled(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, value: float) -> Tensor:
@@ -153,13 +168,12 @@ def not_taken(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **mor
     """What the op does not do, or not here."""
     if mask is not None and mask.requires_grad:
         return "the mask is trained"
-    if mask is not None and mask.dtype != torch.bool and mask.dim() == 4 and mask.shape[1] != 1:
+    if mask is not None and mask.dtype != torch.bool and mask.dim() > 2 and mask.shape[-3] != 1:
         return "what it adds differs between heads"
     if not 0.0 <= more.get("dropout", 0.0) < 1.0:
         return f"dropout is {more['dropout']}"
-    value = more.get("value", -math.inf)
-    if value != -math.inf and value > torch.finfo(q.dtype).min:
-        return f"scores are filled with {value}, which is not the least there is"
+    if more.get("value", -math.inf) != -math.inf:  # in rows filled throughout others give the same weight to all keys
+        return f"scores are filled with {more['value']} and not with -inf"
     if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1] != 0:
         return "the number of query heads is no multiple of that of key heads"
     extra = mask is not None or "softcap" in more or "sinks" in more or "masked" in more or more.get("dropout", 0.0)
@@ -181,8 +195,12 @@ def rules(reference: Callable, anchor: Callable, shapes: dict[str, str], **more:
 
 def eager(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
     """Other softmaxes are not worth telling: routers have them too."""
-    more = {"cast": ("v",), "alike": {"q": "v", "k": "v"}, "booleans": ("masked",) if "masked" in tensors else ()}
-    return rules(reference, torch.softmax, {**HEADS, **tensors}, rare=False, **more)
+    more = {
+        "alike": {name: "v" for name in ("q", "k", "sinks") if name in {**HEADS, **tensors}},
+        "booleans": ("masked",) if "masked" in tensors else (),
+    }
+    cast = ("v", "mask") if "mask" in tensors else ("v",)
+    return rules(reference, torch.softmax, {**HEADS, **tensors}, rare=False, cast=cast, **more)
 
 
 RULES = (
@@ -199,6 +217,8 @@ RULES = (
     *eager(with_sinks, mask="* S T", sinks="H"),
     *eager(added_divided, mask="* S T"),
     *eager(unmasked_divided),
+    *eager(added_widened, mask="* S T"),
+    *eager(unmasked_widened),
     *eager(filled, masked="* S T"),
     *eager(filled_divided, masked="* S T"),
     *eager(filled_dropped, masked="* S T"),

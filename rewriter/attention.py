@@ -184,11 +184,14 @@ def _read_heads(call: dict[str, Any], targets: Iterable[Any]) -> None:
 
 
 def _source(node: Node, targets: Iterable[Any]) -> Node:
-    """What repeats, copies and empty caches were made of; itself, if any of it is written to."""
+    """What repeats, copies and empty caches were made of, as far as nothing of it is written to or detached."""
     at = node
     while (before := _copied(at)) is not None:
+        trained = [value_of(one).requires_grad for one in (at, before)]
+        if trained[0] != trained[1] or any(may_alias(target, one) for target in targets for one in (at, before)):
+            break
         at = before
-    return node if any(may_alias(target, at) for target in targets) else at
+    return at
 
 
 def _copied(node: Node) -> Node | None:
@@ -267,7 +270,7 @@ def _transpose_late(node: Node) -> None:
         return
     by_axes = name_of(turned.target) == "transpose" and {*turned.args[1:]} in ({1, 2}, {-3, -2}) and not turned.kwargs
     copies = name_of(copied.target) == "contiguous" and not copied.args[1:] and not copied.kwargs
-    if not by_axes or not copies:
+    if not by_axes or not copies or len({value_of(one).requires_grad for one in (out, turned, copied)}) > 1:
         return
     call["contiguous"] = False
     node.args = tuple(call.values())

@@ -338,6 +338,11 @@ def cache_counts() -> Counter[str]:
     return Counter({name: found[prefix + name] for name in ("hit", "miss", "bypass")})
 
 
+def attention_operator(engine: str, *, backward: bool = False) -> Any:
+    """The operator of one of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
+    return getattr(torch.ops.aten, f"_scaled_dot_product_{engine}_attention" + ("_backward" if backward else ""))
+
+
 def is_higher_order(target: Any) -> bool:
     """Whether the node's target takes graph bodies as arguments (checkpoint, autograd.Function, ...)."""
     return isinstance(target, HigherOrderOperator)

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.mask_calls import call_name
+from fastft.rewriter.mask_substitution import substitute
 from fastft.rewriter.mask_terms import (
     And,
     Condition,
@@ -32,7 +33,6 @@ from fastft.rewriter.mask_terms import (
     floor,
     positive,
     select,
-    substitute,
     variable,
     variables,
     whole,

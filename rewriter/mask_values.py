@@ -24,6 +24,7 @@ from torch.fx import Node
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.graph import name_of
+from fastft.rewriter.mask_substitution import substitute
 from fastft.rewriter.mask_terms import (
     MOST_CHOICES,
     Condition,
@@ -39,7 +40,6 @@ from fastft.rewriter.mask_terms import (
     indicator,
     negate,
     some,
-    substitute,
     truth,
     variables,
     whole,

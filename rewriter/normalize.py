@@ -174,12 +174,14 @@ def _layer_norm_form(args: tuple, node: Node) -> tuple:
     return _completed(args, (None, None, 1e-5), 2)
 
 
+def _dropout_form(args: tuple, node: Node) -> tuple:
+    """The default share spelt out."""
+    return args if len(args) > 1 else (*args, 0.5)
+
+
 def _softmax_form(args: tuple, node: Node) -> tuple:
-    """A cast to float32 before it is the same as within it."""
+    """Without the dtype that it has anyway."""
     source, dim, dtype = _completed(args, (None,), 2)
-    assert isinstance(source, Node)
-    if dtype is None and (cast := cast_dtype(source)) == torch.float32:
-        source, dtype = source.args[0], cast
     dim = _from_end(dim, value_of(source).dim())
     return (source, dim) if dtype in (None, value_of(source).dtype) else (source, dim, dtype)
 
@@ -215,6 +217,7 @@ def _transpose_form(args: tuple, node: Node) -> tuple:
 _FORMS: dict[Callable, Callable[[tuple, Node], tuple]] = {
     torch.mean: _mean_form,
     torch.softmax: _softmax_form,
+    F.dropout: _dropout_form,
     F.scaled_dot_product_attention: _attention_form,
     torch.rms_norm: _rms_norm_form,
     F.layer_norm: _layer_norm_form,

@@ -67,13 +67,17 @@ def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
 
 
 @functools.cache
-def template(rule: Rule, dtypes: tuple[torch.dtype, ...], state: autocast.State) -> Pattern:
+def template(rule: Rule, dtypes: tuple[torch.dtype, ...], state: autocast.State) -> Pattern | None:
     """The pattern that finds candidates: open sizes, one dtype for each tensor that the reference casts.
 
-    Traced at two choices of sizes: a number that is not the same in both depends on them.
+    Traced at two choices of sizes: a number that is not the same in both depends on them.  None for dtypes that the
+    reference does not take together.
     """
-    with autocast.on_cpu(state):
-        first, second = (trace(rule, _values(rule, dtypes, *sizes)) for sizes in _SIZES)
+    try:
+        with autocast.on_cpu(state):
+            first, second = (trace(rule, _values(rule, dtypes, *sizes)) for sizes in _SIZES)
+    except RuntimeError:
+        return None
     for node, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
         node.args, node.kwargs = _opened(node.args, other.args), _opened(dict(node.kwargs), dict(other.kwargs))
     return first
@@ -114,7 +118,8 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
 def templates(rule: Rule, present: frozenset[torch.dtype]) -> Iterator[Pattern]:
     """One template for each assignment of the dtypes that occur in a graph, under autocast as it is now."""
     for dtypes in itertools.product(sorted(present, key=str), repeat=len(rule.cast)):
-        yield template(rule, dtypes, autocast.state())
+        if (found := template(rule, dtypes, autocast.state())) is not None:
+            yield found
 
 
 def capture(function: Callable, *values: Any) -> GraphModule:

@@ -50,6 +50,9 @@ def rewrite(
         body.graph.lint()
         body.recompile()
     attention.simplify(gm, report)
+    for body in bodies(gm):
+        body.graph.lint()
+        body.recompile()
     losses.lift(gm, report, logits_bytes, deferred)
     gm.graph.lint()
     gm.recompile()

@@ -45,12 +45,12 @@ class Rule:
 
 
 def table(rules: Iterable[Rule]) -> str:
-    """The rules as a Markdown table, for README.md."""
-    lines = ["| rule | what it recognises | becomes |", "|---|---|---|"]
+    """The rules as a Markdown table, for README.md; those of one reference are one line."""
+    lines = {"| rule | what it recognises | becomes |": None, "|---|---|---|": None}
     for rule in rules:
         function = getattr(rule.replacement, "func", rule.replacement)  # a partial's own function
         becomes = f"`{inspect.getdoc(function)}`" if function else f"left alone: {rule.because}"
-        lines.append(f"| `{rule.name}` | {inspect.getdoc(rule.reference)} | {becomes} |")
+        lines[f"| `{rule.name}` | {inspect.getdoc(rule.reference)} | {becomes} |"] = None
     return "\n".join(lines)
 
 

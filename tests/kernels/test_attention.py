@@ -15,7 +15,7 @@ from strategies import DEVICES, DTYPES, INTERPRETING, LAYOUTS, LOW, UPSTREAM, Sp
 from torch import Tensor
 
 from fastft.kernels import REGISTRY
-from fastft.kernels.attention import kept
+from fastft.kernels.attention import LOWEST, kept
 
 ENTRY = REGISTRY["fastft::attention"]
 NAMES = ("query", "key", "value", "sinks")  # of what has a gradient
@@ -138,7 +138,7 @@ class Problem:
             result = result & ~(given["query_ids"][:, None, :, None] - given["key_ids"][:, None, None, :]).bool()
         mask = given.get("mask")
         if mask is not None:
-            result = result & (mask if mask.dtype == torch.bool else mask.double() >= -1e30)
+            result = result & (mask if mask.dtype == torch.bool else mask.double() >= LOWEST)
         if "start" not in given:
             return result.expand(*query.shape[:3], len(j)), False
         start = given["start"][:, None, :, None]
@@ -156,7 +156,7 @@ class Problem:
         seen, alike = self.seen(given)
         nothing = scores - scores.detach()  # but its gradient
         if "mask" in given and given["mask"].dtype != torch.bool:
-            scores = scores + given["mask"].to(wide).masked_fill(given["mask"].double() < -1e30, -torch.inf)
+            scores = scores + given["mask"].to(wide).masked_fill(given["mask"].double() < LOWEST, -torch.inf)
         scores = torch.where(torch.as_tensor(alike, device=query.device), nothing, scores)
         scores = scores.masked_fill(~seen, -torch.inf)
         empty = ~seen.any(-1, keepdim=True) if "sinks" not in given else torch.zeros_like(seen[..., :1])
@@ -448,6 +448,26 @@ def test_nothing_but_such_rows(device: str, way: str) -> None:
     out, lse, *gradients = evaluate(Problem(T=5).fused, given | masks, torch.ones(2, 4, 20, 16, device=device))
     assert lse.isneginf().all()
     assert all((one == 0.0).all() for one in (out, *gradients))
+
+
+@on_devices
+@pytest.mark.parametrize("change", ["window", "start", "end"])
+def test_numbers_beyond_32_bits(device: str, change: str) -> None:
+    """A window or an end that is far away is none, and so is every key of a start that is."""
+    largest, problem = 2**31 - 5, Problem(S=70, T=70, dtype=torch.float32, causal=True)
+    given = problem.build(device)
+    grad = Spec((2, 4, 70, 16), torch.float32, seed=9).build(device)
+    expected = evaluate(problem.fused, given, grad)
+    if change == "window":
+        found = evaluate(replace(problem, window=largest).fused, given, grad)
+    else:
+        far = torch.full((1, 70), 2**63 - 1, device=device)
+        found = evaluate(problem.fused, given | {change: far}, grad)
+    if change == "start":
+        assert not any(one.any() for one in (found[0], *found[2:]))
+    else:
+        for mine, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, right)
 
 
 @on_devices
