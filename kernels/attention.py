@@ -61,11 +61,6 @@ def allowed(
     return found
 
 
-def alike(start: Tensor | None) -> Tensor | None:
-    """Which rows give all keys the same weight: broadcasts to [B, H, S, T]."""
-    return None if start is None else start[:, None, :, None] < 0
-
-
 def kept(seed: Tensor, shape: Sequence[int], dropout: float) -> Tensor:
     """What dropout leaves, bool [B, H, S, T]: a hash of the seed and of where an element is, of 32 bits."""
     B, H, S, T = shape
@@ -109,7 +104,7 @@ def reference(
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + added(mask, dtype)
     if start is not None:
-        scores = torch.where(alike(start), nothing, scores)
+        scores = torch.where(start[:, None, :, None] < 0, nothing, scores)
     counts = counts.expand(scores.shape) & (scores > -torch.inf)
     scores = scores.masked_fill(~counts, -torch.inf)
     if sinks is not None:
@@ -137,7 +132,7 @@ def reference_backward(
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + added(mask, dtype)
     if start is not None:
-        scores = scores.masked_fill(alike(start), 0.0)
+        scores = scores.masked_fill(start[:, None, :, None] < 0, 0.0)
     lse = lse.masked_fill(lse == -torch.inf, 0.0).to(dtype)
     weights = torch.exp(scores.masked_fill(~counts, -torch.inf) - lse[..., None])
     kept_scale: Tensor | float = 1.0 if seed is None else kept(seed, weights.shape, dropout).to(dtype) / (1.0 - dropout)
@@ -170,8 +165,9 @@ def check(
     named = {"start": (start, rows), "end": (end, rows), "query_ids": (query_ids, rows), "key_ids": (key_ids, columns)}
     for name, (one, length) in named.items():
         if one is not None:
-            require(one.dim() == 2, lambda name=name, one=one: f"{name} has {one.dim()} axes and not 2")
-            require(one.shape[1] == length, lambda name=name, one=one: f"{name} {tuple(one.shape)}: {shapes()}")
+            found = f"{name} {tuple(one.shape)}"
+            require(one.dim() == 2, lambda found=found: f"{found} has not 2 axes")  # type: ignore[misc]
+            require(one.shape[1] == length, lambda found=found: f"{found}: {shapes()}")  # type: ignore[misc]
             one.expand(query.shape[0], -1)  # raises where it does not broadcast
     if mask is not None:
         require(mask.shape[-2:] == (rows, columns), lambda: f"mask {tuple(mask.shape)}: {shapes()}")

@@ -106,7 +106,8 @@ def _rows_without_keys(mask: Node) -> dict[str, Any]:
     tensor = value_of(mask)
     if not tensor.is_floating_point():
         return {}
-    graph, made = mask.graph, []
+    graph = mask.graph
+    made: list[Node] = []
     after = mask if mask.op != "placeholder" else list(mask.graph.find_nodes(op="placeholder"))[-1]
 
     def add(name: str, *arguments: Any, **named: Any) -> Node:
@@ -227,7 +228,7 @@ def _repeated(node: Node) -> Node | None:
     expanded = node.args[0]
     if not isinstance(expanded, Node) or name_of(expanded.target) != "expand" or value_of(expanded).dim() != 5:
         return None
-    widened = expanded.args[0]
+    widened: Any = expanded.args[0]
     source = widened.args[0] if isinstance(widened, Node) and widened.args else None
     if not isinstance(source, Node) or not isinstance(value_of(source), Tensor) or value_of(source).dim() != 4:
         return None

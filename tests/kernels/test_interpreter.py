@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 )  # fmt: skip
 def test_in_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider", str(HERE / file)]
+    command += ["-k", "not attention"] if file == "test_ops.py" else []  # test_attention.py draws smaller calls
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
     result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
