@@ -19,7 +19,9 @@ CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
 FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
 FLASH_SMALL_HEAD = 192  # its backward refuses longer ones where a block has little shared memory
 EFFICIENT_FROM = (7, 5)
-SHORTEST = 64  # cuDNN crashes at a length of 1, and below this nothing is gained
+SHORTEST = (
+    64  # for cuDNN, which crashes at a length of 1; FlashAttention-2 splits keys where queries are few, in decoding
+)
 ALIGNED_BYTES = 16
 
 
@@ -75,9 +77,11 @@ def chosen(
         or query.numel() == 0
     ):
         return ""
-    if min(query.shape[2], key.shape[2]) < SHORTEST or (causal and query.shape[2] != key.shape[2]):
+    if key.shape[2] == 0 or (causal and query.shape[2] != key.shape[2]):
         return ""  # they do not agree on where the diagonal begins
     engine = engine_of(query.device, query.dtype, query.shape[-1])
+    if engine == "cudnn" and min(query.shape[2], key.shape[2]) < SHORTEST:
+        engine = "flash"
     return engine if engine and _ENABLED[engine]() else ""
 
 

@@ -246,6 +246,7 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
         flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
         meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
         majors = dispatch.SHARED_OPERANDS if roomy else NARROW
+        majors = majors if element_bytes == 2 else majors[:1]  # they differ in tensor cores, which float32 has none of
         launch = {"D": D, "BLOCK_D": D, **meta, "majors": majors, "spilled_bytes": SPILLED_BYTES}
         yield {**flags, **types, **of_rows, **mask, **launch}
 

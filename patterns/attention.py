@@ -18,14 +18,14 @@ from fastft.rewriter import autocast
 from fastft.rewriter.rule import Rule
 
 
-def attended(scores: Tensor, v: Tensor) -> Tensor:
-    """Values weighted by a softmax in float32."""
-    return torch.matmul(torch.softmax(scores, -1, torch.float32).to(v.dtype), v)
+def attended(scores: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """Values weighted by a softmax in float32, in the dtype of the queries."""
+    return torch.matmul(torch.softmax(scores, -1, torch.float32).to(q.dtype), v)
 
 
-def widened(scores: Tensor, v: Tensor) -> Tensor:
+def widened(scores: Tensor, q: Tensor, v: Tensor) -> Tensor:
     """The same, with the scores cast before."""
-    return torch.matmul(torch.softmax(scores.float(), -1).to(v.dtype), v)
+    return torch.matmul(torch.softmax(scores.float(), -1).to(q.dtype), v)
 
 
 def product(q: Tensor, k: Tensor) -> Tensor:
@@ -71,22 +71,22 @@ def shared_masked(
 
 def added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """transformers' eager attention."""
-    return attended(product(q, k) * scale + mask, v)
+    return attended(product(q, k) * scale + mask, q, v)
 
 
 def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same without a mask."""
-    return attended(product(q, k) * scale, v)
+    return attended(product(q, k) * scale, q, v)
 
 
 def softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
     """Gemma 2: scores between -softcap and softcap."""
-    return attended(torch.tanh(product(q, k) * scale / softcap) * softcap + mask, v)
+    return attended(torch.tanh(product(q, k) * scale / softcap) * softcap + mask, q, v)
 
 
 def softcapped_unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
     """The same without a mask."""
-    return attended(torch.tanh(product(q, k) * scale / softcap) * softcap, v)
+    return attended(torch.tanh(product(q, k) * scale / softcap) * softcap, q, v)
 
 
 def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float) -> Tensor:
@@ -101,22 +101,22 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, sca
 
 def added_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, root: float) -> Tensor:
     """Llama's own code: divided by the root of head_dim, cast before the softmax."""
-    return widened(product(q, k) / root + mask, v)
+    return widened(product(q, k) / root + mask, q, v)
 
 
 def unmasked_divided(q: Tensor, k: Tensor, v: Tensor, root: float) -> Tensor:
     """The same without a mask."""
-    return widened(product(q, k) / root, v)
+    return widened(product(q, k) / root, q, v)
 
 
 def added_widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Scaled, and cast before the softmax."""
-    return widened(product(q, k) * scale + mask, v)
+    return widened(product(q, k) * scale + mask, q, v)
 
 
 def unmasked_widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same without a mask."""
-    return widened(product(q, k) * scale, v)
+    return widened(product(q, k) * scale, q, v)
 
 
 def filled(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, value: float) -> Tensor:
@@ -195,12 +195,12 @@ def rules(reference: Callable, anchor: Callable, shapes: dict[str, str], **more:
 
 def eager(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
     """Other softmaxes are not worth telling: routers have them too."""
-    more = {
-        "alike": {name: "v" for name in ("q", "k", "sinks") if name in {**HEADS, **tensors}},
-        "booleans": ("masked",) if "masked" in tensors else (),
-    }
-    cast = ("v", "mask") if "mask" in tensors else ("v",)
-    return rules(reference, torch.softmax, {**HEADS, **tensors}, rare=False, cast=cast, **more)
+    shapes = {**HEADS, **tensors}
+    first = "v" if "sinks" in shapes else "q"  # whose dtype the weights are cast to
+    alike = {name: first for name in ("q", "k", "v", "sinks") if name in shapes and name != first}
+    cast = (first, "mask") if "mask" in shapes else (first,)
+    booleans = ("masked",) if "masked" in shapes else ()
+    return rules(reference, torch.softmax, shapes, rare=False, cast=cast, alike=alike, booleans=booleans)
 
 
 RULES = (

@@ -40,7 +40,7 @@ class Mutant(NamedTuple):
     where: str  # file.function
     old: str
     new: str
-    tests: str = ""  # in test_<tests>.py, without the interpreter; else those of the op in test_ops.py, with it
+    tests: str = ""  # in test_<tests>.py; else those of the op in test_ops.py
 
 
 def over_all_rows(inner: str, rows: str) -> str:
@@ -128,6 +128,15 @@ MUTANTS = (
     Mutant("linear_cross_entropy.rows_kernel", SIGN, "linear_cross_entropy.rows_kernel", "everywhere - tl.where(", "everywhere + tl.where("),
     Mutant("linear_cross_entropy.rows_kernel", MASK, "linear_cross_entropy.rows_kernel", "y = tl.where(at < columns, y, -", "y = tl.where(at >= 0, y, -"),
     Mutant("linear_cross_entropy.rows_kernel", INDEX, "linear_cross_entropy.rows_kernel", "upstream_ptr + row * upstream_stride)", "upstream_ptr)"),
+    Mutant("attention.forward_kernel", SIGN, "attention.forward_tiles", "tl.exp2(top - at)", "tl.exp2(at - top)", "attention"),
+    Mutant("attention.forward_kernel", SCALE, "attention.forward_kernel", "tl.log2(total)) * LN2", "tl.log2(total))", "attention"),
+    Mutant("attention.forward_kernel", INDEX, "attention.forward_kernel", "tl.cast(h // GROUP, tl.int64)", "tl.cast(h % GROUP, tl.int64)", "attention"),
+    Mutant("attention_backward.query_kernel", SIGN, "attention_backward.query_tiles", "dp - delta[:, None]", "dp + delta[:, None]", "attention"),
+    Mutant("attention_backward.query_kernel", SCALE, "attention_backward.query_kernel", "tl.cast(dq * scale,", "tl.cast(dq,", "attention"),
+    Mutant("attention_backward.query_kernel", INDEX, "attention_backward.query_kernel", "tl.cast(h // GROUP, tl.int64)", "tl.cast(h % GROUP, tl.int64)", "attention"),
+    Mutant("attention_backward.key_kernel", SIGN, "attention_backward.key_tiles", "dp - delta[None, :]", "dp + delta[None, :]", "attention"),
+    Mutant("attention_backward.key_kernel", SCALE, "attention_backward.key_kernel", "tl.cast(dk * scale,", "tl.cast(dk,", "attention"),
+    Mutant("attention_backward.key_kernel", SIZE, "attention_backward.key_kernel", "(g + 1) * GROUP", "g * GROUP + 1", "attention"),
 )  # fmt: skip
 PLAIN = (
     Mutant("chunked_head", SIGN, "chunked_head._accumulate", "total.dtype), alpha=scale)", "total.dtype), alpha=-scale)", "linear_cross_entropy"),
@@ -166,6 +175,7 @@ def caught_by(mutant: Mutant) -> str | None:
         environment = {**os.environ, "PYTHONPATH": folder}
         if not mutant.tests:
             command += ["-k", f"({TESTS}) and fastft::{mutant.kernel.split('.')[0]}"]
+        if "." in mutant.kernel:  # one of Triton
             environment |= {"TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode == 0 and " passed" in done.stdout:
