@@ -185,9 +185,10 @@ SHARED = {"q": "B H S D", "k": "B 1 T D", "v": "B 1 T D"}
 GROUPS = {"q": "B H S D", "k": "B G T D", "v": "B G T D"}
 
 
-def rules(reference: Callable, anchor: Callable, shapes: dict[str, str], **more: Any) -> tuple[Rule, ...]:
+def rules(
+    reference: Callable, anchor: Callable, shapes: dict[str, str], orders: tuple[bool, ...] = (False, True), **more: Any
+) -> tuple[Rule, ...]:
     """One for each memory order that the result may have."""
-    orders = (False, True)
     return tuple(
         Rule(reference, partial(attention, contiguous=one), anchor, shapes, unless=not_taken, **more) for one in orders
     )
@@ -200,7 +201,8 @@ def eager(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
     alike = {name: first for name in ("q", "k", "v", "sinks") if name in shapes and name != first}
     cast = (first, "mask") if "mask" in shapes else (first,)
     booleans = ("masked",) if "masked" in shapes else ()
-    return rules(reference, torch.softmax, shapes, rare=False, cast=cast, alike=alike, booleans=booleans)
+    more: dict[str, Any] = {"cast": cast, "alike": alike, "booleans": booleans}
+    return rules(reference, torch.softmax, shapes, (True,), rare=False, **more)  # a product of matrices is contiguous
 
 
 RULES = (
