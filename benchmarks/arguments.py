@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,10 +62,18 @@ def shape(text: str) -> Shape:
     return batch, length
 
 
-def contender(name: str) -> str:
-    if name not in CONTENDERS:
-        raise argparse.ArgumentTypeError(f"no contender {name!r}; there are {', '.join(CONTENDERS)}")
+def named(kind: str, known: Collection[str]) -> Callable[[str], str]:
+    """The type of a name of this kind."""
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"no {kind} {text!r}; there are {', '.join(known)}")
+        return text
+
     return name
+
+
+contender = named("contender", CONTENDERS)
 
 
 def listed(item: Callable[[str], Item]) -> Callable[[str], list[Item]]:

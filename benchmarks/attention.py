@@ -235,17 +235,6 @@ def reasons(rows: list[Row]) -> list[str]:
     return [f"{name}, first at {where}: {why}" for (name, why), where in found.items()]
 
 
-def named(kind: str, known: Sequence[str]) -> Callable[[str], str]:
-    """The type of a name of this kind."""
-
-    def name(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"no {kind} {text!r}; there are {', '.join(known)}")
-        return text
-
-    return name
-
-
 def heads(text: str) -> tuple[int, int]:
     queries, _, keys = text.partition("/")
     found = arguments.positive(queries), arguments.positive(keys or queries)
@@ -262,8 +251,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--heads", type=heads, default=(32, 8), help="of queries / of keys (default 32/8)")
     add("--head-dim", type=arguments.positive, default=128, help="default 128; sinks have 64 at most, as in GPT-OSS")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--cases", type=arguments.listed(named("case", list(CASES))), default=list(CASES))
-    add("--contenders", type=arguments.listed(named("contender", list(CONTENDERS))), default=list(CONTENDERS))
+    add("--cases", type=arguments.listed(arguments.named("case", CASES)), default=list(CASES))
+    add("--contenders", type=arguments.listed(arguments.named("contender", CONTENDERS)), default=list(CONTENDERS))
     add("--device", default="cuda", help="cpu only tries this script out")
     add("--rounds", type=arguments.positive, default=15, help="at most (default 15); long ones have fewer")
     add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")

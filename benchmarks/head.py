@@ -248,12 +248,6 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def contender(name: str) -> str:
-    if name not in (GEMMS, *CONTENDERS):
-        raise argparse.ArgumentTypeError(f"no contender {name!r}; there are {', '.join((GEMMS, *CONTENDERS))}")
-    return name
-
-
 def size(text: str) -> int:
     return arguments.positive(text.removesuffix("MiB")) * MIB
 
@@ -268,7 +262,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--trainable", action="store_true", help="the head's weight gets a gradient too")
     add("--ignored", type=arguments.listed(float), default=[0.0], help="shares of ignored labels (default 0)")
     add("--chunk", type=arguments.listed(size), default=[256 * MIB], help="of fastft's logits (default 256MiB)")
-    add("--contenders", type=arguments.listed(contender), default=[GEMMS, *CONTENDERS])
+    contenders = [GEMMS, *CONTENDERS]
+    add("--contenders", type=arguments.listed(arguments.named("contender", contenders)), default=contenders)
     add("--device", default="cuda", help="cpu only tries this script out")
     add("--rounds", type=arguments.positive, default=15)
     add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")

@@ -47,7 +47,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", type=lambda text: text.split(","), default=list(SHAPES), help="rows x hidden x intermediate, ...")
     add("--ops", type=lambda text: text.split(","), default=[""], help="the beginnings of names (default all)")
-    add("--contenders", type=arguments.listed(contender), default=list(CONTENDERS))
+    add("--contenders", type=arguments.listed(arguments.named("contender", CONTENDERS)), default=list(CONTENDERS))
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", default="cuda", help="cpu runs everything without graphs, to try this script out")
     add("--rounds", type=arguments.positive, default=15)
@@ -55,12 +55,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, help="write the rows here")
     add("--png", type=Path, help="draw the first shape here")
     return parser.parse_args(words)
-
-
-def contender(name: str) -> str:
-    if name not in CONTENDERS:
-        raise argparse.ArgumentTypeError(f"no contender {name!r}; there are {', '.join(CONTENDERS)}")
-    return name
 
 
 def main(words: Sequence[str] | None = None) -> None:

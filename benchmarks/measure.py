@@ -143,10 +143,9 @@ def make_batch(run: Run, batch: int, length: int, generator: torch.Generator) ->
     ids = torch.randint(PRESETS[run.model]["vocab_size"], (batch, length), generator=generator)
     ids = ids.to(device_of(run.device))
     made = {"input_ids": ids, "labels": ids}
-    if run.mask == "ones":
+    if run.mask in ("ones", "padded"):
         made["attention_mask"] = torch.ones_like(ids)
     if run.mask == "padded":
-        made["attention_mask"] = torch.ones_like(ids)
         made["attention_mask"][min(1, batch - 1) :, length - length // 4 :] = 0
         made["labels"] = ids.masked_fill(made["attention_mask"] == 0, IGNORED)
     if run.mask == "packed":

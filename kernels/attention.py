@@ -91,6 +91,15 @@ def capped(scores: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
+def scored(products: Tensor, start: Tensor | None, mask: Tensor | None, softcap: float) -> Tensor:
+    """Scores of scaled products; of rows that weigh all keys alike 0, with the gradient of the others."""
+    scores = capped(products, softcap)
+    nothing = scores - scores.detach()
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + added(mask, scores.dtype)
+    return scores if start is None else torch.where(start[:, None, :, None] < 0, nothing, scores)
+
+
 def reference(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
@@ -99,12 +108,8 @@ def reference(
     """All scores at once, in float32."""
     dtype = wide(query.dtype)
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
-    scores = capped(query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale, softcap)
-    nothing = scores - scores.detach()
-    if mask is not None and mask.dtype != torch.bool:
-        scores = scores + added(mask, dtype)
-    if start is not None:
-        scores = torch.where(start[:, None, :, None] < 0, nothing, scores)
+    products = query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale
+    scores = scored(products, start, mask, softcap)
     counts = counts.expand(scores.shape) & (scores > -torch.inf)
     scores = scores.masked_fill(~counts, -torch.inf)
     if sinks is not None:
@@ -128,11 +133,7 @@ def reference_backward(
     q, k, v, dout = (one.to(dtype) for one in (query, grouped(key, heads), grouped(value, heads), grad_output))
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = q @ k.transpose(-1, -2) * scale
-    scores = capped(products, softcap)
-    if mask is not None and mask.dtype != torch.bool:
-        scores = scores + added(mask, dtype)
-    if start is not None:
-        scores = scores.masked_fill(start[:, None, :, None] < 0, 0.0)
+    scores = scored(products, start, mask, softcap)
     lse = lse.masked_fill(lse == -torch.inf, 0.0).to(dtype)
     weights = torch.exp(scores.masked_fill(~counts, -torch.inf) - lse[..., None])
     kept_scale: Tensor | float = 1.0 if seed is None else kept(seed, weights.shape, dropout).to(dtype) / (1.0 - dropout)
@@ -216,13 +217,8 @@ def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments:
 _QKV = {"query": "B G*E S D", "key": "B G T D", "value": "B G T D"}
 _BACKWARD = {"grad_output": "B G*E S D", **_QKV, "out": "B G*E S D", "lse": "B G*E S"}
 _IDS = {"query_ids": "index B S 2", "key_ids": "index B T 2"}
-_PLAIN = {
-    "causal": False,
-    "window": 0,
-    "scale": 0.01,
-    "softcap": 0.0,
-    "dropout": 0.0,
-}  # products of long heads are large
+# The scale is small, as products of long heads are large.
+_PLAIN = {"causal": False, "window": 0, "scale": 0.01, "softcap": 0.0, "dropout": 0.0}
 _WAYS: list[tuple[dict, dict]] = [
     ({}, {}), ({}, {"causal": True}), ({}, {"causal": True, "window": 3}), ({}, {"causal": True, "softcap": 0.1}),
     ({"start": "index B S T"}, {}), ({"mask": "B 1 S T"}, {}), ({"mask": "1 G*E S T"}, {"causal": True}),

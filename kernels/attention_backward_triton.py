@@ -17,7 +17,6 @@ from fastft.kernels import attention_tiles
 from fastft.kernels.attention_tiles import (
     LOG2E,
     Tiles,
-    block_d,
     column_range,
     kept,
     key_range,
@@ -30,7 +29,7 @@ from fastft.kernels.attention_tiles import (
     tiles_for,
     unit,
 )
-from fastft.kernels.tiles import cdiv
+from fastft.kernels.tiles import cdiv, padded
 
 # By head_dim, bytes of an element, and whether there is much shared memory.
 QUERY_TILES = {
@@ -50,6 +49,13 @@ KEY_TILES = {
     (256, 4, True): Tiles(16, 16, 8, 1), (256, 4, False): Tiles(16, 16, 8, 1),
 }  # fmt: skip
 SCANNED = 512  # rows whose ranges are looked at together
+
+
+@triton.jit
+def load_lse(ptr, i, S):
+    """The log-sum-exp of rows in units of log 2; 0 where no key counts, whose weights are all 0."""
+    lse = tl.load(ptr + i, mask=i < S, other=0.0) * LOG2E
+    return tl.where(lse == float("-inf"), 0.0, lse)
 
 
 @triton.jit
@@ -107,8 +113,7 @@ def query_kernel(
     delta = tl.sum(tl.cast(out, tl.float32) * tl.cast(dout, tl.float32), 1)
     row = tl.cast(head, tl.int64) * S + i
     tl.store(delta_ptr + row, delta, mask=i < S)
-    lse = tl.load(lse_ptr + row, mask=i < S, other=0.0) * LOG2E
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    lse = load_lse(lse_ptr + tl.cast(head, tl.int64) * S, i, S)
     first, last, alike = key_range(
         i, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb, S, T, window, CAUSAL, WINDOW, START, END
     )
@@ -185,8 +190,7 @@ def key_tiles(
         i = i0 + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, i, d, q_stride, S, D, BLOCK_D, not MASKED)
         dout = load_rows(dout_ptr, i, d, dout_stride, S, D, BLOCK_D, not MASKED)
-        lse = tl.load(lse_ptr + i, mask=i < S, other=0.0) * LOG2E
-        lse = tl.where(lse == float("-inf"), 0.0, lse)
+        lse = load_lse(lse_ptr, i, S)
         delta = tl.load(delta_ptr + i, mask=i < S, other=0.0)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         scores, slope = shaped(products, scale, softcap, SOFTCAP, k.dtype == tl.float32)
@@ -293,7 +297,7 @@ def backward(
     given = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
     sizes = (H, H // G, S, T, *given.numbers)
     lse, delta = lse.contiguous(), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    meta = {**given.meta, "D": D, "BLOCK_D": block_d(D)}
+    meta = {**given.meta, "D": D, "BLOCK_D": padded(D)}
     tiles = tiles_for(QUERY_TILES, query, mask)
     query_kernel[(cdiv(S, tiles.rows) * B * H,)](
         dq, delta, q, k, v, out, dout, lse, *given.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],

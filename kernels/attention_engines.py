@@ -19,9 +19,7 @@ CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
 FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
 FLASH_SMALL_HEAD = 192  # its backward refuses longer ones where a block has little shared memory
 EFFICIENT_FROM = (7, 5)
-SHORTEST = (
-    64  # for cuDNN, which crashes at a length of 1; FlashAttention-2 splits keys where queries are few, in decoding
-)
+SHORTEST = 64  # for cuDNN, which crashes at 1; where queries are few, in decoding, FlashAttention-2 splits the keys
 ALIGNED_BYTES = 16
 
 
@@ -146,24 +144,8 @@ def backward(
     S, T = q.shape[2], k.shape[2]
     none: Any = torch.empty(0, dtype=torch.int64, device=q.device)  # of dropout's generator
     if engine == "cudnn":
-        found = _operator(engine, backward=True)(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse[..., None],
-            none,
-            none,
-            None,
-            None,
-            None,
-            S,
-            T,
-            0.0,
-            causal,
-            scale=scale,
-        )
+        extra = (lse[..., None], none, none, None, None, None, S, T, 0.0, causal)  # neither bias nor cumulative lengths
+        found = _operator(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
     elif engine == "flash":
         found = _operator(engine, backward=True)(
             dout, q, k, v, out, lse, None, None, S, T, 0.0, causal, none, none, scale=scale

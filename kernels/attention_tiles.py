@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fastft.kernels import dispatch
 from fastft.kernels.attention import INCREMENT, LOWEST, MULTIPLIER
+from fastft.kernels.layout import has_unit_rows
+from fastft.kernels.tiles import padded, tanh
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -23,8 +25,6 @@ _LOWEST: tl.constexpr = tl.constexpr(LOWEST)
 NO_MASK, BOOL_MASK, ADDED_MASK = range(3)
 _ADDED: tl.constexpr = tl.constexpr(ADDED_MASK)
 _BOOL: tl.constexpr = tl.constexpr(BOOL_MASK)
-
-
 NARROW = (8, 12)  # generations with less shared memory than dispatch.SHARED_OPERANDS
 
 
@@ -51,17 +51,8 @@ Table = dict[tuple[int, int, bool], Tiles]  # by padded head_dim, bytes of an el
 
 
 def tiles_for(table: Table, query: Tensor, mask: Tensor | None) -> Tiles:
-    tiles = table[max(64, block_d(query.shape[-1])), query.element_size(), is_roomy(query.device)]
+    tiles = table[max(64, padded(query.shape[-1])), query.element_size(), dispatch.has_shared_operands(query.device)]
     return tiles if mask is None else tiles.for_mask()
-
-
-def block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def is_roomy(device: torch.device) -> bool:
-    """Whether a block has the shared memory of a data centre's GPU; the interpreter's has little to do."""
-    return dispatch.has_shared_operands(device)
 
 
 @triton.jit
@@ -123,20 +114,6 @@ def row_hash(seed_ptr, row):
 def kept(hashes, j, threshold):
     """Which elements dropout keeps; hashes of the rows and j broadcast."""
     return mixed(hashes + tl.cast(j, tl.uint32) * tl.cast(_INCREMENT, tl.uint32)) >= tl.cast(threshold, tl.uint32)
-
-
-@triton.jit
-def tanh(x, EXACT: tl.constexpr):
-    """By exp; exactly, without a difference of near numbers: a polynomial where x is small."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = (1.0 - e) / (1.0 + e)
-    found = tl.where(x < 0.0, -far, far)
-    if EXACT:
-        square = x * x
-        series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)
-        series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
-        found = tl.where(tl.abs(x) < 0.15, series, found)
-    return found
 
 
 @triton.jit
@@ -204,7 +181,7 @@ def operands(
 ) -> Operands:  # fmt: skip
     """masks: start, end, query_ids, key_ids and mask; what is not given is not read."""
     start, end, query_ids, _, mask = masks
-    rows = [None if one is None else one if one.stride(-1) == 1 else one.contiguous() for one in masks[:4]]
+    rows = [None if one is None else unit(one) for one in masks[:4]]
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         mask = (mask.view(torch.uint8) if kind == BOOL_MASK else mask).expand(*query.shape[:-1], mask.shape[-1])
@@ -238,10 +215,9 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
     types = dict.fromkeys(("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr"), "*i32")
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "threshold": "i64"}
     types |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
-    some = [
-        one for one in table.items() if one[0][1] == 2 or one[0] == (128, 4, True)
-    ]  # float32 takes long, and is rare
-    for at, ((D, element_bytes, roomy), tiles) in enumerate(some):
+    some = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
+    for at, key in enumerate(some):
+        (D, element_bytes, roomy), tiles = key, table[key]
         kind = KINDS[3 * at % len(KINDS)]
         rows = "*fp32" if element_bytes == 4 else "*bf16"
         of_rows = {f"{one}_ptr": rows for one in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
@@ -254,5 +230,5 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """With elements of a head side by side."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    """With elements of a row side by side."""
+    return tensor if has_unit_rows(tensor) else tensor.contiguous()

@@ -16,7 +16,6 @@ from fastft.kernels.attention_tiles import (
     LN2,
     LOG2E,
     Tiles,
-    block_d,
     column_range,
     kept,
     key_range,
@@ -29,7 +28,7 @@ from fastft.kernels.attention_tiles import (
     tiles_for,
     unit,
 )
-from fastft.kernels.tiles import cdiv
+from fastft.kernels.tiles import cdiv, padded
 
 # By head_dim, bytes of an element, and whether there is much shared memory.
 TILES = {
@@ -150,5 +149,5 @@ def forward(
     forward_kernel[(cdiv(S, tiles.rows) * B * H,)](
         out, lse, q, k, v, q if sinks is None else sinks, *given.pointers, *out.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *given.strides, H, H // key.shape[1], S, key.shape[2], *given.numbers,
-        **given.meta, SINKS=sinks is not None, D=D, BLOCK_D=block_d(D), **tiles.meta,
+        **given.meta, SINKS=sinks is not None, D=D, BLOCK_D=padded(D), **tiles.meta,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.linear_cross_entropy import Arguments
+from fastft.kernels.tiles import tanh
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,6 @@ CONFIGS = (Config(1024, block=1024, warps=4), Config(2**31, block=4096, warps=8)
 
 
 @triton.jit
-def tanh(x):
-    """By exp, without a difference of near numbers: a polynomial where x is small."""
-    square = x * x
-    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
 def shaped(logits_ptr, bias_ptr, at, mask, scale, softcap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
     """What the softmax is of: the product, with its bias, scaled and capped."""
     z = tl.cast(tl.load(logits_ptr + at, mask=mask, other=0.0), tl.float32)
@@ -47,7 +37,7 @@ def shaped(logits_ptr, bias_ptr, at, mask, scale, softcap, BIASED: tl.constexpr,
         z += tl.cast(tl.load(bias_ptr + at, mask=mask, other=0.0), tl.float32)
     y = z * scale
     if CAPPED:
-        y = softcap * tanh(y / softcap)
+        y = softcap * tanh(y / softcap, True)
     return y
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.dispatch import SHARED_OPERANDS, has_shared_operands
-from fastft.kernels.tiles import cdiv, multiprocessors
+from fastft.kernels.tiles import cdiv, multiprocessors, padded
 
 TERMS = 3  # of a float32 number in bfloat16
 ELEMENTS = 512  # of a program that goes element by element
@@ -161,8 +161,7 @@ def tile(rank: int, wide: bool, outer: bool = False, low: bool = False) -> dict[
     fastest or within 10% of it, at 72 to 100% of a copy's bandwidth; the rows were not kept (docs/performance.md).
     """
     block_m, block_k = (32, 32) if wide else (32 if low else 64, 128) if outer else (64, 64)
-    block_r = max(16, triton.next_power_of_2(rank))
-    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_R": padded(rank), "num_warps": 4, "num_stages": 3}
 
 
 PAIRS = (  # of x and p: dtypes, and p's terms

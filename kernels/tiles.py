@@ -23,8 +23,7 @@ class Config:
 
     def meta(self, row_length: int) -> dict[str, int]:
         """The launch's meta-parameters for rows of this length."""
-        block_d = max(16, triton.next_power_of_2(row_length))
-        return {"ROWS": self.rows, "BLOCK_D": block_d, "num_warps": self.warps}
+        return {"ROWS": self.rows, "BLOCK_D": padded(row_length), "num_warps": self.warps}
 
 
 CONFIGS = (  # of whole rows; 8 to 32 elements a thread, so that loads are 16 bytes wide
@@ -41,6 +40,11 @@ CONFIGS = (  # of whole rows; 8 to 32 elements a thread, so that loads are 16 by
 def config_for(configs: Sequence[Config], row_length: int) -> Config:
     """The first that holds row_length elements."""
     return next(config for config in configs if row_length <= config.block_d)
+
+
+def padded(length: int) -> int:
+    """The smallest axis of a tile that holds it."""
+    return max(16, triton.next_power_of_2(length))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -87,3 +91,17 @@ def store_tile(ptr, row, d, D, tile, mask):
 def rounded(tile, ptr):
     """As it will be once it is stored at ptr."""
     return tl.cast(tl.cast(tile, ptr.dtype.element_ty), tl.float32)
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """By exp; exactly, without a difference of near numbers: a polynomial where x is small."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    found = tl.where(x < 0.0, -far, far)
+    if EXACT:
+        square = x * x
+        series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)
+        series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
+        found = tl.where(tl.abs(x) < 0.15, series, found)
+    return found

@@ -59,14 +59,14 @@ def grouped_masked(
 
 def shared(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
     """torch's own, of one key head that is broadcast: Falcon."""
-    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scale)
+    return dot_product(q, k, v, dropout, is_causal, scale)
 
 
 def shared_masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, is_causal: bool, scale: float
 ) -> Tensor:
     """The same with a mask."""
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
+    return dot_product_masked(q, k, v, mask, dropout, is_causal, scale)
 
 
 def added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

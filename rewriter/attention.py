@@ -6,7 +6,6 @@ needs the mask itself.  What is not proven about a mask leaves it as it is, and 
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -26,9 +25,9 @@ from fastft.rewriter.graph import (
     draws,
     may_alias,
     name_of,
-    only_reads,
     switches_mode,
     written,
+    written_by,
 )
 from fastft.rewriter.masks import recognize
 from fastft.rewriter.report import GraphReport, Lifted
@@ -43,8 +42,7 @@ def simplify(gm: GraphModule, report: GraphReport) -> None:
     """Every attention of ``gm`` and its bodies."""
     masks = _Masks(gm)
     for body in bodies(gm):
-        writes = [node for node in body.graph.nodes if not only_reads(body, node)]
-        targets = [target for node in writes for target in written(node)]
+        targets = [target for node in body.graph.nodes for target in written_by(body, node)]
         for node in body.graph.find_nodes(op="call_function", target=torch.ops.fastft.attention):
             call = dict(zip(PARAMETERS, node.args, strict=True))
             mask = call["mask"]
@@ -52,7 +50,7 @@ def simplify(gm: GraphModule, report: GraphReport) -> None:
             kind = masks.read(body, call)
             node.args = tuple(call.values())
             report.masks.append(Lifted(kind, compat.module_path(node), compat.source_line(node)))
-            _transpose_late(node)
+            _transpose_late(node, call)
             if isinstance(mask, Node) and call["mask"] is None:
                 _drop(gm, body, mask)
 
@@ -67,18 +65,17 @@ class _Masks:
 
     def read(self, body: GraphModule, call: dict[str, Any]) -> str:
         """Put what the mask means in its place, and return the kind of mask."""
-        mask, alone = call["mask"], call["sinks"] is None
+        mask, sinks = call["mask"], call["sinks"] is not None
         if mask is None:
             return "causal" if call["causal"] else "full"
         outer, around = _outside(self.gm, body, mask)
-        if (outer, alone) not in self.meanings:
+        if (outer, sinks) not in self.meanings:
             rows, columns = (value_of(call[name]).shape[-2] for name in ("query", "key"))
-            self.meanings[outer, alone] = _meaning(outer, rows, columns, alike=alone)
-        meaning, kind = self.meanings[outer, alone]
+            self.meanings[outer, sinks] = _meaning(outer, rows, columns, sinks)
+        meaning, kind = self.meanings[outer, sinks]
         if meaning is None:
-            if alone and mask not in self.rows:
-                self.rows[mask] = _rows_without_keys(mask)
-            call |= self.rows.get(mask, {})
+            if not sinks:
+                call |= self._rows(mask)
             return f"dense: {kind}"
         meaning = dict(meaning)
         if around is not None:
@@ -87,16 +84,18 @@ class _Masks:
         call |= meaning | {"mask": None, "causal": meaning["causal"] or call["causal"]}
         return kind
 
+    def _rows(self, mask: Node) -> dict[str, Any]:
+        if mask not in self.rows:
+            self.rows[mask] = _rows_without_keys(mask)
+        return self.rows[mask]
 
-def _meaning(mask: Node, rows: Any, columns: Any, *, alike: bool) -> Found:
-    """alike: whether a row masked throughout by the lowest number gives all keys the same weight; not beside a sink."""
+
+def _meaning(mask: Node, rows: Any, columns: Any, sinks: bool) -> Found:
     found = recognize(mask, rows, columns)
     if isinstance(found, str):
         return None, found
-    if not alike:
-        found = dataclasses.replace(found, _alike=False)
     try:
-        return found.arguments(mask), found.kind
+        return found.arguments(mask, sinks=sinks), found.kind
     except Exception as error:  # a size that no node computes
         return None, str(error)
 
@@ -126,8 +125,8 @@ def _rows_without_keys(mask: Node) -> dict[str, Any]:
 
 def _outside(gm: GraphModule, body: GraphModule, mask: Node) -> tuple[Node, Node | None]:
     """Where the mask is made: in this graph, or in the one around a checkpointed layer, with the call of that layer."""
-    around = calls_of(gm, body)
-    if mask.op != "placeholder" or len(around) != 1 or not _is_checkpoint(around[0]):
+    around = calls_of(gm, body) if mask.op == "placeholder" else []
+    if len(around) != 1 or not _is_checkpoint(around[0]):
         return mask, None
     given = list(body.graph.find_nodes(op="placeholder"))
     operands = around[0].args[1:]
@@ -168,8 +167,8 @@ def _drop(gm: GraphModule, body: GraphModule, mask: Node) -> None:
     pending = [outer]
     while pending:
         node = pending.pop()
-        gone = node.users or node.op not in ("call_function", "call_method") or node.graph is None
-        if gone or written(node) or draws(node) or switches_mode(node):
+        stays = node.users or node.op not in ("call_function", "call_method")
+        if stays or written(node) or draws(node) or switches_mode(node):
             continue
         pending += node.all_input_nodes
         node.graph.erase_node(node)
@@ -232,16 +231,14 @@ def _repeated(node: Node) -> Node | None:
     source = widened.args[0] if isinstance(widened, Node) and widened.args else None
     if not isinstance(source, Node) or not isinstance(value_of(source), Tensor) or value_of(source).dim() != 4:
         return None
-    whole = slice(None)
-    index = (whole, whole, None)
+    index = (slice(None), slice(None), None)
     by_index = widened.target is operator.getitem and _trimmed(widened.args[1]) == index
     by_name = name_of(widened.target) == "unsqueeze" and widened.args[1:] in ((2,), (-3,)) and not widened.kwargs
     B, G, T, D = value_of(source).shape
     five, four = value_of(expanded).shape, value_of(node).shape
-    fits = same_sizes((five[0], five[1], five[3], five[4]), (B, G, T, D)) and same_sizes(
-        (four[0], *four[2:]), (B, T, D)
-    )
-    return source if (by_index or by_name) and fits else None
+    repeats = same_sizes((*five[:2], *five[3:]), (B, G, T, D))
+    joins = same_sizes((four[0], *four[2:]), (B, T, D))
+    return source if (by_index or by_name) and repeats and joins else None
 
 
 def _trimmed(index: Any) -> Any:
@@ -261,9 +258,8 @@ def _interleaved(node: Node) -> Node | None:
     return source if plain and isinstance(source, Node) and value_of(source).dim() == 4 else None
 
 
-def _transpose_late(node: Node) -> None:
+def _transpose_late(node: Node, call: dict[str, Any]) -> None:
     """Attention whose heads are put beside each other afterwards writes them so: its copy is saved."""
-    call = dict(zip(PARAMETERS, node.args, strict=True))
     out = _only_user(node)
     turned = _only_user(out)
     copied = _only_user(turned)

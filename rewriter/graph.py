@@ -107,10 +107,15 @@ def only_reads(gm: GraphModule, node: Node) -> bool:
     return _runs_bodies(node) and not any(map(_writes_to_inputs, _arguments(gm, node)))
 
 
+def written_by(gm: GraphModule, node: Node) -> list[Any]:
+    """The arguments that this node may write to, where it runs nested graphs as far as these write to any."""
+    return [] if only_reads(gm, node) else written(node)
+
+
 def _writes_to_inputs(body: GraphModule) -> bool:
     given = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
-    nodes = [node for node in body.graph.nodes if not only_reads(body, node)]
-    return any(may_alias(target, one) for node in nodes for target in written(node) for one in given)
+    targets = [target for node in body.graph.nodes for target in written_by(body, node)]
+    return any(may_alias(target, one) for target in targets for one in given)
 
 
 def draws(node: Node) -> bool:

@@ -26,9 +26,8 @@ from fastft.rewriter.graph import (
     mark_trained,
     may_alias,
     name_of,
-    only_reads,
     switches_mode,
-    written,
+    written_by,
 )
 from fastft.rewriter.head import Head, Logits
 from fastft.rewriter.logits import consume, follow
@@ -260,8 +259,7 @@ class _Lifting:
         for node in between(self.root, last):
             if switches_mode(node) and "autocast" not in name_of(node.target):
                 raise DeclinedError(f"{name_of(node.target)} is called halfway")
-            targets = [] if only_reads(self.gm, node) else written(node)
-            if any(may_alias(target, value) for target in targets for value in values):
+            if any(may_alias(target, value) for target in written_by(self.gm, node) for value in values):
                 raise DeclinedError(f"{name_of(node.target)} writes to what it is made of")
 
     def _defer(self, left: Sequence[Node]) -> list[Deferred]:

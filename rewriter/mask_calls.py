@@ -33,6 +33,7 @@ from fastft.rewriter.mask_values import (
     Index,
     Reader,
     Value,
+    are_exact,
     as_cases,
     as_condition,
     as_sum,
@@ -45,8 +46,6 @@ from fastft.rewriter.mask_values import (
     scalar,
     size_of,
 )
-
-_LARGEST_LITERAL = 2**24  # a float; comparisons of integers with smaller ones are not rounded
 
 
 @reads("arange", form=lambda *bounds, dtype=None, device=None, requires_grad=False, **_: ...)
@@ -239,9 +238,7 @@ def _compare(reader: Reader, node: Node, index: Index, *operands: Any) -> Value:
 
 def _small(value: Value) -> bool:
     """Whether a comparison of integers with it is a comparison of integers."""
-    if not isinstance(value, Cases):
-        return True
-    return all(float(one).is_integer() and abs(one) <= _LARGEST_LITERAL for one, _ in value.numbers)
+    return not isinstance(value, Cases) or are_exact(value)
 
 
 def _compare_numbers(name: str, operands: Sequence[Any], values: Sequence[Value]) -> Condition | None:

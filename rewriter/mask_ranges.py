@@ -12,7 +12,6 @@ import torch
 from torch.fx import Node
 
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.mask_calls import call_name
 from fastft.rewriter.mask_substitution import substitute
 from fastft.rewriter.mask_terms import (
     And,
@@ -37,7 +36,7 @@ from fastft.rewriter.mask_terms import (
     variables,
     whole,
 )
-from fastft.rewriter.mask_values import NotReadError, Reader, as_condition, as_sum, size_of, steady
+from fastft.rewriter.mask_values import NotReadError, Reader, as_condition, as_sum, call_name, size_of, steady
 
 
 @dataclass

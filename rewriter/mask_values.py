@@ -240,10 +240,15 @@ def as_condition(value: Value) -> Condition | None:
     return None if isinstance(value, Depends) else value
 
 
+def are_exact(cases: Cases) -> bool:
+    """Whether these are integers of which a comparison is the same as of floats."""
+    return all(float(number).is_integer() and abs(number) <= _EXACT for number, _ in cases.numbers)
+
+
 def as_sum(value: Value) -> Sum | None:
     """An integer, if it is one and can be told."""
     if isinstance(value, Cases):
-        if not all(float(number).is_integer() and abs(number) <= _EXACT for number, _ in value.numbers):
+        if not are_exact(value):
             return None
         *others, (last, _) = value.numbers  # one condition holds: the last number is what the others leave
         return sum_of((indicator(condition) * int(number - last) for number, condition in others), int(last))

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from fastft.rewriter import compat, mask_calls, mask_indexing
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import describe, may_alias, name_of, only_reads, written
+from fastft.rewriter.graph import describe, may_alias, name_of, written, written_by
 from fastft.rewriter.mask_nodes import Writer
 from fastft.rewriter.mask_ranges import Parts, take_apart
 from fastft.rewriter.mask_terms import Condition, Leaf, Sum, atoms, every, extreme, variable, whole
@@ -42,11 +42,14 @@ class Mask:
     _keys: Sum
     _alike: bool
 
-    def arguments(self, before: Node) -> dict[str, Any]:
-        """start, end, query_ids, key_ids, causal and window of the attention op; nodes are put before ``before``."""
+    def arguments(self, before: Node, *, sinks: bool = False) -> dict[str, Any]:
+        """start, end, query_ids, key_ids, causal and window of the attention op; nodes are put before ``before``.
+
+        sinks: beside one a row that is masked throughout has no weight to give.
+        """
         write = Writer(before, value_of(self._node))
         try:
-            return _Arguments(write, self._parts, self._queries, self._keys).all(self._alike)
+            return _Arguments(write, self._parts, self._queries, self._keys).all(self._alike and not sinks)
         except Exception:
             write.erase()
             raise
@@ -121,8 +124,7 @@ def _disturbed(reader: Reader, mask: Node, condition: Condition) -> str | None:
     leaves = {one.node for one in atoms(condition) if isinstance(one, Leaf)}
     gm, explained = mask.graph.owning_module, set()
     for node in mask.graph.nodes:
-        reads_only = gm is not None and only_reads(gm, node)
-        for target in [] if reads_only else written(node):
+        for target in written(node) if gm is None else written_by(gm, node):
             met = [one for one in reader.visited if may_alias(target, one)]
             known = isinstance(target, Node) and node in reader.visited and _last_use(target, node)
             if met and (not known or not leaves.isdisjoint(met)):

@@ -176,7 +176,7 @@ def _layer_norm_form(args: tuple, node: Node) -> tuple:
 
 def _dropout_form(args: tuple, node: Node) -> tuple:
     """The default share spelt out."""
-    return args if len(args) > 1 else (*args, 0.5)
+    return _completed(args, (0.5,), 1)
 
 
 def _softmax_form(args: tuple, node: Node) -> tuple:

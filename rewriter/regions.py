@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from fastft.rewriter import compat, layers
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import name_of, only_reads, size, switches_mode, written
+from fastft.rewriter.graph import name_of, size, switches_mode, written_by
 from fastft.rewriter.report import GraphReport, Region
 
 LEAST_SAVING = 0.1  # of the nodes: below it, cutting the graph costs more fusions than it saves compilation
@@ -208,8 +208,7 @@ def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node,
 
 def _written_values(gm: GraphModule, node: Node, made: Mapping[int, Any], owner: Mapping[Node, Piece]) -> list[Tensor]:
     """The tensors that this node writes to.  Raises DeclinedError where another piece made one of them."""
-    targets = [] if only_reads(gm, node) else written(node)
-    tensors = [tensor for target in targets for tensor in compat.tensors_in(value_of(target))]
+    tensors = [tensor for target in written_by(gm, node) for tensor in compat.tensors_in(value_of(target))]
     for tensor in tensors:
         if made.get(compat.storage_key(tensor)) is not owner.get(node):
             raise DeclinedError(f"{node.name} writes in place to what another part of the graph made")

@@ -47,16 +47,11 @@ def rewrite(
             if plain:
                 merge.group(body, report)
             fuse(body, merging, report, across_layers=across_layers)
-        body.graph.lint()
-        body.recompile()
     attention.simplify(gm, report)
+    losses.lift(gm, report, logits_bytes, deferred)
     for body in bodies(gm):
         body.graph.lint()
         body.recompile()
-    losses.lift(gm, report, logits_bytes, deferred)
-    gm.graph.lint()
-    gm.recompile()
-    for body in bodies(gm):
         report.left.update(_computed(body))
     report.nodes_after = _size(gm)
     log.debug("%d nodes, then %d", report.nodes_before, report.nodes_after)

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastft.rewriter import autocast, compat, match, pattern
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import between, describe, may_alias, name_of, only_reads, switches_mode, written
+from fastft.rewriter.graph import between, describe, may_alias, name_of, switches_mode, written_by
 from fastft.rewriter.match import Match
 from fastft.rewriter.rule import Rule, shape_reason
 
@@ -103,7 +103,7 @@ def disturbed_between(gm: GraphModule, values: Sequence[Node], first: Node, last
     for node in between(first, last):
         if switches_mode(node):
             return f"{name_of(node.target)} is called halfway"
-        if not only_reads(gm, node) and any(may_alias(target, value) for target in written(node) for value in values):
+        if any(may_alias(target, value) for target in written_by(gm, node) for value in values):
             return f"{name_of(node.target)} writes to a value of the {whole}"
     return None
 
