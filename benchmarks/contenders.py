@@ -34,6 +34,10 @@ def inductor(build: Build, lower: str) -> Model:
     return torch.compile(build())
 
 
+def inductor_checkpoint(build: Build, lower: str) -> Model:
+    return inductor(lambda: eager_checkpoint(build, lower), lower)
+
+
 def fastft(build: Build, lower: str, **options: Any) -> Model:
     import torch
 
@@ -46,7 +50,8 @@ MAIN: dict[str, Callable[[Build, str], Model]] = {
     "inductor": inductor,
     "fastft": fastft,
 }
-CONTENDERS = MAIN | {  # fastft with one option changed, to be asked for by name
+CONTENDERS = MAIN | {  # to be asked for by name; of fastft with one option changed
+    "inductor-checkpoint": inductor_checkpoint,
     "fastft-whole": partial(fastft, outline=False),
     "fastft-recompute": partial(fastft, recompute="full"),
     "fastft-graphs": partial(fastft, cuda_graphs=True),

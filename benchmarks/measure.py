@@ -14,6 +14,7 @@ from contenders import CONTENDERS
 from occupancy import occupancy
 from presets import PRESETS
 from torch import Tensor
+from turns import Turns
 
 Row = dict[str, Any]
 GIB = 2**30
@@ -101,7 +102,8 @@ def prepare(run: Run) -> Training:
 
 
 def measure(asked: Row) -> Row:
-    run = Run.of(asked)
+    run, turns = Run.of(asked), Turns(asked.get("turns"))
+    turns.prepare()
     training = prepare(run)
     clock, trained = training.clock, training.trained
     row: Row = {"build_s": training.build_s, "model_gib": clock.allocated_gib()}
@@ -110,6 +112,7 @@ def measure(asked: Row) -> Row:
     began = clock.now()
     losses = [training.step(batches[0])]
     row["first_step_s"] = clock.now() - began
+    turns.time()
     losses += [training.step(batch) for batch in batches[1 : run.warmup]]
     row["peak_warmup_gib"] = clock.peak_gib()
     clock.reset_peak()

@@ -9,6 +9,7 @@ weights.  Each contender runs at each batch and length in a process of its own, 
     python benchmarks/step.py --model llama-8b --nf4 --batches 1x2048,2x2048,8x2048 --json rows.json --png steps.png
     python benchmarks/step.py --model llama-8b --nf4 --layers 4 --contenders inductor,fastft --batches 2x2048
     python benchmarks/step.py --contenders inductor,fastft,fastft-whole,fastft-recompute,fastft-graphs
+    for mask in none packed; do python benchmarks/step.py --mask $mask --turns /tmp/turns --json $mask.json & done; wait
     python benchmarks/report.py rows.json more.json --png steps.png      # show rows again, or several files together
 
 Run it as a file, not with -m: from the root, ``kernels`` would shadow the package of that name.
@@ -19,6 +20,9 @@ peak memory of tensors over all steps (on a CPU: the process's peak resident siz
 loss and gradient norm of the last step are there to compare contenders by: they see the same weights and batches.
 On CUDA, after all that: the host's time to issue a step, and the share of a step's time in which the GPU works (see
 occupancy.py); a host time near the step's, with the GPU idle between, is a step bound by launches.
+
+With --turns what takes longest, compiling, is done side by side; all models are in memory together, and first steps
+are not to be compared.
 
 What a user would write: ids, labels and an all-ones attention_mask, as a tokenizer returns them; use_cache off, as in
 Trainer; base model in --dtype, LoRA factors in float32, no autocast.  The base of --nf4 is double-quantised and not
@@ -53,6 +57,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=arguments.positive, default=10, help="timed steps (default 10)")
     add("--warmup", type=arguments.positive, default=3, help="steps before them, the first included (default 3)")
     add("--warm-cache", action="store_true", help="keep using the machine's compile caches")
+    add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
     add("--png", type=Path, help="draw the rows here")
     return parser.parse_args(words)
 
@@ -70,7 +75,7 @@ def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
     pairs = [(name, shape) for shape in options.batches for name in options.contenders]
     made = []
     for i, (name, (batch, length)) in enumerate(pairs):
-        asked = arguments.asked(options, "layers", "steps", "warmup")
+        asked = arguments.asked(options, "layers", "steps", "warmup", "turns")
         asked |= {"contender": name, "batch": batch, "length": length}
         caches = None if options.warm_cache else scratch / f"caches-{i}"
         made.append(workers.Job(f"{name} {batch}x{length}", asked, caches))

@@ -17,12 +17,14 @@ from fastft.kernels import attention_tiles
 from fastft.kernels.attention_tiles import (
     LOG2E,
     Tiles,
-    column_range,
+    columns,
     kept,
     key_range,
+    load_ids,
     load_mask,
     load_rows,
     masked,
+    narrowed,
     operands,
     row_hash,
     shaped,
@@ -48,7 +50,6 @@ KEY_TILES = {
     (128, 4, True): Tiles(32, 32, 8, 1), (128, 4, False): Tiles(32, 16, 8, 1),
     (256, 4, True): Tiles(16, 16, 8, 1), (256, 4, False): Tiles(16, 16, 8, 1),
 }  # fmt: skip
-SCANNED = 512  # rows whose ranges are looked at together
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def query_kernel(
     start_sb, end_sb, query_ids_sb, key_ids_sb, mask_sb, mask_sh, mask_si, mask_sj,
     H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = dout . out of each row, which the other kernel needs too."""
@@ -114,22 +115,22 @@ def query_kernel(
     row = tl.cast(head, tl.int64) * S + i
     tl.store(delta_ptr + row, delta, mask=i < S)
     lse = load_lse(lse_ptr + tl.cast(head, tl.int64) * S, i, S)
-    first, last, alike = key_range(
-        i, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb, S, T, window, CAUSAL, WINDOW, START, END
-    )
-    low, full_low, full_high, high = column_range(i, first, last, alike, S, T, BLOCK_N, IDS or MASK > 0)
-    query_ids = tl.load(query_ids_ptr + wide_b * query_ids_sb + i, mask=i < S, other=0)[:, None] if IDS else 0
+    key_ids_ptr, mask_ptr = key_ids_ptr + wide_b * key_ids_sb, mask_ptr + wide_b * mask_sb + wide_h * mask_sh
+    first, last, alike, query_ids, low, full_low, full_high, high = columns(
+        i, tile * BLOCK_M, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb,
+        query_ids_ptr + wide_b * query_ids_sb, key_ids_ptr, S, T, window,
+        CAUSAL, WINDOW, START, END, IDS, MASK, BLOCK_N, SCAN,
+    )  # fmt: skip
     hashes = row_hash(seed_ptr, (b * H + h) * S + i) if DROPOUT else i
     k_ptr, v_ptr = k_ptr + wide_b * k_sb + g * k_sh, v_ptr + wide_b * v_sb + g * v_sh
-    mask_ptr, key_ids_ptr = mask_ptr + wide_b * mask_sb + wide_h * mask_sh, key_ids_ptr + wide_b * key_ids_sb
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if WINDOW or START:
+    if WINDOW or START or IDS:
         dq = query_tiles(
             dq, q, dout, lse, delta, k_ptr, v_ptr, low, full_low, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
             True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    if not (IDS or MASK > 0):
+    if not MASK > 0:
         dq = query_tiles(
             dq, q, dout, lse, delta, k_ptr, v_ptr, full_low, full_high, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
@@ -236,12 +237,19 @@ def key_kernel(
     v = load_rows(v_ptr + wide_b * v_sb + wide_g * v_sh, j, d, v_sj, T, D, BLOCK_D, False)
     start_ptr, end_ptr = start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb
     query_ids_ptr, key_ids_ptr = query_ids_ptr + wide_b * query_ids_sb, key_ids_ptr + wide_b * key_ids_sb
-    key_ids = tl.load(key_ids_ptr + j, mask=j < T, other=0)[:, None] if IDS else 0
     low, full_low, full_high, high = row_span(
         j0, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END, BLOCK_M, BLOCK_N, SCAN
     )
-    if IDS or MASK > 0:
+    if MASK > 0:
         full_low, full_high = low, low
+    key_ids = 0
+    if IDS:
+        ids, one, same = load_ids(key_ids_ptr, j0, j, T)
+        key_ids = ids[:, None]
+        if not START:  # rows that are alike compare no ids
+            low, full_low, full_high, high = narrowed(
+                low, full_low, full_high, high, one, same, query_ids_ptr, BLOCK_M, SCAN
+            )
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for h in range(g * GROUP, (g + 1) * GROUP):
         wide_h = tl.cast(h, tl.int64)
@@ -249,14 +257,14 @@ def key_kernel(
         q_at, dout_at = q_ptr + wide_b * q_sb + wide_h * q_sh, dout_ptr + wide_b * dout_sb + wide_h * dout_sh
         lse_at, delta_at = lse_ptr + head * S, delta_ptr + head * S
         mask_at = mask_ptr + wide_b * mask_sb + wide_h * mask_sh
-        if CAUSAL and not (START or END or IDS or MASK > 0):
+        if (CAUSAL or IDS) and not (START or END or MASK > 0):
             dk, dv = key_tiles(
                 dk, dv, k, v, q_at, dout_at, lse_at, delta_at, low, full_low, j, start_ptr, end_ptr, query_ids_ptr,
                 key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
                 threshold, keep_scale,
                 True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-        if not (START or END or IDS or MASK > 0):
+        if not (START or END or MASK > 0):
             dk, dv = key_tiles(
                 dk, dv, k, v, q_at, dout_at, lse_at, delta_at, full_low, full_high, j, start_ptr, end_ptr,
                 query_ids_ptr, key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap,
@@ -281,7 +289,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     for given in attention_tiles.variants(QUERY_TILES):
         yield query_kernel, given
     for given in attention_tiles.variants(KEY_TILES):
-        yield key_kernel, {"SCAN": SCANNED, **given}
+        yield key_kernel, given
 
 
 def backward(
@@ -306,6 +314,5 @@ def backward(
     tiles = tiles_for(KEY_TILES, query, mask)
     key_kernel[(cdiv(T, tiles.columns) * B * G,)](
         dk, dv, q, k, v, dout, lse, delta, *given.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, SCAN=SCANNED, **meta,
-        **tiles.meta,
+        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip

@@ -25,6 +25,7 @@ _LOWEST: tl.constexpr = tl.constexpr(LOWEST)
 NO_MASK, BOOL_MASK, ADDED_MASK = range(3)
 _ADDED: tl.constexpr = tl.constexpr(ADDED_MASK)
 _BOOL: tl.constexpr = tl.constexpr(BOOL_MASK)
+SCANNED = 1024  # ids, and ranges of rows, are looked at together
 NARROW = (8, 12)  # generations with less shared memory than dispatch.SHARED_OPERANDS
 
 
@@ -79,21 +80,68 @@ def key_range(
 
 
 @triton.jit
-def column_range(i, first, last, alike, S, T, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr):
-    """Where a tile's columns begin and end, and between where every row attends to every key.
+def column_range(i, first, last, alike, S, T, BLOCK_N: tl.constexpr, MASK: tl.constexpr):
+    """Where a tile's columns begin and end, and between where every row attends to every key, by ranges.
 
-    PARTIAL: there is more to a mask than ranges, and no such columns, whose range is then empty and at the beginning.
+    With a dense mask there are none of these, and their range is empty and at the beginning.
     """
     inside = i < S
     some = inside & (first < last)
     low = tl.min(tl.where(some, first, T), 0) // BLOCK_N * BLOCK_N
     high = tl.max(tl.where(some, last, 0), 0)
-    if PARTIAL:
+    if MASK > 0:
         return low, low, low, high
     full_low = tl.cdiv(tl.max(tl.where(inside, tl.where(alike, T, first), 0), 0), BLOCK_N) * BLOCK_N
     full_high = tl.min(tl.where(inside, last, T), 0) // BLOCK_N * BLOCK_N
     none = full_low >= full_high
     return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
+
+
+@triton.jit
+def load_ids(ids_ptr, at, i, N):
+    """Of a tile that begins at: its ids, the first, and whether all are that."""
+    ids, one = tl.load(ids_ptr + i, mask=i < N, other=0), tl.load(ids_ptr + at)
+    return ids, one, tl.min(tl.where((i < N) & (ids != one), 0, 1), 0) == 1
+
+
+@triton.jit
+def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+    """Such ranges where only elements of id one count, if same; if not, each is to be looked at.
+
+    So padding, and documents told by ids, cost neither a comparison nor a tile where all of a tile's ids are alike.
+    """
+    stop = tl.where(same, high, low)
+    begin, end, until = stop, tl.where(same, low, high), stop  # until: where the first run of them ends
+    for j0 in range(low, stop, SCAN):
+        j = j0 + tl.arange(0, SCAN)
+        there = j < high
+        equal = there & (tl.load(ids_ptr + j, mask=there, other=0) == one)
+        begin = tl.minimum(begin, tl.min(tl.where(equal, j, high), 0))
+        end = tl.maximum(end, tl.max(tl.where(equal, j + 1, low), 0))
+        until = tl.minimum(until, tl.min(tl.where(there & (j > begin) & (equal == 0), j, high), 0))
+    low, high = begin // BLOCK * BLOCK, tl.minimum(high, end)
+    full_low = tl.maximum(full_low, tl.cdiv(begin, BLOCK) * BLOCK)
+    full_high = tl.minimum(full_high, until // BLOCK * BLOCK)
+    none = full_low >= full_high
+    return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
+
+
+@triton.jit
+def columns(
+    i, at, start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, S, T, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Of a tile whose first row is at: key_range, ids of rows [BLOCK_M, 1], and the ranges of columns."""
+    first, last, alike = key_range(i, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END)
+    low, full_low, full_high, high = column_range(i, first, last, alike, S, T, BLOCK_N, MASK)
+    if IDS:
+        ids, one, same = load_ids(query_ids_ptr, at, i, S)
+        same = same & (tl.max(tl.where(alike, 1, 0), 0) == 0)  # rows that are alike compare no ids
+        low, full_low, full_high, high = narrowed(low, full_low, full_high, high, one, same, key_ids_ptr, BLOCK_N, SCAN)
+        return first, last, alike, ids[:, None], low, full_low, full_high, high
+    else:
+        return first, last, alike, 0, low, full_low, full_high, high
 
 
 @triton.jit
@@ -190,7 +238,7 @@ def operands(
     meta = {
         "CAUSAL": causal, "WINDOW": window > 0, "START": start is not None, "END": end is not None,
         "IDS": query_ids is not None, "MASK": NO_MASK if mask is None else kind, "SOFTCAP": softcap != 0.0,
-        "DROPOUT": seed is not None,
+        "DROPOUT": seed is not None, "SCAN": SCANNED,
     }  # fmt: skip
     pointers = tuple(query if one is None else one for one in (*rows, mask, seed))
     window = min(window, max(query.shape[2], key.shape[2]))  # sums with it stay in 32 bits
@@ -225,7 +273,7 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
         flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
         meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
         majors = dispatch.SHARED_OPERANDS if roomy else NARROW
-        launch = {"D": D, "BLOCK_D": D, **meta, "majors": majors, "spilled_bytes": SPILLED_BYTES}
+        launch = {"D": D, "BLOCK_D": D, "SCAN": SCANNED, **meta, "majors": majors, "spilled_bytes": SPILLED_BYTES}
         yield {**flags, **types, **of_rows, **mask, **launch}
 
 

@@ -16,9 +16,8 @@ from fastft.kernels.attention_tiles import (
     LN2,
     LOG2E,
     Tiles,
-    column_range,
+    columns,
     kept,
-    key_range,
     load_mask,
     load_rows,
     masked,
@@ -84,7 +83,7 @@ def forward_kernel(
     start_sb, end_sb, query_ids_sb, key_ids_sb, mask_sb, mask_sh, mask_si, mask_sj,
     H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SINKS: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr, SINKS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(S, BLOCK_M)
@@ -93,25 +92,25 @@ def forward_kernel(
     wide_b, wide_h, g = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h // GROUP, tl.int64)
     i, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + wide_b * q_sb + wide_h * q_sh, i, d, q_si, S, D, BLOCK_D, False)
-    first, last, alike = key_range(
-        i, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb, S, T, window, CAUSAL, WINDOW, START, END
-    )
-    low, full_low, full_high, high = column_range(i, first, last, alike, S, T, BLOCK_N, IDS or MASK > 0)
-    query_ids = tl.load(query_ids_ptr + wide_b * query_ids_sb + i, mask=i < S, other=0)[:, None] if IDS else 0
+    key_ids_ptr, mask_ptr = key_ids_ptr + wide_b * key_ids_sb, mask_ptr + wide_b * mask_sb + wide_h * mask_sh
+    first, last, alike, query_ids, low, full_low, full_high, high = columns(
+        i, tile * BLOCK_M, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb,
+        query_ids_ptr + wide_b * query_ids_sb, key_ids_ptr, S, T, window,
+        CAUSAL, WINDOW, START, END, IDS, MASK, BLOCK_N, SCAN,
+    )  # fmt: skip
     hashes = row_hash(seed_ptr, (b * H + h) * S + i) if DROPOUT else i
     acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     top = total - float("inf")
     if SINKS:
         top, total = total + tl.cast(tl.load(sinks_ptr + h), tl.float32) * LOG2E, total + 1.0
     k_ptr, v_ptr = k_ptr + wide_b * k_sb + g * k_sh, v_ptr + wide_b * v_sb + g * v_sh
-    mask_ptr, key_ids_ptr = mask_ptr + wide_b * mask_sb + wide_h * mask_sh, key_ids_ptr + wide_b * key_ids_sb
-    if WINDOW or START:
+    if WINDOW or START or IDS:
         acc, top, total = forward_tiles(
             acc, top, total, q, k_ptr, v_ptr, low, full_low, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
             True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    if not (IDS or MASK > 0):
+    if not MASK > 0:
         acc, top, total = forward_tiles(
             acc, top, total, q, k_ptr, v_ptr, full_low, full_high, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,

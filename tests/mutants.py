@@ -143,6 +143,9 @@ PLAIN = (
     Mutant("chunked_head", INDEX, "chunked_head._multiply_back", "self.lora_s[rows].to(", "self.lora_s[: len(grad)].to(", "linear_cross_entropy"),
     Mutant("chunked_head", SCALE, "chunked_head._multiply_back", "1.0 / self.gain", "1.0", "linear_cross_entropy"),
     Mutant("chunked_head", SIZE, "chunked_head._rows_of_chunk", "rounded <= most", "rounded <= most + WHOLE", "linear_cross_entropy"),
+    Mutant("attention_tiles.narrowed", SIZE, "attention_tiles.narrowed", "until // BLOCK * BLOCK", "end // BLOCK * BLOCK", "attention"),
+    Mutant("attention_tiles.narrowed", MASK, "attention_tiles.columns", "same & (tl.max(tl.where(alike, 1, 0), 0) == 0)", "same", "attention"),
+    Mutant("attention_tiles.narrowed", INDEX, "attention_tiles.narrowed", "tl.where(equal, j + 1, low)", "tl.where(equal, j, low)", "attention"),
 )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Tensors, Names = dict[str, Tensor], Sequence[str]
-RANGES, IDS, DENSE = ("starts", "ends", "ranges", "documents"), ("left", "right", "holes", "kinds"), ("bool", "added")
+RANGES, DENSE = ("starts", "ends", "ranges", "documents"), ("bool", "added")
+IDS = ("left", "right", "keys", "runs", "holes", "kinds")  # keys: padding of keys alone
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ class Problem:
 
         def made(length: int) -> Tensor:
             at = torch.arange(length)
-            if self.ids in ("left", "right"):
+            if self.ids in ("left", "right", "keys"):
                 return at >= blank if self.ids == "left" else at < length - blank
             numbers = torch.randint(4, (rows, length), generator=generator)
+            if self.ids == "runs":  # of as many elements as a tile has, and more
+                return numbers[:, at // (20 + 10 * int(blank[0]) % 90)] > 1
             return numbers > 0 if self.ids == "holes" else numbers - 2
 
-        return {"query_ids": made(self.S).to(dtype), "key_ids": made(self.T).to(dtype)}
+        of_queries = torch.ones(rows, self.S) if self.ids == "keys" else made(self.S)
+        return {"query_ids": of_queries.to(dtype), "key_ids": made(self.T).to(dtype)}
 
     def dense_masks(self, generator: torch.Generator) -> Tensors:
         if not self.dense:
