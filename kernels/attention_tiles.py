@@ -15,9 +15,8 @@ from torch import Tensor
 from fastft.kernels import dispatch
 from fastft.kernels.attention import INCREMENT, LOWEST, MULTIPLIER
 from fastft.kernels.layout import has_unit_rows
-from fastft.kernels.tiles import padded, tanh
+from fastft.kernels.tiles import LOG2E, padded, tanh
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _MULTIPLIER: tl.constexpr = tl.constexpr(MULTIPLIER)
 _INCREMENT: tl.constexpr = tl.constexpr(INCREMENT)

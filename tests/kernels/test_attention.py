@@ -476,9 +476,10 @@ def test_numbers_beyond_32_bits(device: str, change: str) -> None:
 
 @on_devices
 @in_dtypes
-def test_a_row_that_starts_before_all_keys_weighs_them_alike(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("ids", ["kinds", "keys"])
+def test_a_row_that_starts_before_all_keys_weighs_them_alike(device: str, dtype: torch.dtype, ids: str) -> None:
     """Whatever else holds; with the gradients of a softmax of such weights."""
-    problem = Problem(dtype=dtype, causal=True, window=2, ids="kinds", dense="bool")
+    problem = Problem(dtype=dtype, causal=True, window=2, ids=ids, dense="bool")
     given, end = problem.build(device), torch.arange(1, 21, device=device).flip(0)[None]
     start = torch.full_like(end, -1)
     grad = Spec((2, 4, 20, 16), dtype, seed=9).build(device)
