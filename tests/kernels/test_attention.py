@@ -476,15 +476,17 @@ def test_numbers_beyond_32_bits(device: str, change: str) -> None:
 
 @on_devices
 @in_dtypes
-@pytest.mark.parametrize("ids", ["kinds", "keys"])
-def test_a_row_that_starts_before_all_keys_weighs_them_alike(device: str, dtype: torch.dtype, ids: str) -> None:
+@pytest.mark.parametrize("T", [20, 150])
+def test_a_row_that_starts_before_all_keys_weighs_them_alike(device: str, dtype: torch.dtype, T: int) -> None:
     """Whatever else holds; with the gradients of a softmax of such weights."""
-    problem = Problem(dtype=dtype, causal=True, window=2, ids=ids, dense="bool")
-    given, end = problem.build(device), torch.arange(1, 21, device=device).flip(0)[None]
+    problem = Problem(T=T, dtype=dtype, causal=True, window=2, ids="kinds", dense="bool")
+    given, end = problem.build(device), torch.arange(T - 19, T + 1, device=device).flip(0)[None]
     start = torch.full_like(end, -1)
+    if T > 20:  # there are whole tiles of other ids than those of the rows
+        given |= {"query_ids": start, "key_ids": -(torch.arange(T, device=device) < 20).long()[None]}
     grad = Spec((2, 4, 20, 16), dtype, seed=9).build(device)
     out, lse, dquery, dkey, dvalue = evaluate(problem.fused, given | {"start": start, "end": end}, grad)
-    share = (torch.arange(20, device=device) < end[0][:, None]) / end[0][:, None].double()  # [S, T]
+    share = (torch.arange(T, device=device) < end[0][:, None]) / end[0][:, None].double()  # [S, T]
     key, value = (given[name].double().repeat_interleave(2, 1) for name in ("key", "value"))
     pull = grad.double() @ value.mT
     dscores = share * (pull - (share * pull).sum(-1, keepdim=True)) * problem.scale

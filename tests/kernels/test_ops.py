@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastft.kernels import REGISTRY
+from fastft.kernels import REGISTRY, attention_engines
 from fastft.kernels.registry import bytes_moved
 
 OPS = sorted(REGISTRY)
@@ -36,7 +36,15 @@ ROUND_INSIDE = ("fastft::attention", "fastft::attention_backward")  # to the row
 every_op = pytest.mark.parametrize("name", OPS)
 every_differentiable_op = pytest.mark.parametrize("name", [name for name in OPS if REGISTRY[name].gradients])
 on_devices = pytest.mark.parametrize("device", DEVICES)
+same_bits = pytest.mark.usefixtures("ours_alone")
 compiled_only = pytest.mark.skipif(INTERPRETING, reason="says nothing of the kernels, and is slow there")
+
+
+@pytest.fixture
+def ours_alone() -> Iterator[None]:
+    """No kernels of torch's own, which an op may call and whose gradients have other bits each time."""
+    with attention_engines.only_triton():
+        yield
 
 
 def outputs_of(function: Callable, call: Call, tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -53,6 +61,7 @@ def framed(empty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @every_op
 @on_devices
+@same_bits
 def test_nothing_is_written_around_the_results(name: str, device: str) -> None:
     for call in examples(name, DTYPES[-1]):
         values = call.arguments(call.tensors(device))
@@ -254,6 +263,7 @@ def test_every_element_is_written(name: str, device: str) -> None:
 
 @every_op
 @on_devices
+@same_bits
 def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
     """Sums over rows too: one program after another, whatever the order in which they end."""
     for values in arguments(name, device):
@@ -263,6 +273,7 @@ def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
 
 @every_op
 @on_devices
+@same_bits
 def test_autocast_changes_nothing(name: str, device: str) -> None:
     """Dtypes are the op's own, in forward and backward; PyTorch's casts are in the graph, where the rules find them."""
     for dtype in DTYPES:
