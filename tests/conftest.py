@@ -1,7 +1,11 @@
-"""Hypothesis profiles, FASTFT_HYPOTHESIS_PROFILE: ci (the default: few examples, always the same), interpreter, gpu."""
+"""Hypothesis profiles, FASTFT_HYPOTHESIS_PROFILE: ci (the default: few examples, always the same), interpreter, gpu.
+
+And how many threads torch computes with: several processes with as many each as there are cores wait for one another.
+"""
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -12,3 +16,9 @@ settings.register_profile(  # hundreds of times slower than a compiled kernel
     "interpreter", max_examples=10, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("FASTFT_HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before torch is imported, for the processes of xdist and those that tests start too."""
+    processes = len(config.getoption("tx", None) or [None])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
