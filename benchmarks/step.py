@@ -21,8 +21,8 @@ loss and gradient norm of the last step are there to compare contenders by: they
 On CUDA, after all that: the host's time to issue a step, and the share of a step's time in which the GPU works (see
 occupancy.py); a host time near the step's, with the GPU idle between, is a step bound by launches.
 
-With --turns what takes longest, compiling, is done side by side; all models are in memory together, and first steps
-are not to be compared.
+With --turns what takes longest, compiling, is done side by side; all models are in memory together, first steps are not
+to be compared, and the time that a process waits counts for its --timeout.
 
 What a user would write: ids, labels and an all-ones attention_mask, as a tokenizer returns them; use_cache off, as in
 Trainer; base model in --dtype, LoRA factors in float32, no autocast.  The base of --nf4 is double-quantised and not

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
+from typing import TextIO
+
+_held: list[TextIO | None] = []  # until the process ends, whoever forgets its Turns
 
 
 class Turns:
@@ -13,7 +16,8 @@ class Turns:
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        self.file = None if path is None else Path(path).open("a")  # noqa: SIM115  (held until the process ends)
+        self.file = None if path is None else Path(path).open("a")  # noqa: SIM115  (see _held)
+        _held.append(self.file)
 
     def prepare(self) -> None:
         self._wait(fcntl.LOCK_SH)

@@ -63,7 +63,8 @@ def key_range(
     """The first key of each row and the one after its last, and whether the row weighs its keys alike."""
     end = tl.zeros_like(i) + T
     if END:
-        end = tl.cast(tl.minimum(tl.load(end_ptr + i, mask=i < S, other=0), T), tl.int32)
+        end = tl.load(end_ptr + i, mask=i < S, other=0)
+        end = tl.cast(tl.maximum(tl.minimum(end, T), 0), tl.int32)
     first, last, alike = tl.zeros_like(i), end, i < 0
     if CAUSAL:
         last = tl.minimum(last, i + 1)
@@ -109,6 +110,7 @@ def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.const
 
     So padding, and documents told by ids, cost neither a comparison nor a tile where all of a tile's ids are alike.
     """
+    high = tl.maximum(low, high)
     stop = tl.where(same, high, low)
     begin, end, until = stop, tl.where(same, low, high), stop  # until: where the first run of them ends
     for j0 in range(low, stop, SCAN):

@@ -20,5 +20,7 @@ settings.load_profile(os.environ.get("FASTFT_HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before torch is imported, for the processes of xdist and those that tests start too."""
-    processes = len(config.getoption("tx", None) or [None])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    processes = len(config.getoption("tx", None) or [])
+    if processes > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

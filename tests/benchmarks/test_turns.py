@@ -9,7 +9,7 @@ sys.path.append(str(BENCHMARKS))
 
 from turns import Turns  # noqa: E402
 
-SOON, LONG = 0.3, 30.0  # seconds
+SOON, LONG = 0.5, 30.0  # seconds
 
 
 def test_one_is_timed_when_none_prepares_and_no_other_is_timed(tmp_path: Path) -> None:

@@ -455,9 +455,9 @@ def test_nothing_but_such_rows(device: str, way: str) -> None:
 
 
 @on_devices
-@pytest.mark.parametrize("change", ["window", "start", "end"])
+@pytest.mark.parametrize("change", ["window", "start", "end", "-end"])
 def test_numbers_beyond_32_bits(device: str, change: str) -> None:
-    """A window or an end that is far away is none, and so is every key of a start that is."""
+    """A window or an end that is far away is none, and before a far start or after an end below 0 there are no keys."""
     largest, problem = 2**31 - 5, Problem(S=70, T=70, dtype=torch.float32, causal=True)
     given = problem.build(device)
     grad = Spec((2, 4, 70, 16), torch.float32, seed=9).build(device)
@@ -465,9 +465,9 @@ def test_numbers_beyond_32_bits(device: str, change: str) -> None:
     if change == "window":
         found = evaluate(replace(problem, window=largest).fused, given, grad)
     else:
-        far = torch.full((1, 70), 2**63 - 1, device=device)
-        found = evaluate(problem.fused, given | {change: far}, grad)
-    if change == "start":
+        far = torch.full((1, 70), 2**63 - 1 if change != "-end" else 5 - 2**32, device=device)
+        found = evaluate(problem.fused, given | {change.removeprefix("-"): far}, grad)
+    if change in ("start", "-end"):
         assert not any(one.any() for one in (found[0], *found[2:]))
     else:
         for mine, right in zip(found, expected, strict=True):
