@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
-from typing import TextIO
-
-_held: list[TextIO | None] = []  # until the process ends, whoever forgets its Turns
 
 
 class Turns:
@@ -16,8 +14,7 @@ class Turns:
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        self.file = None if path is None else Path(path).open("a")  # noqa: SIM115  (see _held)
-        _held.append(self.file)
+        self.descriptor = None if path is None else os.open(path, os.O_RDWR | os.O_CREAT)  # which no collection closes
 
     def prepare(self) -> None:
         self._wait(fcntl.LOCK_SH)
@@ -26,5 +23,5 @@ class Turns:
         self._wait(fcntl.LOCK_EX)
 
     def _wait(self, how: int) -> None:
-        if self.file is not None:
-            fcntl.flock(self.file, how)
+        if self.descriptor is not None:
+            fcntl.flock(self.descriptor, how)

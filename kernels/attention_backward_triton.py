@@ -112,9 +112,10 @@ def query_kernel(
     out = load_rows(out_ptr + wide_b * out_sb + wide_h * out_sh, i, d, out_si, S, D, BLOCK_D, False)
     dout = load_rows(dout_ptr + wide_b * dout_sb + wide_h * dout_sh, i, d, dout_si, S, D, BLOCK_D, False)
     delta = tl.sum(tl.cast(out, tl.float32) * tl.cast(dout, tl.float32), 1)
-    row = tl.cast(head, tl.int64) * S + i
-    tl.store(delta_ptr + row, delta, mask=i < S)
-    lse = load_lse(lse_ptr + tl.cast(head, tl.int64) * S, i, S)
+    rows = tl.cast(head, tl.int64) * S
+    lse_ptr, delta_ptr = lse_ptr + rows, delta_ptr + rows
+    tl.store(delta_ptr + i, delta, mask=i < S)
+    lse = load_lse(lse_ptr, i, S)
     key_ids_ptr, mask_ptr = key_ids_ptr + wide_b * key_ids_sb, mask_ptr + wide_b * mask_sb + wide_h * mask_sh
     first, last, alike, query_ids, low, full_low, full_high, high = columns(
         i, tile * BLOCK_M, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb,
@@ -148,11 +149,12 @@ def query_kernel(
 @triton.jit
 def row_span(
     j0, start_ptr, end_ptr, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr,
-    END: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
+    END: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Where the rows begin and end that attend to one of the columns from j0, and between where they attend to all.
 
-    Of ranges that are given in tensors all are looked at; none is known to attend to all.
+    Of ranges that are given in tensors all are looked at; none of them, nor any with a dense mask, is known
+    to attend to all.
     """
     low, high = 0, S
     if START or END:
@@ -172,6 +174,8 @@ def row_span(
     if WINDOW:
         high = tl.minimum(S, j0 + BLOCK_N - 1 + window)
         full_high = tl.minimum(full_high, (j0 + window) // BLOCK_M * BLOCK_M)
+    if MASK > 0:
+        return low, low, low, high
     none = full_low >= full_high
     return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
 
@@ -238,10 +242,8 @@ def key_kernel(
     start_ptr, end_ptr = start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb
     query_ids_ptr, key_ids_ptr = query_ids_ptr + wide_b * query_ids_sb, key_ids_ptr + wide_b * key_ids_sb
     low, full_low, full_high, high = row_span(
-        j0, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END, BLOCK_M, BLOCK_N, SCAN
+        j0, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END, MASK, BLOCK_M, BLOCK_N, SCAN
     )
-    if MASK > 0:
-        full_low, full_high = low, low
     key_ids = 0
     if IDS:
         ids, one, same = load_ids(key_ids_ptr, j0, j, T)

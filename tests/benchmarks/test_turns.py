@@ -1,5 +1,6 @@
 """Commands that take turns: compiled side by side, timed alone."""
 
+import os
 import sys
 from pathlib import Path
 from threading import Thread
@@ -24,8 +25,8 @@ def test_one_is_timed_when_none_prepares_and_no_other_is_timed(tmp_path: Path) -
     for thread in threads:
         thread.join(SOON)
     (first,) = (at for at, thread in enumerate(threads) if not thread.is_alive())
-    assert both[first].file is not None
-    both[first].file.close()  # as the end of its process does
+    assert both[first].descriptor is not None
+    os.close(both[first].descriptor)  # as the end of its process does
     threads[1 - first].join(LONG)
     assert not threads[1 - first].is_alive()
 
