@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import peers
+
 Model = Any  # a module, or what torch.compile makes of one
 Build = Callable[[], Model]
 
@@ -44,16 +46,25 @@ def fastft(build: Build, lower: str, **options: Any) -> Model:
     return torch.compile(build(), backend="fastft", options={"lower": lower, **options})
 
 
-MAIN: dict[str, Callable[[Build, str], Model]] = {
+def liger_checkpoint(build: Build, lower: str) -> Model:
+    return eager_checkpoint(lambda: peers.liger(build, lower), lower)
+
+
+MAIN: dict[str, Callable[..., Model]] = {
     "eager": eager,
     "eager-checkpoint": eager_checkpoint,
     "inductor": inductor,
     "fastft": fastft,
 }
-CONTENDERS = MAIN | {  # to be asked for by name; of fastft with one option changed
+CONTENDERS = MAIN | {  # to be asked for by name: other libraries, and fastft with one option changed
     "inductor-checkpoint": inductor_checkpoint,
+    "liger": peers.liger,
+    "liger-checkpoint": liger_checkpoint,
+    "unsloth": partial(peers.unsloth, checkpointing=False),
+    "unsloth-checkpoint": partial(peers.unsloth, checkpointing="unsloth"),  # its own, to the host's memory
     "fastft-whole": partial(fastft, outline=False),
-    "fastft-recompute": partial(fastft, recompute="full"),
+    "fastft-min": partial(fastft, memory_budget="min"),
+    "fastft-max": partial(fastft, memory_budget="max-speed"),
     "fastft-graphs": partial(fastft, cuda_graphs=True),
     "fastft-plain": partial(fastft, cuda_graphs=False),
 }

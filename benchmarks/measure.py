@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from contenders import CONTENDERS
 from occupancy import occupancy
+from peers import import_first
 from presets import PRESETS
 from torch import Tensor
 from turns import Turns
@@ -19,12 +20,15 @@ from turns import Turns
 Row = dict[str, Any]
 GIB = 2**30
 IGNORED, DOCUMENT = -100, 512  # a label without a loss; tokens in a packed document
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "fastft")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "fastft")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a worker is asked to do; all of it goes into the row."""
+    """What a worker is asked to do; all of it goes into the row.
+
+    options: of the contender, where it takes any, over its own.
+    """
 
     contender: str
     batch: int
@@ -40,11 +44,12 @@ class Run:
     warmup: int
     seed: int
     lower: str
+    options: Row = field(default_factory=dict)
 
     @classmethod
     def of(cls, asked: Row) -> Run:
         """From what was asked, which may have more in it for the task at hand."""
-        return cls(**{field.name: asked[field.name] for field in fields(cls)})
+        return cls(**{one.name: asked[one.name] for one in fields(cls) if one.name in asked})
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def device_of(asked: str | None) -> str:
 
 def prepare(run: Run) -> Training:
     device = device_of(run.device)
+    import_first(run.contender)
     clock, dtype = Clock(device), getattr(torch, run.dtype)
     import models  # seconds of imports, which a device that does not exist need not wait for
 
@@ -95,6 +101,7 @@ def prepare(run: Run) -> Training:
     model = CONTENDERS[run.contender](
         lambda: models.build(run.model, layers=run.layers, nf4=run.nf4, dtype=dtype, device=device, seed=run.seed),
         run.lower,
+        **run.options,
     )
     build_s = clock.now() - began
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ weights.  Each contender runs at each batch and length in a process of its own, 
     python benchmarks/step.py --model llama-1b --batches 4x2048,1x512
     python benchmarks/step.py --model llama-8b --nf4 --batches 1x2048,2x2048,8x2048 --json rows.json --png steps.png
     python benchmarks/step.py --model llama-8b --nf4 --layers 4 --contenders inductor,fastft --batches 2x2048
-    python benchmarks/step.py --contenders inductor,fastft,fastft-whole,fastft-recompute,fastft-graphs
+    python benchmarks/step.py --contenders inductor,fastft,fastft-whole,fastft-min,fastft-graphs
     for mask in none packed; do python benchmarks/step.py --mask $mask --turns /tmp/turns --json $mask.json & done; wait
     python benchmarks/report.py rows.json more.json --png steps.png      # show rows again, or several files together
 

@@ -214,6 +214,11 @@ def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments:
     return flops(query, *arguments, products=5)
 
 
+def scratch_bytes_backward(grad_output: Tensor, query: Tensor, *_: Any) -> int:
+    """The gradient of query in float32, as torch's engines sum it up."""
+    return query.numel() * 4
+
+
 _QKV = {"query": "B G*E S D", "key": "B G T D", "value": "B G T D"}
 _BACKWARD = {"grad_output": "B G*E S D", **_QKV, "out": "B G*E S D", "lse": "B G*E S"}
 _IDS = {"query_ids": "index B S 2", "key_ids": "index B T 2"}
@@ -247,7 +252,7 @@ attention_backward = define(
     cases=[({**_BACKWARD, **tensors}, {**_PLAIN, **choice}) for tensors, choice in (*_WAYS, *_SPARSE_WAYS)],
     statistics=("lse", "mask"), alike=("grad_output", "query", "key", "value", "out"),
     flops=flops_backward, engine=attention_engines.backward, longest_row=LONGEST_HEAD,
-    multiplies=True,
+    multiplies=True, scratch=scratch_bytes_backward,
 )  # fmt: skip
 
 

@@ -115,14 +115,23 @@ class HeadLoss(Generic[C]):
         forward, backward = _cases(compared, choices)
         op = define(
             name, reference, self.new_outputs, self.fill,
-            cases=forward, gradients=DIFFERENTIABLE, alike=ALIKE, flops=flops,
+            cases=forward, gradients=DIFFERENTIABLE, alike=ALIKE, flops=flops, scratch=self.scratch_bytes,
         )  # fmt: skip
         again = define(
             f"{name}_backward", reference_backward, self.new_gradients, self.fill_backward,
             cases=backward, statistics=("grad_output",), alike=ALIKE, flops=flops_backward,
+            scratch=lambda grad_output, *arguments: self.scratch_bytes(*arguments, ()),
         )  # fmt: skip
         op.register_autograd(functools.partial(self._backward, again), setup_context=self._setup_context)
         return op, again
+
+    def scratch_bytes(self, *arguments: Any) -> int:
+        """Of a chunk: its logits, its hidden states and their gradient."""
+        *given, _, _ = arguments
+        call = self.call_of(*given)
+        rows, (V, H), size = prod(call.rows), call.weight.shape, call.hidden.element_size()
+        chunk = torch.sym_min(rows, max(1, call.chunk_bytes // (V * size)))
+        return chunk * (V + 2 * H) * size
 
     def reference(self, *arguments: Any) -> list[Tensor]:
         """The forward in plain PyTorch."""

@@ -245,6 +245,20 @@ def flops_backward(grad_output: torch.Size, s: torch.Size, x: torch.Size, *argum
     return 2 * prod(x[:-1]) * (products * x[-1] * sum(features) + 2 * adapters)
 
 
+def scratch_bytes(*arguments: Any) -> int:
+    """The weight in 16 bits, and what lies beside x (lora_plan.forward)."""
+    from fastft.kernels import lora_plan
+
+    return lora_plan.forward_scratch(Group(*arguments))
+
+
+def scratch_bytes_backward(grad_output: Tensor, s: Tensor, *arguments: Any) -> int:
+    """The weight in 16 bits, what lies beside grad_output, and parts of sums over it (lora_plan.backward)."""
+    from fastft.kernels import lora_plan
+
+    return lora_plan.backward_scratch(Group(*arguments[:-1]))
+
+
 def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
     from fastft.kernels import lora_plan
 
@@ -327,12 +341,13 @@ _STATISTICS: dict[str, Any] = {
     "alike": ("grad_output", "x", "weights", "biases"),
 }  # fmt: skip
 lora_linear = define(
-    "lora_linear", reference, new_outputs, _fill, cases=_CASES, flops=flops,
+    "lora_linear", reference, new_outputs, _fill, cases=_CASES, flops=flops, scratch=scratch_bytes,
     gradients=("x", "weights", "biases", "lora_a", "lora_b", "inputs"), **_STATISTICS,
 )  # fmt: skip
 lora_linear_backward = define(
     "lora_linear_backward", reference_backward, new_gradients, _fill_backward, flops=flops_backward,
-    cases=[_backward_case(case, not case[1]["quant_type"]) for case in _CASES], **_STATISTICS,
+    cases=[_backward_case(case, not case[1]["quant_type"]) for case in _CASES], scratch=scratch_bytes_backward,
+    **_STATISTICS,
 )  # fmt: skip
 
 

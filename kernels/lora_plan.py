@@ -17,6 +17,7 @@ from torch import Tensor
 from fastft.kernels.lora_linear import Group
 from fastft.kernels.lora_products import (
     MAX_RANK,
+    ONE_PASS_RANK,
     Piece,
     operands,
     outer,
@@ -26,8 +27,13 @@ from fastft.kernels.lora_products import (
     terms_of,
     write_spare,
 )
+from fastft.kernels.registry import wide
+from fastft.kernels.tiles import cdiv
 
 FEW_ROWS = 8  # below which bitsandbytes' GEMM reads the 4 bits themselves; from here on it too de-quantises, on sm_90
+PASS_COLUMNS = 256  # of which a pass over the gradient keeps a sum each (TILE of lora_linear_backward_triton.py)
+PART_BYTES = 2**27  # of a copy of the gradient of y; products of fewer rows than that are slower
+ROWS_TOGETHER = 128  # a part has a multiple of them
 ALIGNED = 64  # spare columns come in such numbers: rows of 128 bytes, and a GEMM's steps along K
 
 
@@ -61,6 +67,24 @@ def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
     weight = group.x.new_empty(n + rows_below, columns + spare)
     group.weights_into(weight[:n, :columns])
     return weight
+
+
+def forward_scratch(group: Group) -> int:
+    """The bytes that forward allocates beside its results, small ones left out."""
+    M, K, N = prod(group.x.shape[:-1]), group.x.shape[-1], sum(group.features)
+    spare = spare_columns(group, K, N)
+    weight = N * (K + spare) if group.quant_type else 0
+    return (weight + (M * (K + spare) if spare else 0)) * group.x.element_size()
+
+
+def backward_scratch(group: Group) -> int:
+    """The bytes that backward allocates beside its results, small ones left out."""
+    M, K, N = prod(group.x.shape[:-1]), group.x.shape[-1], sum(group.features)
+    spare = 0 if group.inputs else spare_columns(group, N, K)
+    weight = (N + spare) * K if group.quant_type else 0
+    rows = torch.sym_min(M, PART_BYTES // ((N + spare) * group.x.element_size()) + ROWS_TOGETHER) if spare else M
+    sums = rows * ONE_PASS_RANK * 4 * (N // PASS_COLUMNS) if group.lora_a else 0
+    return (weight + (rows * (N + spare) if spare else 0)) * group.x.element_size() + sums
 
 
 def factors_a(group: Group) -> list[Piece]:
@@ -295,13 +319,10 @@ def _input_gradient(
     """dx = dY W + ds A, where the adapters read x itself; and ds and dB."""
     n, columns = grad.shape[1], dx.shape[1]
     spare = 0 if group.inputs else spare_columns(group, n, columns)
-    wider = grad.new_empty(grad.shape[0], n + spare) if spare else None
-    _adapter_gradients(grad, s, ds, dbs, group, wider)
-    if wider is not None:
-        weight = scratch(group, rows_below=spare)
-        place(weight[None, n:], factors_a(group))
-        torch.mm(wider, weight, out=dx)
+    if spare:
+        _input_gradient_by_parts(dx, grad, s, ds, dbs, group, spare)
         return
+    _adapter_gradients(grad, s, ds, dbs, group)
     begun = len(group.lora_a) > 0 and not group.inputs
     if begun and not any(overflows(a, dx.dtype) for a in group.lora_a):
         torch.mm(*operands(ds, factors_a(group), columns, dx.dtype), out=dx)
@@ -313,6 +334,34 @@ def _input_gradient(
         return
     for at, part in enumerate(group.columns):
         _accumulate(dx, grad[:, part], group.weights[at], begun or at > 0)
+
+
+def _input_gradient_by_parts(
+    dx: Tensor, grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group, spare: int
+) -> None:
+    """dx = [dY | ds] [W ; A], and ds and dB, some rows at a time: the copy of dY would be as large as itself."""
+    (M, n), size = grad.shape, _rows_of_a_part(*grad.shape, spare, grad.element_size())
+    weight, wider = scratch(group, rows_below=spare), grad.new_empty(min(size, M), n + spare)
+    place(weight[None, n:], factors_a(group))
+    totals = dbs if size >= M else [None if db is None else torch.zeros_like(db, dtype=wide(db.dtype)) for db in dbs]
+    for start in range(0, M, size):
+        part = slice(start, min(start + size, M))
+        own = dbs if totals is dbs else [None if one is None else torch.empty_like(one) for one in totals]
+        beside = wider[: part.stop - start]
+        _adapter_gradients(grad[part], s[part], ds[part], own, group, beside)
+        torch.mm(beside, weight, out=dx[part])
+        for one, more in zip(totals, own, strict=True) if totals is not dbs else ():
+            if one is not None and more is not None:
+                one.add_(more)
+    for db, one in zip(dbs, totals, strict=True) if totals is not dbs else ():
+        if db is not None and one is not None:
+            db.copy_(one)
+
+
+def _rows_of_a_part(M: int, n: int, spare: int, itemsize: int) -> int:
+    """Parts of one size but for the last, each of PART_BYTES at the most."""
+    count = cdiv(M * (n + spare) * itemsize, PART_BYTES)
+    return cdiv(cdiv(M, count), ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 def _times_a(ds: Tensor, group: Group) -> Tensor:

@@ -43,6 +43,7 @@ class Entry:
     alike: tensors, or lists of them, that have one dtype.
     gradients: the tensors, or lists of them, that the op has a gradient for; () for an op without autograd.
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
+    scratch: the bytes that a call allocates beside its results, at the most, of its arguments; None if it is nothing.
     """
 
     op: CustomOpDef
@@ -55,6 +56,12 @@ class Entry:
     gradients: tuple[str, ...] = ()
     parameters: tuple[str, ...] = field(default=())
     lists: frozenset[str] = frozenset()
+    scratch: Callable[..., int] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def complete(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All arguments of a call, in order."""
+        return (*args, *(kwargs.get(name, self.defaults.get(name)) for name in self.parameters[len(args) :]))
 
     def arguments(self, tensors: Mapping[str, Tensor], choice: Choice) -> tuple[Any, ...]:
         """A call's arguments, in order; tensors by name, those of a list as "weights.0"."""
@@ -88,6 +95,7 @@ def define(
     gradients: Sequence[str] = (),
     engine: Callable[..., Results | None] | None = None,
     multiplies: bool = False,
+    scratch: Callable[..., int] | None = None,
 ) -> CustomOpDef:
     """Make the op ``fastft::name`` and enter it; the caller adds autograd.
 
@@ -100,6 +108,7 @@ def define(
     engine: called first, gives the results of a kernel of torch's own where that is the fastest, laid out as those of
         outputs, or None.
     multiplies: the Triton kernels are made of products of tiles, and only run on tensor cores.
+    scratch: the bytes that a call allocates beside its results, at the most, of its arguments.
     """
 
     def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
@@ -140,6 +149,7 @@ def define(
     REGISTRY[f"fastft::{name}"] = Entry(
         op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
         tuple(parameters), frozenset(name for name, one in parameters.items() if "Sequence" in str(one.annotation)),
+        scratch, {name: one.default for name, one in parameters.items() if one.default is not one.empty},
     )  # fmt: skip
     return op
 

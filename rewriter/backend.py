@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.rewriter import outputs, scalars, shapes
+from fastft.rewriter import checkpoints, outputs, plans, scalars, shapes
+from fastft.rewriter.compilation import compile_graph
 from fastft.rewriter.graph import Snapshot, describe
 from fastft.rewriter.losses import Deferred
-from fastft.rewriter.lower import compile_graph, lower
+from fastft.rewriter.lower import WholeError, lower
 from fastft.rewriter.options import Options, OptionsError
+from fastft.rewriter.planner import BudgetError
 from fastft.rewriter.record import Recording
 from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rewrite import rewrite
@@ -52,14 +54,13 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
     original = Snapshot(gm)
     try:
         scalars.settle(gm)
-        count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-        deferred: list[Deferred] = []
-        report = rewrite(
-            gm, across_layers=not options.outline, logits_bytes=options.logits_bytes,
-            deferred=deferred if options.lazy_logits else None,
-        )  # fmt: skip
-        compiled = lower(gm, example_inputs, options, report)
-        return outputs.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
+        try:
+            return _rewritten(gm, example_inputs, options, inline=plans.wanted(gm, options))
+        except WholeError:  # the user's checkpoints are all that saves memory
+            original.restore()
+            return _rewritten(gm, example_inputs, options, inline=False)
+    except BudgetError:
+        raise
     except Exception as error:
         if options.strict:
             raise
@@ -67,6 +68,22 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
         compiled = compile_graph(gm, example_inputs, options)  # if this fails too, the fault is not ours: let it rise
         warn_once(f"fastft left a graph as it was, because of {describe(error)}")
         return compiled, GraphReport(failure=describe(error))
+
+
+def _rewritten(
+    gm: GraphModule, example_inputs: list[Any], options: Options, *, inline: bool
+) -> tuple[Callable, GraphReport]:
+    """inline: whether the budget is to decide about what the user checkpointed."""
+    inlined = checkpoints.inline(gm) if inline else []
+    count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    deferred: list[Deferred] = []
+    report = rewrite(
+        gm, across_layers=not options.outline, logits_bytes=options.logits_bytes,
+        deferred=deferred if options.lazy_logits else None,
+    )  # fmt: skip
+    report.inlined = inlined
+    compiled = lower(gm, example_inputs, options, report, planned_only=bool(inlined))
+    return outputs.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 
 def warn_once(message: str) -> None:

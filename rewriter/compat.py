@@ -19,10 +19,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, get_metrics_context
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx as _compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.runtime.cache_dir_utils import cache_dir as cache_folder
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -37,6 +39,7 @@ __all__ = [  # what is only passed on
     "CustomPartitionerFn",
     "OpOverload",
     "SizeEntry",
+    "cache_folder",
     "min_cut_rematerialization_partition",
     "statically_known_true",
     "tree_map_only",
@@ -248,6 +251,18 @@ def compile_fx(
         return cast(Callable, _compile_fx(gm, example_inputs, config_patches=patches))
 
 
+def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: CustomPartitionerFn) -> Callable:
+    """A graph's forward and backward as they are, divided by this partitioner."""
+    as_it_is = lambda graph, _: make_boxed_func(graph.forward)  # noqa: E731
+    return cast(Callable, aot_module_simplified(gm, example_inputs, as_it_is, partition_fn=partitioner))
+
+
+def saved_by(forward: GraphModule, outputs: int) -> list[str]:
+    """The tensors that a forward returns for backward behind its outputs, in the order in which autograd saves them."""
+    saved = cast(Any, forward.graph.output_node().args[0])[outputs:]
+    return [node.name for node in saved if isinstance(node.meta.get("val"), Tensor)]
+
+
 def compile_once(function: Callable, backend: Callable) -> Callable:
     """torch.compile for a call or two that leaves no compiled code behind, nor counts as a recompilation.
 
@@ -375,3 +390,8 @@ def source_line(node: Node) -> str:
     """``file:line`` of the user's or the model's line that made this node; "" where Dynamo kept none."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return ":".join(frames[-1]) if frames else ""
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether torch.autograd.graph.saved_tensors_hooks is in force, of which only the innermost are asked."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from fastft.rewriter import compat, regions
 from fastft.rewriter.compat import value_of
+from fastft.rewriter.offload import Offloader
 from fastft.rewriter.regions import Piece
 
 log = logging.getLogger("fastft")
@@ -31,26 +32,42 @@ SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what gr
 MOST_CAPTURES = 8  # of one stack: for shapes, and for parameters that were moved
 
 
-def graph_layers(pieces: list[Piece], compiled: dict[Any, Callable], asked: bool | None) -> list[Piece]:
-    """The pieces with those from the first layer to the last as one, which runs as CUDA graphs if that is wanted.
+def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
+    """The pieces from the first layer to the last, if they should and can run as CUDA graphs.
 
     asked: the user's word; None takes graphs where sizes are fixed and small.
     """
     layers = [number for number, piece in enumerate(pieces) if piece.layer]
-    first, end = layers[0], layers[-1] + 1
-    stack = regions.join(pieces[first:end])
+    if asked is False or not layers:
+        return None
+    stack = regions.join(pieces[layers[0] : layers[-1] + 1])
     values = [value_of(node) for node in stack.inputs]
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1 or devices.pop().type != "cuda":
         log.info("no CUDA graphs: the layers do not run on one CUDA device")
-        return pieces
-    stays = [node.op == "placeholder" and isinstance(value_of(node), Tensor) for node in stack.inputs]
-    moving = [place for place, stay in enumerate(stays) if not stay]
-    if asked is None and not all(_is_small(values[place]) for place in moving):
-        return pieces
-    call = regions.chain(pieces[first:end], compiled, stack.inputs, tuple(stack.outputs))
-    compiled[stack.key] = Graphed(call, moving)
-    return [*pieces[:first], stack, *pieces[end:]]
+        return None
+    if asked is None and not all(_is_small(values[place]) for place in _moving(stack)):
+        return None
+    return range(layers[0], layers[-1] + 1)
+
+
+def graph_layers(
+    pieces: Sequence[Piece], calls: dict[Piece, Callable], layers: range, offloader: Offloader | None = None
+) -> list[Piece]:
+    """The pieces with those layers as one, which runs as CUDA graphs.  offloader: what the layers offload with."""
+    inside = pieces[layers.start : layers.stop]
+    stack = regions.join(inside)
+    call = regions.chain(inside, calls, stack.inputs, tuple(stack.outputs))
+    calls[stack] = Graphed(call, _moving(stack), offloader)
+    return [*pieces[: layers.start], stack, *pieces[layers.stop :]]
+
+
+def _moving(stack: Piece) -> list[int]:
+    """Places of the inputs that are not of the graph, or are no tensors."""
+    return [
+        place for place, node in enumerate(stack.inputs)
+        if node.op != "placeholder" or not isinstance(value_of(node), Tensor)
+    ]  # fmt: skip
 
 
 class Graphed:
@@ -60,8 +77,9 @@ class Graphed:
     of inputs that are at another address in every call.
     """
 
-    def __init__(self, call: Callable[..., tuple], moving: Sequence[int]) -> None:
-        self.call, self.moving = call, sorted(moving)
+    def __init__(self, call: Callable[..., tuple], moving: Sequence[int], offloader: Offloader | None = None) -> None:
+        self.call, self.moving, self.offloader = call, sorted(moving), offloader
+        self.enabled, self.pool_bytes = True, 0
         self.addresses: dict[Any, list[int | None]] = {}  # by shapes: where the inputs were in the last plain call
         self.captures: dict[Any, Capture] = {}
         self.moved_once: set[int] = set()
@@ -70,7 +88,7 @@ class Graphed:
         self.waiting: weakref.ref | None = None  # a forward whose backward may still come
 
     def __call__(self, *inputs: Any) -> tuple:
-        if not torch.is_grad_enabled() or (self.waiting is not None and self.waiting() is not None):
+        if not self.enabled or not torch.is_grad_enabled() or (self.waiting is not None and self.waiting() is not None):
             return self.call(*inputs)
         shapes = tuple(_shape(inputs[place]) for place in self.moving)
         capture = self.captures.get(shapes)
@@ -81,6 +99,11 @@ class Graphed:
         ticket = Ticket()
         self.waiting = weakref.ref(ticket)
         return _Replay.apply(capture, ticket, inputs, *(inputs[place] for place in capture.trained))
+
+    def reset(self, *, enabled: bool) -> None:
+        """Let go of what was captured, and capture anew if enabled: the layers will do something else."""
+        self.enabled, self.attempts, self.pool, self.pool_bytes = enabled, 0, None, 0
+        self.captures.clear()
 
     def _capture(self, shapes: Any, inputs: Sequence[Any]) -> Capture | None:
         """Capture from the second call on; None if not yet, or if it cannot be done."""
@@ -93,11 +116,14 @@ class Graphed:
             return None
         self.attempts += 1
         self.pool = self.pool or torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # what lies in the cache is of no use to a graph, which has memory of its own
+        before = torch.cuda.memory_reserved()
         try:
-            self.captures[shapes] = Capture.of(self.call, self.moving, inputs, self.pool)
+            self.captures[shapes] = Capture.of(self.call, self.moving, inputs, self.pool, self.offloader)
         except Exception as error:
             self.attempts = MOST_CAPTURES
             log.warning("no CUDA graph: %s", error)
+        self.pool_bytes += torch.cuda.memory_reserved() - before
         return self.captures.get(shapes)
 
     def _moved(self, shapes: Any, before: Sequence[int | None]) -> bool:
@@ -151,7 +177,10 @@ class Capture:
     grad_inputs: list[Tensor | None] = field(default_factory=list)  # in the order of trained
 
     @classmethod
-    def of(cls, call: Callable[..., tuple], moving: Sequence[int], inputs: Sequence[Any], pool: Any) -> Capture:
+    def of(
+        cls, call: Callable[..., tuple], moving: Sequence[int], inputs: Sequence[Any], pool: Any,
+        offloader: Offloader | None = None,
+    ) -> Capture:  # fmt: skip
         """Run once to compile and to tune what has not been yet, then capture.  The random state stays as it is."""
         tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
         buffers = {place: Buffer.like(inputs[place]) for place in moving if isinstance(inputs[place], Tensor)}
@@ -171,9 +200,11 @@ class Capture:
             capture._run(call, static, nullcontext)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(state)
+        torch.cuda.empty_cache()
         # threads that load data may go on meanwhile; torch's own stream for captures may be another device's
         capturing = partial(torch.cuda.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        capture._run(call, static, capturing)
+        with offloader.owned_by(capture) if offloader is not None else nullcontext():
+            capture._run(call, static, capturing)
         return capture
 
     def _run(self, call: Callable[..., tuple], static: Sequence[Any], capturing: Callable) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+LEAST_BUDGET = 2**20  # bytes: a smaller number was meant as something else
 Lower = Literal["inductor", "eager"]
-Recompute = Literal["none", "full"]
 
 
 class OptionsError(ValueError):
@@ -25,8 +26,8 @@ class Options:
     cuda_graphs: launch the stack of layers as one CUDA graph forward and one backward, once it has been called twice
         with the same shapes.  None does so where a layer is so small that launching it takes longer than computing.
         Backward then runs once for each forward (no retain_graph).
-    recompute: ``"full"`` keeps of each layer only its inputs, and runs it again in backward; ``"none"`` leaves what is
-        kept to the model (its own checkpoints count) and to torch's partitioner.
+    memory_budget: what tensors may take on the device in a step: bytes or "14GiB"; a share of the card, 0.5 or "50%";
+        ``"min"``, as little as possible; ``"max-speed"``, whatever is fastest.  None fits what is free, with a margin.
     lazy_logits: logits that a model returns are computed when they are read, and not at all if nobody does; False
         computes them in every forward.
     logits_memory: what a loss may take for logits, in bytes or as "256MiB": it is computed for so many tokens at once.
@@ -36,7 +37,7 @@ class Options:
     lower: Lower = "inductor"
     outline: bool = True
     cuda_graphs: bool | None = None
-    recompute: Recompute = "none"
+    memory_budget: int | float | str | None = None
     lazy_logits: bool = True
     logits_memory: int | str = "256MiB"
     strict: bool = False
@@ -50,6 +51,11 @@ class Options:
     def logits_bytes(self) -> int:
         """logits_memory as a number."""
         return bytes_of("logits_memory", self.logits_memory)
+
+    @property
+    def budget(self) -> int | float | str | None:
+        """memory_budget with bytes as an int and a share as a float."""
+        return budget_of(self.memory_budget)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
@@ -82,9 +88,31 @@ def bytes_of(name: str, value: int | str) -> int:
     return int(float(found[1]) * base ** ("KMGT".index(unit[0]) + 1 if unit else 0))
 
 
+def budget_of(value: Any) -> int | float | str | None:
+    """A memory budget with bytes as an int and a share as a float; raises OptionsError for what is none."""
+    if value in (None, "min", "max-speed"):
+        return value
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    if share is not None:
+        value = float(share[1]) / 100
+    if isinstance(value, float):
+        if 0.0 < value <= 1.0:
+            return value
+    elif isinstance(value, str) or (type(value) is int and value >= LEAST_BUDGET):
+        with contextlib.suppress(OptionsError):
+            return bytes_of("memory_budget", value)
+    raise OptionsError(
+        "option 'memory_budget' is bytes such as '14GiB', a share of the card such as 0.5 or '50%', 'min' or "
+        f"'max-speed', not {value!r}."
+    )
+
+
 def _check(name: str, value: object, hint: Any) -> None:
     if name == "logits_memory":
         bytes_of(name, value)  # type: ignore[arg-type]
+        return
+    if name == "memory_budget":
+        budget_of(value)
         return
     if bool in (hint, *get_args(hint)):
         if not isinstance(value, bool) and (value is not None or hint is bool):

@@ -40,6 +40,13 @@ class Piece:
     outputs: list[Node] = field(default_factory=list)
     key: Any = None
 
+    @property
+    def module(self) -> str:
+        """The module that all of a layer's nodes are in; "" where that is the model itself."""
+        paths = [path.split(".") for node in self.nodes if (path := compat.module_path(node))]
+        common = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+        return ".".join(names[0] for names in common) if self.layer else ""
+
 
 class DeclinedError(Exception):
     """Why a graph is not cut in this way."""
@@ -63,9 +70,9 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
     return []
 
 
-def stitch(gm: GraphModule, pieces: Sequence[Piece], compiled: Mapping[Any, Callable]) -> Callable:
+def stitch(gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable]) -> Callable:
     """The graph as calls of its compiled pieces, one function of the graph's inputs."""
-    return chain(pieces, compiled, gm.graph.find_nodes(op="placeholder"), gm.graph.output_node().args[0])
+    return chain(pieces, calls, gm.graph.find_nodes(op="placeholder"), gm.graph.output_node().args[0])
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
@@ -80,16 +87,17 @@ def join(pieces: Sequence[Piece]) -> Piece:
     return joined
 
 
-def chain(pieces: Sequence[Piece], compiled: Mapping[Any, Callable], inputs: Sequence[Node], outputs: Any) -> Callable:
+def chain(pieces: Sequence[Piece], calls: Mapping[Piece, Callable], inputs: Sequence[Node], outputs: Any) -> Callable:
     """A function of ``inputs`` that calls the pieces one after another and lets go of what is no longer needed."""
     graph, root = Graph(), nn.Module()
     values = {node: graph.placeholder(node.name) for node in inputs}
-    names: dict[Any, str] = {}
+    names: dict[int, str] = {}
     for piece in pieces:
-        if piece.key not in names:
-            names[piece.key] = f"region_{len(names)}"
-            root.add_module(names[piece.key], _Call(compiled[piece.key]))
-        call = graph.call_module(names[piece.key], tuple(values[node] for node in piece.inputs))
+        function = calls[piece]
+        if id(function) not in names:
+            names[id(function)] = f"region_{len(names)}"
+            root.add_module(names[id(function)], _Call(function))
+        call = graph.call_module(names[id(function)], tuple(values[node] for node in piece.inputs))
         for place, node in enumerate(piece.outputs):
             values[node] = graph.call_function(operator.getitem, (call, place))
     graph.output(map_arg(outputs, values.__getitem__))
@@ -102,11 +110,6 @@ class _Call(nn.Module):
     def __init__(self, function: Callable) -> None:
         super().__init__()
         self.forward = function
-
-
-def may_recompute(piece: Piece) -> bool:
-    """Whether this is a layer that the model does not recompute, or parts of it, itself."""
-    return piece.layer and not any(node.target is compat.CHECKPOINT for node in piece.nodes)
 
 
 def extract(gm: GraphModule, piece: Piece) -> GraphModule:
@@ -259,12 +262,5 @@ def _described(pieces: Sequence[Piece], sizes: Sequence[int]) -> list[Region]:
     calls = Counter(piece.key for piece in pieces)
     first: dict[Any, Region] = {}
     for piece, nodes in zip(pieces, sizes, strict=True):
-        first.setdefault(piece.key, Region(_module(piece), calls[piece.key], nodes))
+        first.setdefault(piece.key, Region(piece.module, calls[piece.key], nodes))
     return list(first.values())
-
-
-def _module(piece: Piece) -> str:
-    """The module that all of a piece's nodes are in; "" where that is the model itself."""
-    paths = [path.split(".") for node in piece.nodes if (path := compat.module_path(node))]
-    common = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return ".".join(names[0] for names in common) if piece.layer else ""

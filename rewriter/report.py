@@ -14,7 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-_NUMBERS = ("graph", "times", "calls", "nodes", "seconds")  # columns
+from fastft.rewriter.plan_report import PlanReport
+
+_NUMBERS = ("graph", "times", "calls", "nodes", "seconds", "MiB", "µs")  # columns
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class GraphReport:
     nodes_before, nodes_after: its size with its nested bodies.  fused: what was made of several things lifted.  masks:
     what the mask of each attention means, in place of a rule; "dense: " and a reason if it is not known.  left: how
     often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none, whole
-    says why.  deferred: modules whose logits are computed when they are read; reads: how often that was, by
+    says why.  inlined: modules whose activation checkpoints gave way to the plan; plan: of memory.
+    deferred: modules whose logits are computed when they are read; reads: how often that was, by
     ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
 
     Known of graphs that were compiled: place, the code that it was captured from.  reason: why Dynamo compiled that
@@ -76,6 +79,8 @@ class GraphReport:
     masks: list[Lifted] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     whole: str = ""
+    inlined: list[str] = field(default_factory=list)
+    plan: PlanReport | None = None
     deferred: list[str] = field(default_factory=list)
     reads: Counter[str] = field(default_factory=Counter)
     failure: str = ""
@@ -133,6 +138,9 @@ class Report:
             _table("Compiled again", ("reason", "times"), _counted(graph.reason for graph in self.graphs)),
             _table("Regions, each compiled once", *_regions(self.graphs)),
             _table("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in self.graphs)),
+            _table("Memory", ("graph", "plan"), _plans(self.graphs)),
+            _table("What layers do with their activations", _FATES, _fates(self.graphs)),
+            _table("Checkpoints that gave way to the plan", ("module", "times"), _inlined(self.graphs)),
             _table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)),
             _table("Of these, fused", ("rule", "times", "modules"), _by_rule(self.fused)),
             _table("Masks of attention", ("mask", "times", "modules"), _by_rule(self.masks)),
@@ -151,7 +159,8 @@ class Report:
     def _repr_html_(self) -> str:
         console = Console(file=io.StringIO(), record=True, width=140)
         console.print(self)
-        return console.export_html()
+        pictures = "".join(graph.plan.html() for graph in self.graphs if graph.plan is not None)
+        return console.export_html().replace("</body>", f"{pictures}</body>")
 
     def _summary(self) -> Text:
         before, after = (sum(getattr(graph, name) for graph in self.graphs) for name in ("nodes_before", "nodes_after"))
@@ -197,6 +206,22 @@ def _regions(graphs: Sequence[GraphReport]) -> tuple[Sequence[str], list[Sequenc
     ]
     columns = [name for name in (cells[0] if cells else ()) if any(row[name] for row in cells)]
     return columns, [[row[name] for name in columns] for row in cells]
+
+
+_FATES = ("layers", "tensor", "shape", "fate", "MiB", "µs")
+
+
+def _plans(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [(str(number), str(graph.plan)) for number, graph in enumerate(graphs) if graph.plan is not None]
+
+
+def _fates(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [row for graph in graphs if graph.plan is not None for row in graph.plan.rows()]
+
+
+def _inlined(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    modules = Counter(_layerless(module) for graph in graphs for module in graph.inlined)
+    return [(module, str(times)) for module, times in modules.items()]
 
 
 def _counted(reasons: Iterable[str]) -> list[Sequence[str]]:

@@ -138,7 +138,7 @@ def test_a_failed_profiler_is_told_below_the_table(capsys: pytest.CaptureFixture
     [
         ("fastft", {}),
         ("fastft-whole", {"outline": False}),
-        ("fastft-recompute", {"recompute": "full"}),
+        ("fastft-min", {"memory_budget": "min"}),
         ("fastft-graphs", {"cuda_graphs": True}),
     ],
 )

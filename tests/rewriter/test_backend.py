@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastft
 from fastft.patterns import rms_norm
-from fastft.rewriter import backend, compat, lower
+from fastft.rewriter import backend, compat, compilation
 
 ROOT = Path(__file__).parents[2]
 EAGER = {"lower": "eager"}
@@ -246,7 +246,7 @@ def test_caches_are_kept_apart_by_the_version_of_the_ops(monkeypatch: pytest.Mon
     misses = []
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for digest in ("one", "one", "two"):
-        monkeypatch.setattr(lower, "_sources", lambda digest=digest: digest)
+        monkeypatch.setattr(compilation, "sources", lambda digest=digest: digest)
         torch._dynamo.reset()
         before = counters["autograd_cache_miss"]
         assert_trains_right(Block(), {"strict": True})
