@@ -11,20 +11,25 @@ from fastft.rewriter.options import Options, OptionsError
 if TYPE_CHECKING:
     from fastft.quantize import Quantized, quantize_
     from fastft.rewriter.explain import explain
+    from fastft.rewriter.ledger import set_memory_budget
+    from fastft.rewriter.planner import BudgetError
     from fastft.rewriter.record import compilations
     from fastft.rewriter.report import Report
 
 __version__ = _version("fastft")
 __all__ = [
-    "Options", "OptionsError", "Quantized", "Report", "__version__", "compilations", "explain", "quantize_",
+    "BudgetError", "Options", "OptionsError", "Quantized", "Report", "__version__", "compilations", "explain",
+    "quantize_", "set_memory_budget",
 ]  # fmt: skip
 
 _LATER = {
+    "BudgetError": "fastft.rewriter.planner",
     "compilations": "fastft.rewriter.record",
     "explain": "fastft.rewriter.explain",
     "Quantized": "fastft.quantize",
     "Report": "fastft.rewriter.report",
     "quantize_": "fastft.quantize",
+    "set_memory_budget": "fastft.rewriter.ledger",
 }
 
 

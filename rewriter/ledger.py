@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from fastft.rewriter import planner
+from fastft.rewriter import memory, planner
 from fastft.rewriter.costs import Sizes
 from fastft.rewriter.cuda_graphs import Graphed
 from fastft.rewriter.frontier import Choice
 from fastft.rewriter.graph import describe
 from fastft.rewriter.offload import Offloader
+from fastft.rewriter.options import budget_of
 from fastft.rewriter.plan_report import PlanReport
-from fastft.rewriter.planner import BESIDE, GIB, POOL, BudgetError, Facts, Plan, Row
+from fastft.rewriter.planner import BESIDE, GIB, POOL, BudgetError, Facts, Plan, Row, text_of
 
 log = logging.getLogger("fastft")
 CHECKED = 3  # calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated
@@ -83,149 +84,220 @@ class Call:
 class Planned:
     """A graph that runs by a plan: a function of the graph's inputs.
 
-    budget: as the user gave it.  graphed: its CUDA graphs, if it has any.  sizes_of: its symbols' values by inputs.
+    graphed: its CUDA graphs, if it has any.  sizes_of: its symbols' values by inputs.  choices: what its stages do now.
     """
 
-    def __init__(self, row: Row, facts: Facts, budget: Any, device: torch.device, limit_bytes: int | None) -> None:
-        self.row, self.facts, self.budget, self.device, self.limit_bytes = row, facts, budget, device, limit_bytes
+    def __init__(self, row: Row, facts: Facts, budget: Any, device: torch.device) -> None:
+        self.row, self.device = row, device
         self.offloader = Offloader(device, facts.host)
         self.calls: list[Call] = []
         self.graphed: list[Graphed] = []
         self.run: Callable = lambda *inputs: None
         self.sizes_of: Callable[[Sequence[Any]], Sizes] = lambda inputs: {}
-        self.seen = 0
-        self.corrections = 0
-        self.peak_before = 0
-        self.measured_bytes: int | None = None
+        self.report = PlanReport()
         self.sizes: Sizes = {}
-        self.plans: dict[Any, Plan] = {}
-        self.report = PlanReport(str(budget) if budget is not None else "whatever is free", limit_bytes)
-        self.plan = self.planned({})
+        self.choices: tuple[Choice, ...] = ()
+        self.waiting: weakref.ref[_Ticket] | None = None
+        self.ledger = Ledger([self], facts, budget)
         _alive.add(self)
+        self.ledger.replan(strict=not any(one.is_open() for one in _alive))
 
-    def planned(self, sizes: Sizes) -> Plan:
-        """For these sizes, or the least above them that there is a plan for."""
-        rounded = {symbol: _rounded(size) for symbol, size in sizes.items()}
-        key = tuple(rounded.values())
-        if key not in self.plans:
-            try:
-                self.plans[key] = planner.plan(self.row, self.facts, self.limit_bytes, rounded)
-            except BudgetError as error:
-                if isinstance(self.budget, int):
-                    raise
-                self.plans[key] = planner.plan(self.row, self.facts, 0, rounded)
-                log.info("%s", error)
-        return self.plans[key]
-
-    def follow(self, plan: Plan) -> None:
+    def follow(self, choices: Sequence[Choice], *, graphs: bool) -> None:
         """Let every stage do what the plan says."""
-        changed = [call.choice for call in self.calls] != list(plan.choices)
-        self.plan = plan
-        self.report.limit_bytes = self.limit_bytes
-        self.report.follow(self.row, plan)
-        for call, choice in zip(self.calls, plan.choices, strict=True):
+        changed = self.choices != tuple(choices)
+        self.choices = tuple(choices)
+        for call, choice in zip(self.calls, choices, strict=False):
             call.choice = choice
         for graphed in self.graphed:
-            if changed or graphed.enabled != plan.graphed:
-                graphed.reset(enabled=plan.graphed)
+            if changed or graphed.enabled != graphs:
+                graphed.reset(enabled=graphs)
+
+    def is_open(self) -> bool:
+        """Whether a forward has run whose backward is still to come."""
+        ticket = self.waiting() if self.waiting is not None else None
+        return ticket is not None and not ticket.closed
 
     def __call__(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return self.run(*inputs)
-        self._begin(self.sizes_of(inputs))
+        self.ledger = _shared(self)
+        self.sizes = self.sizes_of(inputs)
+        self.ledger.begin(self)
+        return self._opened(self._run(inputs))
+
+    def _run(self, inputs: Sequence[Any]) -> Any:
         if self.device.type != "cuda":
             return self.run(*inputs)
         state = torch.cuda.get_rng_state(self.device)
         try:
             return self.run(*inputs)
-        except torch.OutOfMemoryError as error:
-            if not self._give_way(str(error)):
+        except torch.OutOfMemoryError:
+            if not self.ledger.give_way("the step is run again"):
                 raise
         torch.cuda.set_rng_state(state, self.device)
         return self.run(*inputs)
 
-    def _begin(self, sizes: Sizes) -> None:
-        """A step begins: the one before can be judged by now."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return
-        if self.seen == 0 and self.device.type == "cuda":
-            self.peak_before = torch.cuda.max_memory_allocated(self.device)
-            _ooms[self.device.index] = _count_of_ooms(self.device)
-        self.seen += 1
-        self._after_trouble()
+    def _opened(self, results: Any) -> Any:
+        """Note that a backward may come: until it does, what this graph keeps is in memory beside others'."""
+        made = next((one.grad_fn for one in results if isinstance(one, torch.Tensor) and one.grad_fn is not None), None)
+        if made is not None:
+            ticket = _Ticket()
+            made.metadata["fastft"] = ticket
+            made.register_hook(lambda *_: setattr(ticket, "closed", True))
+            self.waiting = weakref.ref(ticket)
+        return results
+
+
+class _Ticket:
+    closed = False
+
+
+class Ledger:
+    """The graphs whose activations are in memory together, in the order of their forwards, and their one plan.
+
+    budget: as the user gave it.  A step is from one call of the first graph to the next.
+    """
+
+    def __init__(self, members: list[Planned], facts: Facts, budget: Any) -> None:
+        self.members, self.facts, self.budget = members, facts, budget
+        self.device = members[0].device
+        self.limit_bytes = memory.budget_bytes(budget, self.device)
+        self.row = planner.joined([one.row for one in members])
+        self.plans: dict[Any, Plan] = {}
+        self.plan: Plan | None = None
+        self.seen, self.corrections, self.peak_before = 0, 0, 0
+        self.sizes: Sizes = {}
+
+    def begin(self, member: Planned) -> None:
+        """A forward begins; with the first graph's a step, so that the one before can be judged."""
+        sizes: Sizes = {}
+        for one in self.members:
+            sizes |= one.sizes
         if sizes != self.sizes:
             self.sizes = sizes
-            self.follow(self.planned(sizes))
-        elif self.seen == CHECKED + 1 and self.device.type == "cuda":
+            self.replan()
+        if member is not self.members[0] or self.device.type != "cuda":
+            return
+        if self.seen == 0:
+            self.peak_before = torch.cuda.max_memory_allocated(self.device)
+            _ooms.setdefault(self.device.index, _count_of_ooms(self.device))
+        self.seen += 1
+        if _count_of_ooms(self.device) > _ooms[self.device.index]:  # in backward, say, where nobody asks us
+            self.give_way("the batch that failed may be repeated")
+        elif self.seen == CHECKED + 1:
             self._check()
+
+    def replan(self, *, strict: bool = True) -> None:
+        """Follow the plan for the sizes at hand, or for the least above them that there is a plan for.
+
+        strict: raise BudgetError where bytes that the user named are too few; else do with the leanest plan.
+        """
+        rounded = {symbol: _rounded(size) for symbol, size in self.sizes.items()}
+        key = tuple(rounded.values())
+        if key not in self.plans:
+            try:
+                self.plans[key] = planner.plan(self.row, self.facts, self.limit_bytes, rounded)
+            except BudgetError as error:
+                if strict and isinstance(self.budget, int):
+                    raise
+                self.plans[key] = planner.plan(self.row, self.facts, 0, rounded)
+                log.info("%s", error)
+        self._follow(self.plans[key])
+
+    def _follow(self, plan: Plan) -> None:
+        self.plan, done = plan, 0
+        for one in self.members:
+            end = done + len(one.row.stages)
+            one.follow(plan.choices[done:end], graphs=plan.graphed)
+            one.report.follow(self.row, plan, str(self.budget or "whatever is free"), self.limit_bytes)
+            done = end
 
     def _check(self) -> None:
         """Compare the plan with the peak of the steps so far, and plan again, once, if it was wrong."""
-        self.measured_bytes = self._measured()
-        if self.measured_bytes is None:  # what came before took more: measure the steps from here on
+        measured = self._measured()
+        if measured is None:  # what came before took more: measure the steps from here on
             torch.cuda.reset_peak_memory_stats(self.device)
             self.peak_before, self.seen = 0, 1
             return
-        self.report.measured_bytes = self.measured_bytes
+        assert self.plan is not None
         planned = self.plan.peak_bytes
-        error = self.measured_bytes - planned
-        log.info("memory: planned %.2f GiB, measured %.2f", planned / GIB, self.measured_bytes / GIB)
-        above = self.limit_bytes not in (None, 0) and self.measured_bytes > (self.limit_bytes or 0)
-        if self.corrections == 0 and (above or abs(error) > TOLERANCE * planned):
-            self.corrections += 1
-            self.report.corrections += 1
-            self._replan(planner.corrected(self.facts, error))
-            self.seen = 0
+        log.info("memory: planned %.2f GiB, measured %.2f", planned / GIB, measured / GIB)
+        for one in self.members:
+            one.report.measured_bytes = measured
+        above = bool(self.limit_bytes) and measured > (self.limit_bytes or 0)
+        if self.corrections == 0 and (above or abs(measured - planned) > TOLERANCE * planned):
+            self.corrections, self.seen = 1, 0
+            self._correct(measured - planned)
+
+    def _correct(self, error_bytes: int) -> None:
+        self.facts = planner.corrected(self.facts, error_bytes)
+        self.plans.clear()
+        try:
+            self.replan()
+        except BudgetError as error:
+            warnings.warn(f"fastft: {error}", RuntimeWarning, stacklevel=2)
+            self.replan(strict=False)
+        for one in self.members:
+            one.report.corrections += 1
 
     def _measured(self) -> int | None:
         """The most that was allocated since the first step; None if more was before.
 
         While CUDA graphs do not run, torch counts but the ends of what they hold.
         """
+        assert self.plan is not None
         peak = torch.cuda.max_memory_allocated(self.device)
+        known = peak if peak > self.peak_before else None
         beside = next((moment for moment in self.plan.moments if moment.label == BESIDE), None)
-        if beside is not None and self.graphed:
-            pool = sum(graphed.pool_bytes for graphed in self.graphed)
-            return max(beside.bytes - beside.parts[POOL] + pool, peak if peak > self.peak_before else 0)
-        return peak if peak > self.peak_before else None
+        pool = sum(graphed.pool_bytes for one in self.members for graphed in one.graphed)
+        return max(beside.bytes - beside.parts[POOL] + pool, known or 0) if beside is not None and pool else known
 
-    def _replan(self, facts: Facts) -> None:
-        self.facts = facts
-        self.plans.clear()
-        try:
-            self.follow(self.planned(self.sizes))
-        except BudgetError as error:
-            self.follow(planner.plan(self.row, self.facts, 0, self.sizes))
-            warnings.warn(f"fastft: {error}", RuntimeWarning, stacklevel=2)
-
-    def _after_trouble(self) -> None:
-        """Whether memory ran out since the last call, in backward or elsewhere, where nobody asks us."""
-        if self.device.type != "cuda":
-            return
-        count = _count_of_ooms(self.device)
-        if count > _ooms.get(self.device.index, 0):
-            _ooms[self.device.index] = count
-            self._give_way("")
-
-    def _give_way(self, error: str) -> bool:
+    def give_way(self, then: str) -> bool:
         """Plan for less memory after it ran out; False if there is no leaner plan."""
-        before = self.plan
-        self.limit_bytes = int(AFTER_OUT_OF_MEMORY * before.peak_bytes)
-        self.row.graphed = None
-        self.plans.clear()
-        try:
-            self.follow(planner.plan(self.row, self.facts, self.limit_bytes, self.sizes))
-        except BudgetError:
-            self.follow(planner.plan(self.row, self.facts, 0, self.sizes))
+        assert self.plan is not None
         _ooms[self.device.index] = _count_of_ooms(self.device)
+        before, had_graphs = self.plan.peak_bytes, self.row.graphed is not None
+        self.limit_bytes, self.row.graphed = int(AFTER_OUT_OF_MEMORY * before), None
+        self.plans.clear()
+        self.replan(strict=False)
         torch.cuda.empty_cache()
-        again = "the step is run again" if error else "the batch that failed may be repeated"
-        message = (
-            f"fastft ran out of memory at a planned peak of {before.peak_bytes / GIB:.2f} GiB and plans with "
-            f"{self.plan.peak_bytes / GIB:.2f} GiB from now on; {again}."
-        )
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return self.plan.peak_bytes < before.peak_bytes
+        leaner = self.plan.peak_bytes < before or had_graphs
+        if leaner:
+            message = (
+                f"fastft ran out of memory at a planned peak of {text_of(before)} and plans with "
+                f"{text_of(self.plan.peak_bytes)} from now on; {then}."
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return leaner
+
+
+def _shared(member: Planned) -> Ledger:
+    """The ledger of a graph and of all whose backward is still to come."""
+    others = [one for one in _alive if one.is_open() and one.device == member.device and one is not member]
+    wanted = {id(one) for one in (member, *others)}
+    known = {id(one) for one in member.ledger.members}
+    if wanted <= known:
+        return member.ledger
+    first = next((one for one in others if one.ledger.members[0] is one), others[0])
+    members = list(dict.fromkeys([*first.ledger.members, *others, *member.ledger.members]))
+    ledger = Ledger(members, first.ledger.facts, first.ledger.budget)
+    for one in members:
+        one.ledger = ledger
+    ledger.replan(strict=False)  # of this step a part has run already
+    return ledger
+
+
+def set_memory_budget(budget: int | float | str | None) -> None:
+    """Let all graphs that were compiled in this process keep to another budget from their next step on.
+
+    budget: as the option memory_budget.  Raises OptionsError for what is none, and BudgetError for too little.
+    """
+    parsed = budget_of(budget)
+    for ledger in {id(one.ledger): one.ledger for one in _alive}.values():
+        ledger.budget, ledger.limit_bytes = parsed, memory.budget_bytes(parsed, ledger.device)
+        ledger.seen = ledger.corrections = 0
+        ledger.plans.clear()
+        ledger.replan()
 
 
 _alive: weakref.WeakSet[Planned] = weakref.WeakSet()

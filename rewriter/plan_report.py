@@ -10,9 +10,8 @@ from pathlib import Path
 
 from fastft.rewriter.frontier import Choice
 from fastft.rewriter.nodes import evaluate
-from fastft.rewriter.planner import GIB, Plan, Row, Stage
+from fastft.rewriter.planner import GIB, MIB, Plan, Row, Stage, text_of
 
-MIB = 2**20
 LEAST_SHOWN = 2**10  # bytes of a tensor
 _COLOURS = ("#bbbbbb", "#8c8c8c", "#ddcc77", "#66ccee", "#4477aa", "#228833", "#ee6677", "#aa3377")
 
@@ -52,8 +51,9 @@ class PlanReport:
     items: list[Item] = field(default_factory=list)
     moments: list[tuple[str, dict[str, int]]] = field(default_factory=list)
 
-    def follow(self, row: Row, plan: Plan) -> None:
+    def follow(self, row: Row, plan: Plan, budget: str, limit_bytes: int | None) -> None:
         """Describe this plan."""
+        self.budget, self.limit_bytes = budget, limit_bytes
         self.peak_bytes, self.peak_at, self.host_bytes = plan.peak_bytes, plan.peak.label, plan.host_bytes
         self.seconds, self.graphed = plan.seconds, plan.graphed
         self.moments = [(moment.label, dict(moment.parts)) for moment in plan.moments]
@@ -61,12 +61,12 @@ class PlanReport:
 
     def __str__(self) -> str:
         limit = {None: "no limit", 0: "as little as possible"}.get(self.limit_bytes)
-        wanted = limit or f"{(self.limit_bytes or 0) / GIB:.2f} GiB"
-        measured = f", {self.measured_bytes / GIB:.2f} measured" if self.measured_bytes is not None else ""
-        host = f"; {self.host_bytes / GIB:.2f} GiB in host memory" if self.host_bytes else ""
+        wanted = limit or text_of(self.limit_bytes or 0)
+        measured = f", {text_of(self.measured_bytes)} measured" if self.measured_bytes is not None else ""
+        host = f"; {text_of(self.host_bytes)} in host memory" if self.host_bytes else ""
         again = f"; corrected {self.corrections}×" if self.corrections else ""
         return (
-            f"budget {self.budget}: {wanted}; planned peak {self.peak_bytes / GIB:.2f} GiB in {self.peak_at}{measured}"
+            f"budget {self.budget}: {wanted}; planned peak {text_of(self.peak_bytes)} in {self.peak_at}{measured}"
             f"{host}; backward takes {self.seconds * 1e3:.1f} ms longer than if all were kept{again}"
         )
 
@@ -129,6 +129,12 @@ def _names(stages: Sequence[Stage]) -> str:
     return first if len(stages) == 1 else f"{first} … {last.rpartition('.')[2]} ({len(stages)} layers)"
 
 
+def _within(stage: Stage, module: str) -> str:
+    """A module's path inside its layer: mlp.down_proj."""
+    stack = stage.name.rpartition(".")[0]
+    return module.removeprefix(f"{stack}.").partition(".")[2] if stack and module.startswith(stack) else module
+
+
 def _items(layers: str, stage: Stage, choice: Choice) -> list[Item]:
     joint = stage.kind.joint
     assert joint is not None
@@ -137,13 +143,13 @@ def _items(layers: str, stage: Stage, choice: Choice) -> list[Item]:
     for at, op in enumerate(joint.ops):
         scratch = evaluate(op.scratch, joint.hints)
         if op.forward and "lora_linear" in op.label and scratch >= LEAST_SHOWN:
-            found.append(Item(layers, "de-quantised", f"weights of {op.module or op.node}", "", scratch, 0.0))
+            found.append(Item(layers, "de-quantised", f"weights of {_within(stage, op.module)}", "", scratch, 0.0))
         for made in op.makes if op.forward else ():
             storage = joint.storages[made]
             size = evaluate(storage.bytes, joint.hints)
             fate = "recomputed" if at in again else "offloaded" if storage.name in choice.offloaded else "kept"
             if size >= LEAST_SHOWN and (at in again or made in saved) and op.lies:
-                name = f"{op.module} {op.label.removeprefix('fastft.')}".strip()
+                name = f"{_within(stage, op.module)} {op.label.removeprefix('fastft.')}".strip()
                 found.append(Item(layers, fate, name, f"{storage.dtype} {storage.shape}", size, op.seconds * 1e6))
     for one in saved:
         storage = joint.storages[one]

@@ -19,6 +19,7 @@ from fastft.rewriter.joint import Joint, Memory
 from fastft.rewriter.nodes import evaluate
 
 GIB = 2**30
+MIB = 2**20
 POOL = "CUDA graphs"
 BESIDE = "what is beside the CUDA graphs"
 _ACTIVATIONS = ("kept activations", "between layers", "at work")
@@ -158,13 +159,27 @@ def _first(row: Row, facts: Facts, budget_bytes: int | None, sizes: Sizes, graph
     raise BudgetError(least(leanest, budget_bytes or 0))
 
 
+def joined(rows: Sequence[Row]) -> Row:
+    """Graphs that run one after another forward, and the other way round backward."""
+    if len(rows) == 1:
+        return rows[0]
+    found, done = Row([], {}, {}), 0
+    for row in rows:
+        found.stages += row.stages
+        found.values |= {name: Value(value.bytes, value.made + done) for name, value in row.values.items()}
+        found.last |= {name: last + done for name, last in row.last.items()}
+        found.hints |= row.hints
+        done += len(row.stages)
+    return found
+
+
 def least(leanest: Plan, budget_bytes: int) -> str:
     """Why no plan fits, in one sentence."""
     held = sorted(leanest.peak.parts.items(), key=lambda part: -part[1])
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in held if size >= 0.005 * leanest.peak_bytes)
+    parts = ", ".join(f"{name} {text_of(size)}" for name, size in held if size >= 0.005 * leanest.peak_bytes)
     return (
-        f"memory_budget of {budget_bytes / GIB:.2f} GiB is below the {leanest.peak_bytes / GIB:.2f} GiB that a step "
-        f"takes at the least, in {leanest.peak.label} ({parts} GiB): use a smaller batch, shorter texts or more."
+        f"memory_budget of {text_of(budget_bytes)} is below the {text_of(leanest.peak_bytes)} that a step "
+        f"takes at the least, in {leanest.peak.label} ({parts}): use a smaller batch, shorter texts or more."
     )
 
 
@@ -288,6 +303,11 @@ class _Simulation:
             "libraries": facts.workspace, "kept activations": kept, "between layers": between, "at work": work,
         }  # fmt: skip
         return Moment(label, sum(parts.values()), parts)
+
+
+def text_of(size_bytes: int) -> str:
+    """ "14.20 GiB", or "35.1 MiB" of less."""
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.2f} MiB"
 
 
 def corrected(facts: Facts, error_bytes: int) -> Facts:

@@ -37,18 +37,33 @@ def make(
     row = stages.read(gm, pieces, {key: builder.probe for key, builder in builders.items()}, costs.rates(device))
     gradients = sum(stage.gradient_bytes for stage in row.stages)
     facts = memory.facts(device, stages.input_bytes(gm), gradients)
-    limit_bytes = memory.budget_bytes(options.budget, device)
     row.graphed = cuda_graphs.capturable(pieces, options.cuda_graphs)
-    planned = Planned(row, facts, options.budget, device, limit_bytes)
+    planned = Planned(row, facts, options.budget, device)
     joints = {piece.key: stage.kind.joint for piece, stage in zip(pieces, row.stages, strict=True)}
     variants = {key: Variants(builder.build, builder.places(joints[key])) for key, builder in builders.items()}
     last = len(pieces) - 1
     planned.calls = [
         Call(variants[piece.key], planned.offloader, choice, first=at == 0, last=at == last)
-        for at, (piece, choice) in enumerate(zip(pieces, planned.plan.choices, strict=True))
+        for at, (piece, choice) in enumerate(zip(pieces, planned.choices, strict=True))
     ]
     planned.sizes_of = _sizes_of(list(given))
+    if row.hints:
+        _settle(planned)
     return planned
+
+
+def _settle(planned: Planned) -> None:
+    """Where sizes change, compile now what other sizes may want: guards that compiling adds later would be lost."""
+    kinds = {id(stage.kind): stage.kind for stage in planned.row.stages}
+    used: dict[int, set[tuple[str, ...]]] = {key: set() for key in kinds}
+    for stage, choice in zip(planned.row.stages, planned.choices, strict=True):
+        ends = stage.kind.choices[0], stage.kind.choices[-1]
+        used[id(stage.kind)] |= {one.kept for one in (*ends, choice)}
+    for key, kind in kinds.items():
+        kind.choices = [one for one in kind.choices if one.kept in used[key]]
+    planned.ledger.replan(strict=False)
+    for call, stage in zip(planned.calls, planned.row.stages, strict=True):
+        call.prepare(stage.kind.choices)
 
 
 def wanted(gm: GraphModule, options: Options) -> bool:
