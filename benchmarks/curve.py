@@ -107,13 +107,13 @@ def point(training: Any, batches: list[Any], plan: Any, budget: str) -> Row:
     corrections, clock = plan.corrections, training.clock
     torch.cuda.synchronize()
     clock.reset_peak()
-    for batch in (batches * SETTLE)[:SETTLE]:
-        loss = training.step(batch)
-    peak = clock.peak_gib()
-    if plan.corrections > corrections:
+    peak, before = 0.0, corrections - 1
+    while plan.corrections > before:  # until the plan stays as it is
+        before = plan.corrections
         clock.reset_peak()
         for batch in (batches * SETTLE)[:SETTLE]:
-            training.step(batch)
+            loss = training.step(batch)
+        peak = max(peak, clock.peak_gib())
     clock.marks.clear()
     clock.mark()
     for batch in (batches * training_steps(batches))[: training_steps(batches)]:

@@ -19,10 +19,11 @@ from fastft.rewriter.graph import describe
 from fastft.rewriter.offload import Offloader
 from fastft.rewriter.options import budget_of
 from fastft.rewriter.plan_report import PlanReport
-from fastft.rewriter.planner import BESIDE, GIB, POOL, BudgetError, Facts, Plan, Row, text_of
+from fastft.rewriter.planner import BESIDE, ERROR, GIB, POOL, BudgetError, Facts, Plan, Row, text_of
 
 log = logging.getLogger("fastft")
 CHECKED = 3  # calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated
+MOST_CORRECTIONS = 2  # the second only of a plan that is above its budget
 TOLERANCE = 0.02  # of the planned peak: less is not worth another plan
 AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took: the next has to do with that
 
@@ -213,7 +214,7 @@ class Ledger:
             done = end
 
     def _check(self) -> None:
-        """Compare the plan with the peak of the steps so far, and plan again, once, if it was wrong."""
+        """Compare the plan with the peak of the steps so far, and plan again if it was wrong."""
         measured = self._measured()
         if measured is None:  # what came before took more: measure the steps from here on
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -225,8 +226,9 @@ class Ledger:
         for one in self.members:
             one.report.measured_bytes = measured
         above = bool(self.limit_bytes) and measured > (self.limit_bytes or 0)
-        if self.corrections == 0 and (above or abs(measured - planned) > TOLERANCE * planned):
-            self.corrections, self.seen = 1, 0
+        wrong = abs(measured - planned) > TOLERANCE * planned
+        if (self.corrections == 0 and wrong) or (self.corrections < MOST_CORRECTIONS and above):
+            self.corrections, self.seen = self.corrections + 1, 0
             self._correct(measured - planned)
 
     def _correct(self, error_bytes: int) -> None:
@@ -250,7 +252,9 @@ class Ledger:
         known = peak if peak > self.peak_before else None
         beside = next((moment for moment in self.plan.moments if moment.label == BESIDE), None)
         pool = sum(graphed.pool_bytes for one in self.members for graphed in one.graphed)
-        return max(beside.bytes - beside.parts[POOL] + pool, known or 0) if beside is not None and pool else known
+        if beside is None or not pool:
+            return known
+        return max(beside.bytes - beside.parts[POOL] - beside.parts[ERROR] + pool, known or 0)
 
     def give_way(self, then: str) -> bool:
         """Plan for less memory after it ran out; False if there is no leaner plan."""

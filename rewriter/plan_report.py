@@ -86,7 +86,7 @@ class PlanReport:
         names = list(dict.fromkeys(name for _, parts in self.moments for name in parts))
         shown = [name for name in names if any(parts.get(name, 0) for _, parts in self.moments)]
         at = [place + shift for place in range(len(self.moments)) for shift in (-0.5, 0.5)]
-        heights = [[parts.get(name, 0) / GIB for _, parts in self.moments for _ in range(2)] for name in shown]
+        heights = [[max(0, parts.get(name, 0)) / GIB for _, parts in self.moments for _ in range(2)] for name in shown]
         colours = [_COLOURS[names.index(name) % len(_COLOURS)] for name in shown]
         axis.stackplot(at, *heights, labels=shown, colors=colours, linewidth=0)
         for limit, style, label in ((self.limit_bytes, "-", "budget"), (self.measured_bytes, "--", "measured peak")):
