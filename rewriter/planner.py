@@ -306,7 +306,8 @@ class _Simulation:
         facts = self.facts
         parts = {
             "held before": facts.before, "gradients": gradients, "optimizer": facts.optimizer,
-            "libraries": facts.workspace, ERROR: facts.error, "kept activations": kept, "between layers": between, "at work": work,
+            "libraries": facts.workspace, ERROR: facts.error, "kept activations": kept, "between layers": between,
+            "at work": work,
         }  # fmt: skip
         return Moment(label, sum(parts.values()), parts)
 
