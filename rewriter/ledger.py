@@ -6,7 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -276,7 +276,7 @@ class Ledger:
 
 
 def _shared(member: Planned) -> Ledger:
-    """The ledger of a graph and of all whose backward is still to come."""
+    """The ledger of a graph and of all whose backward is still to come: the strictest of their budgets rules."""
     others = [one for one in _alive if one.is_open() and one.device == member.device and one is not member]
     wanted = {id(one) for one in (member, *others)}
     known = {id(one) for one in member.ledger.members}
@@ -284,7 +284,9 @@ def _shared(member: Planned) -> Ledger:
         return member.ledger
     first = next((one for one in others if one.ledger.members[0] is one), others[0])
     members = list(dict.fromkeys([*first.ledger.members, *others, *member.ledger.members]))
-    ledger = Ledger(members, first.ledger.facts, first.ledger.budget)
+    before = [one.ledger for one in members]
+    strictest = min(before, key=lambda one: float("inf") if one.limit_bytes is None else one.limit_bytes)
+    ledger = Ledger(members, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget)
     for one in members:
         one.ledger = ledger
     ledger.replan(strict=False)  # of this step a part has run already
@@ -300,6 +302,7 @@ def set_memory_budget(budget: int | float | str | None) -> None:
     for ledger in {id(one.ledger): one.ledger for one in _alive}.values():
         ledger.budget, ledger.limit_bytes = parsed, memory.budget_bytes(parsed, ledger.device)
         ledger.seen = ledger.corrections = 0
+        ledger.facts = replace(ledger.facts, error=0)  # it was that of another plan
         ledger.plans.clear()
         ledger.replan()
 

@@ -66,17 +66,18 @@ def _compile_regions(
     compiled: dict[Any, Callable] = {}
     number_of = {key: number for number, key in enumerate(dict.fromkeys(piece.key for piece in pieces))}
     for at, piece in enumerate(pieces):
-        region = report.regions[number_of[piece.key]]
-        say(f"compiling region {number_of[piece.key] + 1} of {len(report.regions)}, {region}")
-        began = time.perf_counter()
-        if planned is not None:
-            planned.calls[at].prepare()
-            calls[piece] = planned.calls[at]
-        else:
-            if piece.key not in compiled:
-                compiled[piece.key] = _compile_piece(gm, piece, given, options)
-            calls[piece] = compiled[piece.key]
-        region.seconds += time.perf_counter() - began
+        wanted = piece.key, planned.choices[at].kept if planned is not None else ()
+        if wanted not in compiled:
+            region = report.regions[number_of[piece.key]]
+            say(f"compiling region {number_of[piece.key] + 1} of {len(report.regions)}, {region}")
+            began = time.perf_counter()
+            if planned is None:
+                compiled[wanted] = _compile_piece(gm, piece, given, options)
+            else:
+                planned.calls[at].prepare()
+                compiled[wanted] = planned.calls[at]
+            region.seconds += time.perf_counter() - began
+        calls[piece] = compiled[wanted] if planned is None else planned.calls[at]
     return calls
 
 

@@ -1,0 +1,314 @@
+"""A whole model under budgets: the same bits whatever is kept, repeated or offloaded, and plans keep to their word."""
+
+import gc
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastft
+from fastft.rewriter import compat, frontier, ledger, planner
+from fastft.rewriter.ledger import Planned
+from models.families import FAMILIES, batch, build
+
+LAYERS = 5
+LLAMA = FAMILIES[0]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "LEAST_OFFLOAD", 1)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def model_of(device: str, *, dropout: float = 0.25, checkpoint: bool = False) -> nn.Module:
+    torch._dynamo.reset()
+    gc.collect()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    settings: dict[str, Any] = {"nf4": True, "checkpoint": checkpoint, "train_norms": True, "layers": LAYERS}
+    model = build(LLAMA, **settings, dtype=dtype, device=device)
+    for module in model.modules():
+        for name in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[name] = nn.Dropout(dropout)
+    return model
+
+
+def compiled(model: nn.Module, budget: Any, device: str = "cpu", **options: Any) -> tuple[Callable, list[Planned]]:
+    """The model, and where its plans will be."""
+    options |= {"lower": "inductor" if device == "cuda" else "eager", "strict": True, "memory_budget": budget}
+    before = set(ledger._alive)
+    call = torch.compile(model, backend="fastft", options=options)
+
+    class Made(list):
+        def __iter__(self) -> Iterator[Planned]:
+            return iter([one for one in ledger._alive if one not in before])
+
+    return call, Made()
+
+
+def gradients(call: Callable, model: nn.Module, device: str) -> list[Tensor]:
+    """Of two batches, accumulated, the second of which is padded."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    for padded in (False, False):
+        call(**batch(padded=padded, length=64, device=device)).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def peak_of(planned: Planned) -> int:
+    assert planned.ledger.plan is not None
+    return planned.ledger.plan.peak_bytes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bits_are_the_same_whatever_is_kept(device: str) -> None:
+    found: dict[str, list[Tensor]] = {}
+    plans: dict[str, tuple] = {}
+    peaks: dict[str, int] = {}
+    budget: Any
+    for name, budget in {"fast": "max-speed", "lean": "min", "between": None}.items():
+        model = model_of(device)
+        if name == "between":
+            budget = (peaks["fast"] + peaks["lean"]) // 2
+        call, made = compiled(model, budget, device)
+        found[name] = gradients(call, model, device)
+        (planned,) = made
+        plans[name] = planned.choices
+        peaks[name] = peak_of(planned)
+    assert len(set(plans.values())) == 3
+    assert peaks["lean"] < peaks["between"] < peaks["fast"]
+    assert any(choice.offloaded for choice in (*plans["lean"], *plans["between"]))
+    for name in ("lean", "between"):
+        for one, other in zip(found[name], found["fast"], strict=True):
+            assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_that_is_interrupted_continues_with_the_same_bits(device: str, tmp_path: Path) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+        call, _ = compiled(model, "min", device)
+        losses = []
+        for number in steps:
+            optimizer.zero_grad()
+            inputs = batch(padded=False, length=32, device=device)
+            loss = call(**{name: value.roll(number, -1) for name, value in inputs.items()}).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = model_of(device)
+        return model, torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+
+    torch.manual_seed(3)
+    model, optimizer = fresh()
+    torch.manual_seed(3)
+    first = train(model, optimizer, range(2))
+    rng = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+    saved = tmp_path / "state.pt"
+    trained = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+    torch.save({"model": trained, "optimizer": optimizer.state_dict(), "rng": rng}, saved)
+    expected = train(model, optimizer, range(2, 4))
+    again, other = fresh()
+    state = torch.load(saved)
+    again.load_state_dict(state["model"], strict=False)
+    other.load_state_dict(state["optimizer"])
+    (torch.cuda.set_rng_state if device == "cuda" else torch.set_rng_state)(state["rng"].cpu())
+    assert train(again, other, range(2, 4)) == expected
+    assert first != expected
+
+
+def test_a_larger_budget_is_never_slower_and_never_exceeded() -> None:
+    model = model_of("cpu")
+    call, made = compiled(model, "max-speed")
+    call(**batch(padded=False, length=64))
+    (planned,) = made
+    book = planned.ledger
+    low = planner.plan(planned.row, book.facts, 0)
+    high = planner.plan(planned.row, book.facts, None)
+    budgets = [low.peak_bytes + (high.peak_bytes - low.peak_bytes) * share // 16 for share in range(17)]
+    plans = [planner.plan(planned.row, book.facts, budget) for budget in budgets]
+    assert all(plan.peak_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
+    assert all(one.seconds >= other.seconds for one, other in pairwise(plans))
+    assert len({plan.choices for plan in plans}) > 6  # the trade is smooth
+    assert plans == [planner.plan(planned.row, book.facts, budget) for budget in budgets]
+    with pytest.raises(fastft.BudgetError, match=r"at the least, in backward of .*held before .*use a smaller batch"):
+        planner.plan(planned.row, book.facts, low.peak_bytes - 1)
+
+
+def test_what_is_saved_is_what_was_planned() -> None:
+    """The user's own hooks see every tensor; with them nothing is offloaded."""
+    for budget in ("max-speed", "min"):
+        model = model_of("cpu", dropout=0.0)
+        call, made = compiled(model, budget)
+        call(**batch(padded=False, length=64))
+        (planned,) = made
+        own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own and tensor.dtype.is_floating_point and tensor.numel() > 256:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = call(**batch(padded=False, length=64))
+        assert out.loss.requires_grad
+        del out  # what waits for its backward would be planned for too
+        plan = planned.ledger.plan
+        assert plan is not None
+        parts = next(moment.parts for moment in plan.moments if moment.label.startswith("backward"))
+        offloaded = sum(choice.offloaded_bytes for choice in plan.choices)
+        expected = parts["kept activations"] + parts["between layers"] + offloaded
+        assert sum(kept.values()) == pytest.approx(expected, rel=0.06), budget
+
+
+def test_too_small_a_budget_says_what_the_least_is() -> None:
+    model = model_of("cpu")
+    call, _ = compiled(model, "1.2MiB")
+    with pytest.raises(compat.BackendCompilerFailed, match=r"memory_budget of 1\.20 MiB is below the .* at the least"):
+        call(**batch(padded=False, length=64))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_checkpoints_of_the_user_give_way_to_the_plan(device: str) -> None:
+    plain = model_of(device, dropout=0.0)
+    expected = gradients(plain, plain, device)
+    model = model_of(device, dropout=0.0, checkpoint=True)
+    call, made = compiled(model, "max-speed", device)
+    found = gradients(call, model, device)
+    kept = [len(choice.kept) for planned in made for choice in planned.choices]
+    assert max(kept) > 5
+    inlined = [name for graph in fastft.compilations().graphs[-3:] for name in graph.inlined]
+    assert sum("layers" in name for name in inlined) == LAYERS
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().item()
+        torch.testing.assert_close(
+            one, other, rtol=1e-4 if device == "cpu" else 0.1, atol=(1e-5, 0.05)[device == "cuda"] * scale
+        )
+
+
+def test_forwards_before_backwards_share_a_ledger() -> None:
+    """Two models at once: both plans together keep to the budget of one."""
+    models = [model_of("cpu"), model_of("cpu")]
+    alone, made = compiled(models[0], "max-speed")
+    alone(**batch(padded=False, length=64)).loss.backward()
+    (planned,) = made
+    budget = int(1.3 * peak_of(planned))
+    calls, all_made = zip(*(compiled(model, budget) for model in models), strict=True)
+    for _ in range(2):
+        losses = [call(**batch(padded=False, length=64)).loss for call in calls]
+        sum(losses).backward()
+    plans = {id(one.ledger): one.ledger for one in all_made[0]}
+    (book,) = plans.values()
+    assert len(book.members) == 2
+    assert book.plan is not None
+    assert book.plan.peak_bytes <= budget
+    assert sum(len(one.row.stages) for one in book.members) == len(book.plan.choices)
+
+
+def test_of_two_budgets_at_once_the_strictest_rules() -> None:
+    fast, lean = model_of("cpu"), model_of("cpu")
+    first, made_first = compiled(fast, "max-speed")
+    waiting = first(**batch(padded=False, length=64)).loss
+    second, _ = compiled(lean, "min")
+    second(**batch(padded=False, length=64)).loss.backward()
+    waiting.backward()
+    (book,) = {id(one.ledger): one.ledger for one in made_first}.values()
+    assert len(book.members) == 2
+    assert book.limit_bytes == 0
+
+
+def test_a_budget_can_be_changed_without_compiling_anew() -> None:
+    model = model_of("cpu")
+    call, made = compiled(model, "max-speed")
+    expected = gradients(call, model, "cpu")
+    (planned,) = made
+    graphs, fastest = len(fastft.compilations().graphs), peak_of(planned)
+    fastft.set_memory_budget("min")
+    found = gradients(call, model, "cpu")
+    assert peak_of(planned) < fastest
+    assert len(fastft.compilations().graphs) == graphs
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(fastft.OptionsError):
+        fastft.set_memory_budget("plenty")
+
+
+def test_the_report_says_what_becomes_of_each_tensor(tmp_path: Path) -> None:
+    model = model_of("cpu")
+    call, _ = compiled(model, "min")
+    call(**batch(padded=False, length=64)).loss.backward()
+    report = fastft.compilations()
+    plan = report.graphs[-1].plan
+    assert plan is not None
+    assert {item.fate for item in plan.items} >= {"offloaded", "recomputed", "de-quantised"}
+    assert all(item.bytes > 0 for item in plan.items)
+    assert any(item.tensor.startswith("mlp.") for item in plan.items)
+    text = str(report)
+    assert "as little as possible; planned peak" in text
+    assert "de-quantised" in text
+    plan.draw(tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    report.save(tmp_path / "report.html")
+    assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
+
+
+def test_lengths_that_change_are_planned_for() -> None:
+    model = model_of("cpu", dropout=0.0)
+    call, made = compiled(model, "min")
+    for length in (32, 48, 64, 96):
+        inputs = batch(padded=False, length=length)
+        model.zero_grad(set_to_none=True)
+        call(**inputs).loss.backward()
+        found = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+        model.zero_grad(set_to_none=True)
+        model(**inputs).loss.backward()
+        for one, other in zip(found, (one.grad for one in model.parameters() if one.grad is not None), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+    dynamic = [planned for planned in made if planned.sizes]
+    assert len(dynamic) == 1
+    (planned,) = dynamic
+    symbol = next(iter(planned.sizes))
+    peaks = [
+        planner.plan(planned.row, planned.ledger.facts, 0, {symbol: length}).peak_bytes for length in (64, 128, 4096)
+    ]
+    assert peaks == sorted(set(peaks))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_memory_that_runs_out_leads_to_a_leaner_plan() -> None:
+    model = model_of("cuda")
+    call, made = compiled(model, "max-speed", "cuda", cuda_graphs=False)
+    long = {name: value.repeat(16, 16) for name, value in batch(padded=False, length=64, device="cuda").items()}
+    expected = call(**long).loss
+    expected.backward()
+    (planned,) = made
+    model.zero_grad(set_to_none=True)
+    del expected
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    held = torch.cuda.memory_allocated()
+    kept = next(m.parts["kept activations"] for m in planned.ledger.plan.moments if m.label.startswith("backward"))
+    torch.cuda.set_per_process_memory_fraction((held + 0.6 * kept) / total)
+    try:
+        with pytest.warns(RuntimeWarning, match="ran out of memory .* the step is run again"):
+            loss = call(**long).loss
+        loss.backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert loss.isfinite()
