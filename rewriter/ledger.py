@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ CHECKED = 3  # calls after which the peak is read: compiled and captured by then
 MOST_CORRECTIONS = 2  # the second only of a plan that is above its budget
 TOLERANCE = 0.02  # of the planned peak: less is not worth another plan
 AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took: the next has to do with that
+MOST_WAITING = 4  # forwards of one graph that are planned for together; what waits beyond is as planned for the last
 
 
 @dataclass(eq=False)
@@ -98,10 +100,10 @@ class Planned:
         self.report = PlanReport()
         self.sizes: Sizes = {}
         self.choices: tuple[Choice, ...] = ()
-        self.waiting: weakref.ref[_Ticket] | None = None
+        self.tickets: list[weakref.ref[_Ticket]] = []
         self.ledger = Ledger([self], facts, budget)
         _alive.add(self)
-        self.ledger.replan(strict=not any(one.is_open() for one in _alive))
+        self.ledger.replan(strict=not any(one.waiting() for one in _alive))
 
     def follow(self, choices: Sequence[Choice], *, graphs: bool) -> None:
         """Let every stage do what the plan says."""
@@ -113,10 +115,10 @@ class Planned:
             if changed or graphed.enabled != graphs:
                 graphed.reset(enabled=graphs)
 
-    def is_open(self) -> bool:
-        """Whether a forward has run whose backward is still to come."""
-        ticket = self.waiting() if self.waiting is not None else None
-        return ticket is not None and not ticket.closed
+    def waiting(self) -> int:
+        """How many forwards have run whose backward is still to come."""
+        self.tickets = [one for one in self.tickets if (ticket := one()) is not None and not ticket.closed]
+        return len(self.tickets)
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -145,7 +147,7 @@ class Planned:
             ticket = _Ticket()
             made.metadata["fastft"] = ticket
             made.register_hook(lambda *_: setattr(ticket, "closed", True))
-            self.waiting = weakref.ref(ticket)
+            self.tickets.append(weakref.ref(ticket))
         return results
 
 
@@ -154,18 +156,21 @@ class _Ticket:
 
 
 class Ledger:
-    """The graphs whose activations are in memory together, in the order of their forwards, and their one plan.
+    """The forwards whose activations are in memory together, in their order, and their one plan.
 
-    budget: as the user gave it.  A step is from one call of the first graph to the next.
+    forwards: a graph for each; more than once, if it runs again before its backward.  budget: as the user gave it.  A
+    step is from one first forward to the next.
     """
 
-    def __init__(self, members: list[Planned], facts: Facts, budget: Any) -> None:
-        self.members, self.facts, self.budget = members, facts, budget
-        self.device = members[0].device
+    def __init__(self, forwards: list[Planned], facts: Facts, budget: Any) -> None:
+        self.forwards, self.facts, self.budget = forwards, facts, budget
+        self.members = list(dict.fromkeys(forwards))
+        self.device = forwards[0].device
         self.limit_bytes = memory.budget_bytes(budget, self.device)
-        self.row = planner.joined([one.row for one in members])
+        self.row = planner.joined([one.row for one in forwards])
         self.plans: dict[Any, Plan] = {}
         self.plan: Plan | None = None
+        self.choices: list[tuple[Choice, ...]] = []  # of each forward
         self.seen, self.corrections, self.peak_before = 0, 0, 0
         self.sizes: Sizes = {}
 
@@ -177,7 +182,9 @@ class Ledger:
         if sizes != self.sizes:
             self.sizes = sizes
             self.replan()
-        if member is not self.members[0] or self.device.type != "cuda":
+        before = member.waiting()
+        self._follow(member, before)
+        if before or member is not self.members[0] or self.device.type != "cuda":
             return
         if self.seen == 0:
             self.peak_before = torch.cuda.max_memory_allocated(self.device)
@@ -203,15 +210,21 @@ class Ledger:
                     raise
                 self.plans[key] = planner.plan(self.row, self.facts, 0, rounded)
                 log.info("%s", error)
-        self._follow(self.plans[key])
-
-    def _follow(self, plan: Plan) -> None:
-        self.plan, done = plan, 0
-        for one in self.members:
+        self.plan, done = self.plans[key], 0
+        self.choices.clear()
+        for one in self.forwards:
             end = done + len(one.row.stages)
-            one.follow(plan.choices[done:end], graphs=plan.graphed)
-            one.report.follow(self.row, plan, str(self.budget or "whatever is free"), self.limit_bytes)
+            self.choices.append(self.plan.choices[done:end])
             done = end
+        for one in self.members:
+            self._follow(one, 0)
+            one.report.follow(self.row, self.plan, str(self.budget or "whatever is free"), self.limit_bytes)
+
+    def _follow(self, member: Planned, before: int) -> None:
+        """Let a graph do what the plan says for one of its forwards.  before: how many of them wait for backward."""
+        assert self.plan is not None
+        places = [at for at, one in enumerate(self.forwards) if one is member]
+        member.follow(self.choices[places[min(before, len(places) - 1)]], graphs=self.plan.graphed)
 
     def _check(self) -> None:
         """Compare the plan with the peak of the steps so far, and plan again if it was wrong."""
@@ -276,18 +289,20 @@ class Ledger:
 
 
 def _shared(member: Planned) -> Ledger:
-    """The ledger of a graph and of all whose backward is still to come: the strictest of their budgets rules."""
-    others = [one for one in _alive if one.is_open() and one.device == member.device and one is not member]
-    wanted = {id(one) for one in (member, *others)}
-    known = {id(one) for one in member.ledger.members}
+    """The ledger of a forward and of all whose backward is still to come: the strictest of their budgets rules."""
+    waiting = Counter({one: one.waiting() for one in _alive if one.device == member.device})
+    waiting[member] += 1
+    wanted = Counter({one: min(count, MOST_WAITING) for one, count in waiting.items()})
+    known = Counter(member.ledger.forwards)
     if wanted <= known:
         return member.ledger
-    first = next((one for one in others if one.ledger.members[0] is one), others[0])
-    members = list(dict.fromkeys([*first.ledger.members, *others, *member.ledger.members]))
-    before = [one.ledger for one in members]
+    others = [one for one in wanted if wanted[one] and one is not member]
+    first = next((one for one in others if one.ledger.members[0] is one), member)
+    forwards = list((Counter(first.ledger.forwards) | Counter(others) | known | wanted).elements())
+    before = [one.ledger for one in forwards]
     strictest = min(before, key=lambda one: float("inf") if one.limit_bytes is None else one.limit_bytes)
-    ledger = Ledger(members, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget)
-    for one in members:
+    ledger = Ledger(forwards, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget)
+    for one in ledger.members:
         one.ledger = ledger
     ledger.replan(strict=False)  # of this step a part has run already
     return ledger

@@ -203,22 +203,28 @@ def test_checkpoints_of_the_user_give_way_to_the_plan(device: str) -> None:
 
 
 def test_forwards_before_backwards_share_a_ledger() -> None:
-    """Two models at once: both plans together keep to the budget of one."""
-    models = [model_of("cpu"), model_of("cpu")]
+    """Two models of one structure are one graph, which runs twice: both together keep to the budget of one."""
+    models = [model_of("cpu", dropout=0.0), model_of("cpu", dropout=0.0)]
+    expected = [gradients(model, model, "cpu") for model in models]
     alone, made = compiled(models[0], "max-speed")
     alone(**batch(padded=False, length=64)).loss.backward()
     (planned,) = made
     budget = int(1.3 * peak_of(planned))
     calls, all_made = zip(*(compiled(model, budget) for model in models), strict=True)
+    for model in models:
+        model.zero_grad(set_to_none=True)
     for _ in range(2):
         losses = [call(**batch(padded=False, length=64)).loss for call in calls]
         sum(losses).backward()
-    plans = {id(one.ledger): one.ledger for one in all_made[0]}
-    (book,) = plans.values()
-    assert len(book.members) == 2
+    (planned,) = all_made[0]
+    book = planned.ledger
+    assert book.forwards == [planned, planned]
     assert book.plan is not None
     assert book.plan.peak_bytes <= budget
-    assert sum(len(one.row.stages) for one in book.members) == len(book.plan.choices)
+    assert len({*book.choices}) == 2  # the first keeps less, as it keeps it for longer
+    for model, grads in zip(models, expected, strict=True):
+        for one, other in zip((p.grad for p in model.parameters() if p.grad is not None), grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 
 
 def test_of_two_budgets_at_once_the_strictest_rules() -> None:
