@@ -31,15 +31,20 @@ def budget_bytes(budget: Any, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     total = torch.cuda.get_device_properties(device).total_memory
-    return int(budget * total) if isinstance(budget, float) else available_bytes(device) - int(MARGIN * total)
+    return int(budget * total) if isinstance(budget, float) else available_bytes(device) - int(MARGIN * _allowed(device))
 
 
 def available_bytes(device: torch.device) -> int:
     """What this process's tensors may take in all: what they take now and what is free."""
-    free, total = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return allocated + min(free + reserved - allocated, max(0, allowed - allocated))
+    return allocated + min(free + reserved - allocated, max(0, _allowed(device) - allocated))
+
+
+def _allowed(device: torch.device) -> int:
+    """What torch lets this process take: the card, or the share that set_per_process_memory_fraction names."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
 
 
 def facts(device: torch.device, held_by_inputs: int, gradients_to_come: int) -> Facts:
