@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.rewriter import checkpoints, outputs, plans, scalars, shapes
+from fastft.rewriter import checkpoints, compat, outputs, plans, scalars, shapes
 from fastft.rewriter.compilation import compile_graph
 from fastft.rewriter.graph import Snapshot, describe
 from fastft.rewriter.losses import Deferred
@@ -59,7 +59,7 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
         except WholeError:  # the user's checkpoints are all that saves memory
             original.restore()
             return _rewritten(gm, example_inputs, options, inline=False)
-    except BudgetError:
+    except (BudgetError, compat.RestartAnalysis):  # the user's, and Dynamo's to trace again with a number it now knows
         raise
     except Exception as error:
         if options.strict:

@@ -202,6 +202,24 @@ def test_an_error_that_is_not_ours_rises_without_a_warning(monkeypatch: pytest.M
             compiled(inputs())
 
 
+def test_dynamo_may_trace_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends a compilation by an error of its own where it learns that a number has to be a constant."""
+    lower, calls = backend.lower, []
+
+    def restart_once(*arguments: object, **options: object) -> Callable:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise torch._dynamo.exc.TensorifyScalarRestartAnalysis
+        return lower(*arguments, **options)
+
+    monkeypatch.setattr(backend, "lower", restart_once)
+    block, x = Block(), torch.randn(2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        torch.testing.assert_close(torch.compile(block, backend="fastft", options=EAGER)(x), block(x))
+    assert len(calls) == 2
+
+
 def test_changing_shapes() -> None:
     model = Block()
     compiled = torch.compile(model, backend="fastft", options={**EAGER, "strict": True})
