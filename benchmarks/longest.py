@@ -55,9 +55,10 @@ def measure(asked: Row) -> Row:
     from measure import Run, make_batches, prepare
 
     run = Run.of(asked)
-    torch._dynamo.config.assume_static_by_default = False  # as after a length has changed
     training = prepare(run)
     for batch in make_batches(run):
+        for tensor in batch.values():
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # as Dynamo does itself once a length has changed
         training.step(batch)
     found = [longest(card) for card in asked["cards"]]
     for point in found:
