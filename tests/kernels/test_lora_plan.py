@@ -1,5 +1,6 @@
 """Which way lora_linear takes, where the tests of every op cannot see it."""
 
+import itertools
 import logging
 from typing import Any
 
@@ -58,6 +59,37 @@ def test_few_rows_go_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
             )
         seen += 1
     assert seen >= 4
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_in_parts_is_that_of_the_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its copy only some rows exist at a time; a last part may be shorter."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tolerance = 2**-6 if device == "cuda" else 1e-5
+    name = "fastft::lora_linear_backward"
+    calls = examples(name, dtype, 4 * len(REGISTRY[name].cases))
+    seen, part = [], lora_plan._adapter_gradients
+    monkeypatch.setattr(
+        lora_plan, "_adapter_gradients", lambda *given: (seen.append(given[0].shape[0]), part(*given))[1]
+    )
+    monkeypatch.setattr(lora_plan, "ROWS_TOGETHER", 2)
+    for call in calls:
+        given = call.arguments(call.tensors(device))
+        expected = REGISTRY[name].op(*given)
+        with monkeypatch.context() as small:
+            small.setattr(lora_plan, "PART_BYTES", 2**10)
+            seen.append(0)
+            found = REGISTRY[name].op(*given)
+        for one, other in zip(found, expected, strict=True):
+            atol = tolerance * (other.abs().max().item() if other.numel() else 0)
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=atol)
+    parts = [list(group) for zero, group in itertools.groupby(seen, bool) if zero]
+    assert any(len(set(sizes)) > 1 and len(sizes) > 2 for sizes in parts)
 
 
 @without_interpreter
