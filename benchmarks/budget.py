@@ -13,8 +13,8 @@ A budget is what the option memory_budget takes: min, max-speed, bytes (14GiB, 1
 number N stands for N of them: min, max-speed and, once these have run, N-2 between their peaks, each the same factor
 above the last.
 
-The peak is what tensors had allocated at most in the timed steps, those after --warmup; the planner's figure is beside
-it, and the rows have what the allocator held (reserved_gib).  All are of CUDA only.  Below the table stands, for every
+The peak is what tensors had allocated at most in the timed steps, those after --warmup, and what idle CUDA graphs
+hold beside them; the planner's figure is beside it, and the rows have what the allocator held (reserved_gib).  All are of CUDA only.  Below the table stands, for every
 other contender, which of fastft's points is fastest in no more memory, and which is leanest at no less speed: only what
 was measured counts, nothing is interpolated.  For --turns, --mask, --loss and what a user would write see step.py.
 """
@@ -164,9 +164,10 @@ def measure(asked: Row) -> Row:
     if asked["cap_bytes"]:
         cap(asked["cap_bytes"])
     row = measure_steps(asked)
-    planned = planned_bytes() if asked["contender"].startswith("fastft") else None
-    row["planned_gib"] = None if planned is None else planned / GIB
-    row["measured_gib"] = row["peak_steps_gib"] if cuda else None
+    plan = plan_of_last() if asked["contender"].startswith("fastft") else None
+    row["planned_gib"] = None if plan is None else plan.peak_bytes / GIB
+    idle_graphs = plan.measured_bytes or 0 if plan is not None and plan.graphed else 0  # which torch does not count
+    row["measured_gib"] = max(row["peak_steps_gib"], idle_graphs / GIB) if cuda else None
     row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB if cuda else None
     return row
 
@@ -183,12 +184,12 @@ def cap(size_bytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction((size_bytes - CONTEXT_BYTES) / total_bytes)
 
 
-def planned_bytes() -> int | None:
-    """The peak that fastft foresaw for the last graph that it compiled; None where it planned nothing."""
+def plan_of_last() -> Any:
+    """That of the last graph that fastft compiled; None where it planned nothing."""
     import fastft
 
     graphs = fastft.compilations().graphs
-    return getattr(getattr(graphs[-1], "plan", None), "peak_bytes", None) if graphs else None
+    return getattr(graphs[-1], "plan", None) if graphs else None
 
 
 def label(row: Row) -> str:

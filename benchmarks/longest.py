@@ -33,6 +33,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--cards", type=arguments.listed(int), default=[8, 12, 16, 24, 80], help="GB, comma-separated")
     add("--confirm", type=arguments.listed(int), default=[], help="of these, which to run")
     add("--layers", type=arguments.positive, help="cut the model to this many layers")
+    add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
     return parser.parse_args(words)
 
 
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
-    asked = arguments.asked(options, "layers", "cards", "confirm")
+    asked = arguments.asked(options, "layers", "cards", "confirm", "turns")
     asked |= {"contender": "fastft", "batch": 1, "length": 2048, "warmup": 1, "steps": 1}
     asked["options"] = {"memory_budget": "min", "cuda_graphs": False}
     return [workers.Job("longest contexts", asked, scratch / "caches")]
@@ -53,13 +54,16 @@ def measure(asked: Row) -> Row:
     """In a worker."""
     import torch
     from measure import Run, make_batches, prepare
+    from turns import Turns
 
-    run = Run.of(asked)
+    run, turns = Run.of(asked), Turns(asked.get("turns"))
+    turns.prepare()
     training = prepare(run)
     for batch in make_batches(run):
         for tensor in batch.values():
             torch._dynamo.maybe_mark_dynamic(tensor, 1)  # as Dynamo does itself once a length has changed
         training.step(batch)
+    turns.time()
     found = [longest(card) for card in asked["cards"]]
     for point in found:
         if point["card_gb"] in asked["confirm"] and point["tokens"]:

@@ -173,18 +173,12 @@ def test_rows_of_several_runs(
         budget.main()
 
 
-@pytest.mark.parametrize(
-    ("graphs", "planned"),
-    [
-        ([], None),
-        ([SimpleNamespace()], None),
-        ([SimpleNamespace(plan=None)], None),
-        ([SimpleNamespace(plan=SimpleNamespace(peak_bytes=1)), SimpleNamespace(plan=SimpleNamespace(peak_bytes=7))], 7),
-    ],
-)
-def test_planned_bytes(graphs: list[Any], planned: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastft.compilations", lambda: SimpleNamespace(graphs=graphs), raising=False)
-    assert budget.planned_bytes() == planned
+def test_the_plan_is_that_of_the_last_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = [SimpleNamespace(), SimpleNamespace(plan=None), SimpleNamespace(plan=7)]
+    for count, expected in enumerate((None, None, None, 7)):
+        made = SimpleNamespace(graphs=graphs[:count])
+        monkeypatch.setattr("fastft.compilations", lambda made=made: made, raising=False)
+        assert budget.plan_of_last() == expected
 
 
 def test_a_cap_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
