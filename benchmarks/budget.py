@@ -14,9 +14,10 @@ number N stands for N of them: min, max-speed and, once these have run, N-2 betw
 above the last.
 
 The peak is what tensors had allocated at most in the timed steps, those after --warmup, and what idle CUDA graphs
-hold beside them; the planner's figure is beside it, and the rows have what the allocator held (reserved_gib).  All are of CUDA only.  Below the table stands, for every
-other contender, which of fastft's points is fastest in no more memory, and which is leanest at no less speed: only what
-was measured counts, nothing is interpolated.  For --turns, --mask, --loss and what a user would write see step.py.
+hold beside them; the planner's figure is beside it, and the rows have what the allocator held (reserved_gib). All are
+of CUDA only. Below the table stands, for every other contender, which of fastft's points is fastest in no more
+memory, and which is leanest at no less speed: only what was measured counts, nothing is interpolated. For --turns,
+--mask, --loss and what a user would write see step.py.
 """
 
 from __future__ import annotations
