@@ -26,7 +26,7 @@ log = logging.getLogger("fastft")
 CHECKED = 3  # calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated
 MOST_CORRECTIONS = 2  # the second only of a plan that is above its budget
 TOLERANCE = 0.02  # of the planned peak: less is not worth another plan
-AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took: the next has to do with that
+AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took, or of what there is: the next has to do with that
 MOST_WAITING = 4  # forwards of one graph that are planned for together; what waits beyond is as planned for the last
 
 
@@ -137,6 +137,7 @@ class Planned:
         except torch.OutOfMemoryError:
             if not self.ledger.give_way("the step is run again"):
                 raise
+        torch.cuda.empty_cache()  # here, where what the failed one had made is gone
         torch.cuda.set_rng_state(state, self.device)
         return self.run(*inputs)
 
@@ -192,6 +193,7 @@ class Ledger:
         self.seen += 1
         if _count_of_ooms(self.device) > _ooms[self.device.index]:  # in backward, say, where nobody asks us
             self.give_way("the batch that failed may be repeated")
+            torch.cuda.empty_cache()
         elif self.seen == CHECKED + 1:
             self._check()
 
@@ -205,11 +207,9 @@ class Ledger:
         if key not in self.plans:
             try:
                 self.plans[key] = planner.plan(self.row, self.facts, self.limit_bytes, rounded)
-            except BudgetError as error:
-                if strict and isinstance(self.budget, int):
-                    raise
-                self.plans[key] = planner.plan(self.row, self.facts, 0, rounded)
-                log.info("%s", error)
+            except BudgetError:
+                key = tuple(self.sizes.values())
+                self.plans[key] = self._exact(strict=strict)
         self.plan, done = self.plans[key], 0
         self.choices.clear()
         for one in self.forwards:
@@ -219,6 +219,16 @@ class Ledger:
         for one in self.members:
             self._follow(one, 0)
             one.report.follow(self.row, self.plan, str(self.budget or "whatever is free"), self.limit_bytes)
+
+    def _exact(self, *, strict: bool) -> Plan:
+        """The plan for just these sizes."""
+        try:
+            return planner.plan(self.row, self.facts, self.limit_bytes, self.sizes)
+        except BudgetError as error:
+            if strict and isinstance(self.budget, int):
+                raise
+            log.info("%s", error)
+            return planner.plan(self.row, self.facts, 0, self.sizes)
 
     def _follow(self, member: Planned, before: int) -> None:
         """Let a graph do what the plan says for one of its forwards.  before: how many of them wait for backward."""
@@ -274,10 +284,10 @@ class Ledger:
         assert self.plan is not None
         _ooms[self.device.index] = _count_of_ooms(self.device)
         before, had_graphs = self.plan.peak_bytes, self.row.graphed is not None
-        self.limit_bytes, self.row.graphed = int(AFTER_OUT_OF_MEMORY * before), None
+        within = min(before, memory.available_bytes(self.device))  # others may have taken some
+        self.limit_bytes, self.row.graphed = int(AFTER_OUT_OF_MEMORY * within), None
         self.plans.clear()
         self.replan(strict=False)
-        torch.cuda.empty_cache()
         leaner = self.plan.peak_bytes < before or had_graphs
         if leaner:
             message = (

@@ -74,25 +74,36 @@ def peak_of(planned: Planned) -> int:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bits_are_the_same_whatever_is_kept(device: str) -> None:
-    found: dict[str, list[Tensor]] = {}
-    plans: dict[str, tuple] = {}
-    peaks: dict[str, int] = {}
-    budget: Any
-    for name, budget in {"fast": "max-speed", "lean": "min", "between": None}.items():
-        model = model_of(device)
-        if name == "between":
-            budget = (peaks["fast"] + peaks["lean"]) // 2
-        call, made = compiled(model, budget, device)
-        found[name] = gradients(call, model, device)
+    model = model_of(device)
+    call, made = compiled(model, "max-speed", device)
+    fastest = gradients(call, model, device)
+    (planned,) = made
+    low, high = planner.plan(planned.row, planned.ledger.facts, 0).peak_bytes, peak_of(planned)
+    plans, offloaded = {planned.choices}, 0
+    for budget in ("min", (low + high) // 2):
+        fastft.set_memory_budget(budget)
+        for one, other in zip(gradients(call, model, device), fastest, strict=True):
+            assert torch.equal(one, other), budget
+        plans.add(planned.choices)
+        offloaded += sum(choice.offloaded_bytes for choice in planned.choices)
+        assert peak_of(planned) < high
+    assert len(plans) == 3
+    assert offloaded > 0
+
+
+@pytest.mark.slow
+def test_the_same_plan_gives_the_same_bits() -> None:
+    """Compiled twice."""
+    models = [model_of("cpu"), model_of("cpu")]
+    plans, found = set(), []
+    for model in models:
+        torch._dynamo.reset()
+        call, made = compiled(model, "min")
+        found.append(gradients(call, model, "cpu"))
         (planned,) = made
-        plans[name] = planned.choices
-        peaks[name] = peak_of(planned)
-    assert len(set(plans.values())) == 3
-    assert peaks["lean"] < peaks["between"] < peaks["fast"]
-    assert any(choice.offloaded for choice in (*plans["lean"], *plans["between"]))
-    for name in ("lean", "between"):
-        for one, other in zip(found[name], found["fast"], strict=True):
-            assert torch.equal(one, other), name
+        plans.add(planned.choices)
+    assert len(plans) == 1
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -195,11 +206,9 @@ def test_checkpoints_of_the_user_give_way_to_the_plan(device: str) -> None:
     assert max(kept) > 5
     inlined = [name for graph in fastft.compilations().graphs[-3:] for name in graph.inlined]
     assert sum("layers" in name for name in inlined) == LAYERS
+    tolerance = 1e-5 if device == "cpu" else 0.1  # in bfloat16 eager itself is as far from the truth
     for one, other in zip(found, expected, strict=True):
-        scale = other.abs().max().item()
-        torch.testing.assert_close(
-            one, other, rtol=1e-4 if device == "cpu" else 0.1, atol=(1e-5, 0.05)[device == "cuda"] * scale
-        )
+        assert (one - other).float().norm() <= tolerance * other.float().norm()
 
 
 def test_forwards_before_backwards_share_a_ledger() -> None:
@@ -310,7 +319,7 @@ def test_memory_that_runs_out_leads_to_a_leaner_plan() -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     held = torch.cuda.memory_allocated()
     kept = next(m.parts["kept activations"] for m in planned.ledger.plan.moments if m.label.startswith("backward"))
-    torch.cuda.set_per_process_memory_fraction((held + 0.6 * kept) / total)
+    torch.cuda.set_per_process_memory_fraction((held + 0.75 * kept) / total)
     try:
         with pytest.warns(RuntimeWarning, match="ran out of memory .* the step is run again"):
             loss = call(**long).loss

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastft.rewriter.offload import Offloader, Pool
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
+DEVICES = ["cpu", pytest.param("cuda:0", marks=[pytest.mark.gpu, on_gpu])]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 MIB = 2**20
 
