@@ -67,7 +67,10 @@ def measure(asked: Row) -> Row:
     found = [longest(card) for card in asked["cards"]]
     for point in found:
         if point["card_gb"] in asked["confirm"] and point["tokens"]:
-            point |= confirm(training, run, point)
+            try:
+                point |= confirm(training, run, point)
+            except (torch.OutOfMemoryError, RuntimeError) as error:  # the others' figures stand
+                point["error"] = f"{type(error).__name__}: {error}"
     return {"points": found}
 
 
