@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastft.rewriter import memory, planner
+from fastft.rewriter import costs, memory, planner
 from fastft.rewriter.costs import Sizes
 from fastft.rewriter.cuda_graphs import Graphed
 from fastft.rewriter.frontier import Choice
@@ -218,7 +218,8 @@ class Ledger:
             done = end
         for one in self.members:
             self._follow(one, 0)
-            one.report.follow(self.row, self.plan, str(self.budget or "whatever is free"), self.limit_bytes)
+            budget, rate = str(self.budget or "whatever is free"), costs.rates(self.device)
+            one.report.follow(self.row, self.plan, budget, self.limit_bytes, rate)
 
     def _exact(self, *, strict: bool) -> Plan:
         """The plan for just these sizes."""

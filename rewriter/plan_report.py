@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastft.rewriter.costs import Rates
 from fastft.rewriter.frontier import Choice
 from fastft.rewriter.nodes import evaluate
-from fastft.rewriter.planner import GIB, MIB, Plan, Row, Stage, text_of
+from fastft.rewriter.planner import ACTIVATIONS, ERROR, GIB, MIB, Plan, Row, Stage, text_of
 
 LEAST_SHOWN = 2**10  # bytes of a tensor
 _COLOURS = ("#bbbbbb", "#8c8c8c", "#ddcc77", "#66ccee", "#4477aa", "#228833", "#ee6677", "#aa3377")
@@ -20,7 +21,7 @@ _COLOURS = ("#bbbbbb", "#8c8c8c", "#ddcc77", "#66ccee", "#4477aa", "#228833", "#
 class Item:
     """A tensor of some layers: fate is kept, offloaded, recomputed, or de-quantised for one product.
 
-    microseconds: what its op takes to run again, or the copies there and back, for each layer.
+    microseconds: what its op takes to run again, the copies there and back, or the de-quantising, for each layer.
     """
 
     layers: str
@@ -51,13 +52,15 @@ class PlanReport:
     items: list[Item] = field(default_factory=list)
     moments: list[tuple[str, dict[str, int]]] = field(default_factory=list)
 
-    def follow(self, row: Row, plan: Plan, budget: str, limit_bytes: int | None) -> None:
+    def follow(self, row: Row, plan: Plan, budget: str, limit_bytes: int | None, rate: Rates) -> None:
         """Describe this plan."""
         self.budget, self.limit_bytes = budget, limit_bytes
         self.peak_bytes, self.peak_at, self.host_bytes = plan.peak_bytes, plan.peak.label, plan.host_bytes
         self.seconds, self.graphed = plan.seconds, plan.graphed
         self.moments = [(moment.label, dict(moment.parts)) for moment in plan.moments]
-        self.items = [item for layers, stage, choice in _alike(row, plan) for item in _items(layers, stage, choice)]
+        self.items = [
+            item for layers, stage, choice in _alike(row, plan) for item in _items(layers, stage, choice, rate)
+        ]
 
     def __str__(self) -> str:
         limit = {None: "no limit", 0: "as little as possible"}.get(self.limit_bytes)
@@ -83,10 +86,11 @@ class PlanReport:
 
         figure = Figure(figsize=(9, 4), layout="constrained")
         axis = figure.subplots()
-        names = list(dict.fromkeys(name for _, parts in self.moments for name in parts))
-        shown = [name for name in names if any(parts.get(name, 0) for _, parts in self.moments)]
+        moments = [_drawn(moment) for moment in self.moments]
+        names = list(dict.fromkeys(name for parts in moments for name in parts))
+        shown = [name for name in names if any(parts.get(name, 0) for parts in moments)]
         at = [place + shift for place in range(len(self.moments)) for shift in (-0.5, 0.5)]
-        heights = [[max(0, parts.get(name, 0)) / GIB for _, parts in self.moments for _ in range(2)] for name in shown]
+        heights = [[parts.get(name, 0) / GIB for parts in moments for _ in range(2)] for name in shown]
         colours = [_COLOURS[names.index(name) % len(_COLOURS)] for name in shown]
         axis.stackplot(at, *heights, labels=shown, colors=colours, linewidth=0)
         for limit, style, label in ((self.limit_bytes, "-", "budget"), (self.measured_bytes, "--", "measured peak")):
@@ -115,6 +119,16 @@ class PlanReport:
         )
 
 
+def _drawn(moment: tuple[str, dict[str, int]]) -> dict[str, int]:
+    """What holds memory; where less was measured than simulated, the largest part that is no fact is that much less."""
+    parts = dict(moment[1])
+    less = -min(0, parts.get(ERROR, 0))
+    if less:
+        largest = max(ACTIVATIONS, key=lambda name: parts.get(name, 0))
+        parts |= {ERROR: 0, largest: max(0, parts.get(largest, 0) - less)}
+    return parts
+
+
 def _alike(row: Row, plan: Plan) -> list[tuple[str, Stage, Choice]]:
     """Stages of one structure and choice together, with what to call them."""
     groups: dict[tuple[int, Choice], list[Stage]] = {}
@@ -135,27 +149,29 @@ def _within(stage: Stage, module: str) -> str:
     return module.removeprefix(f"{stack}.").partition(".")[2] if stack and module.startswith(stack) else module
 
 
-def _items(layers: str, stage: Stage, choice: Choice) -> list[Item]:
+def _items(layers: str, stage: Stage, choice: Choice, rate: Rates) -> list[Item]:
     joint = stage.kind.joint
     assert joint is not None
     saved, again = joint.closure(choice.ops)
+    there_and_back = 1e6 / rate.to_host + 1e6 / rate.from_host
     found = []
     for at, op in enumerate(joint.ops):
         scratch = evaluate(op.scratch, joint.hints)
         if op.forward and "lora_linear" in op.label and scratch >= LEAST_SHOWN:
-            found.append(Item(layers, "de-quantised", f"weights of {_within(stage, op.module)}", "", scratch, 0.0))
+            taken = 1.25 * scratch / rate.bytes * 1e6  # 16 bits written of 4 read
+            found.append(Item(layers, "de-quantised", f"weights of {_within(stage, op.module)}", "", scratch, taken))
         for made in op.makes if op.forward else ():
             storage = joint.storages[made]
             size = evaluate(storage.bytes, joint.hints)
             fate = "recomputed" if at in again else "offloaded" if storage.name in choice.offloaded else "kept"
             if size >= LEAST_SHOWN and (at in again or made in saved) and op.lies:
                 name = f"{_within(stage, op.module)} {op.label.removeprefix('fastft.')}".strip()
-                found.append(Item(layers, fate, name, f"{storage.dtype} {storage.shape}", size, op.seconds * 1e6))
+                taken = size * there_and_back if fate == "offloaded" else op.seconds * 1e6
+                found.append(Item(layers, fate, name, f"{storage.dtype} {storage.shape}", size, taken))
     for one in saved:
         storage = joint.storages[one]
         if storage.input is not None and storage.name in choice.offloaded:
             size = evaluate(storage.bytes, joint.hints)
-            found.append(
-                Item(layers, "offloaded", "hidden_states, its input", f"{storage.dtype} {storage.shape}", size, 0.0)
-            )
+            shape, taken = f"{storage.dtype} {storage.shape}", size * there_and_back
+            found.append(Item(layers, "offloaded", "hidden_states, its input", shape, size, taken))
     return found

@@ -25,7 +25,7 @@ ERROR = "beyond the simulation"
 # Of a graph's pool beyond the most that lives in it, for what lies between: measured on an H100 (docs/performance.md).
 POOL_SHARE, POOL_SHARE_OF_WORK = 0.05, 0.5
 BESIDE = "what is beside the CUDA graphs"
-_ACTIVATIONS = ("kept activations", "between layers", "at work")
+ACTIVATIONS = ("kept activations", "between layers", "at work")
 
 
 @dataclass(eq=False)
@@ -275,7 +275,7 @@ class _Simulation:
         """
         count = len(self.row.stages)
         inside = [*(moments[at] for at in graphed), *(moments[2 * count - 1 - at] for at in graphed)]
-        most = max(sum(moment.parts[name] for name in _ACTIVATIONS) for moment in inside)
+        most = max(sum(moment.parts[name] for name in ACTIVATIONS) for moment in inside)
         work = max(moment.parts["at work"] for moment in inside)
         others = [memory for at, memory in enumerate(self.memories) if at not in graphed]
         crossing = [
