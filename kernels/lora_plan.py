@@ -340,7 +340,8 @@ def _input_gradient_by_parts(
     dx: Tensor, grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group, spare: int
 ) -> None:
     """dx = [dY | ds] [W ; A], and ds and dB, some rows at a time: the copy of dY would be as large as itself."""
-    (M, n), size = grad.shape, _rows_of_a_part(*grad.shape, spare, grad.element_size())
+    M, n = grad.shape
+    size = _rows_of_a_part(M, n, spare, grad.element_size())
     weight, wider = scratch(group, rows_below=spare), grad.new_empty(min(size, M), n + spare)
     place(weight[None, n:], factors_a(group))
     totals = dbs if size >= M else [None if db is None else torch.zeros_like(db, dtype=wide(db.dtype)) for db in dbs]

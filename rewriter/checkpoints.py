@@ -54,10 +54,9 @@ def _inline(gm: GraphModule, call: Node, body: GraphModule) -> None:
             values[node] = gm.graph.node_copy(node, values.__getitem__)
             if node.op == "get_attr":
                 values[node].target = _attribute(gm, body, str(node.target))
-    results = map_arg(body.graph.output_node().args[0], values.__getitem__)
+    results: Any = map_arg(body.graph.output_node().args[0], values.__getitem__)
     for user in list(call.users):
-        result = results[user.args[1]]
-        user.replace_all_uses_with(result)
+        user.replace_all_uses_with(results[user.args[1]])
         gm.graph.erase_node(user)
     attribute = call.args[0]
     gm.graph.erase_node(call)

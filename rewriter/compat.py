@@ -256,7 +256,7 @@ def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: Cus
     """A graph's forward and backward as they are, divided by this partitioner; backward may run twice."""
     as_it_is = lambda graph, _: make_boxed_func(graph.forward)  # noqa: E731
     with torch._functorch.config.patch(donated_buffer=False):
-        return cast(Callable, aot_module_simplified(gm, example_inputs, as_it_is, partition_fn=partitioner))
+        return aot_module_simplified(gm, example_inputs, as_it_is, partition_fn=partitioner)
 
 
 def saved_by(forward: GraphModule, outputs: int) -> list[str]:

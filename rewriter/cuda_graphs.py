@@ -117,13 +117,13 @@ class Graphed:
         self.attempts += 1
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # what lies in the cache is of no use to a graph, which has memory of its own
-        before = torch.cuda.memory_reserved()
+        reserved = torch.cuda.memory_reserved()
         try:
             self.captures[shapes] = Capture.of(self.call, self.moving, inputs, self.pool, self.offloader)
         except Exception as error:
             self.attempts = MOST_CAPTURES
             log.warning("no CUDA graph: %s", error)
-        self.pool_bytes += torch.cuda.memory_reserved() - before
+        self.pool_bytes += torch.cuda.memory_reserved() - reserved
         return self.captures.get(shapes)
 
     def _moved(self, shapes: Any, before: Sequence[int | None]) -> bool:

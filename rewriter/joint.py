@@ -175,8 +175,8 @@ def read(graph: Graph, forward_outputs: int, rate: Rates) -> Joint:
 
     Names are those of its nodes, which are the same whenever it is traced.
     """
-    joint, storage_of, gradient = Joint(), {}, set()
-    places = 0
+    joint, storage_of, places = Joint(), dict[Node, list[int]](), 0
+    gradient: set[Node] = set()
 
     def new(name: str, value: Any, **known: Any) -> int:
         dtype, shape = str(getattr(value, "dtype", "")).removeprefix("torch."), "x".join(map(str, value.shape))
@@ -211,7 +211,8 @@ def read(graph: Graph, forward_outputs: int, rate: Rates) -> Joint:
                 storage_of[node] = made
                 joint.nodes |= dict.fromkeys(made, node.name)
                 joint.ops.append(_op(node, tuple(reads), tuple(made), node not in gradient, rate))
-    outputs = [storage_of.get(node, []) if isinstance(node, Node) else [] for node in graph.output_node().args[0]]
+    results: Any = graph.output_node().args[0]
+    outputs = [storage_of.get(node, []) if isinstance(node, Node) else [] for node in results]
     joint.forward_outputs = [one for some in outputs[:forward_outputs] for one in some]
     joint.backward_outputs = [one for some in outputs[forward_outputs:] for one in some]
     return joint

@@ -143,7 +143,9 @@ class Planned:
 
     def _opened(self, results: Any) -> Any:
         """Note that a backward may come: until it does, what this graph keeps is in memory beside others'."""
-        made = next((one.grad_fn for one in results if isinstance(one, torch.Tensor) and one.grad_fn is not None), None)
+        made: Any = next(
+            (one.grad_fn for one in results if isinstance(one, torch.Tensor) and one.grad_fn is not None), None
+        )
         if made is not None:
             ticket = _Ticket()
             made.metadata["fastft"] = ticket

@@ -26,7 +26,7 @@ def evaluate(expression: Any, sizes: dict[Any, int]) -> int:
 
 def hints_of(value: Tensor) -> dict[Any, int]:
     """The symbols in a tensor's shape and strides, with their values in the example."""
-    found = {}
+    found: dict[Any, int] = {}
     for size in (*value.shape, *value.stride()):
         if isinstance(size, torch.SymInt):
             env = size.node.shape_env

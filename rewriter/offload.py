@@ -94,7 +94,8 @@ class Offloader:
     @contextmanager
     def owned_by(self, owner: Any) -> Iterator[None]:
         """Buffers that are taken meanwhile are used for as long as their owner lives."""
-        self.captured = taken = []
+        taken: list[Tensor] = []
+        self.captured = taken
         try:
             yield
         finally:

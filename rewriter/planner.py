@@ -8,7 +8,7 @@ to run again is needed when the later ones have been freed.  It stops at the fir
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +24,7 @@ POOL = "CUDA graphs"
 ERROR = "beyond the simulation"
 # Of a graph's pool beyond the most that lives in it, for what lies between: measured on an H100 (docs/performance.md).
 POOL_SHARE, POOL_SHARE_OF_WORK = 0.05, 0.5
+Name = Hashable  # of a value between stages
 BESIDE = "what is beside the CUDA graphs"
 ACTIVATIONS = ("kept activations", "between layers", "at work")
 
@@ -64,7 +65,7 @@ class Stage:
 
     kind: Kind
     name: str
-    inputs: dict[int, int]
+    inputs: dict[int, Name]
     gradient_bytes: int = 0
 
 
@@ -77,8 +78,8 @@ class Row:
     """
 
     stages: list[Stage]
-    values: dict[int, Value]
-    last: dict[int, int]
+    values: dict[Name, Value]
+    last: dict[Name, int]
     hints: Sizes = field(default_factory=dict)
     graphed: range | None = None
 
@@ -164,14 +165,15 @@ def _first(row: Row, facts: Facts, budget_bytes: int | None, sizes: Sizes, graph
 
 
 def joined(rows: Sequence[Row]) -> Row:
-    """Graphs that run one after another forward, and the other way round backward."""
+    """Graphs that run one after another forward, and the other way round backward; one of them may run twice."""
     if len(rows) == 1:
         return rows[0]
     found, done = Row([], {}, {}), 0
-    for row in rows:
-        found.stages += row.stages
-        found.values |= {name: Value(value.bytes, value.made + done) for name, value in row.values.items()}
-        found.last |= {name: last + done for name, last in row.last.items()}
+    for at, row in enumerate(rows):
+        for stage in row.stages:
+            found.stages.append(replace(stage, inputs={place: (at, name) for place, name in stage.inputs.items()}))
+        found.values |= {(at, name): Value(value.bytes, value.made + done) for name, value in row.values.items()}
+        found.last |= {(at, name): last + done for name, last in row.last.items()}
         found.hints |= row.hints
         done += len(row.stages)
     return found
@@ -226,11 +228,11 @@ class _Simulation:
         self.offloaded = [self._offloaded(number) for number in range(len(chosen))]
         self.readers = self._readers()
 
-    def _offloaded(self, number: int) -> tuple[int, set[int]]:
+    def _offloaded(self, number: int) -> tuple[int, set[Name]]:
         """The bytes of a stage's own making that go to the host, and the values that do."""
         stage, choice = self.row.stages[number], self.chosen[number]
         joint = stage.kind.joint
-        own, values = 0, set()
+        own, values = 0, set[Name]()
         for storage in joint.storages if joint is not None and choice.offloaded else ():
             if storage.name in choice.offloaded:
                 if storage.input is None:
@@ -239,9 +241,9 @@ class _Simulation:
                     values.add(stage.inputs[storage.input])
         return own, values
 
-    def _readers(self) -> dict[int, int]:
+    def _readers(self) -> dict[Name, int]:
         """Values that some backward reads on the device, and the first stage of those that do."""
-        found: dict[int, int] = {}
+        found: dict[Name, int] = {}
         for number, (stage, choice) in enumerate(zip(self.row.stages, self.chosen, strict=True)):
             if stage.kind.joint is not None:
                 for place in stage.kind.joint.saved_inputs(choice.ops):

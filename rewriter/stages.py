@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fastft.rewriter import compat, costs, frontier, joint, nodes
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.planner import Kind, Row, Stage, Value
+from fastft.rewriter.planner import Kind, Name, Row, Stage, Value
 from fastft.rewriter.recompute import Probe
 from fastft.rewriter.regions import Piece
 
@@ -28,8 +28,9 @@ def read(gm: GraphModule, pieces: Sequence[Piece], probes: Mapping[Any, Probe | 
         key = piece.key, offload
         if key not in kinds:
             kinds[key] = _kind(piece, probes[piece.key], rate, offload)
-            row.hints |= kinds[key].joint.hints if kinds[key].joint is not None else {}
-        inputs = {place: id(node) for place, node in enumerate(piece.inputs) if node in number_of}
+            found = kinds[key].joint
+            row.hints |= found.hints if found is not None else {}
+        inputs: dict[int, Name] = {place: id(node) for place, node in enumerate(piece.inputs) if node in number_of}
         row.stages.append(Stage(kinds[key], _name(piece, number, len(pieces)), inputs))
         for node in piece.outputs:
             for tensor in compat.tensors_in(value_of(node)):
