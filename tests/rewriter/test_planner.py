@@ -1,0 +1,146 @@
+"""Plans of rows that are made up: they fit, are as fast as can be told, and say why not; and what a layer may keep."""
+
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastft.rewriter import frontier, planner
+from fastft.rewriter.costs import TYPICAL, Rates
+from fastft.rewriter.frontier import Choice
+from fastft.rewriter.joint import Joint, Memory, Op, Storage
+from fastft.rewriter.planner import BudgetError, Facts, Kind, Row, Stage, Value
+
+MIB = 2**20
+
+
+@st.composite
+def joints(draw: st.DrawFn) -> Joint:
+    """A chain of ops with branches, whose backward reads some of what forward made.
+
+    Storage 0 is an input and storage 1 a gradient that comes in; ops of forward make one storage each.
+    """
+    count = draw(st.integers(1, 5))
+    joint = Joint([Storage("x", MIB, "f", "", input=0), Storage("grad", MIB, "f", "", tangent=True)])
+    made = [0]
+    for number in range(count):
+        reads = {made[-1], draw(st.sampled_from(made))}
+        joint.storages.append(Storage(f"made_{number}", draw(st.integers(1, 9)) * MIB, "f", ""))
+        made.append(len(joint.storages) - 1)
+        joint.ops.append(_op(f"op_{number}", reads, made[-1], draw(st.integers(1, 9)), forward=True))
+    joint.forward_outputs = [made[-1]]
+    gradient = 1
+    for number in range(count):
+        reads = {gradient, draw(st.sampled_from(made))}
+        joint.storages.append(Storage(f"grad_{number}", draw(st.integers(1, 9)) * MIB, "f", ""))
+        gradient = len(joint.storages) - 1
+        joint.ops.append(_op(f"back_{number}", reads, gradient, draw(st.integers(1, 9)), forward=False))
+    joint.backward_outputs = [gradient]
+    return joint
+
+
+def _op(name: str, reads: set[int], makes: int, microseconds: int, *, forward: bool) -> Op:
+    return Op(name, name, "", tuple(reads), (makes,), microseconds / 1e6, 0, lies=True, forward=forward, again=True)
+
+
+@given(joints(), st.data())
+def test_backward_finds_all_that_it_reads(joint: Joint, data: st.DataObject) -> None:
+    """Kept, or made again from what is there, each op once and behind those it needs."""
+    forward = [at for at, op in enumerate(joint.ops) if op.forward]
+    kept = data.draw(st.sets(st.sampled_from(forward)))
+    saved, again = joint.closure(kept)
+    assert not kept.intersection(again)
+    there = {*saved, *(at for at, one in enumerate(joint.storages) if one.tangent)}
+    order = list(joint._backward_order(set(saved)))
+    assert sorted(op.node for op in order if op.forward) == sorted(joint.ops[at].node for at in again)
+    for op in order:
+        assert there.issuperset(op.reads), op.node
+        there.update(op.makes)
+    memory = joint.memory(kept)
+    assert memory.saved == sum(joint.storages[one].bytes for one in saved if one in joint.maker)
+    largest = max(sum(joint.storages[one].bytes for one in op.makes) for op in joint.ops if not op.forward)
+    assert memory.backward + memory.saved >= largest
+
+
+@given(joints(), st.booleans())
+def test_choices_are_a_falling_convex_curve(joint: Joint, offload: bool) -> None:
+    found = frontier.choices(joint, TYPICAL, {0}, offload=offload)
+    everything = [at for at, op in enumerate(joint.ops) if op.forward]
+    assert found[0].seconds == 0  # nothing is run again, nothing is waited for
+    assert found[0].saved_bytes <= frontier._with_ops(joint, tuple(everything), {0}).saved_bytes
+    for one, other in pairwise(found):
+        assert other.saved_bytes < one.saved_bytes
+        assert other.seconds > one.seconds
+    slopes = [frontier.slope(one, other) for one, other in pairwise(found)]
+    assert slopes == sorted(slopes)
+    leanest = frontier._with_ops(joint, (), {0})
+    assert found[-1].saved_bytes <= leanest.saved_bytes
+    assert offload or not any(choice.offloaded for choice in found)
+
+
+@given(joints())
+def test_a_slow_link_moves_nothing(joint: Joint) -> None:
+    slow = Rates(TYPICAL.flops, TYPICAL.bytes, to_host=1e3, from_host=1e3)
+    found = frontier.choices(joint, slow, {0}, offload=True)
+    keeping = frontier.choices(joint, slow, {0}, offload=False)
+    assert [one for one in found if not one.offloaded] == keeping[: len(found)]
+
+
+curves = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=3)
+
+
+def kind_of(curve: list[tuple[int, int]]) -> Kind:
+    """A layer that needs no memory but what it keeps: from the fastest on, bytes that a step frees and its seconds."""
+    steps = sorted(curve, key=lambda step: step[1] / step[0])
+    kept, seconds = sum(freed for freed, _ in steps), 0
+    choices = [Choice(("all",), (), kept, 0, 0.0, (0,))]
+    for number, (freed, slower) in enumerate(steps, 1):
+        kept, seconds = kept - freed, seconds + slower
+        choices.append(Choice((f"{number}",), (), kept, 0, float(seconds), (number,)))
+    made = Kind("layer", Joint(), choices)
+    made.memories = {(choice.ops, ()): Memory(choice.saved_bytes, 0, 0) for choice in choices}
+    return made
+
+
+@given(st.lists(curves, min_size=1, max_size=4), st.integers(0, 200))
+def test_a_plan_is_within_a_step_of_the_best(layers: list[list[tuple[int, int]]], budget: int) -> None:
+    kinds = [kind_of(curve) for curve in layers]
+    row = Row([Stage(kind, str(number), {}) for number, kind in enumerate(kinds)], {}, {})
+    fitting = [
+        sum(choice.seconds for choice in chosen)
+        for chosen in product(*(kind.choices for kind in kinds))
+        if planner.simulate(row, chosen, Facts(5), {}).peak_bytes <= budget
+    ]
+    if not fitting:
+        with pytest.raises(BudgetError, match="at the least"):
+            planner.plan(row, Facts(5), budget or -1, {})
+        return
+    found = planner.plan(row, Facts(5), budget, {})
+    assert found.peak_bytes <= budget
+    steps = [other.seconds - one.seconds for kind in kinds for one, other in pairwise(kind.choices)]
+    assert min(fitting) <= found.seconds <= min(fitting) + max(steps)
+
+
+def test_what_goes_between_stages_lives_until_it_was_read() -> None:
+    """Three stages that keep nothing hand a value of 7 on; the first one's is read by the last as well."""
+    plain = Kind("", None, [Choice(())])
+    stages = [Stage(plain, "a", {}), Stage(plain, "b", {0: "a"}), Stage(plain, "c", {0: "b", 1: "a"})]
+    row = Row(stages, {"a": Value(7, 0), "b": Value(7, 1)}, {"a": 2, "b": 2})
+    held = [moment.parts["between layers"] for moment in planner.plan(row, Facts(1), None).moments]
+    assert held == [0, 7, 14, 0, 0, 0, 0]
+    twice = planner.plan(planner.joined([row, row]), Facts(1), None)
+    assert [moment.parts["between layers"] for moment in twice.moments[:6]] == [0, 7, 14, 0, 7, 14]
+
+
+def test_the_host_is_bounded() -> None:
+    moved = Choice((), ("x",), 4, 6, 1.0, (1,))
+    again = Choice((), (), 0, 0, 5.0, (2,))
+    kind = Kind("", Joint([Storage("x", 6, "f", "")]), [Choice(("x",), (), 10, 0, 0.0, (0,)), moved, again])
+    kind.memories = {((0,), ()): Memory(10, 0, 0), ((1,), ()): Memory(10, 0, 0), ((2,), ()): Memory(0, 0, 0)}
+    row = Row([Stage(kind, str(number), {}) for number in range(3)], {}, {})
+    for host, expected in ((18, [1.0, 1.0, 1.0]), (17, [1.0, 1.0, 0.0]), (5, [0.0, 0.0, 0.0])):
+        plan = planner.plan(row, Facts(0, host=host), 30 - 6 * expected.count(1.0))
+        assert plan.host_bytes <= host
+        assert [choice.seconds for choice in plan.choices] == expected
+    assert [choice.seconds for choice in planner.plan(row, Facts(0, host=5), 0).choices] == [5.0, 5.0, 5.0]
