@@ -310,6 +310,23 @@ def test_lengths_that_change_are_planned_for() -> None:
     assert peaks == sorted(set(peaks))
 
 
+def test_after_memory_ran_out_a_plan_fits_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where test_memory_that_runs_out_leads_to_a_leaner_plan lets it run out."""
+    model = model_of("cpu")
+    call, made = compiled(model, "max-speed")
+    expected = gradients(call, model, "cpu")
+    (planned,) = made
+    least, most = planner.plan(planned.row, planned.ledger.facts, 0).peak_bytes, peak_of(planned)
+    monkeypatch.setattr(ledger, "_count_of_ooms", lambda device: 1)
+    monkeypatch.setattr(ledger.memory, "available_bytes", lambda device: (least + most) // 2)
+    with pytest.warns(RuntimeWarning, match="ran out of memory .* the batch may be repeated"):
+        assert planned.ledger.give_way("the batch may be repeated")
+    assert peak_of(planned) <= 0.9 * (least + most) / 2
+    assert all(torch.equal(one, other) for one, other in zip(gradients(call, model, "cpu"), expected, strict=True))
+    fastft.set_memory_budget("min")
+    assert not planned.ledger.give_way("it cannot be run again")
+
+
 @pytest.mark.gpu
 @on_gpu
 def test_memory_that_runs_out_leads_to_a_leaner_plan() -> None:
