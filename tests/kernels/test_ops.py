@@ -226,6 +226,7 @@ def test_opcheck(name: str, device: str) -> None:
         torch.library.opcheck(call.entry.op, call.arguments(leaves(call, call.tensors(device))))
 
 
+@compiled_only
 @every_op
 @on_devices
 def test_fake_results_are_as_the_real_ones(name: str, device: str) -> None:
@@ -261,6 +262,7 @@ def test_every_element_is_written(name: str, device: str) -> None:
         assert all(torch.isfinite(result).all() for result in results)
 
 
+@compiled_only
 @every_op
 @on_devices
 @same_bits
@@ -271,6 +273,7 @@ def test_two_runs_give_the_same_bits(name: str, device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@compiled_only
 @every_op
 @on_devices
 @same_bits
@@ -310,6 +313,7 @@ def test_no_rows(name: str, device: str) -> None:
             assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in found)
 
 
+@compiled_only
 @every_op
 def test_flops_grow_with_the_input(name: str) -> None:
     counts = {}

@@ -15,7 +15,7 @@ from fastft.rewriter import compat, frontier, ledger, planner
 from fastft.rewriter.ledger import Planned
 from models.families import FAMILIES, batch, build
 
-LAYERS = 5
+LAYERS = 4
 LLAMA = FAMILIES[0]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
@@ -80,6 +80,7 @@ def test_bits_are_the_same_whatever_is_kept(device: str) -> None:
     (planned,) = made
     low, high = planner.plan(planned.row, planned.ledger.facts, 0).peak_bytes, peak_of(planned)
     plans, offloaded = {planned.choices}, 0
+    graphs = len(fastft.compilations().graphs)
     for budget in ("min", (low + high) // 2):
         fastft.set_memory_budget(budget)
         for one, other in zip(gradients(call, model, device), fastest, strict=True):
@@ -89,25 +90,15 @@ def test_bits_are_the_same_whatever_is_kept(device: str) -> None:
         assert peak_of(planned) < high
     assert len(plans) == 3
     assert offloaded > 0
-
-
-@pytest.mark.slow
-def test_the_same_plan_gives_the_same_bits() -> None:
-    """Compiled twice."""
-    models = [model_of("cpu"), model_of("cpu")]
-    plans, found = set(), []
-    for model in models:
-        torch._dynamo.reset()
-        call, made = compiled(model, "min")
-        found.append(gradients(call, model, "cpu"))
-        (planned,) = made
-        plans.add(planned.choices)
-    assert len(plans) == 1
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert len(fastft.compilations().graphs) == graphs  # a budget changes without compiling the model anew
+    with pytest.raises(fastft.OptionsError):
+        fastft.set_memory_budget("plenty")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_that_is_interrupted_continues_with_the_same_bits(device: str, tmp_path: Path) -> None:
+    """Compiled and planned anew: the same plan gives the same bits."""
+
     def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
         call, _ = compiled(model, "min", device)
         losses = []
@@ -252,21 +243,6 @@ def test_of_two_budgets_at_once_the_strictest_rules() -> None:
     (book,) = {id(one.ledger): one.ledger for one in made_first}.values()
     assert len(book.members) == 2
     assert book.limit_bytes == 0
-
-
-def test_a_budget_can_be_changed_without_compiling_anew() -> None:
-    model = model_of("cpu")
-    call, made = compiled(model, "max-speed")
-    expected = gradients(call, model, "cpu")
-    (planned,) = made
-    graphs, fastest = len(fastft.compilations().graphs), peak_of(planned)
-    fastft.set_memory_budget("min")
-    found = gradients(call, model, "cpu")
-    assert peak_of(planned) < fastest
-    assert len(fastft.compilations().graphs) == graphs
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    with pytest.raises(fastft.OptionsError):
-        fastft.set_memory_budget("plenty")
 
 
 def test_the_report_says_what_becomes_of_each_tensor(tmp_path: Path) -> None:

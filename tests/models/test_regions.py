@@ -61,7 +61,7 @@ def assert_same(actual: Step, expected: Step, rtol: float) -> None:
 
 
 def variants() -> list[Any]:
-    """Every family with every variant; those that are quick enough for every day are not slow."""
+    """Each structure with every variant, other families with one; what is quick enough for every day is not slow."""
     return [
         pytest.param(
             family,
@@ -73,6 +73,7 @@ def variants() -> list[Any]:
         for family in FAMILIES
         for nf4 in (False, True)
         for checkpoint in (False, True)
+        if family.name in ("llama", "gemma3", "phi3") or (nf4 and checkpoint)
         for name in ["-".join([family.name, "nf4" if nf4 else "plain", "checkpoint" if checkpoint else "keep"])]
     ]
 
@@ -187,7 +188,6 @@ SLOW = pytest.mark.slow
         ("aot", "min"),
         pytest.param("aot", None, marks=SLOW),
         pytest.param("inductor", "min", marks=SLOW),
-        pytest.param("inductor", None, marks=SLOW),
     ],
 )
 def test_the_leanest_plan_keeps_little_of_each_layer(
