@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import convert_frame, pgo
-from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis
+from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, ShortenTraceback
 from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters, get_metrics_context
@@ -39,6 +39,7 @@ __all__ = [  # what is only passed on
     "CustomPartitionerFn",
     "OpOverload",
     "RestartAnalysis",
+    "ShortenTraceback",
     "SizeEntry",
     "cache_folder",
     "min_cut_rematerialization_partition",

@@ -171,7 +171,7 @@ class Ledger:
         self.device = forwards[0].device
         self.limit_bytes = memory.budget_bytes(budget, self.device)
         self.row = planner.joined([one.row for one in forwards])
-        self.plans: dict[Any, Plan] = {}
+        self.plans: dict[Any, Plan | None] = {}  # by sizes; None where rounded ones do not fit
         self.plan: Plan | None = None
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
         self.seen, self.corrections, self.peak_before = 0, 0, 0
@@ -210,9 +210,12 @@ class Ledger:
             try:
                 self.plans[key] = planner.plan(self.row, self.facts, self.limit_bytes, rounded)
             except BudgetError:
-                key = tuple(self.sizes.values())
-                self.plans[key] = self._exact(strict=strict)
+                self.plans[key] = None
+        if self.plans[key] is None:
+            key = tuple(self.sizes.values())
+            self.plans[key] = self.plans.get(key) or self._exact(strict=strict)
         self.plan, done = self.plans[key], 0
+        assert self.plan is not None
         self.choices.clear()
         for one in self.forwards:
             end = done + len(one.row.stages)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastft.rewriter import compat
 from fastft.rewriter.costs import Sizes
 from fastft.rewriter.frontier import Choice, slope
 from fastft.rewriter.joint import Joint, Memory
@@ -131,8 +132,11 @@ class Plan:
         return sum(choice.offloaded_bytes for choice in self.choices)
 
 
-class BudgetError(ValueError):
-    """No plan fits."""
+class BudgetError(compat.ShortenTraceback, ValueError):
+    """No plan fits.  torch.compile hands it on as it is, where it wraps other errors of a backend."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
 
 
 def plan(row: Row, facts: Facts, budget_bytes: int | None, sizes: Sizes | None = None, *, graphs: bool = True) -> Plan:

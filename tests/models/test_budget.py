@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastft
-from fastft.rewriter import compat, frontier, ledger, planner
+from fastft.rewriter import frontier, ledger, planner
 from fastft.rewriter.ledger import Planned
 from models.families import FAMILIES, batch, build
 
@@ -182,7 +182,7 @@ def test_what_is_saved_is_what_was_planned() -> None:
 def test_too_small_a_budget_says_what_the_least_is() -> None:
     model = model_of("cpu")
     call, _ = compiled(model, "1.2MiB")
-    with pytest.raises(compat.BackendCompilerFailed, match=r"memory_budget of 1\.20 MiB is below the .* at the least"):
+    with pytest.raises(fastft.BudgetError, match=r"^memory_budget of 1\.20 MiB is below the .* at the least"):
         call(**batch(padded=False, length=64))
 
 
@@ -279,11 +279,18 @@ def test_lengths_that_change_are_planned_for() -> None:
     dynamic = [planned for planned in made if planned.sizes]
     assert len(dynamic) == 1
     (planned,) = dynamic
-    symbol = next(iter(planned.sizes))
-    peaks = [
-        planner.plan(planned.row, planned.ledger.facts, 0, {symbol: length}).peak_bytes for length in (64, 128, 4096)
-    ]
+    symbol = max(planned.sizes, key=lambda one: planned.sizes[one])
+
+    def least(length: int) -> int:
+        return planner.plan(planned.row, planned.ledger.facts, 0, planned.sizes | {symbol: length}).peak_bytes
+
+    peaks = [least(length) for length in (64, 128, 4096)]
     assert peaks == sorted(set(peaks))
+    assert ledger._rounded(99) > 103  # for which others are planned too, where that fits
+    fastft.set_memory_budget(least(99))
+    call(**batch(padded=False, length=99)).loss.backward()
+    with pytest.raises(fastft.BudgetError, match="at the least"):
+        call(**batch(padded=False, length=103))
 
 
 def test_after_memory_ran_out_a_plan_fits_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
