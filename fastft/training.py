@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -85,16 +84,18 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     device = parameters[0].device
     reset_peak(device)
-    interrupt = Deferred("Ctrl-C: finishing this step, then saving.")
+    at_once, interrupt = Interrupted(), Deferred("Ctrl-C: finishing this step, then saving.")
     try:
         for number in range(1, steps + 1):
             # Before the first step has ended there is nothing to save, so there Ctrl-C acts at once.
-            with interrupt if run.steps else nullcontext():
+            with interrupt if run.steps else at_once:
                 batch = place(next(batches), device, fixed_shape)
                 run.steps.append(step(forward, batch, parameters, optimizer, number))
                 run.peak_bytes = peak_bytes(device)
                 on_step(run)
-            if interrupt.requested:
+            if at_once.requested:
+                run.steps.clear()
+            if at_once.requested or interrupt.requested:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         if not run.steps:
@@ -130,6 +131,32 @@ def place(batch: dict[str, torch.Tensor], device: torch.device, fixed_shape: boo
         for tensor in moved.values():
             maybe_mark_dynamic(tensor, 1)
     return moved
+
+
+class Interrupted:
+    """While entered, Ctrl-C raises KeyboardInterrupt as ever, and sets ``requested``.
+
+    Python drops an exception that falls into a finaliser or a callback, of which compiling has many.  Where another
+    handler is set, it stays.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interrupted:
+        self.previous = signal.getsignal(signal.SIGINT)
+        if self.previous is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.previous is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self.previous)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """What SIGINT calls."""
+        self.requested = True
+        raise KeyboardInterrupt
 
 
 class Deferred:

@@ -11,14 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastft import data, models
+from fastft import data, models, training
 from fastft.finetune import Settings, resolve, run, staged
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -147,6 +148,32 @@ def test_ctrl_c_before_the_first_step_writes_nothing(tiny: tuple[str, ...], tmp_
     assert "nothing was written" in err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_ctrl_c_that_python_drops_ends_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a finaliser, say, as in compiling there may be."""
+    dropped: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, attention_mask: torch.Tensor) -> SimpleNamespace:
+            Finalised()
+            return SimpleNamespace(loss=(self.weight * attention_mask).sum())
+
+    trained, before = training.Run("eager"), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(Model(), repeat({"attention_mask": torch.ones(2)}), trained, steps=3, lr=1e-3)
+    assert len(dropped) == 1
+    assert not trained.steps
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_inside_an_exec_has_the_same_exit_code(tmp_path: Path) -> None:

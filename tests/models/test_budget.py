@@ -1,6 +1,7 @@
 """A whole model under budgets: the same bits whatever is kept, repeated or offloaded, and plans keep to their word."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 
 
 @pytest.fixture(autouse=True)
-def small_tensors_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward of another test waits for a backward, and small tensors may go to the host."""
+    monkeypatch.setattr(ledger, "_alive", weakref.WeakSet())
     monkeypatch.setattr(frontier, "LEAST_OFFLOAD", 1)
 
 
