@@ -159,7 +159,7 @@ def test_what_is_saved_is_what_was_planned() -> None:
     for budget in ("max-speed", "min"):
         model = model_of("cpu", dropout=0.0)
         call, made = compiled(model, budget)
-        call(**batch(padded=False, length=64))
+        call(**batch(padded=False, length=64)).loss.backward()
         (planned,) = made
         own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
         kept: dict[int, int] = {}
