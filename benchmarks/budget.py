@@ -167,8 +167,7 @@ def measure(asked: Row) -> Row:
     row = measure_steps(asked)
     plan = plan_of_last() if asked["contender"].startswith("fastft") else None
     row["planned_gib"] = None if plan is None else plan.peak_bytes / GIB
-    idle_graphs = plan.measured_bytes or 0 if plan is not None and plan.graphed else 0  # which torch does not count
-    row["measured_gib"] = max(row["peak_steps_gib"], idle_graphs / GIB) if cuda else None
+    row["measured_gib"] = with_idle_graphs(row["peak_steps_gib"], plan) if cuda else None
     row["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB if cuda else None
     return row
 
@@ -183,6 +182,12 @@ def cap(size_bytes: int) -> None:
     if size_bytes > total_bytes:
         raise RuntimeError(f"--cap {size_bytes / GIB:.2f} GiB is more than this card's {total_bytes / GIB:.2f} GiB")
     torch.cuda.set_per_process_memory_fraction((size_bytes - CONTEXT_BYTES) / total_bytes)
+
+
+def with_idle_graphs(peak_gib: float, plan: Any) -> float:
+    """A peak as torch counts it, or fastft's own figure, which has what CUDA graphs hold while they do not run."""
+    own_bytes = plan.measured_bytes or 0 if plan is not None and plan.graphed else 0
+    return max(peak_gib, own_bytes / GIB)
 
 
 def plan_of_last() -> Any:

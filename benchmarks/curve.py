@@ -122,7 +122,7 @@ def point(training: Any, batches: list[Any], plan: Any, budget: str) -> Row:
     seconds = clock.intervals()
     p20, p50, p80 = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     ids = batches[0]["input_ids"]
-    measured = max(clock.peak_gib(), (plan.measured_bytes or 0) / GIB if plan.graphed else 0.0)
+    measured = budgets.with_idle_graphs(clock.peak_gib(), plan)
     return {
         "budget": budget, "status": "ok", "seconds": seconds, "seconds_p20": p20, "seconds_p50": p50,
         "seconds_p80": p80, "tokens_per_s": ids.numel() / p50, "planned_gib": plan.peak_bytes / GIB,

@@ -145,13 +145,17 @@ class Interrupted:
 
     def __enter__(self) -> Interrupted:
         self.previous = signal.getsignal(signal.SIGINT)
-        if self.previous is signal.default_int_handler:
+        if self.replaces(self.previous):
             signal.signal(signal.SIGINT, self.handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.previous is signal.default_int_handler:
+        if self.replaces(self.previous):
             signal.signal(signal.SIGINT, self.previous)
+
+    def replaces(self, handler: Any) -> bool:
+        """Whether this one is set in the place of that."""
+        return handler is signal.default_int_handler
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """What SIGINT calls."""
@@ -159,22 +163,17 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
-class Deferred:
+class Deferred(Interrupted):
     """While entered, Ctrl-C waits: it sets ``requested`` and prints ``message``; a second one ends the program."""
 
     def __init__(self, message: str) -> None:
+        super().__init__()
         self.message = message
-        self.requested = False
 
-    def __enter__(self) -> Deferred:
-        self.previous = signal.signal(signal.SIGINT, self.handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.previous)
+    def replaces(self, handler: Any) -> bool:
+        return True
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """What SIGINT calls."""
         if self.requested:
             raise SystemExit(130)
         self.requested = True

@@ -30,10 +30,9 @@ def budget_bytes(budget: Any, device: torch.device) -> int | None:
         return budget
     if device.type != "cuda":
         return None
-    total = torch.cuda.get_device_properties(device).total_memory
-    return (
-        int(budget * total) if isinstance(budget, float) else available_bytes(device) - int(MARGIN * _allowed(device))
-    )
+    if isinstance(budget, float):
+        return int(budget * torch.cuda.get_device_properties(device).total_memory)
+    return available_bytes(device) - int(MARGIN * _allowed(device))
 
 
 def available_bytes(device: torch.device) -> int:
