@@ -255,7 +255,11 @@ def compile_fx(
 
 def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: CustomPartitionerFn) -> Callable:
     """A graph's forward and backward as they are, divided by this partitioner; backward may run twice."""
-    as_it_is = lambda graph, _: make_boxed_func(graph.forward)  # noqa: E731
+
+    def as_it_is(graph: GraphModule, _: Any) -> Callable:
+        cast(Any, TracingContext.get()).fw_metadata.bw_donated_idxs = []  # what else there is, None, forbids it
+        return make_boxed_func(graph.forward)
+
     with torch._functorch.config.patch(donated_buffer=False):
         return aot_module_simplified(gm, example_inputs, as_it_is, partition_fn=partitioner)
 
@@ -342,11 +346,6 @@ def source_name(placeholder: Node) -> str:
     """Where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
     source = getattr(placeholder, "_dynamo_source", None)
     return source.name if source is not None else ""
-
-
-def without_scope(source: str) -> str:
-    """``L['batch']['labels']`` as Dynamo spells it when it tells why it compiles again: ``batch['labels']``."""
-    return re.sub(r"^L\['(\w+)'\]", r"\1", source)
 
 
 def cache_counts() -> Counter[str]:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from fastft.rewriter import compat
 from fastft.rewriter.compat import value_of
 from fastft.rewriter.report import GraphReport, Report
+from fastft.rewriter.shapes import without_scope
 
 LIMIT = 256
 _graphs: deque[GraphReport] = deque(maxlen=LIMIT)
@@ -75,4 +76,4 @@ def _dynamic(gm: GraphModule) -> list[str]:
 
 def _input_name(name: str, source: str) -> str:
     """``L['kwargs']['input_ids']`` as ``input_ids``, ``L['args'][0]`` as ``args[0]``."""
-    return compat.without_scope(re.sub(r"^L\['\w+'\]\['(\w+)'\]$", r"\1", source)) or name
+    return without_scope(re.sub(r"^L\['\w+'\]\['(\w+)'\]$", r"\1", source)) or name

@@ -57,7 +57,7 @@ class Batch(SizeEntry):
     def _another_differs(self) -> bool:
         """Whether Dynamo compiles again because of the size of another tensor of the batch."""
         found = re.search(r"tensor '(.+)' size mismatch at index", compat.recompile_reason())
-        return found is not None and found.group(1) in map(compat.without_scope, self.names)
+        return found is not None and found.group(1) in map(without_scope, self.names)
 
     def __reduce__(self) -> tuple:
         """A copy, or what goes into a profile on disk, is Dynamo's own class."""
@@ -83,3 +83,8 @@ def _differ(before: Any, now: Any) -> bool:
     """Whether a size that was known is another now; marks for sizes that the user calls dynamic are neither."""
     pairs = zip(before, now, strict=False) if isinstance(before, tuple) and isinstance(now, tuple) else ()
     return any(type(one) is int and type(other) is int and one != other for one, other in pairs)
+
+
+def without_scope(source: str) -> str:
+    """``L['batch']['labels']`` as Dynamo spells it when it tells why it compiles again: ``batch['labels']``."""
+    return re.sub(r"^L\['(\w+)'\]", r"\1", source)
