@@ -12,6 +12,7 @@ A card of 12 GB has 12e9 bytes, less 0.5 GiB for CUDA's context and MARGIN for f
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ Row = dict[str, Any]
 GIB = 2**30
 MARGIN = 0.03  # of what a card has for tensors
 STEP = 256  # tokens: lengths are multiples
+SHORTER, LEAST = 0.95, 0.75  # where a length does not run: of it, the next; of the planner's, the last
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -67,11 +69,22 @@ def measure(asked: Row) -> Row:
     found = [longest(card) for card in asked["cards"]]
     for point in found:
         if point["card_gb"] in asked["confirm"] and point["tokens"]:
-            try:
-                point |= confirm(training, run, point)
-            except (torch.OutOfMemoryError, RuntimeError) as error:  # the others' figures stand
-                point["error"] = f"{type(error).__name__}: {error}"
+            point |= confirmed(training, run, point)
     return {"points": found}
+
+
+def confirmed(training: Any, run: Any, point: Row) -> Row:
+    """The longest that ran: the planner's, or a shorter one as long as memory runs out."""
+    import torch
+
+    tokens, failed = point["tokens"], {}
+    while tokens > LEAST * point["tokens"]:
+        try:
+            return {"ran": tokens, **confirm(training, run, point["card_gb"], tokens), "failed": failed}
+        except (torch.OutOfMemoryError, RuntimeError) as error:  # the others' figures stand
+            failed[tokens] = f"{type(error).__name__}: {error}"
+        tokens = int(SHORTER * tokens) // STEP * STEP
+    return {"failed": failed}
 
 
 def usable_bytes(card_gb: int) -> int:
@@ -97,17 +110,19 @@ def longest(card_gb: int) -> Row:
     return {"card_gb": card_gb, "tokens": tokens, "planned_gib": peak(tokens) / GIB if tokens else None}
 
 
-def confirm(training: Any, run: Any, point: Row) -> Row:
+def confirm(training: Any, run: Any, card_gb: int, tokens: int) -> Row:
     """A few steps of that length on a card of that size."""
     import torch
     from measure import make_batch
 
     import fastft
 
-    batch = make_batch(run, 1, point["tokens"], torch.Generator().manual_seed(1))
+    batch = make_batch(run, 1, tokens, torch.Generator().manual_seed(1))
+    training.model.zero_grad(set_to_none=True)
+    gc.collect()
     torch.cuda.empty_cache()
-    budgets.cap(point["card_gb"] * 10**9)
-    fastft.set_memory_budget(usable_bytes(point["card_gb"]))
+    budgets.cap(card_gb * 10**9)
+    fastft.set_memory_budget(usable_bytes(card_gb))
     training.clock.reset_peak()
     losses = [training.step(batch) for _ in range(2)]
     training.clock.marks.clear()
@@ -123,11 +138,12 @@ def confirm(training: Any, run: Any, point: Row) -> Row:
 
 
 def table(row: Row) -> Table:
-    out = report.columns(("card",), ("tokens", "planned GiB", "measured GiB", "s/step", "loss"))
+    out = report.columns(("card",), ("tokens", "planned GiB", "ran", "measured GiB", "reserved GiB", "s/step", "loss"))
     for point in row.get("points", ()):
         out.add_row(
             f"{point['card_gb']} GB", f"{point['tokens']:,}", report.figure(point["planned_gib"], form=".2f"),
-            report.figure(point.get("measured_gib"), form=".2f"), report.figure(point.get("seconds"), form=".2f"),
+            report.figure(point.get("ran"), form=",d"), report.figure(point.get("measured_gib"), form=".2f"),
+            report.figure(point.get("reserved_gib"), form=".2f"), report.figure(point.get("seconds"), form=".2f"),
             report.figure(point.get("loss"), form=".4f"),
         )  # fmt: skip
     return out

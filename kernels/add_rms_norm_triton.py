@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import layout
+from fastft.kernels.replay import on_grid
 from fastft.kernels.rms_norm_triton import normalized
 from fastft.kernels.tiles import CONFIGS, cdiv, config_for, load_tile, load_vector, rounded, row_start, store_tile
 
@@ -64,7 +65,7 @@ def launch(
     n1, n2, (x, residual, _), strides = layout.rows(total, x, residual, some)
     vectors = [x if one is None else one.contiguous() for one in (inner_weight, weight)]
     results = [total if one is None else one for one in (y, total, inner_rstd, rstd)]
-    add_kernel[(cdiv(n_rows, config.rows),)](
+    on_grid(add_kernel, (cdiv(n_rows, config.rows),))(
         *results, x, residual, *vectors, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         inner_eps, eps, offset, INNER=inner_rstd is not None, OUTER=rstd is not None, ROUND_FIRST=round_first,
         **config.meta(D),

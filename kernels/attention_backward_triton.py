@@ -31,6 +31,7 @@ from fastft.kernels.attention_tiles import (
     tiles_for,
     unit,
 )
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import cdiv, padded
 
 # By head_dim, bytes of an element, and whether there is much shared memory.
@@ -309,12 +310,12 @@ def backward(
     lse, delta = lse.contiguous(), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     meta = {**given.meta, "D": D, "BLOCK_D": padded(D)}
     tiles = tiles_for(QUERY_TILES, query, mask)
-    query_kernel[(cdiv(S, tiles.rows) * B * H,)](
+    on_grid(query_kernel, (cdiv(S, tiles.rows) * B * H,))(
         dq, delta, q, k, v, out, dout, lse, *given.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip
     tiles = tiles_for(KEY_TILES, query, mask)
-    key_kernel[(cdiv(T, tiles.columns) * B * G,)](
+    on_grid(key_kernel, (cdiv(T, tiles.columns) * B * G,))(
         dk, dv, q, k, v, dout, lse, delta, *given.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip

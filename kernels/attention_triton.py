@@ -27,6 +27,7 @@ from fastft.kernels.attention_tiles import (
     tiles_for,
     unit,
 )
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import cdiv, padded
 
 # By head_dim, bytes of an element, and whether there is much shared memory.
@@ -145,7 +146,7 @@ def forward(
     q, k, v = unit(query), unit(key), unit(value)
     given = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
     tiles = tiles_for(TILES, query, mask)
-    forward_kernel[(cdiv(S, tiles.rows) * B * H,)](
+    on_grid(forward_kernel, (cdiv(S, tiles.rows) * B * H,))(
         out, lse, q, k, v, q if sinks is None else sinks, *given.pointers, *out.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *given.strides, H, H // key.shape[1], S, key.shape[2], *given.numbers,
         **given.meta, SINKS=sinks is not None, D=D, BLOCK_D=padded(D), **tiles.meta,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastft.kernels import dispatch
 from fastft.kernels.registry import define, load, require
+from fastft.kernels.replay import constant
 
 NESTED_BLOCK = 256  # absmax values that share one of their own
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -38,7 +39,7 @@ CODES = {
 @functools.cache
 def code_of(quant_type: str, device: torch.device) -> Tensor:
     """The 16 values of a type, float32, on a device."""
-    return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
+    return constant(torch.tensor(CODES[quant_type], dtype=torch.float32, device=device))
 
 
 def reference(

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.dequantize_4bit import code_of
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import cdiv
 
 UNIT = 64  # elements that one absmax scales, or a part of them
@@ -103,20 +104,22 @@ def together(
     for (weight, statistics), size in zip(weights, features, strict=True):
         flat = [one.contiguous() for one in statistics]
         four = tuple(flat) if len(flat) == 4 else tuple(flat * 4)
-        pieces.append((weight.contiguous().view(-1).view(torch.uint8), four, end, end + size))
+        dense = weight.contiguous()
+        packed = dense if dense.dtype == torch.uint8 else dense.view(-1).view(torch.uint8)
+        pieces.append((packed, four, end, end + size))
         end += size
     settings = {"NESTED": len(weights[0][1]) == 4, "enable_fp_fusion": False}
     code = code_of(quant_type, out.device)
     if columns % UNIT == 0 and blocksize % UNIT == 0:
         chunks = cdiv(columns // UNIT, UNITS)
-        blocks_kernel[(end * chunks,)](
+        on_grid(blocks_kernel, (end * chunks,))(
             tuple(pieces), out, code, columns // UNIT, chunks, out.stride(0), blocksize // UNIT, COUNT=len(pieces),
             UNITS=UNITS, UNIT=UNIT, num_warps=WARPS, **settings,
         )  # fmt: skip
         return
     for weight, four, first, after in pieces:
         n_elements = (after - first) * columns
-        elements_kernel[(cdiv(n_elements, ELEMENTS),)](
+        on_grid(elements_kernel, (cdiv(n_elements, ELEMENTS),))(
             out[first:], weight, code, *four, n_elements, columns, out.stride(0), blocksize, BLOCK=ELEMENTS,
             num_warps=ELEMENT_WARPS, **settings,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastft.kernels import layout
 from fastft.kernels.glu import ACTIVATIONS, CUBIC, SLOPE
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import Config, cdiv, config_for, load_tile, row_start, store_at, store_tile
 
 CONFIGS = (  # 16 elements a thread: two loads of 16 bytes for each tensor
@@ -125,7 +126,7 @@ def forward(outputs: tuple[Tensor], gate: Tensor, up: Tensor, activation: str) -
     n_rows, D = y.numel() // y.shape[-1], y.shape[-1]
     config = config_for(CONFIGS, min(D, LONGEST))
     n1, n2, (gate, up), strides = layout.rows(y, gate, up)
-    forward_kernel[(cdiv(n_rows, config.rows) * cdiv(D, LONGEST),)](
+    on_grid(forward_kernel, (cdiv(n_rows, config.rows) * cdiv(D, LONGEST),))(
         y, gate, up, n_rows, D, n1, n2, *strides[0], *strides[1], ACT=activation, **config.meta(min(D, LONGEST))
     )
 
@@ -137,7 +138,7 @@ def launch_backward(
     n_rows, D = gate.numel() // gate.shape[-1], gate.shape[-1]
     config = config_for(CONFIGS, min(D, LONGEST))
     n1, n2, tensors, strides = layout.rows(dense, dgate, dup, dy, gate, up)
-    backward_kernel[(cdiv(n_rows, config.rows) * cdiv(D, LONGEST),)](
+    on_grid(backward_kernel, (cdiv(n_rows, config.rows) * cdiv(D, LONGEST),))(
         *tensors, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2], *strides[3], *strides[4],
         ACT=activation, **config.meta(min(D, LONGEST)),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastft.kernels import layout
 from fastft.kernels.dispatch import MAX_ROW_WITH_SUMS
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import (
     CONFIGS,
     cdiv,
@@ -128,7 +129,7 @@ def forward(
     n_rows, D = rstd.numel(), y.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (x, mean, rstd), strides = layout.rows(y, x, mean, rstd)
-    forward_kernel[(cdiv(n_rows, config.rows),)](
+    on_grid(forward_kernel, (cdiv(n_rows, config.rows),))(
         y, mean, rstd, x, vector(weight, x), vector(bias, x), n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **config.meta(D),
     )  # fmt: skip
@@ -139,7 +140,7 @@ def backward(outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor | Non
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (dy, x, mean, rstd), strides = layout.rows(dx, dy, x, mean, rstd)
-    backward_kernel[(cdiv(n_rows, config.rows),)](
+    on_grid(backward_kernel, (cdiv(n_rows, config.rows),))(
         dx, dy, x, vector(weight, x), mean, rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         *strides[3], HAS_WEIGHT=weight is not None, **config.meta(D),
     )  # fmt: skip
@@ -154,7 +155,7 @@ def backward_weight(
     n_programs = min(cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
     partial = torch.empty(2, n_programs, D, dtype=torch.float32, device=dx.device)
     n1, n2, (dy, x, mean, rstd), strides = layout.rows(dx, dy, x, mean, rstd)
-    backward_weight_kernel[(n_programs,)](
+    on_grid(backward_weight_kernel, (n_programs,))(
         dx, partial, dy, x, vector(weight, x), mean, rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         *strides[3], HAS_WEIGHT=weight is not None, **config.meta(D),
     )  # fmt: skip

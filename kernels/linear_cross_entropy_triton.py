@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.linear_cross_entropy import Arguments
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import tanh
 
 
@@ -99,7 +100,7 @@ def rows(
     n_rows, columns = logits.shape
     bias = call.bias
     config = next(one for one in CONFIGS if columns <= one.longest)
-    rows_kernel[(n_rows,)](
+    on_grid(rows_kernel, (n_rows,))(
         logits, logits if bias is None else bias.contiguous(), labels, upstream, loss, columns, logits.stride(0),
         labels.stride(0), upstream.stride(0), call.ignore_index, call.label_smoothing, call.z_loss, call.scale,
         call.softcap, gain, BIASED=bias is not None, CAPPED=call.softcap != 0.0, SMOOTHED=call.label_smoothing != 0.0,

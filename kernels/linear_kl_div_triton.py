@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastft.kernels.linear_cross_entropy_triton import CONFIGS, shaped
 from fastft.kernels.linear_kl_div import Arguments
+from fastft.kernels.replay import on_grid
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def rows(
     n_rows, columns = logits.shape
     bias = call.bias
     config = next(one for one in CONFIGS if columns <= one.longest)
-    rows_kernel[(n_rows,)](
+    on_grid(rows_kernel, (n_rows,))(
         logits, logits if bias is None else bias.contiguous(), target, upstream, loss, columns, logits.stride(0),
         target.stride(0), upstream.stride(0), call.scale, call.softcap, gain, BIASED=bias is not None,
         CAPPED=call.softcap != 0.0, GRADIENT=gradient, BLOCK=config.block, num_warps=config.warps,

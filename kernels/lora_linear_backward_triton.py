@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect, split
 from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import cdiv, multiprocessors
 
 # Columns are many, as there is a part of x p for each block of them: written and read, it has a quarter of x's bytes
@@ -171,12 +172,12 @@ def both(
     splits, n_rows = split(M, splits, block_m)
     parts, partial = s.new_empty(blocks, M, ONE_PASS_RANK), s.new_empty(splits, K, ONE_PASS_RANK)
     target = x if copy is None else copy
-    both_kernel[(blocks, splits)](
+    on_grid(both_kernel, (blocks, splits))(
         shares, x, p, s, parts, partial, target, M, n_rows, x.stride(0), s.stride(0), parts.stride(0),
         partial.stride(0), target.stride(0), COUNT=len(shares), COPY=copy is not None, TERMS=p.shape[1], **TILE,
     )  # fmt: skip
     beside = product if spare is None else spare
-    sum_kernel[(cdiv(M, SUM_TILE["BLOCK_M"]), len(shares))](
+    on_grid(sum_kernel, (cdiv(M, SUM_TILE["BLOCK_M"]), len(shares)))(
         shares, parts, product, beside, M, product.shape[1], beside.shape[1], parts.stride(0), product.stride(0),
         beside.stride(0), COUNT=len(shares), SPARE=spare is not None, **SUM_TILE,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.dispatch import SHARED_OPERANDS, has_shared_operands
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import cdiv, multiprocessors, padded
 
 TERMS = 3  # of a float32 number in bfloat16
@@ -209,7 +210,7 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
     dense = [one if one.stride(1) == 1 else one.contiguous() for one, *_ in pieces]
     given = tuple((one, *one.shape, one.stride(0), *piece[1:]) for one, piece in zip(dense, pieces, strict=True))
     n_elements = out[0].numel()
-    place_kernel[(cdiv(n_elements, ELEMENTS),)](
+    on_grid(place_kernel, (cdiv(n_elements, ELEMENTS),))(
         given, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0],
         BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
@@ -218,7 +219,7 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * the sum over partial [splits, rows, columns] into the pieces, whose last axis is dense."""
     given = tuple((one, one.numel(), one.shape[1], one.stride(0), *more) for one, *more in pieces)
-    collect_kernel[(cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces))](
+    on_grid(collect_kernel, (cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces)))(
         given, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(given), BLOCK=ELEMENTS,
         num_warps=4,
     )  # fmt: skip
@@ -240,13 +241,13 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
     splits, columns = split(K, splits, meta["BLOCK_K"])
     at_once = splits == 1 and spare is None
     partial, whole = (s[None] if at_once else s.new_empty(splits, M, R)), (x if copy is None else copy)
-    project_kernel[(blocks, splits)](
+    on_grid(project_kernel, (blocks, splits))(
         x, terms, partial, whole, M, K, R, columns, x.stride(0), *terms.stride(), partial.stride(1), partial.stride(0),
         whole.stride(0), COPY=copy is not None, TERMS=terms.shape[0], **meta,
     )  # fmt: skip
     if not at_once:
         beside = s if spare is None else spare
-        finish_kernel[(cdiv(beside.numel(), ELEMENTS),)](
+        on_grid(finish_kernel, (cdiv(beside.numel(), ELEMENTS),))(
             partial, s, beside, M, R, beside.shape[1], splits, partial.stride(0), s.stride(0),
             beside.stride(0), SPARE=spare is not None, BLOCK=ELEMENTS, num_warps=4,
         )  # fmt: skip
@@ -263,7 +264,7 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transpos
     splits, n_rows = split(M, splits, meta["BLOCK_M"])
     partial = s.new_empty((splits, R, K) if transposed else (splits, K, R))
     by_k, by_r = (1, K) if transposed else (R, 1)
-    outer_kernel[(blocks, splits)](
+    on_grid(outer_kernel, (blocks, splits))(
         x, s, partial, M, K, R, n_rows, x.stride(0), s.stride(0), partial.stride(0), by_k, by_r, TERMS=terms, **meta
     )
     collect(partial, pieces)

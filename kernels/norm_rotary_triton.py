@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.kernels.replay import on_grid
 from fastft.kernels.rotary_triton import (
     CONFIGS,
     SIGNATURE,
@@ -178,7 +179,7 @@ def forward(
     given_q, rstd_of_q = rows_of(new_q, q, cos, sin, q_rstd)
     given_k, rstd_of_k = rows_of(new_k, k, cos, sin, k_rstd)
     q_tiles, k_tiles = (cdiv(one.numel(), config.rows) for one in (q_rstd, k_rstd))
-    forward_kernel[(q_tiles + k_tiles,)](
+    on_grid(forward_kernel, (q_tiles + k_tiles,))(
         given_q, given_k, (q_weight.contiguous(), *rstd_of_q), (k_weight.contiguous(), *rstd_of_k), D, half, q_tiles,
         eps, offset, ROUND_FIRST=round_first, INTERLEAVED=interleaved, PER_PAIR=per_pair, ROWS=config.rows,
         num_warps=config.warps, **blocks(D, half),
@@ -205,7 +206,7 @@ def backward(
         rows, (x, x_strides), (rstd, rstd_strides) = rows_of(new, grad, cos, sin, x, rstd)
         given.append(rows)
         more.append((x, weight.contiguous(), rstd, partial, x_strides, rstd_strides))
-    backward_kernel[(sum(programs),)](
+    on_grid(backward_kernel, (sum(programs),))(
         *given, *more, D, half, *programs, offset, WEIGHT=trained, ROUND_FIRST=round_first, INTERLEAVED=interleaved,
         PER_PAIR=per_pair, ROWS=config.rows, num_warps=config.warps, **blocks(D, half),
     )  # fmt: skip

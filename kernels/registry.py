@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
-from fastft.kernels import dispatch
+from fastft.kernels import dispatch, replay
 
 Results = Tensor | tuple[Tensor, ...] | list[Tensor]
 Fill = Callable[[Sequence[Tensor], Sequence[Any]], None]
@@ -44,6 +44,7 @@ class Entry:
     gradients: the tensors, or lists of them, that the op has a gradient for; () for an op without autograd.
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
     scratch: the bytes that a call allocates beside its results, at the most, of its arguments; None if it is nothing.
+    replayed: what a call does follows from its arguments' metadata alone.
     """
 
     op: CustomOpDef
@@ -58,6 +59,13 @@ class Entry:
     lists: frozenset[str] = frozenset()
     scratch: Callable[..., int] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    replayed: bool = True
+
+    def compute(self, *arguments: Any) -> Results:
+        """What the op gives, by our own kernels."""
+        results = self.outputs(*arguments)
+        self.fill((results,) if isinstance(results, Tensor) else results, arguments)
+        return results
 
     def complete(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """All arguments of a call, in order."""
@@ -78,6 +86,7 @@ def parameter_of(name: str) -> str:
 
 
 REGISTRY: dict[str, Entry] = {}
+REPLAYED_ON = {"cuda"}  # types of devices: on a CPU kernels take longer than what is before them
 _library = torch.library.Library("fastft", "FRAGMENT")
 
 
@@ -96,6 +105,7 @@ def define(
     engine: Callable[..., Results | None] | None = None,
     multiplies: bool = False,
     scratch: Callable[..., int] | None = None,
+    replayed: bool = True,
 ) -> CustomOpDef:
     """Make the op ``fastft::name`` and enter it; the caller adds autograd.
 
@@ -109,6 +119,7 @@ def define(
         outputs, or None.
     multiplies: the Triton kernels are made of products of tiles, and only run on tensor cores.
     scratch: the bytes that a call allocates beside its results, at the most, of its arguments.
+    replayed: what is called, engine aside, follows from the arguments' metadata alone (replay.py).
     """
 
     def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
@@ -118,18 +129,17 @@ def define(
             longest = 0 if multiplies and not dispatch.has_tensor_cores(arguments[0].device) else longest_row
             dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest)
 
+    again = replay.Replayed(lambda *arguments: REGISTRY[f"fastft::{name}"].compute(*arguments))
+
     def run(*arguments: Any) -> Results:
         if engine is not None and (found := engine(*arguments)) is not None:
             return found
-        results = outputs(*arguments)
-        targets = (results,) if isinstance(results, Tensor) else results
         device = arguments[0].device.type
+        function = again if replayed and device in REPLAYED_ON else again.compute
         if torch.is_autocast_enabled(device):  # an op says itself what it computes in: its products are not cast
             with torch.autocast(device, enabled=False):
-                fill(targets, arguments)
-        else:
-            fill(targets, arguments)
-        return results
+                return function(*arguments)
+        return function(*arguments)
 
     op = torch.library.custom_op(
         f"fastft::{name}", run, mutates_args=(), schema=torch.library.infer_schema(reference, mutates_args=())
@@ -149,7 +159,7 @@ def define(
     REGISTRY[f"fastft::{name}"] = Entry(
         op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
         tuple(parameters), frozenset(name for name, one in parameters.items() if "Sequence" in str(one.annotation)),
-        scratch, {name: one.default for name, one in parameters.items() if one.default is not one.empty},
+        scratch, {name: one.default for name, one in parameters.items() if one.default is not one.empty}, replayed,
     )  # fmt: skip
     return op
 

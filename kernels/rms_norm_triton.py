@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastft.kernels import layout
 from fastft.kernels.dispatch import MAX_ROW_WITH_SUMS
+from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import (
     CONFIGS,
     cdiv,
@@ -126,7 +127,7 @@ def forward(
     n_rows, D = rstd.numel(), y.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (x, rstd), (x_strides, rstd_strides) = layout.rows(y, x, rstd)
-    forward_kernel[(cdiv(n_rows, config.rows),)](
+    on_grid(forward_kernel, (cdiv(n_rows, config.rows),))(
         y, rstd, x, weight.contiguous(), n_rows, D, n1, n2, *x_strides, *rstd_strides, eps, offset,
         ROUND_FIRST=round_first, **config.meta(D),
     )  # fmt: skip
@@ -140,7 +141,7 @@ def backward(
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
     n1, n2, (dy, x, other, rstd), strides = layout.rows(dx, dy, x, dy if addend is None else addend, rstd)
-    backward_kernel[(cdiv(n_rows, config.rows),)](
+    on_grid(backward_kernel, (cdiv(n_rows, config.rows),))(
         dx, dy, x, other, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         *strides[3], offset, ADD=addend is not None, **config.meta(D),
     )  # fmt: skip
@@ -156,7 +157,7 @@ def backward_weight(
     n_programs = min(cdiv(n_rows, config.rows), multiprocessors(dx.device) * config.programs)
     partial = torch.empty(n_programs, D, dtype=torch.float32, device=dx.device)
     n1, n2, (dy, x, other, rstd), strides = layout.rows(dx, dy, x, dy if addend is None else addend, rstd)
-    backward_weight_kernel[(n_programs,)](
+    on_grid(backward_weight_kernel, (n_programs,))(
         dx, partial, dy, x, other, weight.contiguous(), rstd, n_rows, D, n1, n2, *strides[0], *strides[1],
         *strides[2], *strides[3], offset, ADD=addend is not None, ROUND_FIRST=round_first, **config.meta(D),
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import layout
+from fastft.kernels.replay import on_grid
 from fastft.kernels.rotary import LONGEST_HEAD
 from fastft.kernels.tiles import Config, cdiv, config_for, load_tile, row_start, store_at
 
@@ -171,7 +172,7 @@ def launch(
     config = config_for(CONFIGS, D)
     given = [rows_of(y, x, cos, sin)[0] for y, x in zip(outputs, inputs, strict=True)]
     q_tiles, *k_tiles = (cdiv(one[4], config.rows) for one in given)
-    rotary_kernel[(q_tiles + sum(k_tiles),)](
+    on_grid(rotary_kernel, (q_tiles + sum(k_tiles),))(
         given[0], given[-1], D, half, q_tiles, BACK=back, INTERLEAVED=interleaved, PER_PAIR=per_pair,
         ROWS=config.rows, num_warps=config.warps, **blocks(D, half),
     )  # fmt: skip

@@ -29,6 +29,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
@@ -41,6 +42,7 @@ __all__ = [  # what is only passed on
     "RestartAnalysis",
     "ShortenTraceback",
     "SizeEntry",
+    "TorchDispatchMode",
     "cache_folder",
     "min_cut_rematerialization_partition",
     "statically_known_true",
