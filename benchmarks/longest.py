@@ -142,7 +142,7 @@ def table(row: Row) -> Table:
     for point in row.get("points", ()):
         out.add_row(
             f"{point['card_gb']} GB", f"{point['tokens']:,}", report.figure(point["planned_gib"], form=".2f"),
-            report.figure(point.get("ran"), form=",d"), report.figure(point.get("measured_gib"), form=".2f"),
+            report.figure(point.get("ran"), form=",.0f"), report.figure(point.get("measured_gib"), form=".2f"),
             report.figure(point.get("reserved_gib"), form=".2f"), report.figure(point.get("seconds"), form=".2f"),
             report.figure(point.get("loss"), form=".4f"),
         )  # fmt: skip

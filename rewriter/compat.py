@@ -125,16 +125,6 @@ def _writes_at_offset() -> int:
     return FakeTensorMode().from_tensor(torch.nn.Parameter(torch.zeros(2)[1:]))._version
 
 
-_TRANSFORM = re.compile(
-    r"_(grad|vmap|jvp|func)_(increment|decrement)_nesting|_add_batch_dim|_make_dual|enter_dual_level"
-)
-
-
-def is_transform(target: Any) -> bool:
-    """Whether a node's target begins, ends or is part of a torch.func transform or forward-mode differentiation."""
-    return _TRANSFORM.search(getattr(target, "__name__", "")) is not None
-
-
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is on, for which the ops have no formula."""
     return torch.autograd.forward_ad._current_level >= 0
@@ -399,3 +389,8 @@ def source_line(node: Node) -> str:
 def has_saved_tensors_hooks() -> bool:
     """Whether torch.autograd.graph.saved_tensors_hooks is in force, of which only the innermost are asked."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Call this once the backward that is running has made all gradients."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]

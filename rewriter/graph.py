@@ -20,6 +20,9 @@ _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.sp
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE.split())
 _KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of operator whose names would be Python's own
 _RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
+_TRANSFORM = re.compile(
+    r"_(grad|vmap|jvp|func)_(increment|decrement)_nesting|_add_batch_dim|_make_dual|enter_dual_level"
+)
 _MODE_SWITCHES = (
     "_set_grad_enabled",
     "_enter_autocast",
@@ -126,6 +129,11 @@ def draws(node: Node) -> bool:
 def switches_mode(node: Node) -> bool:
     """Whether this node turns gradients or autocast on or off for those after it."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_SWITCHES
+
+
+def is_transform(target: Any) -> bool:
+    """Whether a node's target begins, ends or is part of a torch.func transform or forward-mode differentiation."""
+    return _TRANSFORM.search(getattr(target, "__name__", "")) is not None
 
 
 def may_alias(left: Any, right: Any) -> bool:

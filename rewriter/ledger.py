@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastft.rewriter import costs, memory, planner
+from fastft.rewriter import compat, costs, memory, planner
 from fastft.rewriter.costs import Sizes
 from fastft.rewriter.cuda_graphs import Graphed
 from fastft.rewriter.frontier import Choice
@@ -149,9 +149,15 @@ class Planned:
         if made is not None:
             ticket = _Ticket()
             made.metadata["fastft"] = ticket
-            made.register_hook(lambda *_: setattr(ticket, "closed", True))
+            made.register_hook(lambda *_: self._close(ticket))
             self.tickets.append(weakref.ref(ticket))
         return results
+
+    def _close(self, ticket: _Ticket) -> None:
+        """Its backward has begun."""
+        ticket.closed = True
+        if self.ledger.measuring:
+            compat.after_backward(self.ledger.look)
 
 
 class _Ticket:
@@ -174,7 +180,8 @@ class Ledger:
         self.plans: dict[Any, Plan | None] = {}  # by sizes; None where rounded ones do not fit
         self.plan: Plan | None = None
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
-        self.seen, self.corrections, self.peak_before = 0, 0, 0
+        self.seen, self.corrections = 0, 0
+        self.peak_before, self.peak = 0, 0  # allocated before the steps that are measured, and in them
         self.sizes: Sizes = {}
 
     def begin(self, member: Planned) -> None:
@@ -190,14 +197,25 @@ class Ledger:
         if before or member is not self.members[0] or self.device.type != "cuda":
             return
         if self.seen == 0:
-            self.peak_before = torch.cuda.max_memory_allocated(self.device)
+            self.peak_before, self.peak = torch.cuda.max_memory_allocated(self.device), 0
             _ooms.setdefault(self.device.index, _count_of_ooms(self.device))
+        elif self.measuring:
+            self.look()
         self.seen += 1
         if _count_of_ooms(self.device) > _ooms[self.device.index]:  # in backward, say, where nobody asks us
             self.give_way("the batch that failed may be repeated")
             torch.cuda.empty_cache()
         elif self.seen == CHECKED + 1:
             self._check()
+
+    @property
+    def measuring(self) -> bool:
+        """Whether a step is under way whose peak is to be compared with the plan's."""
+        return self.device.type == "cuda" and 0 < self.seen <= CHECKED
+
+    def look(self) -> None:
+        """Note the peak so far: who logs memory starts torch's count anew, where a step ends or begins."""
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
 
     def replan(self, *, strict: bool = True) -> None:
         """Follow the plan for the sizes at hand, or for the least above them that there is a plan for.
@@ -247,7 +265,7 @@ class Ledger:
         measured = self._measured()
         if measured is None:  # what came before took more: measure the steps from here on
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.peak_before, self.seen = 0, 1
+            self.peak_before, self.peak, self.seen = 0, 0, 1
             return
         assert self.plan is not None
         planned = self.plan.peak_bytes
@@ -277,8 +295,7 @@ class Ledger:
         While CUDA graphs do not run, torch counts but the ends of what they hold.
         """
         assert self.plan is not None
-        peak = torch.cuda.max_memory_allocated(self.device)
-        known = peak if peak > self.peak_before else None
+        known = self.peak if self.peak > self.peak_before else None
         beside = next((moment for moment in self.plan.moments if moment.label == BESIDE), None)
         pool = sum(graphed.pool_bytes for one in self.members for graphed in one.graphed)
         if beside is None or not pool:

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from fastft.rewriter import compat, layers
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import name_of, size, switches_mode, written_by
+from fastft.rewriter.graph import is_transform, name_of, size, switches_mode, written_by
 from fastft.rewriter.report import GraphReport, Region
 
 LEAST_SAVING = 0.1  # of the nodes: below it, cutting the graph costs more fusions than it saves compilation
@@ -175,7 +175,7 @@ def _check_modes(piece: Piece) -> None:
     """What a piece switches, it switches back."""
     depth, grad = 0, torch.is_grad_enabled()
     for node in piece.nodes:
-        if compat.is_transform(node.target):
+        if is_transform(node.target):
             raise DeclinedError("the graph holds a torch.func transform")
         if switches_mode(node):
             name = name_of(node.target)

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastft.rewriter import autocast, compat, match, pattern
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.graph import between, describe, may_alias, name_of, switches_mode, written_by
+from fastft.rewriter.graph import between, describe, is_transform, may_alias, name_of, switches_mode, written_by
 from fastft.rewriter.match import Match
 from fastft.rewriter.rule import Rule, shape_reason
 
@@ -51,7 +51,7 @@ class Verifier:
 
 def transformed(graph: Graph) -> bool:
     """Whether torch.func transforms or forward-mode differentiation are at work, of which the ops know nothing."""
-    return compat.in_forward_mode() or any(compat.is_transform(node.target) for node in graph.nodes)
+    return compat.in_forward_mode() or any(is_transform(node.target) for node in graph.nodes)
 
 
 def unfit(rule: Rule, values: dict[str, Any]) -> str | None:

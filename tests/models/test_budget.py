@@ -352,3 +352,20 @@ def test_memory_that_runs_out_leads_to_a_leaner_plan() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_loop_that_counts_its_own_peaks_does_not_mislead_the_plan() -> None:
+    model = model_of("cuda")
+    call, made = compiled(model, "min", "cuda", cuda_graphs=False)
+    long = {name: value.repeat(16, 16) for name, value in batch(padded=False, length=64, device="cuda").items()}
+    peaks = []
+    for _ in range(8):
+        torch.cuda.reset_peak_memory_stats()
+        call(**long).loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+    (planned,) = made
+    assert planned.report.measured_bytes in peaks
+    assert peak_of(planned) == pytest.approx(peaks[-1], rel=0.05)
