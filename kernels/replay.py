@@ -30,6 +30,9 @@ log = logging.getLogger("fastft")
 MOST_KINDS = 1024  # of arguments that an op remembers
 ALIGNMENT = 16  # bytes: what Triton's kernels are specialised on
 
+Text = tuple[str, list[str]]  # of Python, and the names of tensors in it
+Owner = tuple[str, int]  # of memory: its name, and its address
+
 _thread = threading.local()  # recorder: of this thread's recording, if there is one
 _constants: dict[int, Tensor] = {}
 
@@ -113,13 +116,15 @@ def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any
 class Recorder(compat.TorchDispatchMode):
     """Writes calls down as Python.
 
-    names: of tensors by id, as long as they live.  lines: a call each: its text, the names that it reads, those that
-    it makes, and whether it has to be made even if nobody reads them.
+    names: of tensors by id, as long as they live, with the tensor that owns their memory: its name and address.  For
+    a view that is what it is a view of, and a kernel that is given its address needs no view.  lines: a call each: its
+    text, the names that it reads, those that it makes, and whether it has to be made even if nobody reads them.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         super().__init__()
-        self.names: dict[int, str] = {}
+        self.names: dict[int, tuple[str, Owner]] = {}
+        self.views: dict[str, str] = {}  # names by the calls that made them
         self.references: dict[int, weakref.ref[Tensor]] = {}
         self.lines: list[tuple[str, list[str], list[str], bool]] = []
         self.globals: dict[str, Any] = {}
@@ -143,7 +148,7 @@ class Recorder(compat.TorchDispatchMode):
             return result  # of dtypes, say, and the same whatever the tensors are
         whole = next((one for one in args if _is_whole(result, one)), None)
         if whole is not None and id(whole) in self.names and not compat.is_mutable(func):
-            self._name(result, self.names[id(whole)])
+            self._name(result, *self.names[id(whole)])
         else:
             self._note(func, args, kwargs or {}, result, needed=compat.is_mutable(func))
         return result
@@ -161,7 +166,7 @@ class Recorder(compat.TorchDispatchMode):
             return
         # What has been compiled takes all arguments in their order, constants too.
         given = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
-        self._note(compiled[(*grid, 1, 1)[:3]], given, {}, None, needed=True)
+        self._note(compiled[(*grid, 1, 1)[:3]], given, {}, None, needed=True, write=self._address)
 
     def function(self, results: Any) -> Callable[..., Any]:
         """All calls in a row."""
@@ -170,56 +175,76 @@ class Recorder(compat.TorchDispatchMode):
         returned, read = self._text(results)
         body = [*self.unpacked, *_live(self.lines, read), f"return {returned}"]
         source = f"def replay({', '.join(f'a{at}' for at in range(self.count))}):\n    " + "\n    ".join(body)
-
         exec(compile(source, "<replay>", "exec"), self.globals)
         return self.globals["replay"]
 
-    def _note(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, *, needed: bool) -> None:
+    def _note(
+        self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, *, needed: bool,
+        write: Callable[[Tensor], Text] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a call down.  write: how it is given a tensor, if not by name."""
+        found = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
         try:
-            texts = [self._text(one) for one in args]
+            texts = [self._text(one, write or self._named) for one in args]
             texts += [(f"{name}={text}", read) for name, one in kwargs.items() for text, read in [self._text(one)]]
-            made = self._results(result)
+            if not all(isinstance(one, Tensor) for one in found):
+                raise NotReplayable("it gives what is no tensor")
         except NotReplayable as reason:
             self.reason = f"{function}: {reason}"
             return
         call = f"{self._global(function)}({', '.join(text for text, _ in texts)})"
-        new = [name for name, is_new in made if is_new]
-        target = ", ".join(name if is_new else "_" for name, is_new in made)
+        owner = self._owner(result, args) if isinstance(result, Tensor) and not needed else None
+        if owner is not None and call in self.views:
+            self._name(result, self.views[call], owner)
+            return
+        is_new = [id(one) not in self.names for one in found]
+        made = [f"t{len(self.lines)}_{at}" if new else "_" for at, new in enumerate(is_new)]
+        new_names = [self._name(one, name, owner) for one, name in zip(found, made, strict=True) if name != "_"]
+        if owner is not None:
+            self.views[call] = made[0]
         comma = "," if isinstance(result, (tuple, list)) else ""
-        text = f"{target}{comma} = {call}" if new else call
-        self.lines.append((text, [name for _, read in texts for name in read], new, needed))
+        text = f"{', '.join(made)}{comma} = {call}" if new_names else call
+        self.lines.append((text, [name for _, read in texts for name in read], new_names, needed))
 
-    def _results(self, result: Any) -> list[tuple[str, bool]]:
-        """The names of what a call gave, and whether they are new."""
-        found = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
-        if not all(isinstance(one, Tensor) for one in found):
-            raise NotReplayable("it gives what is no tensor")
-        known = [id(one) in self.names for one in found]
-        return [
-            (self.names[id(one)] if old else self._name(one, f"t{len(self.lines)}_{at}"), not old)
-            for at, (one, old) in enumerate(zip(found, known, strict=True))
-        ]
+    def _owner(self, result: Tensor, args: Sequence[Any]) -> Owner | None:
+        """Whose memory a result is in, if that is an argument's."""
+        storage = result.untyped_storage().data_ptr()
+        sources = [one for one in args if isinstance(one, Tensor) and one.untyped_storage().data_ptr() == storage]
+        owners = {self.names[id(one)][1] for one in sources if id(one) in self.names}
+        return owners.pop() if len(owners) == 1 and storage else None
 
-    def _name(self, tensor: Tensor, name: str) -> str:
+    def _name(self, tensor: Tensor, name: str, owner: Owner | None = None) -> str:
         key = id(tensor)
-        self.names[key] = name
+        self.names[key] = name, owner or (name, tensor.data_ptr())
         self.references[key] = weakref.ref(tensor, lambda _: self._forget(key, name))
         return name
 
     def _forget(self, key: int, name: str) -> None:
-        if self.names.get(key) == name:  # another tensor may have its id by now
+        if key in self.names and self.names[key][0] == name:  # another tensor may have its id by now
             del self.names[key]
 
-    def _text(self, value: Any) -> tuple[str, list[str]]:
-        """An argument as Python writes it, and the names in it."""
+    def _named(self, tensor: Tensor) -> Text:
+        if id(tensor) in self.names:
+            name, _ = self.names[id(tensor)]
+            return name, [name]
+        if id(tensor) in _constants:
+            return self._global(tensor), []
+        raise NotReplayable("a tensor from elsewhere")
+
+    def _address(self, tensor: Tensor) -> Text:
+        """Its address, by that of its owner: Triton takes a number too."""
+        if id(tensor) not in self.names:
+            return self._named(tensor)
+        owner, begin = self.names[id(tensor)][1]
+        offset = tensor.data_ptr() - begin
+        return f"{owner}.data_ptr()" + (f" + {offset}" if offset else ""), [owner]
+
+    def _text(self, value: Any, write: Callable[[Tensor], Text] | None = None) -> Text:
+        """An argument as Python writes it, and the names in it.  write: for tensors."""
         if isinstance(value, Tensor):
-            if id(value) in self.names:
-                return self.names[id(value)], [self.names[id(value)]]
-            if id(value) in _constants:
-                return self._global(value), []
-            raise NotReplayable("a tensor from elsewhere")
+            return (write or self._named)(value)
         if isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
-            texts = [self._text(one) for one in value]
+            texts = [self._text(one, write) for one in value]
             inside = "".join(f"{text}, " for text, _ in texts)
             return (f"[{inside}]" if isinstance(value, list) else f"({inside})"), [n for _, read in texts for n in read]
         if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
