@@ -176,7 +176,10 @@ class Recorder(compat.TorchDispatchMode):
         body = [*self.unpacked, *_live(self.lines, read), f"return {returned}"]
         source = f"def replay({', '.join(f'a{at}' for at in range(self.count))}):\n    " + "\n    ".join(body)
         exec(compile(source, "<replay>", "exec"), self.globals)
-        return self.globals["replay"]
+        function = self.globals["replay"]
+        if unknown := set(function.__code__.co_names) - set(self.globals) - {"data_ptr"}:
+            raise NotReplayable(f"it would read {unknown}")  # a mistake of ours
+        return function
 
     def _note(
         self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, *, needed: bool,
@@ -194,8 +197,9 @@ class Recorder(compat.TorchDispatchMode):
             return
         call = f"{self._global(function)}({', '.join(text for text, _ in texts)})"
         owner = self._owner(result, args) if isinstance(result, Tensor) and not needed else None
-        if owner is not None and call in self.views:
-            self._name(result, self.views[call], owner)
+        if owner is not None and (id(result) in self.names or call in self.views):
+            if id(result) not in self.names:
+                self._name(result, self.views[call], owner)
             return
         is_new = [id(one) not in self.names for one in found]
         made = [f"t{len(self.lines)}_{at}" if new else "_" for at, new in enumerate(is_new)]

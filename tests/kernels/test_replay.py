@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastft.kernels import REGISTRY, attention_engines, replay
+from fastft.kernels import REGISTRY, attention_engines, registry, replay
 from fastft.kernels.replay import Replayed, constant, kind_of, on_grid
 
 OPS = sorted(name for name, entry in REGISTRY.items() if entry.replayed)
@@ -46,6 +46,20 @@ def test_every_op_gives_the_same_when_it_is_replayed(name: str, device: str, dty
             for one, two in zip([*expected, *again], [*recorded, *truth], strict=True):
                 torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
                 assert one.stride() == two.stride()
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_ops_are_replayed_when_they_are_called(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below autograd, where PyTorch's calls are others than above it, and in float64, which no kernel of ours takes."""
+    monkeypatch.setattr(registry, "REPLAYED_ON", {device})
+    with attention_engines.only_triton():
+        for call in examples(name, torch.float64):
+            values = call.arguments(call.tensors(device))
+            expected = tree_leaves(call.entry.compute(*values))
+            for _ in range(4):
+                for one, two in zip(tree_leaves(call.entry.op(*values)), expected, strict=True):
+                    torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 def thrice(compute: Callable[..., Any], *arguments: Any) -> Replayed:
