@@ -248,9 +248,9 @@ def compile_fx(
 def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: CustomPartitionerFn) -> Callable:
     """A graph's forward and backward as they are, divided by this partitioner; backward may run twice."""
 
-    def as_it_is(graph: GraphModule, _: Any) -> Callable:
+    def as_it_is(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable:
         cast(Any, TracingContext.get()).fw_metadata.bw_donated_idxs = []  # what else there is, None, forbids it
-        return make_boxed_func(graph.forward)
+        return make_boxed_func(gm.forward)
 
     with torch._functorch.config.patch(donated_buffer=False):
         return aot_module_simplified(gm, example_inputs, as_it_is, partition_fn=partitioner)
@@ -393,4 +393,4 @@ def has_saved_tensors_hooks() -> bool:
 
 def after_backward(call: Callable[[], None]) -> None:
     """Call this once the backward that is running has made all gradients."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(call)
