@@ -6,8 +6,8 @@ capped to that card's.  Needs CUDA.
 
     python benchmarks/longest.py --model llama-8b --nf4 --cards 8,12,16,24,80 --confirm 12,16 --json longest.json
 
-A card of 12 GB has 12e9 bytes, less 0.5 GiB for CUDA's context and MARGIN for fragments.  That is too little for them where
-the allocator's segments cannot grow: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or see shorter lengths run.
+A card of 12 GB has 12e9 bytes, less 0.5 GiB for CUDA's context and MARGIN for fragments.  That is too little where
+the allocator's segments cannot grow: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or see shorter ones run.
 """
 
 from __future__ import annotations

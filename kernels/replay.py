@@ -99,6 +99,7 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
 
 def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Callable[..., Any] | None]:
     """What compute gives for these arguments, and a function that does the same for others of their kind."""
+    arguments = _told_apart(arguments)
     recorder = Recorder(arguments)
     _thread.recorder = recorder
     try:
@@ -111,6 +112,23 @@ def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any
     except NotReplayable as reason:
         log.debug("%s is not replayed: %s", getattr(compute, "__qualname__", compute), reason)
         return results, None
+
+
+def _told_apart(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, with an object of its own for a tensor that is given twice: the next time it may be two."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        twice = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.detach() if twice else tensor
+
+    def of(one: Any) -> Any:
+        if isinstance(one, (list, tuple)):
+            return [own(inner) if isinstance(inner, Tensor) else inner for inner in one]
+        return own(one) if isinstance(one, Tensor) else one
+
+    return [of(one) for one in arguments]
 
 
 class Recorder(compat.TorchDispatchMode):
@@ -143,8 +161,16 @@ class Recorder(compat.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self.paused or self.reason or not (isinstance(result, Tensor) or compat.tensors_in((args, kwargs, result))):
+        outermost, self.paused = not self.paused, True  # an op of ours may call others, whose launches are its own
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self.paused = not outermost
+        if (
+            not outermost
+            or self.reason
+            or not (isinstance(result, Tensor) or compat.tensors_in((args, kwargs, result)))
+        ):
             return result  # of dtypes, say, and the same whatever the tensors are
         whole = next((one for one in args if _is_whole(result, one)), None)
         if whole is not None and id(whole) in self.names and not compat.is_mutable(func):
@@ -154,12 +180,12 @@ class Recorder(compat.TorchDispatchMode):
         return result
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-        self.paused = True  # the interpreter's own calls
+        outermost, self.paused = not self.paused, True  # the interpreter's own calls
         try:
             compiled = kernel[grid](*args, **meta)
         finally:
-            self.paused = False
-        if self.reason:
+            self.paused = not outermost
+        if not outermost or self.reason:
             return
         if compiled is None:
             self._note(kernel[grid], args, meta, None, needed=True)
@@ -192,6 +218,8 @@ class Recorder(compat.TorchDispatchMode):
             texts += [(f"{name}={text}", read) for name, one in kwargs.items() for text, read in [self._text(one)]]
             if not all(isinstance(one, Tensor) for one in found):
                 raise NotReplayable("it gives what is no tensor")
+            if function is torch.ops.aten.as_strided.default:
+                raise NotReplayable("it counts from where a storage begins")
         except NotReplayable as reason:
             self.reason = f"{function}: {reason}"
             return

@@ -247,6 +247,40 @@ def test_arguments_that_share_memory_may_lie_elsewhere_the_next_time() -> None:
         assert torch.equal(actual, expected)
 
 
+def test_a_tensor_that_was_given_twice_may_be_two_the_next_time() -> None:
+    def compute(x: Tensor, y: Tensor, others: list[Tensor]) -> Tensor:
+        return x + 2 * y + 3 * others[0] + 5 * others[1]
+
+    x = torch.randn(4)
+    replayed = thrice(compute, x, x, [x, x])
+    assert None not in replayed.functions.values()
+    different = [torch.randn(4) for _ in range(4)]
+    assert torch.equal(replayed(*different[:2], different[2:]), compute(*different[:2], different[2:]))
+
+
+def test_a_view_that_counts_from_the_begin_of_its_storage_is_not_replayed() -> None:
+    buffer = torch.arange(16.0)
+    replayed = thrice(lambda x: x.as_strided((2,), (1,), x.storage_offset()) + 1, buffer[4:8])
+    assert list(replayed.functions.values()) == [None]
+    assert torch.equal(replayed(buffer[8:12]), torch.tensor([9.0, 10.0]))
+
+
+def test_an_op_within_an_op_is_one_call() -> None:
+    kernel = Kernel()
+
+    @torch.library.custom_op("fastft_tests::scaled_by_a_kernel", mutates_args=())
+    def scaled(x: Tensor) -> Tensor:
+        out = x.clone()
+        on_grid(kernel, (1,))(out, 1, 2.0, BLOCK=1, num_warps=1)
+        return out
+
+    replayed = thrice(lambda x: scaled(x) + 1, torch.ones(2))
+    assert None not in replayed.functions.values()
+    before = len(kernel.launches)
+    assert torch.equal(replayed(torch.ones(2)), torch.full((2,), 3.0))
+    assert len(kernel.launches) == before + 1
+
+
 def test_a_recording_has_its_own_threads_calls_alone() -> None:
     kernel = Kernel()
 
