@@ -104,9 +104,7 @@ def together(
     for (weight, statistics), size in zip(weights, features, strict=True):
         flat = [one.contiguous() for one in statistics]
         four = tuple(flat) if len(flat) == 4 else tuple(flat * 4)
-        dense = weight.contiguous()
-        packed = dense if dense.dtype == torch.uint8 else dense.view(-1).view(torch.uint8)
-        pieces.append((packed, four, end, end + size))
+        pieces.append((weight.contiguous().view(-1).view(torch.uint8), four, end, end + size))
         end += size
     settings = {"NESTED": len(weights[0][1]) == 4, "enable_fp_fusion": False}
     code = code_of(quant_type, out.device)

@@ -18,8 +18,9 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,20 +124,23 @@ def _told_apart(arguments: Sequence[Any]) -> list[Any]:
         seen.add(id(tensor))
         return tensor.detach() if twice else tensor
 
-    def of(one: Any) -> Any:
-        if isinstance(one, (list, tuple)):
-            return [own(inner) if isinstance(inner, Tensor) else inner for inner in one]
-        return own(one) if isinstance(one, Tensor) else one
+    return compat.tree_map_only(Tensor, own, list(arguments))
 
-    return [of(one) for one in arguments]
+
+class Line(NamedTuple):
+    """A call as Python: the names that it reads, those that it makes; needed: it is made even if nobody reads them."""
+
+    text: str
+    read: list[str]
+    made: list[str]
+    needed: bool
 
 
 class Recorder(compat.TorchDispatchMode):
     """Writes calls down as Python.
 
     names: of tensors by id, as long as they live, with the tensor that owns their memory: its name and address.  For
-    a view that is what it is a view of, and a kernel that is given its address needs no view.  lines: a call each: its
-    text, the names that it reads, those that it makes, and whether it has to be made even if nobody reads them.
+    a view that is what it is a view of, and a kernel that is given its address needs no view.  lines: a call each.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
@@ -144,11 +148,11 @@ class Recorder(compat.TorchDispatchMode):
         self.names: dict[int, tuple[str, Owner]] = {}
         self.views: dict[str, str] = {}  # names by the calls that made them
         self.references: dict[int, weakref.ref[Tensor]] = {}
-        self.lines: list[tuple[str, list[str], list[str], bool]] = []
+        self.lines: list[Line] = []
         self.globals: dict[str, Any] = {}
         self.places: dict[Any, str] = {}  # of globals by value or id
         self.reason = ""
-        self.paused = False
+        self.busy = False  # within a call that is written down as a whole
         self.unpacked: list[str] = []
         for at, one in enumerate(arguments):
             if isinstance(one, Tensor):
@@ -161,30 +165,21 @@ class Recorder(compat.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        outermost, self.paused = not self.paused, True  # an op of ours may call others, whose launches are its own
-        try:
+        with self._own_call() as outermost:  # an op of ours may call others, whose launches are its own
             result = func(*args, **(kwargs or {}))
-        finally:
-            self.paused = not outermost
-        if (
-            not outermost
-            or self.reason
-            or not (isinstance(result, Tensor) or compat.tensors_in((args, kwargs, result)))
-        ):
-            return result  # of dtypes, say, and the same whatever the tensors are
-        whole = next((one for one in args if _is_whole(result, one)), None)
-        if whole is not None and id(whole) in self.names and not compat.is_mutable(func):
-            self._name(result, *self.names[id(whole)])
+        if not outermost or self.reason or not compat.tensors_in((args, kwargs, result)):
+            return result  # that of dtypes, say, is the same whatever the tensors are
+        mutable = compat.is_mutable(func)
+        same = next((one for one in args if _is_whole(result, one)), None)
+        if same is not None and id(same) in self.names and not mutable:
+            self._name(result, *self.names[id(same)])
         else:
-            self._note(func, args, kwargs or {}, result, needed=compat.is_mutable(func))
+            self._note(func, args, kwargs or {}, result, needed=mutable)
         return result
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-        outermost, self.paused = not self.paused, True  # the interpreter's own calls
-        try:
+        with self._own_call() as outermost:  # the interpreter makes calls of its own
             compiled = kernel[grid](*args, **meta)
-        finally:
-            self.paused = not outermost
         if not outermost or self.reason:
             return
         if compiled is None:
@@ -193,6 +188,15 @@ class Recorder(compat.TorchDispatchMode):
         # What has been compiled takes all arguments in their order, constants too.
         given = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
         self._note(compiled[(*grid, 1, 1)[:3]], given, {}, None, needed=True, write=self._address)
+
+    @contextmanager
+    def _own_call(self) -> Iterator[bool]:
+        """A call, and whether it is the op's own, not one within another."""
+        outermost, self.busy = not self.busy, True
+        try:
+            yield outermost
+        finally:
+            self.busy = not outermost
 
     def function(self, results: Any) -> Callable[..., Any]:
         """All calls in a row."""
@@ -236,7 +240,7 @@ class Recorder(compat.TorchDispatchMode):
             self.views[call] = made[0]
         comma = "," if isinstance(result, (tuple, list)) else ""
         text = f"{', '.join(made)}{comma} = {call}" if new_names else call
-        self.lines.append((text, [name for _, read in texts for name in read], new_names, needed))
+        self.lines.append(Line(text, [name for _, read in texts for name in read], new_names, needed))
 
     def _owner(self, result: Tensor, args: Sequence[Any]) -> Owner | None:
         """Whose memory a result is in, if that is an argument's."""
@@ -299,7 +303,7 @@ def _is_whole(view: Any, tensor: Any) -> bool:
     return both and _metadata(view) == _metadata(tensor) and view.data_ptr() == tensor.data_ptr()
 
 
-def _live(lines: Sequence[tuple[str, list[str], list[str], bool]], returned: Sequence[str]) -> Iterator[str]:
+def _live(lines: Sequence[Line], returned: Sequence[str]) -> Iterator[str]:
     """The lines whose results are read or that have to be, and behind each the end of what is not read any more."""
     wanted, kept = set(returned), []
     for text, read, made, needed in reversed(lines):

@@ -68,7 +68,17 @@ def gradients(call: Callable, model: nn.Module, device: str) -> list[Tensor]:
     torch.manual_seed(7)
     for _ in range(2):
         call(**batch(padded=False, length=64, device=device)).loss.backward()
+    return grads_of(model)
+
+
+def grads_of(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def large_batch(rows: int) -> dict[str, Tensor]:
+    """On a GPU: so many times the rows of the others, each 16 times as long."""
+    small = batch(padded=False, length=64, device="cuda")
+    return {name: value.repeat(rows, 16) for name, value in small.items()}
 
 
 def peak_of(planned: Planned) -> int:
@@ -107,11 +117,10 @@ def test_backward_may_run_twice() -> None:
     call, _ = compiled(model, "min")
     loss = call(**batch(padded=False)).loss
     loss.backward(retain_graph=True)
-    once = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    once = grads_of(model)
     loss.backward()
-    twice = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert once
-    assert all(torch.equal(2 * one, other) for one, other in zip(once, twice, strict=True))
+    assert all(torch.equal(2 * one, other) for one, other in zip(once, grads_of(model), strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -290,7 +299,7 @@ def test_lengths_that_change_are_planned_for() -> None:
         inputs = batch(padded=False, length=length)
         model.zero_grad(set_to_none=True)
         call(**inputs).loss.backward()
-        found = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+        found = grads_of(model)
         model.zero_grad(set_to_none=True)
         model(**inputs).loss.backward()
         for one, other in zip(found, (one.grad for one in model.parameters() if one.grad is not None), strict=True):
@@ -334,7 +343,7 @@ def test_after_memory_ran_out_a_plan_fits_what_there_is(monkeypatch: pytest.Monk
 def test_memory_that_runs_out_leads_to_a_leaner_plan() -> None:
     model = model_of("cuda")
     call, made = compiled(model, "max-speed", "cuda", cuda_graphs=False)
-    long = {name: value.repeat(64, 16) for name, value in batch(padded=False, length=64, device="cuda").items()}
+    long = large_batch(rows=64)
     expected = call(**long).loss
     expected.backward()
     (planned,) = made
@@ -359,7 +368,7 @@ def test_memory_that_runs_out_leads_to_a_leaner_plan() -> None:
 def test_a_loop_that_counts_its_own_peaks_does_not_mislead_the_plan() -> None:
     model = model_of("cuda")
     call, made = compiled(model, "min", "cuda", cuda_graphs=False)
-    long = {name: value.repeat(16, 16) for name, value in batch(padded=False, length=64, device="cuda").items()}
+    long = large_batch(rows=16)
     peaks = []
     for _ in range(8):
         torch.cuda.reset_peak_memory_stats()
