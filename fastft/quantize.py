@@ -186,9 +186,11 @@ def _tell_peft_and_transformers(
     if not hasattr(base, "config") or not hasattr(base, "save_pretrained"):
         return
     from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
 
     base.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype or base.dtype, llm_int8_skip_modules=skipped or None,
     )  # fmt: skip
     base.is_quantized = True
+    base.hf_quantizer = AutoHfQuantizer.from_config(base.config.quantization_config)  # what Trainer asks
