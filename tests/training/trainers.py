@@ -73,13 +73,8 @@ def trainer(setting: Setting) -> list[float]:
 def trainer_of_wrapped(setting: Setting) -> list[float]:
     """transformers `Trainer` given `torch.compile(model)`; gradient accumulation, clipping, evaluation"""
     model = setting.compile(setting.model(lora=FEW))
-    more: dict[str, Any] = {
-        "gradient_accumulation_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "max_grad_norm": 0.1,
-    }
-    more["remove_unused_columns"] = False  # it would ask torch.compile's wrapper which columns it takes
+    more = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_grad_norm": 0.1}
+    unasked = {"remove_unused_columns": False, "label_names": ["labels"]}  # Trainer would ask torch.compile's wrapper
     settings = TrainingArguments(**arguments(setting, **more, **unasked))
     return run(Trainer(model, settings, train_dataset=Rows(), eval_dataset=Rows()))
 
