@@ -1,0 +1,168 @@
+"""Several processes on torch's own engines, each with its part of a batch: as one process with all of it.
+
+``python -m training.devices RANK FILE RESULTS`` is one of the processes; FILE is where they find one another.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fastft
+from training.setting import Setting, batch, trained
+
+STEPS, WORLD, RATE = 3, 2, 1e-2
+
+
+def train(
+    setting: Setting, model: Any, forward: Any, *, parts: int = 1, waiting: Callable | None = None
+) -> list[float]:
+    """Steps of so many parts for each process; waiting: what holds back the reduction of gradients.
+
+    Alone, one process computes all processes' parts.
+    """
+    alone = not dist.is_initialized()
+    optimizer = torch.optim.AdamW(trained(model), lr=RATE)
+    seen = []
+    for step in range(STEPS):
+        losses = []
+        for part in range(parts):
+            for rank in range(WORLD) if alone else [dist.get_rank()]:
+                number = (step * parts + part) * WORLD + rank
+                last = part == parts - 1
+                with contextlib.nullcontext() if last or waiting is None else waiting():
+                    loss = forward(**batch(number, device=setting.device)).loss
+                    (loss / (parts * WORLD if alone else parts)).backward()
+                losses.append(loss.detach())
+        mean = torch.stack(losses).mean()
+        if not alone:
+            dist.all_reduce(mean)
+            mean /= WORLD
+        seen += [mean.item(), _norm(model)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def _norm(model: nn.Module) -> float:
+    norm = nn.utils.get_total_norm([value.grad for value in trained(model)])
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def ddp(setting: Setting) -> list[float]:
+    """DDP, LoRA: `torch.compile(DDP(model))`"""
+    model = setting.model()
+    return train(setting, model, setting.compile(_ddp(model)))
+
+
+def ddp_4bit(setting: Setting) -> list[float]:
+    """DDP, 4-bit weights and LoRA, `no_sync` while gradients are accumulated"""
+    model = setting.model(nf4=True)
+    wrapped = _ddp(setting.compile_in_place(model))
+    return train(setting, model, wrapped, parts=2, waiting=getattr(wrapped, "no_sync", None))
+
+
+def ddp_split(setting: Setting) -> list[float]:
+    """DDP, all weights, the graph split by torch (`optimize_ddp`, its default)"""
+    model = setting.model(lora=None)
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        return train(setting, model, setting.compile(_ddp(model)))
+
+
+def fsdp(setting: Setting) -> list[float]:
+    """FSDP2 `fully_shard`, LoRA, each layer compiled"""
+    model = setting.model()
+    return train(setting, model, _fsdp(setting, model))
+
+
+def fsdp_full(setting: Setting) -> list[float]:
+    """FSDP2, all weights, gradients accumulated without reducing them"""
+    model = setting.model(lora=None)
+    sharded = _fsdp(setting, model)
+
+    @contextlib.contextmanager
+    def waiting() -> Any:
+        sharded.set_requires_gradient_sync(False)
+        yield
+        sharded.set_requires_gradient_sync(True)
+
+    return train(setting, model, sharded, parts=2, waiting=waiting if dist.is_initialized() else None)
+
+
+def fsdp_4bit(setting: Setting) -> list[float]:
+    """FSDP2, LoRA sharded, 4-bit weights whole on every device (`ignored_params`)"""
+    model = setting.model(nf4=True)
+    packed = {value for value in model.parameters() if not value.is_floating_point()}
+    return train(setting, model, _fsdp(setting, model, ignored_params=packed))
+
+
+def fsdp_4bit_sharded(setting: Setting) -> list[float]:
+    """FSDP2, 4-bit weights sharded too"""
+    model = setting.model(nf4=True)
+    return train(setting, model, _fsdp(setting, model))
+
+
+def _ddp(model: nn.Module) -> Any:
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def _fsdp(setting: Setting, model: Any, **more: Any) -> Any:
+    layers = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.layers
+    for layer in layers:
+        setting.compile_in_place(layer)
+    if dist.is_initialized():
+        mesh = dist.init_device_mesh(setting.device, (WORLD,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, **more)
+        fully_shard(model, mesh=mesh, **more)
+    return model
+
+
+DEVICES: Sequence[Any] = (ddp, ddp_4bit, ddp_split, fsdp, fsdp_full, fsdp_4bit, fsdp_4bit_sharded)
+
+
+def run(scenario: Any, **settings: Any) -> list[float]:
+    """One scenario, from nothing."""
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(Path(folder), **settings)
+        setting.seed()
+        return scenario(setting)
+
+
+def main(rank: int, file: str, results: str) -> None:
+    """Every scenario with fastft; the first process writes what it saw and what was lifted."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch._dynamo.config.optimize_ddp = False
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 20_000  # so that a small model has several buckets
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    found = {}
+    for scenario in DEVICES:
+        before = {id(graph) for graph in fastft.compilations().graphs}
+        values = run(scenario, compiled=True)
+        graphs = [graph for graph in fastft.compilations().graphs if id(graph) not in before]
+        lifted = Counter(one.rule.split(".")[0] for graph in graphs for one in graph.lifted)
+        failures = [graph.failure for graph in graphs if graph.failure]
+        found[scenario.__name__] = {"seen": values, "lifted": lifted, "failures": failures, "graphs": len(graphs)}
+    if rank == 0:
+        Path(results).write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # gloo's threads may outlive the interpreter otherwise
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

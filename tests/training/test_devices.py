@@ -1,0 +1,71 @@
+"""Two processes with fastft against one without; see devices.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastft
+from training import devices, setting
+from training.outcome import ROUNDINGS, SMALL
+from training.setting import LAYERS, Setting, batch
+
+TESTS = Path(__file__).parents[1]
+
+
+def together(folder: Path) -> dict[str, Any]:
+    """What the processes saw."""
+    results = folder / "results.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "training.devices", str(rank), str(folder / "meeting"), str(results)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(devices.WORLD)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=500)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert results.exists(), "\n".join(text[-3000:] for text in printed)
+    return json.loads(results.read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(tmp_path: Path) -> None:
+    found = together(tmp_path)
+    wrong = {}
+    for scenario in devices.DEVICES:
+        plain, *nudged = (torch.tensor(devices.run(scenario, nudge=nudge)) for nudge in range(3))
+        size = plain.abs().clamp(min=SMALL)
+        allowed = ROUNDINGS * max(((other - plain).abs() / size).max() for other in nudged)
+        allowed += 8 * torch.finfo(torch.float32).eps
+        mine = found[scenario.__name__]
+        assert not mine["failures"]
+        difference = ((torch.tensor(mine["seen"]) - plain).abs() / size).max()
+        if difference > allowed:
+            wrong[scenario.__name__] = f"{difference:.1e} apart, {allowed:.1e} allowed"
+        if "split" not in scenario.__name__ and "sharded" not in scenario.__name__:
+            assert mine["lifted"]["glu"] % LAYERS == 0
+            assert mine["lifted"]["attention"] == mine["lifted"]["glu"] > 0
+    assert not wrong
+
+
+def test_gradients_of_a_layer_are_there_before_those_of_the_layer_below(tmp_path: Path) -> None:
+    """So DDP may reduce them meanwhile, though the graph is one: `optimize_ddp` has nothing to add."""
+    model = Setting(tmp_path, compiled=True).compile_in_place(setting.base())
+    order = []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.weight.register_post_accumulate_grad_hook(
+            lambda _, number=number: order.append((number, model.model.layers[0].mlp.down_proj.weight.grad is None))
+        )
+    model(**batch(0)).loss.backward()
+    assert len(fastft.compilations().graphs[-1].regions) > 1
+    assert order == [(number, number > 0) for number in reversed(range(LAYERS))]
