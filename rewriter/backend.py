@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.rewriter import checkpoints, compat, outputs, plans, scalars, shapes
+from fastft.rewriter import caches, checkpoints, compat, outputs, plans, scalars, shapes
 from fastft.rewriter.compilation import compile_graph
 from fastft.rewriter.graph import Snapshot, describe
 from fastft.rewriter.losses import Deferred
@@ -43,6 +43,7 @@ def fastft(
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
     shapes.watch(gm)
+    caches.ensure_writable()
     recording = Recording(gm)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)
