@@ -9,8 +9,8 @@ LoRA (r=16 on all seven projections) and trains on the Python language reference
 bytes that SFTTrainer packs to rows of --length: what its users write, with SFTConfig's defaults but for what is listed
 under CONTENDERS.  fastft is one line more: ``trainer.model.compile(backend="fastft")``.
 
-Tokens are those that the trainer counts; seconds are from the end of one step to the end of the next, the median of
-all after --warmup; memory is the peak of tensors over the whole run.  The loss is logged at each step and drawn.
+Tokens are those of each batch, without padding; seconds are from the end of one step to the end of the next, the median
+of all after --warmup; memory is the peak of tensors over the whole run.  The loss is logged at each step and drawn.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what 
     "fastft-min": NO_CHECKPOINTS,
     "fastft-padded": {"pad_to_multiple_of": 1024, **NO_CHECKPOINTS},
 }
+PADDING, BEGIN, END = 0, 1, 2  # tokens of the tokenizer of bytes
 OPTIONS = {"fastft-min": {"memory_budget": "min"}}
 
 
@@ -100,12 +101,13 @@ def measure(asked: Row) -> Row:
     trainer = make_trainer(asked, device)
     watch = Watch(device, turns, asked["warmup"])
     trainer.add_callback(watch.callback())
+    trainer.data_collator = watch.counting(trainer.data_collator)
     trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row]
     cuda = device.startswith("cuda")
     row = {
         "losses": [float(one["loss"]) for one in history],
-        "tokens": [float(one["num_tokens"]) for one in history],
+        "tokens": watch.tokens[: len(history)],
         "ends": watch.ends,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
     }
@@ -115,7 +117,7 @@ def measure(asked: Row) -> Row:
 def summary(row: Row, warmup: int) -> Row:
     """tokens_s: by the median step, and first_s: with compilation."""
     ends, tokens = row["ends"], row["tokens"]
-    each = [tokens[number] - tokens[number - 1] for number in range(warmup, len(tokens))]
+    each = tokens[warmup:]
     seconds = [ends[number] - ends[number - 1] for number in range(warmup + 1, len(ends))]
     return {
         "step_s": statistics.median(seconds),
@@ -133,8 +135,8 @@ def make_trainer(asked: Row, device: str) -> Any:
     name, cuda = asked["contender"], device.startswith("cuda")
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=asked["warmup"] + asked["steps"], packing=True,
-        max_length=asked["length"], per_device_train_batch_size=asked["batch"], learning_rate=2e-4, logging_steps=1,
-        report_to=[], save_strategy="no", bf16=cuda and asked["dtype"] == "bfloat16", use_cpu=not cuda,
+        max_length=asked["length"], per_device_train_batch_size=asked["batch"], gradient_accumulation_steps=1,
+        learning_rate=2e-4, logging_steps=1, report_to=[], save_strategy="no", bf16=cuda and asked["dtype"] == "bfloat16", use_cpu=not cuda,
         disable_tqdm=True, dataset_text_field="text", seed=asked["seed"], **CONTENDERS[name],
     )  # fmt: skip
     lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": list(PROJECTIONS)}
@@ -195,7 +197,7 @@ def write_model(asked: Row, folder: Path) -> None:
     if (folder / "tokenizer_config.json").exists():
         return
     torch.manual_seed(asked["seed"])
-    shape = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **PRESETS[asked["model"]]}
+    shape = {"pad_token_id": PADDING, "bos_token_id": BEGIN, "eos_token_id": END, **PRESETS[asked["model"]]}
     with torch.device(device_of(asked["device"])):
         model = LlamaForCausalLM(LlamaConfig(**shape)).to(getattr(torch, asked["dtype"]))
     model.save_pretrained(folder)
@@ -221,6 +223,17 @@ class Watch:
     def __init__(self, device: str, turns: Any, warmup: int) -> None:
         self.device, self.turns, self.warmup = device, turns, warmup
         self.ends: list[float] = []
+        self.tokens: list[int] = []  # of each batch
+
+    def counting(self, collate: Any) -> Any:
+        """The collator, its batches' tokens counted."""
+
+        def collated(rows: Any) -> Any:
+            batch = collate(rows)
+            self.tokens.append(int((batch["input_ids"] != PADDING).sum()))
+            return batch
+
+        return collated
 
     def note(self) -> None:
         import time

@@ -65,10 +65,24 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
     except Exception as error:
         if options.strict:
             raise
-        original.restore()
-        compiled = compile_graph(gm, example_inputs, options)  # if this fails too, the fault is not ours: let it rise
+        return _as_it_was(original, gm, example_inputs, options, error), GraphReport(failure=describe(error))
+
+
+def _as_it_was(
+    original: Snapshot, gm: GraphModule, example_inputs: list[Any], options: Options, error: Exception
+) -> Callable:
+    """The user's own graph by Inductor, or by nobody where Inductor fails too: at a kernel of another library, say."""
+    original.restore()
+    try:
+        compiled = compile_graph(gm, example_inputs, options)
         warn_once(f"fastft left a graph as it was, because of {describe(error)}")
-        return compiled, GraphReport(failure=describe(error))
+        return compiled
+    except compat.RestartAnalysis:
+        raise
+    except Exception as other:
+        original.restore()
+        warn_once(f"fastft runs a graph as it was and without Inductor, which failed with {describe(other)}")
+        return gm.forward
 
 
 def _rewritten(
