@@ -40,10 +40,11 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what 
     "inductor": NO_CHECKPOINTS,
     "fastft": NO_CHECKPOINTS,  # the budget decides
     "fastft-min": NO_CHECKPOINTS,
+    "fastft-9GiB": NO_CHECKPOINTS,
     "fastft-padded": {"pad_to_multiple_of": 1024, **NO_CHECKPOINTS},
 }
 PADDING, BEGIN, END = 0, 1, 2  # tokens of the tokenizer of bytes
-OPTIONS = {"fastft-min": {"memory_budget": "min"}}
+OPTIONS = {"fastft-min": {"memory_budget": "min"}, "fastft-9GiB": {"memory_budget": "9GiB"}}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -136,8 +137,9 @@ def make_trainer(asked: Row, device: str) -> Any:
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=asked["warmup"] + asked["steps"], packing=True,
         max_length=asked["length"], per_device_train_batch_size=asked["batch"], gradient_accumulation_steps=1,
-        learning_rate=2e-4, logging_steps=1, report_to=[], save_strategy="no", bf16=cuda and asked["dtype"] == "bfloat16", use_cpu=not cuda,
-        disable_tqdm=True, dataset_text_field="text", seed=asked["seed"], **CONTENDERS[name],
+        learning_rate=2e-4, logging_steps=1, report_to=[], save_strategy="no",
+        bf16=cuda and asked["dtype"] == "bfloat16", use_cpu=not cuda, disable_tqdm=True, dataset_text_field="text",
+        seed=asked["seed"], **CONTENDERS[name],
     )  # fmt: skip
     lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": list(PROJECTIONS)}
     if name.startswith("unsloth"):
