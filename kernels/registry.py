@@ -45,6 +45,7 @@ class Entry:
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
     scratch: the bytes that a call allocates beside its results, at the most, of its arguments; None if it is nothing.
     replayed: what a call does follows from its arguments' metadata alone.
+    launches: where its Triton kernels are launched, as ``file.function``.
     """
 
     op: CustomOpDef
@@ -60,6 +61,7 @@ class Entry:
     scratch: Callable[..., int] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     replayed: bool = True
+    launches: str = ""
 
     def compute(self, *arguments: Any) -> Results:
         """What the op gives, by our own kernels."""
@@ -160,6 +162,7 @@ def define(
         op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
         tuple(parameters), frozenset(name for name, one in parameters.items() if "Sequence" in str(one.annotation)),
         scratch, {name: one.default for name, one in parameters.items() if one.default is not one.empty}, replayed,
+        launcher if isinstance(launcher, str) else f"{launcher.__module__.rpartition('.')[2]}.{launcher.__name__}",
     )  # fmt: skip
     return op
 

@@ -64,6 +64,8 @@ def dtype_at(node: Node) -> torch.dtype | None:
     """What autocast makes of matrices where this node computes, on its device; None where it is off."""
     value = value_of(node)
     assert isinstance(value, Tensor)
+    kind = value.device.type
+    if kind == "meta":  # autocast leaves tensors without values alone
+        return None
     with at(node):
-        kind = value.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from fastft.rewriter import caches, checkpoints, compat, outputs, plans, scalars, shapes
+from fastft.rewriter.advice import advised
 from fastft.rewriter.compilation import compile_graph
 from fastft.rewriter.graph import Snapshot, describe
 from fastft.rewriter.losses import Deferred
@@ -116,4 +117,4 @@ def log_report(report: GraphReport) -> None:
     if report.reason:
         log.info("compiled again: %s", report.reason)
     for miss in report.near_misses:
-        log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, miss.reason)
+        log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, advised(miss.reason))

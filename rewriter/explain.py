@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fastft.rewriter import plans, scalars, stages
 from fastft.rewriter.breaks import record_breaks
-from fastft.rewriter.compat import compile_once, value_of
+from fastft.rewriter.compat import RestartAnalysis, compile_once, value_of
 from fastft.rewriter.graph import Snapshot, describe
+from fastft.rewriter.listing import lines
+from fastft.rewriter.options import Options
 from fastft.rewriter.regions import outline
 from fastft.rewriter.report import GraphReport, Report
 from fastft.rewriter.rewrite import rewrite
+
+log = logging.getLogger("fastft")
+PLANNED = Options(lower="eager", memory_budget="max-speed")  # a plan without a compiler
 
 
 def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
@@ -24,6 +31,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     The model runs forward once, without keeping activations, in the mode (train or eval) that it is in; buffers,
     gradients and the random state are afterwards as before (not: plain attributes that forward sets, nor inputs that
     it writes to).  A model on the meta device is enough, so that one too large for this machine can be explained too.
+    A training step's memory is simulated, with every layer keeping what is fastest.
     If the model fails after some graphs, the report has those and the error; if before, the error is raised.
     """
     report = Report()
@@ -31,10 +39,17 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     def capture(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
         original = Snapshot(gm)
         try:
-            report.graphs.append(rewrite(gm, deferred=[]))
-            outline(gm, report.graphs[-1])
+            scalars.settle(gm)
+            before = lines(gm)
+            graph = rewrite(gm, deferred=[])
+            graph.before, graph.after, graph.device = before, lines(gm), str(stages.device_of(gm))
+            pieces = outline(gm, graph)
+            graph.plan = _planned(gm, pieces, example_inputs)
+        except RestartAnalysis:  # Dynamo's, to trace again with a number it now knows
+            raise
         except Exception as error:
-            report.graphs.append(GraphReport(failure=describe(error)))
+            graph = GraphReport(failure=describe(error))
+        report.graphs.append(graph)
         original.restore()
         return _without_activations(gm)
 
@@ -46,6 +61,18 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
                 raise
             report.stopped_by = describe(error)
     return report
+
+
+def _planned(gm: GraphModule, pieces: Any, example_inputs: list[Tensor]) -> Any:
+    """The plan's report; None where nothing is to be planned, or where it cannot be."""
+    if not pieces or not torch.is_grad_enabled():
+        return None
+    try:
+        planned = plans.make(gm, pieces, example_inputs, PLANNED, lambda text: None)
+    except Exception as error:
+        log.info("no plan to explain: %s", describe(error))
+        return None
+    return planned.report if planned is not None else None
 
 
 class _Grown(torch.autograd.Function):

@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fastft.rewriter.advice import advised
+from fastft.rewriter.listing import Line
 from fastft.rewriter.plan_report import PlanReport
 
 _NUMBERS = ("graph", "times", "calls", "nodes", "seconds", "MiB", "µs")  # columns
@@ -62,6 +64,7 @@ class GraphReport:
     what the mask of each attention means, in place of a rule; "dense: " and a reason if it is not known.  left: how
     often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none, whole
     says why.  inlined: modules whose activation checkpoints gave way to the plan; plan: of memory.
+    before, after: its calls, where they were asked for; device: where most of its inputs are.
     deferred: modules whose logits are computed when they are read; reads: how often that was, by
     ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
 
@@ -83,6 +86,9 @@ class GraphReport:
     plan: PlanReport | None = None
     deferred: list[str] = field(default_factory=list)
     reads: Counter[str] = field(default_factory=Counter)
+    before: list[Line] = field(default_factory=list)
+    after: list[Line] = field(default_factory=list)
+    device: str = ""
     failure: str = ""
     place: str = ""
     reason: str = ""
@@ -133,7 +139,7 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         tables = [
-            _table("Graph breaks", ("at", "reason"), [(_short(at), why) for why, at in self.breaks]),
+            _table("Graph breaks", ("at", "reason"), [(_short(at), advised(why)) for why, at in self.breaks]),
             _table("Compiled", ("graph", "of", "seconds", "changing sizes", "cache"), _compiled(self.graphs)),
             _table("Compiled again", ("reason", "times"), _counted(graph.reason for graph in self.graphs)),
             _table("Regions, each compiled once", *_regions(self.graphs)),
@@ -143,7 +149,7 @@ class Report:
             _table("Checkpoints that gave way to the plan", ("module", "times"), _inlined(self.graphs)),
             _table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)),
             _table("Of these, fused", ("rule", "times", "modules"), _by_rule(self.fused)),
-            _table("Masks of attention", ("mask", "times", "modules"), _by_rule(self.masks)),
+            _table("Masks of attention", ("mask", "times", "modules"), _masks(self.masks)),
             _table("Logits that are computed only when they are read", ("module", "read"), _deferred(self.graphs)),
             _table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)),
             _table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), _failures(self.graphs)),
@@ -157,10 +163,9 @@ class Report:
         return text.getvalue()
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), record=True, width=140)
-        console.print(self)
-        pictures = "".join(graph.plan.html() for graph in self.graphs if graph.plan is not None)
-        return console.export_html().replace("</body>", f"{pictures}</body>")
+        from fastft.rewriter.page import page
+
+        return page(self)
 
     def _summary(self) -> Text:
         before, after = (sum(getattr(graph, name) for graph in self.graphs) for name in ("nodes_before", "nodes_after"))
@@ -225,7 +230,7 @@ def _inlined(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
 
 
 def _counted(reasons: Iterable[str]) -> list[Sequence[str]]:
-    return [(_short(reason), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
+    return [(_short(advised(reason)), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
 
 
 def _failures(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
@@ -247,9 +252,16 @@ def _by_rule(lifted: Iterable[Lifted]) -> list[Sequence[str]]:
     return [(rule, str(modules.total()), _times(modules)) for rule, modules in rules.items()]
 
 
+def _masks(masks: Iterable[Lifted]) -> list[Sequence[str]]:
+    return [(_short(advised(mask)), times, modules) for mask, times, modules in _by_rule(masks)]
+
+
 def _by_reason(misses: Iterable[NearMiss]) -> list[Sequence[str]]:
-    kinds = Counter((_layerless(miss.module), _short(miss.source), f"{miss.rule}: {miss.reason}") for miss in misses)
-    return [(module, str(times), at, _short(reason)) for (module, at, reason), times in kinds.items()]
+    kinds = Counter(
+        (_layerless(miss.module), _short(miss.source), f"{miss.rule}: {_short(advised(miss.reason))}")
+        for miss in misses
+    )
+    return [(module, str(times), at, reason) for (module, at, reason), times in kinds.items()]
 
 
 def _times(modules: Counter[str]) -> str:

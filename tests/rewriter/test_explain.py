@@ -1,14 +1,21 @@
 """explain tells what happens, and changes nothing."""
 
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
+from training.setting import LAYERS, adapter, base, batch
 
 import fastft
 from fastft.patterns import rms_norm
 from fastft.rewriter import explain
+from fastft.rewriter.advice import advice
+from fastft.rewriter.listing import Line
 from fastft.rewriter.pattern import capture
 
 
@@ -139,15 +146,56 @@ def test_a_compiled_model_is_not_recompiled_by_it() -> None:
 
 
 def test_html_escapes_names(tmp_path: Path) -> None:
-    from fastft.rewriter.report import GraphReport, Lifted, Report
+    from fastft.rewriter.report import GraphReport, Lifted, NearMiss, Region, Report
 
-    report = Report([GraphReport(lifted=[Lifted("rule", "layers.<b>[bold]", "file.py:1")])])
+    evil = "layers.<b>[bold]"
+    graph = GraphReport(
+        lifted=[Lifted(f"rule {evil}", evil, "file.py:1")], near_misses=[NearMiss("rule", evil, evil, f"print {evil}")],
+        regions=[Region(evil, 2, 3)], before=[Line(evil, evil, evil)], after=[Line(evil, f"fastft.{evil}", evil)],
+        failure=evil, reason=evil, whole=evil, deferred=[evil], place=evil, seconds=1.0, left=Counter([evil]),
+    )  # fmt: skip
+    report = Report([graph], [(evil, evil)], evil)
     path = tmp_path / "report.html"
     report.save(path)
     page = path.read_text()
     assert "<b>[bold]" not in page
-    assert "&lt;b&gt;[bold]" in page
+    assert page.count("&lt;b&gt;[bold]") >= 15
     assert page == report._repr_html_()
+
+
+def test_a_model_with_adapters_can_be_explained_without_memory() -> None:
+    reports = []
+    for device in ("meta", "cpu"):
+        torch._dynamo.reset()
+        with torch.device(device):
+            model, ids = get_peft_model(base(), adapter()).train(), torch.zeros(2, 24, dtype=torch.long)
+            reports.append(fastft.explain(model, input_ids=ids, labels=ids, use_cache=False))
+    counts = [Counter(one.rule for one in (*report.lifted, *report.fused)) for report in reports]
+    assert counts[0] == counts[1]
+    assert counts[0]["lora_linear.group"] == 4 * LAYERS
+    assert not reports[0].near_misses
+
+
+def test_the_page_shows_layers_before_and_after_memory_and_kernels(tmp_path: Path) -> None:
+    ids = torch.zeros(2, 24, dtype=torch.long)
+    report = fastft.explain(base().train(), input_ids=ids, labels=ids)
+    (graph,) = report.graphs
+    assert sum(line.call == "fastft.attention" for line in graph.after) == LAYERS
+    assert not any(line.ours for line in graph.before)
+    assert graph.plan is not None
+    assert graph.plan.peak_bytes > 0
+    page = report._repr_html_()
+    for part in (
+        "Matches by layer",
+        "rms_norm.llama",
+        "<summary><code>model.layers.0</code> (3 of its kind)",
+        "data:image/png;base64,",
+    ):
+        assert part in page
+    for part in ("fastft::attention", "attention_backward", "plain PyTorch, on cpu", ">fastft.rms_norm"):
+        assert part in page
+    addresses = re.findall(r'(?:src|href)="([^"]{0,10})', page)
+    assert set(addresses) == {"data:image"}  # nothing is fetched
 
 
 def test_a_failure_in_fastft_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,3 +240,92 @@ def test_a_model_with_breaks_can_be_asked_often_and_compiled_afterwards() -> Non
     torch._dynamo.utils.counters.clear()
     torch.compile(model, backend="fastft", options={"lower": "eager"})(x)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+class Printing(nn.Module):
+    """Prints, takes a number from the device, writes into what it is given, and reads the logits besides the loss."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.model, self.what = base(), what
+
+    def forward(self, **each: Any) -> Tensor:
+        out = self.model(**each)
+        if self.what == "print":
+            print("a step")
+        if self.what == "item" and out.loss.item() > 0:
+            return out.loss * 2
+        return out.loss + out.logits.softmax(-1).sum() if self.what == "logits" else out.loss
+
+
+def with_hook() -> nn.Module:
+    model, kept = base(), []
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, result: kept.append(result))
+    return model
+
+
+def in_double() -> nn.Module:
+    return base().double()
+
+
+def with_requires_grad() -> nn.Module:
+    """As enable_input_require_grads() has it, seen at once by every version of torch."""
+
+    class Model(nn.Module):
+        def forward(self, **_: Any) -> Tensor:
+            x = torch.ones(3) + 1
+            x.requires_grad_()
+            print("halfway")
+            return x.sum()
+
+    return Model()
+
+
+def lora(**more: Any) -> nn.Module:
+    return get_peft_model(base(), adapter(target_modules=["q_proj"], **more))
+
+
+@pytest.mark.parametrize(
+    ("make", "advised"),
+    [
+        (lambda: Printing("print"), "torch.compiler.is_compiling"),
+        (lambda: Printing("item"), "keep the number on the device"),
+        (lambda: Printing("logits"), "use the logits for the loss alone"),
+        (with_hook, "take hooks that keep what a module computes off it"),
+        (lambda: lora(lora_bias=True), "lora_bias=False"),
+        (in_double, "train in float32 or less"),
+        (with_requires_grad, "leave gradient_checkpointing off"),
+    ],
+)
+def test_it_says_what_to_change(make: Any, advised: str) -> None:
+    torch._dynamo.reset()
+    report = fastft.explain(make().train(), **batch(0))
+    reasons = [miss.reason for miss in report.near_misses] + [why for why, _ in report.breaks]
+    assert any(advised in advice(reason) for reason in reasons), reasons
+    for page in (str(report), report._repr_html_()):
+        assert advised.split()[0] in page
+        assert "→" in page
+
+
+def test_a_mask_that_is_given_whole_says_what_to_change() -> None:
+    each = batch(0) | {"attention_mask": torch.rand(2, 1, 24, 24)}
+    report = fastft.explain(base().train(), **each)
+    assert all("attention_mask with two axes" in advice(mask.rule) for mask in report.masks)
+
+
+@pytest.mark.parametrize(
+    ("reason", "advised"),
+    [
+        ("it is not added to a layer's result as LoRA is: DoRA, say", "use_dora=False"),
+        ("dropout is not a number but item(x)", "attention_dropout"),
+        ("tensor 'x' size mismatch at index 1. expected 13, actual 26", "pad_to_multiple_of"),
+        ("the mask is trained", "ALiBi"),
+        ("the de-quantised weight goes elsewhere than into a linear layer", "ignored_params"),
+        ("autocast or gradients are switched on in one layer and off in another", "the call of the whole model"),
+        ("copy_ writes in place to what another part of the graph made", "x = x + y"),
+        ("whatever else", ""),
+    ],
+)
+def test_advice(reason: str, advised: str) -> None:
+    assert advised in advice(reason)
+    assert bool(advised) == bool(advice(reason))
