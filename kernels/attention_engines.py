@@ -25,9 +25,8 @@ ALIGNED_BYTES = 16
 
 @functools.cache
 def _operator(engine: str, *, backward: bool = False) -> Any:
-    from fastft.rewriter.compat import attention_operator
-
-    return attention_operator(engine, backward=backward)
+    """One of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
+    return getattr(torch.ops.aten, f"_scaled_dot_product_{engine}_attention" + ("_backward" if backward else ""))
 
 
 @contextmanager

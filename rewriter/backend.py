@@ -23,6 +23,10 @@ from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rewrite import rewrite
 
 log = logging.getLogger("fastft")
+CUT = (
+    "torch cut a graph at the buckets of DistributedDataParallel before fastft saw it, which keeps layers from being "
+    "compiled once: set optimize_ddp = False in Dynamo's config, as gradients are sent while others are computed anyway."
+)
 _warned: set[str] = set()
 
 
@@ -45,6 +49,8 @@ def fastft(
     parsed = Options.parse(options)
     shapes.watch(gm)
     caches.ensure_writable()
+    if compat.cut_by_ddp(gm):
+        warn_once(CUT)
     recording = Recording(gm)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)

@@ -347,9 +347,10 @@ def cache_counts() -> Counter[str]:
     return Counter({name: found[prefix + name] for name in ("hit", "miss", "bypass")})
 
 
-def attention_operator(engine: str, *, backward: bool = False) -> Any:
-    """The operator of one of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
-    return getattr(torch.ops.aten, f"_scaled_dot_product_{engine}_attention" + ("_backward" if backward else ""))
+def cut_by_ddp(gm: GraphModule) -> bool:
+    """Whether this is a part of a graph that torch cut at the buckets of DistributedDataParallel."""
+    active = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return active is not None and not all(map(source_name, gm.graph.find_nodes(op="placeholder")))
 
 
 def is_higher_order(target: Any) -> bool:

@@ -49,6 +49,7 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
         allowed += 8 * torch.finfo(torch.float32).eps
         mine = found[scenario.__name__]
         assert not mine["failures"]
+        assert mine["cut"] == (scenario is devices.ddp_split)  # told once, and only where it is so
         difference = ((torch.tensor(mine["seen"]) - plain).abs() / size).max()
         if difference > allowed:
             wrong[scenario.__name__] = f"{difference:.1e} apart, {allowed:.1e} allowed"

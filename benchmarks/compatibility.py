@@ -1,0 +1,196 @@
+"""Which loops, trainers, optimizers and engines train with fastft as without it?  Makes the table of docs/compatibility.md.
+
+    python benchmarks/compatibility.py --json rows.json
+    python benchmarks/compatibility.py --device cuda --json rows-cuda.json
+    python benchmarks/compatibility.py --show rows.json rows-cuda.json --markdown docs/compatibility.md
+
+The scenarios are those of tests/training, which must be there with the packages that they name.  What is compared: the
+losses and gradient norms of all steps, the largest difference relative to their size; allowed is three times what runs
+without fastft differ by if their weights are a rounding apart.  The rewritten graphs run without Inductor, in the
+dtypes of the scenario: float32 unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import checkout
+import report
+
+Row = dict[str, Any]
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+GROUPS = {"loops": "Loops", "trainers": "Trainers", "optimizers": "Optimizers", "devices": "Many devices"}
+PACKAGES = (
+    "torch", "transformers", "peft", "trl", "accelerate", "lightning", "bitsandbytes", "torchao", "datasets",
+)  # fmt: skip
+NOT_WORKING = (
+    ("`torch_compile_backend=\"fastft\"`, `accelerate launch --dynamo_backend fastft`",
+     "accelerate knows a closed list of backends and refuses other names; use `model.compile(backend=\"fastft\")`"),
+    ("`Trainer(torch.compile(model))` of a 4-bit model",
+     "transformers refuses any compiled 4-bit model that is wrapped; use `model.compile(...)`, in place"),
+    ("TRL `DPOTrainer(padding_free=True)`", "TRL 1.15 and 1.16 switch it off themselves, and pad"),
+    ("FSDP2 of 4-bit weights that are sharded",
+     "right, but bitsandbytes makes a parameter anew in each forward, where torch breaks the graph: its layers are not "
+     "fused; use `ignored_params`"),
+    ("double backward", "not supported by torch.compile"),
+)  # fmt: skip
+INTRODUCTION = """# What runs, and how it was compared
+
+Made by `benchmarks/compatibility.py`, {when}. The same scenarios are tests (`tests/training`), run with every change.
+
+A scenario trains a small Llama for a few steps, with and without fastft, and the losses and gradient norms of all steps are compared: the largest
+difference, relative to their size. *Allowed* is three times the difference between runs without fastft whose weights are a rounding apart. *Ops*
+are what was lifted in all graphs that the scenario compiled.
+
+"""
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", help="scenarios whose name has this in it")
+    parser.add_argument("--commit", default=checkout.commit())
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--show", type=Path, nargs="+", help="files of rows to show instead of running")
+    parser.add_argument("--markdown", type=Path, help="write the page here")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = parse()
+    if options.show:
+        rows = [row for path in options.show for row in json.loads(path.read_text())]
+    else:
+        rows = run(options)
+    show(rows)
+    if options.markdown:
+        options.markdown.write_text(page(rows))
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    sys.path.insert(0, str(TESTS))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    quiet()
+    rows: list[Row] = []
+    for group in GROUPS:
+        for row in rows_of(group, options):
+            rows.append(row | {"commit": options.commit, "device": options.device, "versions": versions()})
+            told = row["error"] or f"{row['difference']:.1e} of {row['allowed']:.1e}"
+            print(f"{row['name']}: {told}", file=sys.stderr, flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def quiet() -> None:
+    """The trainers' own words would hide the table."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def rows_of(group: str, options: argparse.Namespace) -> Any:
+    """The rows of a group, one after the other."""
+    from importlib import import_module
+
+    if group == "devices":
+        if options.device == "cpu" and not options.only:
+            yield from devices()
+        return
+    from training.outcome import outcome
+
+    for scenario in getattr(import_module(f"training.{group}"), group.upper()):
+        if options.only and options.only not in scenario.__name__:
+            continue
+        row: Row = {"group": group, "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": ""}
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                found = outcome(scenario, device=options.device)
+        except Exception as error:
+            yield row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            continue
+        yield row | {
+            "difference": found.difference, "allowed": found.allowed, "lifted": dict(found.lifted),
+            "fused": found.fused, "graphs": len(found.graphs), "right": found.right,
+        }  # fmt: skip
+
+
+def devices() -> Any:
+    """Two processes by gloo, beside one without fastft."""
+    import torch
+    from training import devices as scenarios
+    from training.outcome import ROUNDINGS, SMALL
+    from training.test_devices import together
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = together(Path(folder))
+    for scenario in scenarios.DEVICES:
+        plain, *nudged = (torch.tensor(scenarios.run(scenario, nudge=nudge)) for nudge in range(3))
+        size = plain.abs().clamp(min=SMALL)
+        allowed = ROUNDINGS * max(((other - plain).abs() / size).max().item() for other in nudged) + 1e-6
+        mine = found[scenario.__name__]
+        difference = ((torch.tensor(mine["seen"]) - plain).abs() / size).max().item()
+        yield {
+            "group": "devices", "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": "",
+            "difference": difference, "allowed": allowed, "lifted": mine["lifted"], "right": difference <= allowed,
+        }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def ops_of(row: Row) -> str:
+    return ", ".join(f"{times} {name}" for name, times in row["lifted"].items()) or "none"
+
+
+def show(rows: list[Row]) -> None:
+    out = report.columns(("device", "scenario"), ("difference", "allowed", "ops"))
+    for row in rows:
+        cells = [row["error"][:60]] if row["error"] else [f"{row['difference']:.1e}", f"{row['allowed']:.1e}"]
+        ops = "" if row["error"] else str(sum(row["lifted"].values()))
+        out.add_row(row["device"], row["name"], *cells, *([""] if row["error"] else []), ops)
+    report.present("with fastft and without", out, [])
+    wrong = [row["name"] for row in rows if row["error"] or not row["right"]]
+    print("wrong or not run:", ", ".join(wrong) if wrong else "none")
+
+
+def page(rows: list[Row]) -> str:
+    when = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    text = [INTRODUCTION.format(when=when)]
+    for device in dict.fromkeys(row["device"] for row in rows):
+        row = next(row for row in rows if row["device"] == device)
+        listed = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        text.append(f"**{device}**: commit {row['commit']}; {listed}.\n\n")
+    for group, title in GROUPS.items():
+        mine = [row for row in rows if row["group"] == group]
+        text.append(f"## {title}\n\n| what | device | difference | allowed | ops |\n|---|---|---|---|---|\n")
+        for row in mine:
+            cells = (
+                f"**{row['error']}** | | "
+                if row["error"]
+                else f"{row['difference']:.1e} | {row['allowed']:.1e} | {ops_of(row)}"
+            )
+            text.append(f"| {row['title']} | {row['device']} | {cells} |\n")
+        text.append("\n")
+    text.append("## What does not work, and why\n\n| what | why |\n|---|---|\n")
+    text += [f"| {what} | {why} |\n" for what, why in NOT_WORKING]
+    return "".join(text)
+
+
+if __name__ == "__main__":
+    main()
