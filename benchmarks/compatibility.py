@@ -1,13 +1,13 @@
-"""Which loops, trainers, optimizers and engines train with fastft as without it?  Makes the table of docs/compatibility.md.
+"""Which loops, trainers, optimizers and engines train with fastft as without it?  Makes docs/compatibility.md.
 
     python benchmarks/compatibility.py --json rows.json
     python benchmarks/compatibility.py --device cuda --json rows-cuda.json
     python benchmarks/compatibility.py --show rows.json rows-cuda.json --markdown docs/compatibility.md
 
 The scenarios are those of tests/training, which must be there with the packages that they name.  What is compared: the
-losses and gradient norms of all steps, the largest difference relative to their size; allowed is three times what runs
-without fastft differ by if their weights are a rounding apart.  The rewritten graphs run without Inductor, in the
-dtypes of the scenario: float32 unless it says otherwise.
+losses and gradient norms of all steps, relative to their size; allowed is three times what runs without fastft differ
+by if their weights are a rounding apart, and the step nearest to it is told.  The rewritten graphs run without
+Inductor, in float32 unless a scenario says otherwise.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ INTRODUCTION = """# What runs, and how it was compared
 
 Made by `benchmarks/compatibility.py`, {when}. The same scenarios are tests (`tests/training`), run with every change.
 
-A scenario trains a small Llama for a few steps, with and without fastft, and the losses and gradient norms of all steps are compared: the largest
-difference, relative to their size. *Allowed* is three times the difference between runs without fastft whose weights are a rounding apart. *Ops*
-are what was lifted in all graphs that the scenario compiled.
+A scenario trains a small Llama for a few steps, with and without fastft, and the losses and gradient norms of all
+steps are compared: the difference relative to their size. *Allowed* is three times what runs without fastft differ by
+whose weights are a rounding apart; of all steps, the one that is nearest to it is shown. *Ops* are what was lifted in
+all graphs that the scenario compiled.
 
 """
 
@@ -129,17 +130,15 @@ def devices() -> Any:
     """Two processes by gloo, beside one without fastft."""
     import torch
     from training import devices as scenarios
-    from training.outcome import ROUNDINGS, SMALL
+    from training.outcome import compare
     from training.test_devices import together
 
     with tempfile.TemporaryDirectory() as folder:
         found = together(Path(folder))
     for scenario in scenarios.DEVICES:
         plain, *nudged = (torch.tensor(scenarios.run(scenario, nudge=nudge)) for nudge in range(3))
-        size = plain.abs().clamp(min=SMALL)
-        allowed = ROUNDINGS * max(((other - plain).abs() / size).max().item() for other in nudged) + 1e-6
         mine = found[scenario.__name__]
-        difference = ((torch.tensor(mine["seen"]) - plain).abs() / size).max().item()
+        difference, allowed = compare(torch.tensor(mine["seen"]), plain, nudged)
         yield {
             "group": "devices", "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": "",
             "difference": difference, "allowed": allowed, "lifted": mine["lifted"], "right": difference <= allowed,

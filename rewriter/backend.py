@@ -25,7 +25,7 @@ from fastft.rewriter.rewrite import rewrite
 log = logging.getLogger("fastft")
 CUT = (
     "torch cut a graph at the buckets of DistributedDataParallel before fastft saw it, which keeps layers from being "
-    "compiled once: set optimize_ddp = False in Dynamo's config, as gradients are sent while others are computed anyway."
+    "compiled once: set optimize_ddp = False in Dynamo's config; gradients are sent while others are computed anyway."
 )
 _warned: set[str] = set()
 

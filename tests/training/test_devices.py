@@ -12,7 +12,7 @@ import torch
 
 import fastft
 from training import devices, setting
-from training.outcome import ROUNDINGS, SMALL
+from training.outcome import compare
 from training.setting import LAYERS, Setting, batch
 
 TESTS = Path(__file__).parents[1]
@@ -44,13 +44,10 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     wrong = {}
     for scenario in devices.DEVICES:
         plain, *nudged = (torch.tensor(devices.run(scenario, nudge=nudge)) for nudge in range(3))
-        size = plain.abs().clamp(min=SMALL)
-        allowed = ROUNDINGS * max(((other - plain).abs() / size).max() for other in nudged)
-        allowed += 8 * torch.finfo(torch.float32).eps
         mine = found[scenario.__name__]
         assert not mine["failures"]
         assert mine["cut"] == (scenario is devices.ddp_split)  # told once, and only where it is so
-        difference = ((torch.tensor(mine["seen"]) - plain).abs() / size).max()
+        difference, allowed = compare(torch.tensor(mine["seen"]), plain, nudged)
         if difference > allowed:
             wrong[scenario.__name__] = f"{difference:.1e} apart, {allowed:.1e} allowed"
         if "split" not in scenario.__name__ and "sharded" not in scenario.__name__:
