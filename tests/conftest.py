@@ -13,7 +13,7 @@ settings.register_profile(
 )
 settings.register_profile("gpu", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(  # hundreds of times slower than a compiled kernel
-    "interpreter", max_examples=5, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "interpreter", max_examples=3, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("FASTFT_HYPOTHESIS_PROFILE", "ci"))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from training.setting import LENGTH, Setting, adapter, batch, norm_of_gradients, trained
+from training.setting import FEW, LENGTH, Setting, adapter, batch, norm_of_gradients, trained
 
 STEPS, RATE = 4, 1e-2
 
@@ -32,8 +32,8 @@ def train(setting: Setting, model: Any, compiled: Any, *, steps: int = STEPS) ->
 
 
 def plain(setting: Setting) -> list[float]:
-    """Plain PyTorch, LoRA"""
-    model = setting.model()
+    """Plain PyTorch, LoRA on all projections"""
+    model = setting.model(lora="all-linear")
     return train(setting, model, setting.compile(model))
 
 
@@ -44,8 +44,8 @@ def full(setting: Setting) -> list[float]:
 
 
 def qlora(setting: Setting) -> list[float]:
-    """Plain PyTorch, 4-bit weights and LoRA"""
-    model = setting.model(nf4=True)
+    """Plain PyTorch, 4-bit weights and LoRA on all projections"""
+    model = setting.model(lora="all-linear", nf4=True)
     return train(setting, model, setting.compile(model))
 
 
@@ -199,7 +199,7 @@ def closures(setting: Setting) -> list[float]:
     """LBFGS, which calls a closure several times a step"""
     model = setting.model()
     compiled, seen = setting.compile(model), []
-    optimizer = torch.optim.LBFGS(trained(model), lr=0.1, max_iter=3, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(trained(model), lr=0.01, max_iter=3)
     for each in setting.batches(2):
 
         def closure(each: dict[str, Tensor] = each) -> Tensor:
@@ -316,7 +316,7 @@ def adapters(setting: Setting) -> list[float]:
     compiled = setting.compile(model)
     seen = train(setting, model, compiled, steps=1)
     torch.manual_seed(2)
-    model.add_adapter("other", adapter(r=2))
+    model.add_adapter("other", adapter(r=2, target_modules=FEW))
     model.set_adapter("other")
     seen += train(setting, model, compiled, steps=1)
     model.set_adapter("default")

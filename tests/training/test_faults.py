@@ -27,7 +27,7 @@ def pair(tmp_path: Path) -> tuple[Any, Any, Callable]:
     """A model, the same without fastft, and the first compiled."""
     torch._dynamo.reset()
     setting = Setting(tmp_path, compiled=True, options=OPTIONS)
-    model, plain = (setting.model(nf4=True, lora=["q_proj", "down_proj"]) for _ in range(2))
+    model, plain = (setting.model(nf4=True) for _ in range(2))
     return model, plain, setting.compile(model)
 
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' paged optimizers on a card that is full: their states move to the host's memory, and the step is right."""
+"""bitsandbytes' paged optimizers on a full card: their states move to the host's memory, and the step is right."""
 
 from collections.abc import Iterable
 from typing import Any

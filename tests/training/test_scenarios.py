@@ -71,7 +71,7 @@ def test_a_gradient_that_is_slightly_wrong_is_noticed() -> None:
         model = setting.model()
         if setting.compiled:
             value = next(
-                value for name, value in model.named_parameters() if "layers.1.self_attn.v_proj.lora_B" in name
+                value for name, value in model.named_parameters() if "layers.1.self_attn.q_proj.lora_B" in name
             )
             value.register_hook(lambda gradient: gradient * 1.001)
         return loops.train(setting, model, setting.compile(model))

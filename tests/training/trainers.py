@@ -12,10 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from training.setting import END, PADDING, VOCABULARY, Setting, adapter, base, batch, trained
+from training.setting import END, FEW, PADDING, VOCABULARY, Setting, adapter, base, batch, trained
 
 STEPS = 4
-FEW = ["q_proj", "v_proj"]  # layers that have adapters: torch traces each of them again for every trainer
 HISTORY = ("loss", "grad_norm", "eval_loss", "rewards/margins")
 
 
@@ -66,13 +65,13 @@ class Rows(torch.utils.data.Dataset):
 
 def trainer(setting: Setting) -> list[float]:
     """transformers `Trainer`"""
-    model = setting.compile_in_place(setting.model(lora=FEW))
+    model = setting.compile_in_place(setting.model())
     return run(Trainer(model, TrainingArguments(**arguments(setting)), train_dataset=Rows()))
 
 
 def trainer_of_wrapped(setting: Setting) -> list[float]:
     """transformers `Trainer` given `torch.compile(model)`; gradient accumulation, clipping, evaluation"""
-    model = setting.compile(setting.model(lora=FEW))
+    model = setting.compile(setting.model())
     more = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_grad_norm": 0.1}
     unasked = {"remove_unused_columns": False, "label_names": ["labels"]}  # Trainer would ask torch.compile's wrapper
     settings = TrainingArguments(**arguments(setting, **more, **unasked))
@@ -81,7 +80,7 @@ def trainer_of_wrapped(setting: Setting) -> list[float]:
 
 def trainer_bf16(setting: Setting) -> list[float]:
     """transformers `Trainer(bf16=True)`, 4-bit weights"""
-    model = setting.compile_in_place(setting.model(lora=FEW, nf4=True, rounded=torch.bfloat16))
+    model = setting.compile_in_place(setting.model(nf4=True, rounded=torch.bfloat16))
     return run(Trainer(model, TrainingArguments(**arguments(setting, bf16=True)), train_dataset=Rows()))
 
 
@@ -97,7 +96,7 @@ def trainer_resumed(setting: Setting) -> list[float]:
     more = {"save_strategy": "steps", "save_steps": 2}
     seen = []
     for resume in (False, str(setting.folder / "checkpoint-2")):
-        model = setting.compile_in_place(setting.model(lora=FEW))
+        model = setting.compile_in_place(setting.model())
         made = Trainer(model, TrainingArguments(**arguments(setting, **more)), train_dataset=Rows())
         made.train(resume_from_checkpoint=resume)
         seen += [float(row["loss"]) for row in made.state.log_history if "loss" in row]
@@ -143,7 +142,7 @@ def dpo_padded(setting: Setting) -> list[float]:
 def with_accelerate(setting: Setting) -> list[float]:
     """An `accelerate` loop: `prepare`, `accumulate`, `clip_grad_norm_`"""
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=setting.device == "cpu")
-    model = setting.compile(setting.model(lora=FEW))
+    model = setting.compile(setting.model())
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows(), batch_size=2))
     seen = []
@@ -168,7 +167,7 @@ def with_lightning(setting: Setting) -> list[float]:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = setting.compile(setting.model(lora=FEW))
+            self.model = setting.compile(setting.model())
 
         def training_step(self, each: dict[str, Tensor], number: int) -> Tensor:
             loss = self.model(**each).loss
@@ -190,7 +189,7 @@ def with_lightning_whole(setting: Setting) -> list[float]:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = setting.model(lora=FEW)
+            self.model = setting.model()
 
         def training_step(self, each: dict[str, Tensor], number: int) -> Tensor:
             loss = self.model(**each).loss
