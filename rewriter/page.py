@@ -43,6 +43,7 @@ def page(report: Report) -> str:
     from fastft.rewriter import report as text
 
     graphs = report.graphs
+    columns, regions = text._regions(graphs)
     sections = [
         ("Where the graph breaks", _told([(text._short(at), why) for why, at in report.breaks], ("at", "reason"))),
         ("Failures in fastft: these graphs run as they were", _table(text._failures(graphs), ("graph", "cause"))),
@@ -51,7 +52,7 @@ def page(report: Report) -> str:
         ("A layer before and after", "".join(_before_and_after(graph) for graph in graphs)),
         ("Memory of a step", "".join(_memory(graph) for graph in graphs)),
         ("Kernels", _kernels(graphs)),
-        ("Regions, each compiled once", _table(*reversed(text._regions(graphs)))),
+        ("Regions, each compiled once", _table(regions, columns)),
         ("Compiled", _table(text._compiled(graphs), ("graph", "of", "seconds", "changing sizes", "cache"))),
         ("Compiled again", _table(text._counted(graph.reason for graph in graphs), ("reason", "times"))),
         ("Compiled whole", _table(text._counted(graph.whole for graph in graphs), ("reason", "times"))),

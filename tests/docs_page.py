@@ -83,6 +83,8 @@ def run(page: Path) -> int:
         elif file := re.match(r"# (\w+\.py)\n", code):
             Path(file[1]).write_text(code)
         else:
+            if page.name == "README.md":  # whose examples stand each for itself
+                names = given()
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
     return count
 
