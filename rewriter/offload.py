@@ -24,7 +24,10 @@ from fastft.rewriter import compat
 
 
 class Pool:
-    """Pinned buffers by size.  limit_bytes: what all of them may take."""
+    """Pinned buffers by size, which is a power of two: so torch allocates them, and lengths that change share them.
+
+    limit_bytes: what all of them may take.
+    """
 
     def __init__(self, limit_bytes: int, *, pinned: bool) -> None:
         self.limit_bytes, self.pinned = limit_bytes, pinned
@@ -32,14 +35,15 @@ class Pool:
         self.free: dict[int, list[Tensor]] = defaultdict(list)
 
     def take(self, size: int) -> Tensor | None:
-        """A buffer of this many bytes; None if there is no room for it."""
+        """A buffer of at least this many bytes; None if there is no room for it."""
+        size = _rounded(size)
         if self.free[size]:
             return self.free[size].pop()
-        if self.total_bytes + _rounded(size) > self.limit_bytes:
+        if self.total_bytes + size > self.limit_bytes:
             self.shrink()
-        if self.total_bytes + _rounded(size) > self.limit_bytes:
+        if self.total_bytes + size > self.limit_bytes:
             return None
-        self.total_bytes += _rounded(size)
+        self.total_bytes += size
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
 
     def give(self, buffer: Tensor) -> None:
@@ -47,7 +51,7 @@ class Pool:
 
     def shrink(self) -> None:
         """Let go of the buffers that nobody uses."""
-        self.total_bytes -= sum(_rounded(size) * len(buffers) for size, buffers in self.free.items())
+        self.total_bytes -= sum(size * len(buffers) for size, buffers in self.free.items())
         self.free.clear()
 
 
