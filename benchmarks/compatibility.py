@@ -52,7 +52,7 @@ Made by `benchmarks/compatibility.py`, {when}. The same scenarios are tests (`te
 A scenario trains a small Llama for a few steps, with and without fastft, and the losses and gradient norms of all
 steps are compared: the difference relative to their size. *Allowed* is three times what runs without fastft differ by
 whose weights are a rounding apart; of all steps, the one that is nearest to it is shown. *Ops* are what was lifted in
-all graphs that the scenario compiled.
+all graphs that the scenario compiled.  A row that a device lacks was not run there for this table.
 
 """
 

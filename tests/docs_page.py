@@ -36,7 +36,7 @@ def write_world() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(
-        **sizes, num_hidden_layers=3, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        **sizes, num_hidden_layers=2, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
     for name in MODELS:
         LlamaForCausalLM(config).save_pretrained(name)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,18 @@ from training.setting import Setting, batch, trained
 OPTIONS = {"lower": "eager", "strict": True, "memory_budget": "max-speed"}
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan of another test is alive."""
+    monkeypatch.setattr(ledger, "_alive", weakref.WeakSet())
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Any, Any, Callable]:
     """A model, the same without fastft, and the first compiled."""
     torch._dynamo.reset()
     setting = Setting(tmp_path, compiled=True, options=OPTIONS)
-    model, plain = (setting.model(nf4=True) for _ in range(2))
+    model, plain = (setting.model(lora=["down_proj"]) for _ in range(2))
     return model, plain, setting.compile(model)
 
 
