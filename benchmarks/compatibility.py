@@ -42,7 +42,7 @@ NOT_WORKING = (
     ("TRL `DPOTrainer(padding_free=True)`", "TRL 1.15 and 1.16 switch it off themselves, and pad"),
     ("FSDP2 of 4-bit weights that are sharded",
      "right, but bitsandbytes makes a parameter anew in each forward, where torch breaks the graph: its layers are not "
-     "fused; use `ignored_params`"),
+     "fused (torch 2.14 ends in an error of Dynamo's own); use `ignored_params`"),
     ("double backward", "not supported by torch.compile"),
 )  # fmt: skip
 INTRODUCTION = """# What runs, and how it was compared
