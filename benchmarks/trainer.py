@@ -296,15 +296,18 @@ def draw(rows: list[Row], path: Path) -> None:
 
     done = [row for row in rows if row["status"] == "ok"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    slower = [row["contender"] for row in sorted(done, key=lambda row: row["tokens_s"])]
     for row, colour in zip(done, COLOURS * 2, strict=False):
         style = "--" if row["contender"].endswith(("-keep", "-min", "-padded")) else "-"
         left.plot(range(1, len(row["losses"]) + 1), row["losses"], style, color=colour, label=row["contender"], lw=1.3)
-        right.scatter((row["peak_bytes"] or 0) / 2**30, row["tokens_s"], color=colour, s=50, zorder=3)
-        right.annotate(row["contender"], ((row["peak_bytes"] or 0) / 2**30, row["tokens_s"]), xytext=(6, 4),
-                       textcoords="offset points", fontsize=8)  # fmt: skip
+        at = (row["peak_bytes"] or 0) / 2**30, row["tokens_s"]
+        right.scatter(*at, color=colour, s=50, zorder=3)
+        beside = (0, 7 if slower.index(row["contender"]) % 2 else -14)
+        right.annotate(row["contender"], at, xytext=beside, textcoords="offset points", ha="center", fontsize=8)
     left.set(xlabel="step", ylabel="loss")
     left.legend(fontsize=8, frameon=False)
     right.set(xlabel="peak GiB", ylabel="tokens/s", xlim=(0, None), ylim=(0, None))
+    right.margins(x=0.15)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
