@@ -20,7 +20,10 @@ from turns import Turns
 Row = dict[str, Any]
 GIB = 2**30
 IGNORED, DOCUMENT = -100, 512  # a label without a loss; tokens in a packed document
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "fastft")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "trl", "accelerate", "lightning", "bitsandbytes", "torchao", "datasets",
+    "liger-kernel", "unsloth", "fastft",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

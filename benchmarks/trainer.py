@@ -130,6 +130,7 @@ def summary(row: Row, warmup: int) -> Row:
 
 def make_trainer(asked: Row, device: str) -> Any:
     from datasets import Dataset
+    from models import PROJECTIONS
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -155,9 +156,6 @@ def make_trainer(asked: Row, device: str) -> Any:
     elif name == "inductor":
         trainer.model.compile()
     return trainer
-
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def load(asked: Row, device: str) -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,10 +26,10 @@ def triton_folder() -> Path:
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
 
 
-def folders() -> dict[str, Callable[[], Path]]:
+def folders() -> dict[str, Path]:
     """What is compiled on this machine goes there, by the variable that says where."""
-    triton = {"TRITON_CACHE_DIR": triton_folder} if torch.cuda.is_available() else {}
-    return {"TORCHINDUCTOR_CACHE_DIR": inductor_folder, **triton}
+    triton = {"TRITON_CACHE_DIR": triton_folder()} if torch.cuda.is_available() else {}
+    return {"TORCHINDUCTOR_CACHE_DIR": inductor_folder(), **triton}
 
 
 def ensure_writable() -> None:
@@ -40,11 +39,11 @@ def ensure_writable() -> None:
     will say so.
     """
     for variable, folder in folders().items():
-        reason = why_not(folder())
+        reason = why_not(folder)
         other = _another() if reason else None
         if other is not None:
             advice = f"set {variable} to a folder with space"
-            message = f"fastft keeps compiled code in {other}, as {folder()} {reason}: {advice}."
+            message = f"fastft keeps compiled code in {other}, as {folder} {reason}: {advice}."
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             os.environ[variable] = str(other)
 

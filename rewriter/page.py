@@ -6,20 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 import torch
 
-from fastft.rewriter.advice import advice
+from fastft.kernels import dispatch
+from fastft.kernels.registry import REGISTRY
 from fastft.rewriter.listing import Line
-
-if TYPE_CHECKING:
-    from fastft.rewriter.report import GraphReport, Report
+from fastft.rewriter.report import BREAKS, FAILURES, FATES, FUSED, LIFTED, MEMORY, MISSED, GraphReport, Report
 
 DEEPEST = 2  # names below a layer: what is further inside a module is told as the module's
 LAYER = re.compile(r"^(.*?\.?)(\d+)(?:\.|$)")  # the outermost number in a module's path
 STYLE = """
-:root{color-scheme:light dark;--line:#8883;--soft:#8881;--ours:#22883322;--mine:#1a6e2a;--miss:#ee667733}
+:root{color-scheme:light dark;--line:#8883;--soft:#8881;--ours:#22883322;--mine:#1a6e2a}
 @media(prefers-color-scheme:dark){:root{--mine:#7fd68f}}
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:2.2rem 0 .5rem}
@@ -28,36 +26,30 @@ h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:2.2rem 0 .5re
 .big b{display:block;font-size:1.35rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem}
 td,th{border-bottom:1px solid var(--line);padding:.2rem .6rem;text-align:left;vertical-align:top}
-td.n{text-align:right}td.c{text-align:center;padding:.2rem .3rem}td.hit{background:var(--ours)}
+td.c{text-align:center;padding:.2rem .3rem}td.hit{background:var(--ours)}
 code{font-size:.85em}
 .call{display:inline-block;background:var(--soft);border-radius:.3rem;padding:0 .35rem;margin:.08rem}
 .call{font:.78rem monospace}
-.ours{background:var(--ours);color:var(--mine);font-weight:600}.many{opacity:.65}
-.advice{color:var(--mine)}.missed td{background:var(--miss)}details{margin:.4rem 0}img{max-width:100%}
+.ours{background:var(--ours);color:var(--mine);font-weight:600}
+.advice{color:var(--mine)}details{margin:.4rem 0}img{max-width:100%}
 summary{cursor:pointer}.soft{opacity:.7}
 """
 
 
 def page(report: Report) -> str:
-    """The whole page."""
-    from fastft.rewriter import report as text
-
-    graphs = report.graphs
-    columns, regions = text._regions(graphs)
-    sections = [
-        ("Where the graph breaks", _told([(text._short(at), why) for why, at in report.breaks], ("at", "reason"))),
-        ("Failures in fastft: these graphs run as they were", _table(text._failures(graphs), ("graph", "cause"))),
-        ("What is not fused, and what to change", _missed(report)),
+    """The whole page: what goes wrong, then pictures, then the tables that no picture stands for."""
+    tables = {title: _table(columns, rows) for title, columns, rows in report.tables()}
+    fates, graphs = tables.pop(FATES, ""), report.graphs
+    for title in (MEMORY, LIFTED, FUSED):
+        tables.pop(title, None)
+    troubles = [(title, tables.pop(title, "")) for title in (BREAKS, FAILURES, MISSED)]
+    pictures = [
         ("Matches by layer", _matrix(report)),
         ("A layer before and after", "".join(_before_and_after(graph) for graph in graphs)),
-        ("Memory of a step", "".join(_memory(graph) for graph in graphs)),
+        ("Memory of a step", "".join(_memory(graph) for graph in graphs) + _folded(FATES, fates)),
         ("Kernels", _kernels(graphs)),
-        ("Regions, each compiled once", _table(regions, columns)),
-        ("Compiled", _table(text._compiled(graphs), ("graph", "of", "seconds", "changing sizes", "cache"))),
-        ("Compiled again", _table(text._counted(graph.reason for graph in graphs), ("reason", "times"))),
-        ("Compiled whole", _table(text._counted(graph.whole for graph in graphs), ("reason", "times"))),
-        ("Logits that are computed only when they are read", _table(text._deferred(graphs), ("module", "read"))),
     ]
+    sections = (*troubles, *pictures, *tables.items())
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     stopped = f"<p><b>The model then failed with {escape(report.stopped_by)}</b></p>" if report.stopped_by else ""
     return (
@@ -83,32 +75,21 @@ def _headline(report: Report) -> str:
     return f'<div class="big">{"".join(f"<div><b>{figure}</b>{name}</div>" for figure, name in figures)}</div>'
 
 
-def _table(rows: Iterable[Sequence[str]], columns: Sequence[str], kind: str = "") -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells are escaped; line breaks stay."""
     lines = [f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    if not lines:
-        return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{"".join(lines)}</table></div>'
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>' if lines else ""
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>" if content else ""
 
 
 def _text(cell: str) -> str:
     """Escaped; from an arrow at the beginning of a line on, it is advice."""
     lines = escape(cell).split("\n")
     return "<br>".join(f'<span class="advice">{line}</span>' if line.startswith("→") else line for line in lines)
-
-
-def _told(rows: Sequence[tuple[str, str]], columns: Sequence[str]) -> str:
-    return _table([(at, f"{why}\n→ {told}" if (told := advice(why)) else why) for at, why in rows], columns)
-
-
-def _missed(report: Report) -> str:
-    from fastft.rewriter import report as text
-
-    dense = [mask for mask in report.masks if mask.rule.startswith("dense")]
-    rows = [*text._by_reason(report.near_misses)]
-    rows += [(modules, times, "", reason) for reason, times, modules in text._masks(dense)]
-    return _table(rows, ("module", "times", "at", "reason"))
 
 
 def _matrix(report: Report) -> str:
@@ -185,32 +166,21 @@ def _calls(lines: Sequence[Line]) -> str:
 
 
 def _memory(graph: GraphReport) -> str:
-    from fastft.rewriter.report import _FATES
-
-    if graph.plan is None:
-        return ""
-    fates = _table(graph.plan.rows(), _FATES)
-    return (
-        f"<p>{escape(str(graph.plan))}</p>{graph.plan.html()}"
-        f"<details><summary>what becomes of each tensor</summary>{fates}</details>"
-    )
+    return f"<p>{escape(str(graph.plan))}</p>{graph.plan.html()}" if graph.plan is not None else ""
 
 
 def _kernels(graphs: Sequence[GraphReport]) -> str:
     """Which ops there are, and what computes them on the device that the model is on."""
-    from fastft.kernels import dispatch
-    from fastft.kernels.registry import REGISTRY
-
     rows = []
     for graph in graphs:
         counts = Counter(line.call for line in graph.after if line.ours)
         device = torch.device(graph.device or "cpu")
         dtypes = dispatch.triton_dtypes(device) if device.type != "cuda" or torch.cuda.is_available() else frozenset()
         for call, times in counts.items():
-            name = call.removeprefix("fastft.").removesuffix(".default")
+            name = call.removeprefix("fastft.")
             forward = REGISTRY.get(f"fastft::{name}")
             backward = REGISTRY.get(f"fastft::{name}_backward")
             here = "Triton, or a kernel of torch's where that is faster" if dtypes else f"plain PyTorch, on {device}"
             launches = " · ".join(one.launches for one in (forward, backward) if one is not None)
             rows.append((f"fastft::{name}", str(times), launches, here))
-    return _table(rows, ("op", "calls", "forward · backward, in kernels/", "computed here by"))
+    return _table(("op", "calls", "forward · backward, in kernels/", "computed here by"), rows)

@@ -18,6 +18,9 @@ from fastft.rewriter.advice import advised
 from fastft.rewriter.listing import Line
 from fastft.rewriter.plan_report import PlanReport
 
+BREAKS, FAILURES, MISSED = "Graph breaks", "Failures in fastft (these graphs run as they were)", "Not lifted"
+LIFTED, FUSED = "Lifted", "Of these, fused"
+MEMORY, FATES = "Memory", "What layers do with their activations"
 _NUMBERS = ("graph", "times", "calls", "nodes", "seconds", "MiB", "µs")  # columns
 
 
@@ -137,25 +140,30 @@ class Report:
         """Write the report as one self-contained HTML page."""
         Path(path).write_text(self._repr_html_(), encoding="utf-8")
 
-    def __rich__(self) -> RenderableType:
-        tables = [
-            _table("Graph breaks", ("at", "reason"), [(_short(at), advised(why)) for why, at in self.breaks]),
-            _table("Compiled", ("graph", "of", "seconds", "changing sizes", "cache"), _compiled(self.graphs)),
-            _table("Compiled again", ("reason", "times"), _counted(graph.reason for graph in self.graphs)),
-            _table("Regions, each compiled once", *_regions(self.graphs)),
-            _table("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in self.graphs)),
-            _table("Memory", ("graph", "plan"), _plans(self.graphs)),
-            _table("What layers do with their activations", _FATES, _fates(self.graphs)),
-            _table("Checkpoints that gave way to the plan", ("module", "times"), _inlined(self.graphs)),
-            _table("Lifted", ("rule", "times", "modules"), _by_rule(self.lifted)),
-            _table("Of these, fused", ("rule", "times", "modules"), _by_rule(self.fused)),
-            _table("Masks of attention", ("mask", "times", "modules"), _masks(self.masks)),
-            _table("Logits that are computed only when they are read", ("module", "read"), _deferred(self.graphs)),
-            _table("Not lifted", ("module", "times", "at", "reason"), _by_reason(self.near_misses)),
-            _table("Failures in fastft (these graphs run as they were)", ("graph", "cause"), _failures(self.graphs)),
+    def tables(self) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
+        """Title, columns and rows of all that there is to tell."""
+        graphs = self.graphs
+        tables: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [
+            (BREAKS, ("at", "reason"), [(_short(at), advised(why)) for why, at in self.breaks]),
+            ("Compiled", ("graph", "of", "seconds", "changing sizes", "cache"), _compiled(graphs)),
+            ("Compiled again", ("reason", "times"), _counted(graph.reason for graph in graphs)),
+            ("Regions, each compiled once", *_regions(graphs)),
+            ("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in graphs)),
+            (MEMORY, ("graph", "plan"), _plans(graphs)),
+            (FATES, ("layers", "tensor", "shape", "fate", "MiB", "µs"), _fates(graphs)),
+            ("Checkpoints that gave way to the plan", ("module", "times"), _inlined(graphs)),
+            (LIFTED, ("rule", "times", "modules"), _by_rule(self.lifted)),
+            (FUSED, ("rule", "times", "modules"), _by_rule(self.fused)),
+            ("Masks of attention", ("mask", "times", "modules"), _masks(self.masks)),
+            ("Logits that are computed only when they are read", ("module", "read"), _deferred(graphs)),
+            (MISSED, ("module", "times", "at", "reason"), _by_reason(self.near_misses)),
+            (FAILURES, ("graph", "cause"), _failures(graphs)),
         ]
+        return [table for table in tables if table[2]]
+
+    def __rich__(self) -> RenderableType:
         stopped = [Text(f"The model then failed with {self.stopped_by}", style="bold")] if self.stopped_by else []
-        return Group(self._summary(), *(table for table in tables if table.row_count), *stopped, self._left())
+        return Group(self._summary(), *(_table(*table) for table in self.tables()), *stopped, self._left())
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -211,9 +219,6 @@ def _regions(graphs: Sequence[GraphReport]) -> tuple[Sequence[str], list[Sequenc
     ]
     columns = [name for name in (cells[0] if cells else ()) if any(row[name] for row in cells)]
     return columns, [[row[name] for name in columns] for row in cells]
-
-
-_FATES = ("layers", "tensor", "shape", "fate", "MiB", "µs")
 
 
 def _plans(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:

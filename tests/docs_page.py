@@ -42,10 +42,8 @@ def write_world() -> None:
         LlamaForCausalLM(config).save_pretrained(name)
         byte_tokenizer().save_pretrained(name)
     write_rows("roneneldan/TinyStories", [{"text": f"Once upon a time there were {n} cats."} for n in range(40)])
-    chosen, rejected = {"chosen": "By purring.", "rejected": "I cannot say."}, {}
-    write_rows(
-        "trl-lib/ultrafeedback", [{"prompt": f"How do {n} cats sing? ", **chosen, **rejected} for n in range(40)]
-    )
+    answers = {"chosen": "By purring.", "rejected": "I cannot say."}
+    write_rows("trl-lib/ultrafeedback", [{"prompt": f"How do {n} cats sing? ", **answers} for n in range(40)])
     Path("sitecustomize.py").write_text(EAGER)
 
 

@@ -243,7 +243,7 @@ def test_a_model_with_breaks_can_be_asked_often_and_compiled_afterwards() -> Non
 
 
 class Printing(nn.Module):
-    """Prints, takes a number from the device, writes into what it is given, and reads the logits besides the loss."""
+    """Prints, takes a number from the device, or reads the logits besides the loss."""
 
     def __init__(self, what: str) -> None:
         super().__init__()

@@ -6,10 +6,9 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
-import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import fastft
+from training.outcome import lifted_in, seen_with_fastft
 from training.setting import Setting, batch, trained
 
+TESTS = Path(__file__).parents[1]
 STEPS, WORLD, RATE = 3, 2, 1e-2
 
 
@@ -134,13 +134,24 @@ def _fsdp(setting: Setting, model: Any, **more: Any) -> Any:
 DEVICES: Sequence[Any] = (ddp, ddp_4bit, ddp_split, fsdp, fsdp_full, fsdp_4bit, fsdp_4bit_sharded)
 
 
-def run(scenario: Any, **settings: Any) -> list[float]:
-    """One scenario, from nothing."""
-    torch._dynamo.reset()
-    with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(Path(folder), **settings)
-        setting.seed()
-        return scenario(setting)
+def together(folder: Path) -> dict[str, Any]:
+    """What the processes saw."""
+    results = folder / "results.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "training.devices", str(rank), str(folder / "meeting"), str(results)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(WORLD)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=500)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert results.exists(), "\n".join(text[-3000:] for text in printed)
+    return json.loads(results.read_text())
 
 
 def main(rank: int, file: str, results: str) -> None:
@@ -154,17 +165,16 @@ def main(rank: int, file: str, results: str) -> None:
     found = {}
     for scenario in DEVICES:
         warned = len(told)
-        before = {id(graph) for graph in fastft.compilations().graphs}
         try:
-            values = run(scenario, compiled=True)
+            values, graphs = seen_with_fastft(scenario)
         except torch._dynamo.exc.InternalTorchDynamoError as error:  # Dynamo's own, of torch 2.14 at a 4-bit parameter
             found[scenario.__name__] = {"error": str(error)}
             continue
-        graphs = [graph for graph in fastft.compilations().graphs if id(graph) not in before]
-        lifted = Counter(one.rule.split(".")[0] for graph in graphs for one in graph.lifted)
         failures = [graph.failure for graph in graphs if graph.failure]
         cut = sum("optimize_ddp" in one for one in told[warned:])
-        found[scenario.__name__] = {"seen": values, "lifted": lifted, "failures": failures, "cut": cut}
+        found[scenario.__name__] = {
+            "seen": values.tolist(), "lifted": lifted_in(graphs), "failures": failures, "cut": cut
+        }  # fmt: skip
     if rank == 0:
         Path(results).write_text(json.dumps(found))
     dist.barrier()

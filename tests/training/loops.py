@@ -18,17 +18,19 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained(model), lr=RATE)
 
 
-def train(setting: Setting, model: Any, compiled: Any, *, steps: int = STEPS) -> list[float]:
-    """The plainest loop."""
-    optimizer = optimizer_of(model)
-    seen = []
-    for each in setting.batches(steps):
-        loss = compiled(**each).loss
-        loss.backward()
-        seen += [loss.item(), norm_of_gradients(model)]
-        optimizer.step()
-        optimizer.zero_grad()
+def step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Backward and the optimizer; the loss, and the norm of its gradients."""
+    loss.backward()
+    seen = [loss.item(), norm_of_gradients(model)]
+    optimizer.step()
+    optimizer.zero_grad()
     return seen
+
+
+def train(setting: Setting, model: Any, compiled: Any, *, steps: int = STEPS, optimizer: Any = None) -> list[float]:
+    """The plainest loop."""
+    optimizer = optimizer or optimizer_of(model)
+    return [number for each in setting.batches(steps) for number in step(compiled(**each).loss, model, optimizer)]
 
 
 def plain(setting: Setting) -> list[float]:
@@ -165,14 +167,14 @@ def whole_step(setting: Setting) -> list[float]:
     model = setting.model()
     optimizer = optimizer_of(model)
 
-    def step(each: dict[str, Tensor]) -> Tensor:
+    def whole(each: dict[str, Tensor]) -> Tensor:
         loss = model(**each).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
-    compiled = setting.compile(step)
+    compiled = setting.compile(whole)
     return [compiled(each).item() for each in setting.batches(STEPS)]
 
 
@@ -185,14 +187,8 @@ def loss_in_function(setting: Setting) -> list[float]:
         return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), labels[:, 1:].reshape(-1))
 
     compiled = setting.compile(loss_of)
-    optimizer, seen = optimizer_of(model), []
-    for each in setting.batches(STEPS):
-        loss = compiled(**each)
-        loss.backward()
-        seen += [loss.item(), norm_of_gradients(model)]
-        optimizer.step()
-        optimizer.zero_grad()
-    return seen
+    optimizer = optimizer_of(model)
+    return [number for each in setting.batches(STEPS) for number in step(compiled(**each), model, optimizer)]
 
 
 def closures(setting: Setting) -> list[float]:
@@ -263,11 +259,7 @@ def two_models(setting: Setting) -> list[float]:
         with torch.no_grad():
             before = log_probabilities(reference, each)
         better, worse = (log_probabilities(policy, each) - before).chunk(2)
-        loss = -F.logsigmoid(0.1 * (better - worse)).mean()
-        loss.backward()
-        seen += [loss.item(), norm_of_gradients(model)]
-        optimizer.step()
-        optimizer.zero_grad()
+        seen += step(-F.logsigmoid(0.1 * (better - worse)).mean(), model, optimizer)
     return seen
 
 
@@ -301,11 +293,7 @@ def resuming(setting: Setting) -> list[float]:
             compiled.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         for number in range(start, start + 2):
-            loss = compiled(**batch(number, device=setting.device)).loss
-            loss.backward()
-            seen += [loss.item(), norm_of_gradients(model)]
-            optimizer.step()
-            optimizer.zero_grad()
+            seen += step(compiled(**batch(number, device=setting.device)).loss, model, optimizer)
         torch.save({"model": compiled.state_dict(), "optimizer": optimizer.state_dict()}, path)
     return seen
 

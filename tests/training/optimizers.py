@@ -8,24 +8,16 @@ import torch
 from torch import Tensor
 from transformers.optimization import Adafactor
 
-from training.setting import Setting, norm_of_gradients, trained
+from training.loops import RATE, train
+from training.setting import Setting, trained
 
-STEPS, RATE = 4, 1e-2
 Made = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 def steps(setting: Setting, make: Made) -> list[float]:
     """Train all of a model: its embedding and projections are large enough for states of 8 bits."""
     model = setting.model(lora=None)
-    compiled, optimizer = setting.compile(model), make(trained(model))
-    seen = []
-    for each in setting.batches(STEPS):
-        loss = compiled(**each).loss
-        loss.backward()
-        seen += [loss.item(), norm_of_gradients(model)]
-        optimizer.step()
-        optimizer.zero_grad()
-    return seen
+    return train(setting, model, setting.compile(model), optimizer=make(trained(model)))
 
 
 def adamw_fused(setting: Setting) -> list[float]:

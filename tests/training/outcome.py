@@ -38,7 +38,7 @@ class Outcome:
     @property
     def lifted(self) -> Counter[str]:
         """How often something became an op, by the first word of its rule."""
-        return Counter(one.rule.split(".")[0] for graph in self.graphs for one in graph.lifted)
+        return lifted_in(self.graphs)
 
     @property
     def fused(self) -> int:
@@ -56,12 +56,26 @@ def seen(scenario: Scenario, **settings: Any) -> torch.Tensor:
     return values
 
 
-def compare(found: torch.Tensor, plain: torch.Tensor, nudged: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """Where it is nearest to what is allowed, or furthest beyond: the difference relative to the size, and that.
+def seen_with_fastft(scenario: Scenario, **settings: Any) -> tuple[torch.Tensor, list[GraphReport]]:
+    """What is seen with fastft, and the graphs that were compiled for it."""
+    before = {id(graph) for graph in fastft.compilations().graphs}
+    values = seen(scenario, compiled=True, **settings)
+    return values, [graph for graph in fastft.compilations().graphs if id(graph) not in before]
 
-    What two right runs may differ by grows from step to step: it is by what nudged differs from plain at this number,
-    at those before, and at the next (a loss and its gradients go together).
+
+def lifted_in(graphs: Sequence[GraphReport]) -> Counter[str]:
+    """How often something became an op, by the first word of its rule."""
+    return Counter(one.rule.split(".")[0] for graph in graphs for one in graph.lifted)
+
+
+def compare(found: torch.Tensor, scenario: Scenario, **settings: Any) -> tuple[float, float]:
+    """With the scenario without fastft: as it is, and twice with weights that are a rounding away.
+
+    Where it is nearest to what is allowed, or furthest beyond: the difference relative to the size, and that allowed.
+    What two right runs may differ by grows from step to step: it is by what nudged runs differ at this number, at those
+    before, and at the next (a loss and its gradients go together).
     """
+    plain, *nudged = (seen(scenario, nudge=nudge, **settings) for nudge in range(3))
     assert found.shape == plain.shape, f"{len(found)} numbers were seen, {len(plain)} without fastft"
     size = plain.abs().clamp(min=SMALL)
     sensitivity = torch.stack([(one - plain).abs() / size for one in nudged]).amax(0).cummax(0).values
@@ -73,10 +87,7 @@ def compare(found: torch.Tensor, plain: torch.Tensor, nudged: Sequence[torch.Ten
 
 
 def outcome(scenario: Any, **settings: Any) -> Outcome:
-    """Run it four times: as it is, twice with weights that are a rounding away, and with fastft."""
-    plain, *nudged = (seen(scenario, nudge=nudge, **settings) for nudge in range(3))
-    before = {id(graph) for graph in fastft.compilations().graphs}
-    with_fastft = seen(scenario, compiled=True, **settings)
-    graphs = [graph for graph in fastft.compilations().graphs if id(graph) not in before]
+    """Run it with fastft, and compare."""
+    found, graphs = seen_with_fastft(scenario, **settings)
     title = (scenario.__doc__ or "").strip()
-    return Outcome(scenario.__name__, title, *compare(with_fastft, plain, nudged), graphs)
+    return Outcome(scenario.__name__, title, *compare(found, scenario, **settings), graphs)

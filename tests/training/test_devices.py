@@ -1,11 +1,6 @@
 """Two processes with fastft against one without; see devices.py."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,35 +10,12 @@ from training import devices, setting
 from training.outcome import compare
 from training.setting import LAYERS, Setting, batch
 
-TESTS = Path(__file__).parents[1]
-
-
-def together(folder: Path) -> dict[str, Any]:
-    """What the processes saw."""
-    results = folder / "results.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "training.devices", str(rank), str(folder / "meeting"), str(results)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(devices.WORLD)
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=500)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert results.exists(), "\n".join(text[-3000:] for text in printed)
-    return json.loads(results.read_text())
-
 
 @pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path: Path) -> None:
-    found = together(tmp_path)
+    found = devices.together(tmp_path)
     wrong = {}
     for scenario in devices.DEVICES:
-        plain, *nudged = (torch.tensor(devices.run(scenario, nudge=nudge)) for nudge in range(3))
         mine = found[scenario.__name__]
         if "error" in mine:
             assert scenario is devices.fsdp_4bit_sharded  # the last: nothing after it is lost
@@ -52,7 +24,7 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
             continue
         assert not mine["failures"]
         assert mine["cut"] == (scenario is devices.ddp_split)  # told once, and only where it is so
-        difference, allowed = compare(torch.tensor(mine["seen"]), plain, nudged)
+        difference, allowed = compare(torch.tensor(mine["seen"], dtype=torch.float64), scenario)
         if difference > allowed:
             wrong[scenario.__name__] = f"{difference:.1e} apart, {allowed:.1e} allowed"
         if "split" not in scenario.__name__ and "sharded" not in scenario.__name__:

@@ -1,13 +1,13 @@
 """Trainers of other projects, as their documentation uses them; the model is compiled before it is handed over."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -160,28 +160,16 @@ def with_accelerate(setting: Setting) -> list[float]:
 
 def with_lightning(setting: Setting) -> list[float]:
     """Lightning `Trainer`, the model compiled in its module"""
-    import lightning
-
-    seen = []
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = setting.compile(setting.model())
-
-        def training_step(self, each: dict[str, Tensor], number: int) -> Tensor:
-            loss = self.model(**each).loss
-            seen.append(loss.item())
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(trained(self), lr=1e-2)
-
-    return _fit(setting, Module(), seen)
+    return _lightning(setting, setting.compile, lambda module: module)
 
 
 def with_lightning_whole(setting: Setting) -> list[float]:
     """Lightning `Trainer` given `torch.compile(module)`"""
+    return _lightning(setting, lambda model: model, setting.compile)
+
+
+def _lightning(setting: Setting, inside: Callable[[Any], Any], outside: Callable[[Any], Any]) -> list[float]:
+    """inside, outside: what is done to the model and to the module that has it."""
     import lightning
 
     seen = []
@@ -189,11 +177,10 @@ def with_lightning_whole(setting: Setting) -> list[float]:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = setting.model()
+            self.model = inside(setting.model())
 
         def training_step(self, each: dict[str, Tensor], number: int) -> Tensor:
-            loss = self.model(**each).loss
-            return loss
+            return self.model(**each).loss
 
         def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
             seen.append(outputs["loss"].item())
@@ -201,18 +188,12 @@ def with_lightning_whole(setting: Setting) -> list[float]:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(trained(self), lr=1e-2)
 
-    return _fit(setting, setting.compile(Module()), seen)
-
-
-def _fit(setting: Setting, module: nn.Module, seen: list[float]) -> list[float]:
-    import lightning
-
     made = lightning.Trainer(
         accelerator="cpu" if setting.device == "cpu" else "gpu", devices=1, max_steps=STEPS, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=0.1,
         default_root_dir=setting.folder,
     )  # fmt: skip
-    made.fit(module, DataLoader(Rows(), batch_size=4, shuffle=False))
+    made.fit(outside(Module()), DataLoader(Rows(), batch_size=4, shuffle=False))
     return seen
 
 
