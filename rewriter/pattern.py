@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
+from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
 from fastft.rewriter import autocast, compat
 from fastft.rewriter.compat import value_of
@@ -124,7 +125,12 @@ def templates(rule: Rule, present: frozenset[torch.dtype]) -> Iterator[Pattern]:
 
 def capture(function: Callable, *values: Any) -> GraphModule:
     """A straight-line function at these values, as Dynamo would give it: every node knows what it computes."""
-    graph = Tracer().trace(function)
+    graph = Graph()
+    # Not torch.fx.Tracer, which for as long as it traces catches what other threads ask of modules, too.
+    tracer = GraphAppendingTracer(graph)
+    names = itertools.islice(inspect.signature(function).parameters, len(values))
+    returned = function(*(Proxy(graph.placeholder(name), tracer) for name in names))
+    graph.output(tracer.create_arg(returned))
     gm = GraphModule(torch.nn.Module(), graph)
     with compat.fake_mode_of(values):
         _Propagate(gm).run(*values)
