@@ -134,10 +134,13 @@ def devices() -> Any:
         found = scenarios.together(Path(folder))
     for scenario in scenarios.DEVICES:
         mine = found[scenario.__name__]
+        row: Row = {"group": "devices", "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": ""}
+        if "error" in mine:
+            yield row | {"error": mine["error"].splitlines()[0][:200]}
+            continue
         difference, allowed = compare(torch.tensor(mine["seen"], dtype=torch.float64), scenario)
-        yield {
-            "group": "devices", "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": "",
-            "difference": difference, "allowed": allowed, "lifted": mine["lifted"], "right": difference <= allowed,
+        yield row | {
+            "difference": difference, "allowed": allowed, "lifted": mine["lifted"], "right": difference <= allowed
         }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from fastft import data, finetune, models
 from fastft.training import Run
 
-STEPS = 8
+STEPS = 6
 BATCHES = 2  # cycled through, so that the loss of the last step is lower for learning and not by luck
 
 
