@@ -111,17 +111,26 @@ def rows_of(group: str, options: argparse.Namespace) -> Any:
     for scenario in getattr(import_module(f"training.{group}"), group.upper()):
         if options.only and options.only not in scenario.__name__:
             continue
-        row: Row = {"group": group, "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": ""}
+        row = begun(group, scenario)
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 found = outcome(scenario, device=options.device)
         except Exception as error:
-            yield row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            yield row | {"error": f"{type(error).__name__}: {first_line(str(error))}"}
             continue
         yield row | {
             "difference": found.difference, "allowed": found.allowed, "lifted": dict(found.lifted),
             "fused": found.fused, "graphs": len(found.graphs), "right": found.right,
         }  # fmt: skip
+
+
+def begun(group: str, scenario: Any) -> Row:
+    """What a row says of its scenario, whatever becomes of it."""
+    return {"group": group, "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": ""}
+
+
+def first_line(text: str) -> str:
+    return text.partition("\n")[0][:200]
 
 
 def devices() -> Any:
@@ -134,9 +143,9 @@ def devices() -> Any:
         found = scenarios.together(Path(folder))
     for scenario in scenarios.DEVICES:
         mine = found[scenario.__name__]
-        row: Row = {"group": "devices", "name": scenario.__name__, "title": scenario.__doc__.strip(), "error": ""}
+        row = begun("devices", scenario)
         if "error" in mine:
-            yield row | {"error": mine["error"].splitlines()[0][:200]}
+            yield row | {"error": first_line(mine["error"])}
             continue
         difference, allowed = compare(torch.tensor(mine["seen"], dtype=torch.float64), scenario)
         yield row | {

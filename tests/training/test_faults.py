@@ -49,7 +49,7 @@ def assert_right(pair: tuple[Any, Any, Callable], number: int = 3) -> None:
     """The next step is as without fastft, and no forward is counted whose backward will not come."""
     model, plain, compiled = pair
     torch.testing.assert_close(gradients(model, compiled, number), gradients(plain, plain, number))
-    gc.collect()  # an exception that its own traceback refers to keeps what the interrupted frames held
+    gc.collect()  # what an interrupted frame held may wait for it
     assert not any(one.waiting() for one in ledger._alive)
 
 
