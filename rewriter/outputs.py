@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -63,60 +63,101 @@ METADATA = _metadata()
 
 
 @dataclass(eq=False)
+class Computation:
+    """How some logits are computed, and the small graph of autograd that this leaves until a backward has used it.
+
+    It is all that their node in the graph of autograd holds: a tensor with a history that leads back to that node would
+    keep both alive for ever, since Python cannot see a cycle that runs through autograd's nodes.
+
+    bare: the logits, with numbers in the places of tensors.  parameters: the head's, and how often they had been
+    written to.  stale: whether an optimizer has changed one of them since.
+    """
+
+    bare: Logits
+    parameters: list[tuple[Tensor, int]]
+    stale: bool = False
+    leaves: list[Tensor] = field(default_factory=list)  # stand for all tensors
+    computed: Tensor | None = None  # of the leaves
+
+    def run(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Compute the logits of these tensors, apart from the graph of autograd; keep what a backward needs."""
+        self.check()
+        self.leaves = [one.detach().requires_grad_(one.requires_grad) for one in tensors]
+        with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            self.computed = self.bare.with_values(self.leaves).compute()
+        return self.computed.detach()
+
+    def check(self) -> None:
+        """Raise where a parameter is not what it was in the model's forward."""
+        if self.stale or _changed(self.parameters):
+            raise RuntimeError(_STALE)
+
+    def gradients(self, grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of all tensors, given that of the logits.  A second backward computes the logits again."""
+        if self.computed is None:
+            self.run(tensors)
+        assert self.computed is not None
+        computed, leaves = self.computed, self.leaves
+        self.computed, self.leaves = None, []
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(computed, wanted, grad, allow_unused=True))
+        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+@dataclass(eq=False)
 class Source:
-    """What some logits are computed from, and what they became.
+    """What some logits are made of, and what they became.
 
     logits: of tensors that belong to the graph of autograd, or of detached ones where no gradient is wanted.
-    versions: how often they had been written to; stale: whether an optimizer has changed them since.
-    base, view: the logits that these share memory with, and the call that made them of those.
+    versions: how often they had been written to.  base, view: the logits that these share memory with, and the call
+    that made them of those.
     """
 
     logits: Logits
+    computation: Computation
     chunk_bytes: int
     reads: Counter[str]
     versions: list[tuple[Tensor, int]]
     base: LazyLogits | None = None
     view: Callable[[Tensor], Tensor] | None = None
     views: list[weakref.ref[Source]] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)  # stand for all tensors
-    computed: Tensor | None = None  # of the leaves
+    values: Tensor | None = None  # without a history
     read: Tensor | None = None  # what anyone who reads them gets
     written: bool = False
-    stale: bool = False
 
     def numbers(self) -> Tensor:
         """The logits, apart from the graph of autograd."""
-        if self.computed is None:
+        if self.values is None:
             self.check()
             self.reads[_reader()] += 1
-            self.leaves = [one.detach().requires_grad_(one.requires_grad) for one in self.logits.values]
-            with torch.enable_grad(), torch.autocast(self.logits.hidden.device.type, enabled=False):
-                self.computed = self.logits.with_values(self.leaves).compute()
-        return self.computed.detach()
-
-    def gradients(self, grad: Tensor) -> list[Tensor | None]:
-        """Of all tensors, given that of the logits."""
-        self.numbers()
-        assert self.computed is not None
-        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(self.computed, wanted, grad, retain_graph=True, allow_unused=True))
-        return [next(found) if leaf.requires_grad else None for leaf in self.leaves]
+            self.values = self.computation.run(self.logits.values)
+        return self.values.detach()
 
     def check(self) -> None:
         """Raise where a tensor is not what it was in the model's forward."""
-        if self.stale or any(compat.version(one) != version for one, version in self.versions):
+        self.computation.check()
+        if _changed(self.versions):
             raise RuntimeError(_STALE)
 
 
-_unread: weakref.WeakSet[Source] = weakref.WeakSet()  # all that may be read yet
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether an optimizer may be given this tensor."""
+    return isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
+
+
+def _changed(versions: Sequence[tuple[Tensor, int]]) -> bool:
+    return any(compat.version(one) != version for one, version in versions)
+
+
+_unread: weakref.WeakSet[Computation] = weakref.WeakSet()  # all that may be computed yet
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Mark what was made of the weights that an optimizer changed: not every one counts its writes as torch does."""
-    if sources := [one for one in _unread if one.computed is None]:
+    if unread := [one for one in _unread if one.computed is None]:
         changed = {one.data_ptr() for group in optimizer.param_groups for one in group["params"]}
-        for source in sources:
-            source.stale |= any(one.data_ptr() in changed for one in source.logits.head.values)
+        for computation in unread:
+            computation.stale |= any(one.data_ptr() in changed for one, _ in computation.parameters)
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -146,10 +187,11 @@ class LazyLogits(Tensor):
         if not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
             apart = logits.with_values([one.detach() for one in tensors])
             logits = replace(apart, trained=(False,) * len(logits.trained))
-        source = Source(logits, chunk_bytes, reads, versions)
-        source.stale = derived is not None and derived.source.stale
-        _unread.add(source)
-        made = _Made.apply(source, *logits.values)
+        parameters = [(one, count) for one, count in versions if _is_parameter(one)]
+        computation = Computation(logits.with_values(range(len(logits.values))), parameters)
+        computation.stale = derived is not None and derived.source.computation.stale
+        _unread.add(computation)
+        made = _Made.apply(Source(logits, computation, chunk_bytes, reads, versions), *logits.values)
         made.node = made.grad_fn
         return made
 
@@ -300,13 +342,18 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Source, *tensors: Tensor) -> LazyLogits:
-        ctx.source = source
+        ctx.computation = source.computation  # not the source: it holds what was read, which leads back here
+        # parameters live anyway: a hook that copies what is saved should not copy them, once for every view of logits
+        ctx.parameters = [one if _is_parameter(one) else None for one in tensors]
+        ctx.save_for_backward(*(one for one in tensors if not _is_parameter(one)))
         return LazyLogits(source)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.source.gradients(grad)
+        saved = iter(ctx.saved_tensors)
+        tensors = [next(saved) if one is None else one for one in ctx.parameters]
+        return None, *ctx.computation.gradients(grad, tensors)
 
 
 class _Read(torch.autograd.Function):
