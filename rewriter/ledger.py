@@ -27,6 +27,7 @@ CHECKED = 3  # calls after which the peak is read: compiled and captured by then
 MOST_CORRECTIONS = 2  # the second only of a plan that is above its budget
 TOLERANCE = 0.02  # of the planned peak: less is not worth another plan
 AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took, or of what there is: the next has to do with that
+MOST_PLANS = 64  # for sizes that were met
 MOST_WAITING = 4  # forwards of one graph that are planned for together; what waits beyond is as planned for the last
 
 
@@ -101,6 +102,7 @@ class Planned:
         self.sizes: Sizes = {}
         self.choices: tuple[Choice, ...] = ()
         self.tickets: list[weakref.ref[_Ticket]] = []
+        self.watched = False
         self.ledger = Ledger([self], facts, budget)
         _alive.add(self)
         self.ledger.replan(strict=not any(one.waiting() for one in _alive))
@@ -123,10 +125,20 @@ class Planned:
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return self.run(*inputs)
+        self._watch(inputs)
         self.ledger = _shared(self)
         self.sizes = self.sizes_of(inputs)
         self.ledger.begin(self)
         return self._opened(self._run(inputs))
+
+    def _watch(self, inputs: Sequence[Any]) -> None:
+        """Free memory with the model: Dynamo keeps what was compiled for it, and thereby this, until it is reset."""
+        if self.watched:
+            return
+        self.watched = True
+        parameter = next((one for one in inputs if isinstance(one, torch.nn.Parameter)), None)
+        if parameter is not None:
+            weakref.finalize(parameter, _release, weakref.ref(self)).atexit = False
 
     def _run(self, inputs: Sequence[Any]) -> Any:
         if self.device.type != "cuda":
@@ -160,6 +172,14 @@ class Planned:
             compat.after_backward(self.ledger.look)
 
 
+def _release(reference: weakref.ref[Planned]) -> None:
+    planned = reference()
+    if planned is not None:
+        planned.offloader.pool.shrink()
+        for graphed in planned.graphed:
+            graphed.reset(enabled=graphed.enabled)
+
+
 class _Ticket:
     closed = False
 
@@ -167,16 +187,17 @@ class _Ticket:
 class Ledger:
     """The forwards whose activations are in memory together, in their order, and their one plan.
 
-    forwards: a graph for each; more than once, if it runs again before its backward.  budget: as the user gave it.  A
-    step is from one first forward to the next.
+    forwards: a graph for each; more than once, if it runs again before its backward.  They are referred to weakly: a
+    model that is deleted is not kept, with all that was compiled for it, by another that it once shared a step with.
+    budget: as the user gave it.  A step is from one first forward to the next.
     """
 
     def __init__(self, forwards: list[Planned], facts: Facts, budget: Any) -> None:
-        self.forwards, self.facts, self.budget = forwards, facts, budget
-        self.members = list(dict.fromkeys(forwards))
+        self.references, self.facts, self.budget = [weakref.ref(one) for one in forwards], facts, budget
         self.device = forwards[0].device
         self.limit_bytes = memory.budget_bytes(budget, self.device)
-        self.row = planner.joined([one.row for one in forwards])
+        self.rows = [one.row for one in forwards]
+        self.row = planner.joined(self.rows)
         self.plans: dict[Any, Plan | None] = {}  # by sizes; None where rounded ones do not fit
         self.plan: Plan | None = None
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
@@ -184,17 +205,28 @@ class Ledger:
         self.peak_before, self.peak = 0, 0  # allocated before the steps that are measured, and in them
         self.sizes: Sizes = {}
 
+    @property
+    def forwards(self) -> list[Planned | None]:
+        """The graph of each forward; None for one that is no more."""
+        return [reference() for reference in self.references]
+
+    @property
+    def members(self) -> list[Planned]:
+        """The graphs that still are, each once."""
+        return [one for one in dict.fromkeys(self.forwards) if one is not None]
+
     def begin(self, member: Planned) -> None:
         """A forward begins; with the first graph's a step, so that the one before can be judged."""
         sizes: Sizes = {}
-        for one in self.members:
+        members = self.members
+        for one in members:
             sizes |= one.sizes
         if sizes != self.sizes:
             self.sizes = sizes
             self.replan()
         before = member.waiting()
         self._follow(member, before)
-        if before or member is not self.members[0] or self.device.type != "cuda":
+        if before or member is not members[0] or self.device.type != "cuda":
             return
         if self.seen == 0:
             self.peak_before, self.peak = torch.cuda.max_memory_allocated(self.device), 0
@@ -225,6 +257,8 @@ class Ledger:
         rounded = {symbol: _rounded(size) for symbol, size in self.sizes.items()}
         key = tuple(rounded.values())
         if key not in self.plans:
+            while len(self.plans) >= MOST_PLANS:
+                del self.plans[next(iter(self.plans))]
             try:
                 self.plans[key] = planner.plan(self.row, self.facts, self.limit_bytes, rounded)
             except BudgetError:
@@ -235,8 +269,8 @@ class Ledger:
         self.plan, done = self.plans[key], 0
         assert self.plan is not None
         self.choices.clear()
-        for one in self.forwards:
-            end = done + len(one.row.stages)
+        for row in self.rows:
+            end = done + len(row.stages)
             self.choices.append(self.plan.choices[done:end])
             done = end
         for one in self.members:
@@ -326,15 +360,17 @@ def _shared(member: Planned) -> Ledger:
     waiting = Counter({one: one.waiting() for one in _alive if one.device == member.device})
     waiting[member] += 1
     wanted = Counter({one: min(count, MOST_WAITING) for one, count in waiting.items()})
-    known = Counter(member.ledger.forwards)
-    if wanted <= known:
+    forwards = member.ledger.forwards
+    known = Counter(one for one in forwards if one is not None)
+    if wanted <= known and None not in forwards:
         return member.ledger
     others = [one for one in wanted if wanted[one] and one is not member]
     first = next((one for one in others if one.ledger.members[0] is one), member)
-    forwards = list((Counter(first.ledger.forwards) | Counter(others) | known | wanted).elements())
-    before = [one.ledger for one in forwards]
+    firsts = Counter(one for one in first.ledger.forwards if one is not None)
+    together = list((firsts | Counter(others) | known | wanted).elements())
+    before = [one.ledger for one in together]
     strictest = min(before, key=lambda one: float("inf") if one.limit_bytes is None else one.limit_bytes)
-    ledger = Ledger(forwards, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget)
+    ledger = Ledger(together, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget)
     for one in ledger.members:
         one.ledger = ledger
     ledger.replan(strict=False)  # of this step a part has run already

@@ -114,7 +114,7 @@ class Offloader:
 
     def call(self, function: Callable, inputs: Sequence[Any], chosen: Set[int]) -> Any:
         """Run a layer.  chosen: which of the tensors that it saves go to the host, by their place."""
-        before, self.leaving = self.leaving, None
+        before, self.leaving = self.leaving, None  # if function raises, nothing of the layer before is held here
         if not chosen or compat.has_saved_tensors_hooks():  # the user's own hooks: theirs is the say
             results = function(*inputs)
             if before is not None:
