@@ -10,12 +10,13 @@ The method is that of torch.cuda.make_graphed_callables, which hands out its sta
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ from fastft.rewriter.offload import Offloader
 from fastft.rewriter.regions import Piece
 
 log = logging.getLogger("fastft")
+_one_at_a_time = threading.Lock()  # captures share a stream
 SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
+MOST_SHAPES = 64  # that are remembered until they come again
 MOST_CAPTURES = 8  # of one stack: for shapes, and for parameters that were moved
 
 
@@ -108,6 +111,8 @@ class Graphed:
     def _capture(self, shapes: Any, inputs: Sequence[Any]) -> Capture | None:
         """Capture from the second call on; None if not yet, or if it cannot be done."""
         before = self.addresses.get(shapes)
+        while before is None and len(self.addresses) >= MOST_SHAPES:
+            del self.addresses[next(iter(self.addresses))]
         self.addresses[shapes] = _addresses(inputs)
         if before is None or self.attempts >= MOST_CAPTURES or not _on_current_device(inputs):
             return None
@@ -119,9 +124,11 @@ class Graphed:
         torch.cuda.empty_cache()  # what lies in the cache is of no use to a graph, which has memory of its own
         reserved = torch.cuda.memory_reserved()
         try:
-            self.captures[shapes] = Capture.of(self.call, self.moving, inputs, self.pool, self.offloader)
+            with _one_at_a_time:
+                self.captures[shapes] = Capture.of(self.call, self.moving, inputs, self.pool, self.offloader)
         except Exception as error:
             self.attempts = MOST_CAPTURES
+            _end_capture_of_random_numbers()
             log.warning("no CUDA graph: %s", error)
         self.pool_bytes += torch.cuda.memory_reserved() - reserved
         return self.captures.get(shapes)
@@ -194,7 +201,7 @@ class Capture:
         for place, buffer in buffers.items():
             static[place] = buffer.static
         state = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()
+        stream = _stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             capture._run(call, static, nullcontext)
@@ -202,7 +209,7 @@ class Capture:
         torch.cuda.set_rng_state(state)
         torch.cuda.empty_cache()
         # threads that load data may go on meanwhile; torch's own stream for captures may be another device's
-        capturing = partial(torch.cuda.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        capturing = functools.partial(torch.cuda.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         with offloader.owned_by(capture) if offloader is not None else nullcontext():
             capture._run(call, static, capturing)
         return capture
@@ -265,6 +272,22 @@ class _Replay(torch.autograd.Function):
         grads = iter(compat.copies([grad for grad in capture.grad_inputs if grad is not None]))
         ctx.ticket = ctx.inputs = None
         return None, None, None, *(next(grads) if grad is not None else None for grad in capture.grad_inputs)
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The one stream that everything is captured on: cuBLAS keeps a workspace, 64 MiB, for each that it was used on."""
+    return torch.cuda.Stream(device)
+
+
+def _end_capture_of_random_numbers() -> None:
+    """Let torch draw random numbers again.
+
+    Where a capture fails, torch leaves the device's generator as if it were still under way, and every later call for a
+    random number is an error.  A copy of its state is not in a capture.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _on_current_device(inputs: Sequence[Any]) -> bool:
