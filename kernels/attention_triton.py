@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import attention_tiles
+from fastft.kernels.arith import cdiv
 from fastft.kernels.attention_tiles import (
     LN2,
     LOG2E,
@@ -28,7 +29,7 @@ from fastft.kernels.attention_tiles import (
     unit,
 )
 from fastft.kernels.replay import on_grid
-from fastft.kernels.tiles import cdiv, padded
+from fastft.kernels.tiles import padded
 
 # By head_dim, bytes of an element, and whether there is much shared memory.
 TILES = {

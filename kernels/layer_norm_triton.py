@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import layout
+from fastft.kernels.arith import cdiv
 from fastft.kernels.dispatch import MAX_ROW_WITH_SUMS
 from fastft.kernels.replay import on_grid
 from fastft.kernels.tiles import (
     CONFIGS,
-    cdiv,
     config_for,
     load_tile,
     load_vector,

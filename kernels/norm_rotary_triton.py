@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.kernels.arith import cdiv
 from fastft.kernels.replay import on_grid
 from fastft.kernels.rotary_triton import (
     CONFIGS,
@@ -23,7 +24,7 @@ from fastft.kernels.rotary_triton import (
     starts,
     store_pairs,
 )
-from fastft.kernels.tiles import cdiv, config_for, load_tile, multiprocessors, rounded, store_at
+from fastft.kernels.tiles import config_for, load_tile, multiprocessors, rounded, store_at
 
 
 @triton.jit

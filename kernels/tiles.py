@@ -49,11 +49,6 @@ def padded(length: int) -> int:
     return max(16, triton.next_power_of_2(length))
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up.  Triton's own can be compiled too, which makes it 20 times as slow to call."""
-    return -(-a // b)
-
-
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many there are; two stand for the interpreter's, so that a program meets several tiles there too."""
