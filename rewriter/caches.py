@@ -1,7 +1,9 @@
-"""The folders that torch and Triton keep compiled code in: where one cannot be written, another is taken."""
+"""What torch and Triton keep compiled code by: folders, another where one cannot be written, and the key of ours."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastft import kernels, patterns, rewriter
 from fastft.rewriter import compat
 
 LEAST_FREE_BYTES = 2**26  # a model's code takes a few MiB
@@ -64,3 +67,14 @@ def _another() -> Path | None:
         if Path(parent).is_dir() and not why_not(Path(parent)):
             return Path(tempfile.mkdtemp(prefix="fastft-", dir=parent))
     return None
+
+
+@functools.cache
+def sources() -> str:
+    """Digest all that decides what a graph is compiled to: torch's caches would hold what an earlier version made."""
+    digest = hashlib.sha256()
+    for module in (kernels, patterns, rewriter):
+        folder = Path(str(module.__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

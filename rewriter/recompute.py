@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fastft.rewriter import compat, nodes
+from fastft.rewriter.caches import sources
 
 _CHEAP = ("fastft.glu.default", "fastft.glu_packed.default")  # one pass over inputs that backward keeps anyway
 
@@ -35,8 +34,8 @@ class Partitioner(compat.CustomPartitionerFn):
         return compat.min_cut_rematerialization_partition(gm, joint_inputs, **settings)
 
     def uuid(self) -> str:
-        """For torch's caches."""
-        return f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}-{self.kept}"
+        """For torch's caches: what is kept follows from the tags, and these from more than this file."""
+        return f"{sources()}-{self.kept}"
 
 
 class Probe(compat.CustomPartitionerFn):

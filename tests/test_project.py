@@ -11,7 +11,7 @@ from fastft.rewriter.rule import table
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCES = sorted(
-    path for folder in ("fastft", "rewriter", "patterns", "kernels") for path in (ROOT / folder).glob("*.py")
+    path for folder in ("fastft", "rewriter", "patterns", "kernels") for path in (ROOT / folder).rglob("*.py")
 )
 
 
@@ -42,6 +42,6 @@ def test_files_stay_short(path: Path) -> None:
 
 def test_the_engine_names_no_model() -> None:
     models = re.compile(r"llama|qwen|gemma|mistral|\bphi", re.IGNORECASE)
-    for path in (ROOT / "rewriter").glob("*.py"):
+    for path in (ROOT / "rewriter").rglob("*.py"):
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if models.search(line)]
         assert lines == [], path
