@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fastft.kernels.lora_linear import Group
@@ -39,7 +39,6 @@ RULE = "linear_cross_entropy"
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _TRANSPOSES: dict[str, list[Any]] = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
 _NAMES = {"gather": "log_probability"}  # of losses, where a function's own says little
-_vocabularies: set[int] = set()  # sizes of the embeddings seen in this process: graphs of one model may be several
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,20 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
     deferred: where outputs that are left to whoever reads them go; none is without it.
     """
     graph = gm.graph
-    _vocabularies.update(_embeddings(graph))
     if transformed(graph):
         return
+    vocabularies = {*_embeddings(graph), *_embeddings_of_the_model()}
     has_loss = any(name_of(node.target) in ("cross_entropy", "nll_loss", "kl_div") for node in graph.nodes)
     heads = list(_heads(graph))
     for root, logits in heads:
+        known = logits.head.classes in vocabularies
         lifting = _Lifting(gm, root, logits, chunk_bytes)
         try:
-            found = lifting.run(lazy=deferred is not None)
+            found = lifting.run(lazy=deferred is not None, known=known)
         except DeclinedError as declined:
             lifting.undo()
-            last = root is heads[-1][0] and logits.head.classes in _vocabularies
-            if lifting.losses or (last and has_loss):
+            last = root is heads[-1][0]
+            if lifting.losses or (last and known and has_loss):
                 report.near_misses.append(NearMiss(RULE, *_place(root), str(declined)))
             continue
         report.lifted += [Lifted(f"{RULE}.{name}", *_place(node)) for node, name in lifting.losses]
@@ -97,6 +97,16 @@ def _embeddings(graph: Graph) -> Iterator[int]:
         table = value_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
         if isinstance(table, Tensor) and isinstance(table.shape[0], int):
             yield table.shape[0]
+
+
+def _embeddings_of_the_model() -> list[int]:
+    """The same of the module whose code is being compiled: where its graph breaks, the lookup is in another part."""
+    try:
+        _, owner = compat.current_code()
+    except Exception:  # called without Dynamo
+        return []
+    modules = owner.modules() if isinstance(owner, nn.Module) else ()
+    return [one.num_embeddings for one in modules if isinstance(one, nn.Embedding)]
 
 
 def _heads(graph: Graph) -> Iterator[tuple[Node, Logits]]:
@@ -186,8 +196,11 @@ class _Lifting:
         self.made: list[Node] = []
         self.head = logits.head
 
-    def run(self, *, lazy: bool) -> list[Deferred]:
-        """Follow, check, replace.  Raises DeclinedError; undo then takes back what was made."""
+    def run(self, *, lazy: bool, known: bool) -> list[Deferred]:
+        """Follow, check, replace.  Raises DeclinedError; undo then takes back what was made.
+
+        lazy: whether logits may leave the graph uncomputed.  known: whether tokens have as many embeddings as classes.
+        """
         output, last = self.graph.output_node(), self.root
         for node in self.graph.nodes:
             if node is output or self.states.keys().isdisjoint(node.all_input_nodes):
@@ -195,8 +208,7 @@ class _Lifting:
             last = node
             self._visit(node)
         left = [node for node in self.states if output in node.users]
-        known = bool(self.losses) or self.head.classes in _vocabularies
-        if left and not (lazy and known):
+        if left and not (lazy and (known or self.losses)):
             raise DeclinedError("its logits are an output")
         if any(self.states[node].classes_second or self.states[node].compared for node in left):
             raise DeclinedError("its logits are an output in another order")
