@@ -53,11 +53,12 @@ def facts(device: torch.device, held_by_inputs: int, gradients_to_come: int) -> 
 
     held_by_inputs: bytes of a graph's inputs, which is all that is known where no allocator can be asked.
     """
-    trained = [optimizer for optimizer in optimizers() if any(_of(optimizer, device))]
+    trained = [optimizer for optimizer in optimizers() if any(one.device == device for one in _parameters(optimizer))]
     states = sum(_state_bytes(optimizer, device) for optimizer in trained) if trained else 2 * gradients_to_come
     if device.type != "cuda":
         return Facts(held_by_inputs, states, host=host_bytes())
-    gradients = sum(_bytes(p.grad) for p in _trained(device) if p.grad is not None)
+    parameters = {one: None for optimizer in trained for one in _parameters(optimizer) if one.device == device}
+    gradients = sum(_bytes(one.grad) for one in parameters if one.grad is not None)
     workspace = CUBLAS_BYTES.get(torch.cuda.get_device_capability(device)[0], OTHER_CUBLAS_BYTES)
     return Facts(torch.cuda.memory_allocated(device) - gradients, states, workspace, host_bytes())
 
@@ -71,26 +72,19 @@ def host_bytes() -> int:
     return int(HOST_SHARE * int(found[1]) * 1024) if found else 8 * GIB
 
 
-def optimizers() -> Iterator[torch.optim.Optimizer]:
-    """Those that exist in this process.  A training loop makes its own, and tells nobody."""
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.optim.Optimizer) and hasattr(one, "param_groups"):
-            yield one
+def optimizers() -> list[torch.optim.Optimizer]:
+    """Find those that exist in this process.  A training loop makes its own, and tells nobody.
+
+    It takes a look at every object, of which there are a million: at its class alone, and once for each plan.
+    """
+    kinds = {torch.optim.Optimizer}
+    while further := {inner for kind in kinds for inner in kind.__subclasses__()} - kinds:
+        kinds |= further
+    return [one for one in gc.get_objects() if type(one) in kinds and hasattr(one, "param_groups")]
 
 
-def _of(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[bool]:
-    """Whether it trains something on the device."""
-    return (one.device == device for group in optimizer.param_groups for one in group["params"])
-
-
-def _trained(device: torch.device) -> Iterator[Tensor]:
-    seen: set[int] = set()
-    for optimizer in optimizers():
-        for group in optimizer.param_groups:
-            for one in group["params"]:
-                if one.device == device and id(one) not in seen:
-                    seen.add(id(one))
-                    yield one
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (one for group in optimizer.param_groups for one in group["params"])
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
