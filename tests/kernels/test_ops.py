@@ -168,7 +168,8 @@ def check(call: Call, device: str) -> None:
     for name, gradient in zip(call.needs, actual[1], strict=True):
         assert gradient.dtype == tensors[name].dtype, name
         assert gradient.shape == tensors[name].shape, name
-    factors = [FORWARD] * len(actual[0]) + [GRADIENT] * len(actual[1])
+    own = GRADIENT if "_backward" in call.op else FORWARD  # what a backward op returns are gradients
+    factors = [own] * len(actual[0]) + [GRADIENT] * len(actual[1])
     for at, (mine, factor) in enumerate(zip([*actual[0], *actual[1]], factors, strict=True)):
         eager, truth = here[at]
         assert_close_to_truth(mine, eager, truth, factor, others=[one[at] for one in around])
