@@ -1,7 +1,8 @@
 """Does DDP's `optimize_ddp` change what fastft makes of a model: its speed, its memory, its gradients?
 
-QLoRA in DistributedDataParallel, one process for each card, trained with the setting on (torch's default) and off, from
-nothing each time: the model, compilation and Inductor's caches are new.
+QLoRA in DistributedDataParallel, one process for each card, trained with the setting on (torch's default) and off, with
+a new model, compilation and Inductor's caches each time.  fastft's own kernels stay compiled, which makes the second
+first step shorter: to compare first steps, give each command one of --settings.
 
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model llama-8b --layers 8 --json ddp.json
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model tiny --device cpu --batch 1x32 --lower eager
@@ -91,8 +92,8 @@ def measured(options: argparse.Namespace, setting: str, device: str, rank: int) 
     from measure import machine
     from torch._inductor.utils import fresh_cache
 
-    gc.collect()
     torch._dynamo.reset()
+    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     with torch._dynamo.config.patch(optimize_ddp=setting == "on"), fresh_cache():
