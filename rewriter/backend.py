@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.rewriter import caches, checkpoints, compat, outputs, plans, scalars, shapes
+from fastft.rewriter import caches, checkpoints, compat, compat_ddp, outputs, plans, scalars, shapes
 from fastft.rewriter.advice import advised
 from fastft.rewriter.compilation import compile_graph
 from fastft.rewriter.graph import Snapshot, describe
@@ -23,10 +23,6 @@ from fastft.rewriter.report import GraphReport
 from fastft.rewriter.rewrite import rewrite
 
 log = logging.getLogger("fastft")
-CUT = (
-    "torch cut a graph at the buckets of DistributedDataParallel before fastft saw it, which keeps layers from being "
-    "compiled once: set optimize_ddp = False in Dynamo's config; gradients are sent while others are computed anyway."
-)
 _warned: set[str] = set()
 
 
@@ -47,10 +43,9 @@ def fastft(
     if mode not in (None, "default"):
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
+    compat_ddp.uncut(gm)
     shapes.watch(gm)
     caches.ensure_writable()
-    if compat.cut_by_ddp(gm):
-        warn_once(CUT)
     recording = Recording(gm)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)
@@ -58,9 +53,15 @@ def fastft(
     return compiled
 
 
+class CutError(Exception):
+    """A piece of a graph that torch cut and did not hand over whole: it is compiled as a piece, as torch expects it."""
+
+
 def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tuple[Callable, GraphReport]:
     original = Snapshot(gm)
     try:
+        if compat_ddp.is_cut(gm):
+            raise CutError("torch cut it at the buckets of DistributedDataParallel (optimize_ddp)")
         scalars.settle(gm)
         try:
             return _rewritten(gm, example_inputs, options, inline=plans.wanted(gm, options))

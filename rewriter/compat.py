@@ -1,4 +1,4 @@
-"""The only file that touches private torch symbols.  Supported: torch 2.11 to 2.15."""
+"""The only file, beside compat_ddp.py, that touches private torch symbols.  Supported: torch 2.11 to 2.15."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastft.rewriter import compat_ddp
 
 maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 DYNAMIC = pgo.auto_dynamic  # the size, as Dynamo remembers it, of what it saw change
@@ -319,6 +321,8 @@ def current_code() -> tuple[CodeType, Any]:
 def current_backend() -> Any:
     """The backend that torch.compile was given, with its options."""
     backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    if (between := compat_ddp.optimizer()) is not None:
+        backend = between.backend_compile_fn
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     return backend
@@ -345,12 +349,6 @@ def cache_counts() -> Counter[str]:
     prefix = "autograd_cache_"
     found = counters["aot_autograd"]
     return Counter({name: found[prefix + name] for name in ("hit", "miss", "bypass")})
-
-
-def cut_by_ddp(gm: GraphModule) -> bool:
-    """Whether this is a part of a graph that torch cut at the buckets of DistributedDataParallel."""
-    active = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    return active is not None and not all(map(source_name, gm.graph.find_nodes(op="placeholder")))
 
 
 def is_higher_order(target: Any) -> bool:

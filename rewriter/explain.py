@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.rewriter import plans, scalars, stages
+from fastft.rewriter import compat_ddp, plans, scalars, stages
 from fastft.rewriter.breaks import record_breaks
 from fastft.rewriter.compat import RestartAnalysis, compile_once, value_of
 from fastft.rewriter.graph import Snapshot, describe
@@ -37,6 +37,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     report = Report()
 
     def capture(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
+        compat_ddp.uncut(gm)
         original = Snapshot(gm)
         try:
             scalars.settle(gm)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fastft.rewriter import compat
+from fastft.rewriter import compat, compat_ddp
 from fastft.rewriter.compat import DYNAMIC, SizeEntry, value_of
 
 log = logging.getLogger("fastft")
@@ -49,8 +49,11 @@ class Batch(SizeEntry):
         """Dynamo's own update with the sizes that it compiles for now, and then ours."""
         before = self.size
         super().__ior__(other)
+        if self.backend != compat.current_backend():
+            return self
+        compat_ddp.keep_whole()  # before torch cuts it: known this early, Dynamo need not trace twice
         changes = _differ(before, other.size) or self._another_differs()
-        if changes and isinstance(self.size, tuple) and self.backend == compat.current_backend():
+        if changes and isinstance(self.size, tuple):
             self.size = tuple(DYNAMIC if at < self.ends else size for at, size in enumerate(self.size))
         return self
 

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,15 @@ from training.setting import Setting, batch, trained
 
 TESTS = Path(__file__).parents[1]
 STEPS, WORLD, RATE = 3, 2, 1e-2
+BUCKET, MANY = 20_480, 8  # bytes that fill a bucket, so that a small model has several; layers, of which it holds four
 
 
 def train(
-    setting: Setting, model: Any, forward: Any, *, parts: int = 1, waiting: Callable | None = None
+    setting: Setting, model: Any, forward: Any, *, parts: int = 1, waiting: Callable | None = None, each: bool = False
 ) -> list[float]:
     """Steps of so many parts for each process; waiting: what holds back the reduction of gradients.
 
-    Alone, one process computes all processes' parts.
+    Alone, one process computes all processes' parts.  What is seen: losses, and the norm of all gradients or of each.
     """
     alone = not dist.is_initialized()
     optimizer = torch.optim.AdamW(trained(model), lr=RATE)
@@ -51,7 +51,7 @@ def train(
         if not alone:
             dist.all_reduce(mean)
             mean /= WORLD
-        seen += [mean.item(), _norm(model)]
+        seen += [mean.item(), *([value.grad.norm().item() for value in trained(model)] if each else [_norm(model)])]
         optimizer.step()
         optimizer.zero_grad()
     return seen
@@ -76,10 +76,10 @@ def ddp_4bit(setting: Setting) -> list[float]:
 
 
 def ddp_split(setting: Setting) -> list[float]:
-    """DDP, all weights, the graph split by torch (`optimize_ddp`, its default)"""
-    model = setting.model(lora=None)
+    """DDP, 4-bit weights and LoRA, torch's default `optimize_ddp`: several layers in each bucket"""
+    model = setting.model(nf4=True, layers=MANY)
     with torch._dynamo.config.patch(optimize_ddp=True):
-        return train(setting, model, setting.compile(_ddp(model)))
+        return train(setting, model, setting.compile(_ddp(model, bucket_cap_mb=BUCKET / 2**20)), each=True)
 
 
 def fsdp(setting: Setting) -> list[float]:
@@ -115,8 +115,8 @@ def fsdp_4bit_sharded(setting: Setting) -> list[float]:
     return train(setting, model, _fsdp(setting, model))
 
 
-def _ddp(model: nn.Module) -> Any:
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+def _ddp(model: nn.Module, **more: Any) -> Any:
+    return DistributedDataParallel(model, **more) if dist.is_initialized() else model
 
 
 def _fsdp(setting: Setting, model: Any, **more: Any) -> Any:
@@ -156,24 +156,21 @@ def together(folder: Path) -> dict[str, Any]:
 
 def main(rank: int, file: str, results: str) -> None:
     """Every scenario with fastft; the first process writes what it saw and what was lifted."""
-    told: list[str] = []
-    warnings.showwarning = lambda message, *_: told.append(str(message))
     torch.set_num_threads(1)
     torch._dynamo.config.optimize_ddp = False
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 20_000  # so that a small model has several buckets
+    dist._DEFAULT_FIRST_BUCKET_BYTES = BUCKET
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
     found = {}
     for scenario in DEVICES:
-        warned = len(told)
         try:
             values, graphs = seen_with_fastft(scenario)
         except torch._dynamo.exc.InternalTorchDynamoError as error:  # Dynamo's own, of torch 2.14 at a 4-bit parameter
             found[scenario.__name__] = {"error": str(error)}
             continue
         failures = [graph.failure for graph in graphs if graph.failure]
-        cut = sum("optimize_ddp" in one for one in told[warned:])
+        layers = [[region.calls for region in graph.regions if region.module] for graph in graphs]
         found[scenario.__name__] = {
-            "seen": values.tolist(), "lifted": lifted_in(graphs), "failures": failures, "cut": cut
+            "seen": values.tolist(), "lifted": lifted_in(graphs), "failures": failures, "layers": layers
         }  # fmt: skip
     if rank == 0:
         Path(results).write_text(json.dumps(found))

@@ -54,13 +54,14 @@ class Setting:
         torch.manual_seed(0)
 
     def model(
-        self, *, dtype: torch.dtype = torch.float32, lora: Any = FEW, nf4: bool = False, rounded: Any = None
-    ) -> Any:
+        self, *, dtype: torch.dtype = torch.float32, lora: Any = FEW, nf4: bool = False, rounded: Any = None,
+        layers: int = LAYERS,
+    ) -> Any:  # fmt: skip
         """A small Llama in train mode, with adapters whose second factors are not zero.
 
         lora: the layers that have them, if any.  rounded: the dtype that is computed in, if another than the weights'.
         """
-        model = base(dtype)
+        model = base(dtype, layers)
         if nf4:
             fastft.quantize_(model.requires_grad_(False))
         if lora:
@@ -84,12 +85,12 @@ class Setting:
             yield batch(number, rows, length, self.device)
 
 
-def base(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def base(dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> LlamaForCausalLM:
     """The model without adapters."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(
-        **sizes, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.1,
+        **sizes, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.1,
         pad_token_id=PADDING, eos_token_id=END, bos_token_id=END,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
