@@ -6,11 +6,9 @@ CHECKS, MATCHER, ALGEBRA, RANGES = "checks", "matcher", "mask algebra", "mask ra
 READING, WRITING, MERGE, PLANNER, LOSSES = "mask reading", "mask writing", "merge and projections", "planner", "losses"
 
 
-def _of(kind: str, tests: str, *changes: tuple[str, ...]) -> tuple[Mutant, ...]:
-    """Mutants of one kind: what is wrong, file.function, old, new, and which of the tests, if not all."""
-    return tuple(
-        Mutant(wrong, kind, where, old, new, tests, "rewriter", *only) for wrong, where, old, new, *only in changes
-    )
+def _of(kind: str, tests: str, *changes: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
+    """Mutants of one kind, and the tests for all: what is wrong, file.function, and what becomes what."""
+    return tuple(Mutant(wrong, kind, where, old, new, tests, "rewriter") for wrong, where, old, new in changes)
 
 
 # fmt: off
@@ -43,7 +41,7 @@ ENGINE = (
         ("keywords not compared", "match._differs", " or not _same(dict(expected.kwargs), dict(actual.kwargs))", ""),
         ("functions not compared", "match._differs", " or actual.target != expected.target", ""),
         ("the smaller match first", "lift._lift_at", "-len(match.calls)", "len(match.calls)"),
-        ("any number is a size that is open", "pattern._opened", "type(first) is int and first != second", "type(first) is int"),
+        ("sizes that are the template's", "pattern._opened", "type(first) is int and first != second", "type(first) is int and first == second"),
         ("the second result nowhere", "match._candidates", "if user > first", "if user < first"),
     ),
     *_of(
@@ -97,7 +95,7 @@ ENGINE = (
         ("a window too short", "mask_ranges._bound", "min(self.parts.window or behind + 1, behind + 1)", "min(self.parts.window or behind + 1, behind)"),
         ("the longer window", "mask_ranges._bound", "self.parts.window = min(", "self.parts.window = max("),
         ("causal by another number", "mask_ranges._bound", "behind == -1", "behind == 0"),
-        ("far ends are always implied", "mask_ranges.finish", "if not (parts.causal and parts.reached):", "if not parts.causal:"),
+        ("far ends are always implied", "mask_ranges.finish", "if not (parts.causal and parts.reached):", "if not parts.reached:"),
         ("starts that are left out", "mask_ranges.finish", "positive(one * -1) is not True", "positive(one) is not True"),
         ("ends that are left out", "mask_ranges.finish", "positive(one - self.keys) is not True", "positive(one - self.keys + 1) is not True"),
         ("a window that is none", "mask_ranges.finish", "parts.window - 1) is True", "parts.window) is True"),
@@ -127,12 +125,12 @@ ENGINE = (
         ("slices begin at 0", "mask_indexing._slice_start", "return whole(start), step", "return whole(0), step"),
         ("slices from the end", "mask_indexing._slice_start", "size.literal + start, 0", "size.literal + start + 1, 0"),
         ("tensors first in every index", "mask_indexing._indexed", "if places and together else 0", "if not places else 0"),
-        ("one name for two axes", "mask_indexing._along", "if name not in known)", "if name)"),
         ("counts from 0", "mask_indexing._cumsum", "(index[at] + 1) * term.literal", "index[at] * term.literal"),
         ("differences without the first", "mask_indexing._diff", "if prepend is not None and change is not None:", "if prepend is None and change is not None:"),
     ),
     *_of(
         WRITING, "mask_reading",
+        ("one name for two axes", "mask_indexing._along", "if name not in known)", "if name)"),
         ("a difference is a sum", "mask_nodes._sum", "torch.add if times > 0 else torch.sub", "torch.add if times else torch.sub"),
         ("queries before batches", "mask_nodes._atom", 'if one.name == "b" else 0', 'if one.name == "q" else 0'),
         ("the start of all documents' ends", "masks._ranges", "out_int32=True, right=True", "out_int32=True"),

@@ -28,7 +28,10 @@ for _node, _dtype in ((TABLE, torch.int64), (FLAGS, torch.bool)):
     compat.set_value(_node, compat.fake_tensor((3, 5), _dtype))
 _numbers = st.integers(-4, 6)
 _places = st.sampled_from([("q",), ("j",), ("sub", ("q",), ("number", 1)), ("number", 0)])
-_plain = st.one_of(st.sampled_from([("q",), ("j",), ("b",), ("queries",)]), st.tuples(st.just("number"), _numbers))
+_plain = st.one_of(
+    st.sampled_from([("q",), ("j",), ("b",), ("queries",), ("sub", ("q",), ("j",)), ("abs", ("sub", ("q",), ("j",)))]),
+    st.tuples(st.just("number"), _numbers),
+)
 
 
 def _leaves(data: bool) -> st.SearchStrategy[Program]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,6 @@ class Mutant(NamedTuple):
     new: str
     tests: str = ""  # in test_<tests>.py; else those of the op in test_ops.py
     folder: str = "kernels"
-    only: str = ""  # of these tests, as -k takes it
 
 
 def over_all_rows(inner: str, rows: str) -> str:
@@ -169,35 +169,50 @@ def mutated(mutant: Mutant) -> str:
     return source[: found.start()] + found.group().replace(mutant.old, mutant.new, 1) + source[found.end() :]
 
 
-def command_of(mutant: Mutant) -> list[str]:
-    """The tests that must notice it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-c", str(ROOT / "pyproject.toml")]
-    command += ["--rootdir", str(ROOT), "-m", "not gpu", "--tb=no"]
-    command.append(str(ROOT / "tests" / mutant.folder / f"test_{mutant.tests or 'ops'}.py"))
-    only = mutant.only or ("" if mutant.tests else f"({TESTS}) and fastft::{mutant.kernel.split('.')[0]}")
-    return [*command, "-k", only] if only else command
+def arguments_of(mutant: Mutant) -> list[str]:
+    """The tests that must notice it, as pytest is told of them."""
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    arguments += ["-m", "not gpu", "--tb=no", str(ROOT / "tests" / mutant.folder / f"test_{mutant.tests or 'ops'}.py")]
+    only = "" if mutant.tests else f"({TESTS}) and fastft::{mutant.kernel.split('.')[0]}"
+    return [*arguments, "-k", only] if only else arguments
 
 
 def caught_by(mutant: Mutant) -> str | None:
     """The first test that fails, None if all pass."""
+    code, printed = (in_a_checkout if mutant.folder == "kernels" else in_a_fork)(mutant)
+    if code == 0 and " passed" in printed:
+        return None
+    named = re.search(r"^FAILED \S+?::(.+?)(?: - .*)?$", printed, re.MULTILINE)
+    if code == 1 and named:
+        return named.group(1)
+    if code < 0:
+        return f"killed by signal {-code}"  # it wrote where it should not
+    raise RuntimeError(f"{mutant.kernel}, {mutant.kind}: the tests did not run ({code}): {printed[-1000:]}")
+
+
+def in_a_checkout(mutant: Mutant) -> tuple[int, str]:
+    """Exit status and output of a process of its own, which imports a copy of the package."""
     with tempfile.TemporaryDirectory() as folder:
         checkout.link_package(Path(folder))
         target = Path(folder) / "fastft" / mutant.folder / path_of(mutant).name
         target.unlink()
         target.write_text(mutated(mutant), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder}
-        if mutant.folder == "kernels" and "." in mutant.kernel:  # one of Triton
+        if "." in mutant.kernel:  # one of Triton
             environment |= {"TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
-        done = subprocess.run(command_of(mutant), cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode == 0 and " passed" in done.stdout:
-        return None
-    named = re.search(r"^FAILED \S+?::(\S+)", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and named:
-        return named.group(1)
-    if done.returncode < 0:
-        return f"killed by signal {-done.returncode}"  # it wrote where it should not
-    raise RuntimeError(f"the tests did not run: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+        command = [sys.executable, "-m", "pytest", *arguments_of(mutant)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def in_a_fork(mutant: Mutant) -> tuple[int, str]:
+    """The same of a process that has imported torch."""
+    from mutant_process import tested
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path_of(mutant).name
+        target.write_text(mutated(mutant), encoding="utf-8")
+        return tested(f"fastft.{mutant.folder}.{target.stem}", target, arguments_of(mutant))
 
 
 def chosen(options: argparse.Namespace) -> Iterator[Mutant]:
@@ -221,7 +236,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         for mutant, caught in zip(mutants, pool.map(caught_by, mutants), strict=True):
             kinds.setdefault(mutant.kind, []).append(caught is not None)
-            table.add_row(mutant.kernel, mutant.kind, caught or "[red]nothing[/red]")
+            table.add_row(mutant.kernel, mutant.kind, escape(caught) if caught else "[red]nothing[/red]")
             print(f"{mutant.kernel}, {mutant.kind}: {caught or 'NOT CAUGHT'}", flush=True)
     summary = Table("kind", "caught", "survived")
     for kind, found in kinds.items():

@@ -97,7 +97,7 @@ def step(name: str, given: Any, x: Tensor, y: Tensor, data: dict[str, Tensor]) -
     if name == "full":
         return torch.full(given[0], given[1], dtype=given[2])
     if name == "prepended":
-        return torch.diff(x, dim=given, prepend=x.narrow(given, 0, 1) - 1)
+        return torch.diff(x, dim=given, prepend=torch.zeros_like(x.narrow(given, 0, 1)))
     if name in ("T", "mT"):
         return getattr(x, name) if x.dim() == 2 else x.mT if x.dim() > 2 else None
     if name == "stacked":

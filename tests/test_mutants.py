@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine_mutants import ENGINE
-from mutants import MUTANTS, PLAIN, ROOT, Mutant, command_of, mutated, path_of
+from mutants import MUTANTS, PLAIN, ROOT, Mutant, arguments_of, mutated, path_of
 
 
 def faults(mutants: Iterable[Mutant]) -> list[str]:
@@ -25,7 +25,7 @@ def faults(mutants: Iterable[Mutant]) -> list[str]:
         changed = sum(one != other for one, other in zip(*lines, strict=False))
         if changed != 1 or len(lines[0]) != len(lines[1]):
             found.append(f"{named}: {changed} lines are changed")
-        if not Path(next(one for one in command_of(mutant) if one.endswith(".py"))).exists():
+        if not Path(next(one for one in arguments_of(mutant) if one.endswith(".py"))).exists():
             found.append(f"{named}: there are no tests in test_{mutant.tests}.py")
     return found
 

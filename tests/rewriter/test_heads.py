@@ -11,7 +11,9 @@ from recording import record
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fastft.rewriter.losses import lift
+from fastft.rewriter.head import Head, Logits, run
+from fastft.rewriter.logits import follow
+from fastft.rewriter.losses import Deferred, lift
 from fastft.rewriter.report import GraphReport
 
 V, H = 13, 6
@@ -106,6 +108,7 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "classes weighted": lambda y: flat(y, weight=torch.ones(V)),
     "tokens as classes": lambda y: F.cross_entropy(y, F.one_hot(CLASSES[:, :1], V).float().expand(2, 5, V)),
     "over the tokens": lambda y: y.log_softmax(1).sum(),
+    "over the tokens, gathered": lambda y: torch.gather(y.log_softmax(1), 2, CLASSES.unsqueeze(2)).sum(),
     "some classes": lambda y: F.cross_entropy(y[..., :5].reshape(-1, 5), CLASSES.view(-1) % 5),
     "classes the other way round": lambda y: F.cross_entropy(y.flip(-1).view(-1, V), LABELS.view(-1)),
     "rows and classes mixed": lambda y: F.cross_entropy(y.view(V, -1).T, CLASSES.view(-1)),
@@ -150,3 +153,50 @@ def test_nothing_is_lifted_of_logits_that_are_returned() -> None:
     gm, _ = record(lambda hidden, weight: (lambda y: (flat(y), y))(F.linear(hidden, weight)), HIDDEN, WEIGHT)
     lift(gm, GraphReport(), FEW)
     assert ops(gm) == []
+
+
+def test_logits_are_not_computed_later_where_nothing_says_that_they_are_logits() -> None:
+    """Neither a loss nor an embedding of as many tokens."""
+    deferred: list[Deferred] = []
+    gm, _ = record(F.linear, HIDDEN, WEIGHT)
+    lift(gm, GraphReport(), FEW, deferred)
+    assert (calls(gm), deferred) == (["linear"], [])
+    gm, _ = record(lambda hidden, weight: (lambda y: (flat(y), y))(F.linear(hidden, weight)), HIDDEN, WEIGHT)
+    lift(gm, GraphReport(), FEW, deferred)
+    assert (ops(gm), len(deferred)) == (["linear_cross_entropy"], 1)
+
+
+def test_which_gradients_forward_computes() -> None:
+    """Sums over rows cannot be scaled by row afterwards."""
+    for hidden, weight, reduction, expected in (
+        (HIDDEN, WEIGHT, "mean", [True, True]), (HIDDEN.detach(), WEIGHT, "sum", [False, True]),
+        (HIDDEN, WEIGHT, "none", [False, False]), (HIDDEN, WEIGHT.detach(), "none", [True, False]),
+    ):  # fmt: skip
+        gm, _ = record(lambda *given: flat(F.linear(*given), reduction=reduction), hidden, weight)  # noqa: B023
+        lift(gm, GraphReport(), FEW)
+        (op,) = gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.linear_cross_entropy)
+        assert op.args[-1] == [*expected, False, False, False]
+
+
+MOVED = (("getitem", (..., slice(None))), ("getitem", (0,)), ("view", -1, V), ("flatten", 0, 1), ("unsqueeze", 0))
+CHANGED = (
+    ("getitem", (..., slice(0, 5))), ("getitem", (0, 0, 3)), ("getitem", (..., None)), ("view", V, -1), ("flatten",),
+    ("unsqueeze", -1), ("squeeze", -1), ("select", -1, 0), ("narrow", 2, 0, V), ("transpose", 0, 2), ("div", 0),
+    ("to", torch.int64), ("log_softmax", 1), ("add", 1.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "given"), [(name, given) for name, *given in (*MOVED, *CHANGED)])
+def test_logits_are_followed_or_not(name: str, given: list[Any]) -> None:
+    """A call on logits is the same call on the hidden states, or none that is known."""
+    head = Head(WEIGHT, None, V, H, torch.float32, torch.float32)
+    logits = Logits(HIDDEN, head, torch.float32, (True,) * 5)
+    found = follow(name, logits, given, {}, run)
+    if (name, *given) in CHANGED:
+        assert found is None
+        return
+    y = F.linear(HIDDEN, WEIGHT)
+    expected = y[given[0]] if name == "getitem" else getattr(torch.Tensor, name)(y, *given)
+    assert found is not None
+    assert tuple(found.shape) == expected.shape
+    torch.testing.assert_close(found.compute(), expected)

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_terms_strategy import (
+    FLAGS,
     NAMES,
+    TABLE,
     Program,
     Space,
     World,
@@ -180,6 +182,14 @@ n = atom(terms.Size("n"))
         (lambda: terms.extreme("minimum", [q, q + 1, j]), terms.extreme("minimum", [q, j])),
         (lambda: terms.extreme("maximum", [q, whole(9), q + 1]), whole(9)),
         (lambda: terms.absolute(q * -1), q),
+        (
+            lambda: terms.positive(terms.absolute(q - j) * -1 + 2),
+            terms.every([terms.positive(j - q + 2), terms.positive(q - j + 2)]),
+        ),
+        (
+            lambda: terms.positive(terms.absolute(q - j) * 2 - 3),
+            terms.some([terms.positive(q - j - 2), terms.positive(j - q - 2)]),
+        ),
         (lambda: terms.select(terms.positive(q - j), q + 2, q), q + terms.indicator(terms.positive(q - j)) * 2),
         (lambda: terms.positive(terms.indicator(terms.positive(q - j)) - 1), terms.positive(q - j)),
         (lambda: terms.zero(terms.indicator(terms.positive(q - j))), terms.positive(j - q - 1)),
@@ -188,3 +198,18 @@ n = atom(terms.Size("n"))
 )  # fmt: skip
 def test_folds(made: Callable[[], Any], expected: Any) -> None:
     assert made() == expected
+
+
+flag = terms.truth(terms.Leaf(FLAGS, (q, whole(0))))
+INSIDE = (
+    terms.floor(q, 2), terms.absolute(q - 2), terms.indicator(flag), terms.select(flag, j, whole(7)),
+    terms.extreme("minimum", [q, whole(2)]), atom(terms.Leaf(TABLE, (whole(0), q * 2))), terms.positive(q - 2),
+    terms.zero(q - 2), flag, terms.negate(flag), terms.every([flag, terms.positive(j - 2)]),
+    terms.some([terms.positive(j - 2), flag]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("term", INSIDE, ids=lambda term: type(term).__name__)
+def test_variables_are_found_inside_of_anything(term: Any) -> None:
+    assert "q" in terms.variables(term)
+    assert terms.variables(terms.indicator(terms.positive(terms.floor(j, 3) - 1))) == {"j"}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from mask_terms_strategy import World
 from recording import record
@@ -13,7 +14,7 @@ from torch.fx import Node
 
 from fastft.rewriter import mask_calls, mask_indexing  # noqa: F401  # what they tell the reader
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.mask_terms import variable, whole
+from fastft.rewriter.mask_terms import Sum, variable, whole
 from fastft.rewriter.mask_values import Cases, Depends, NotReadError, Reader
 
 NAMES = "bhqj"
@@ -52,6 +53,7 @@ def assert_read(value: Any, world: Elements, actual: Tensor) -> None:
         for (number, _), one in zip(value.numbers, held, strict=True):
             np.testing.assert_array_equal(numbers[one], np.full(one.sum(), number))
     else:
+        assert isinstance(value, Sum) != (actual.dtype == torch.bool)
         np.testing.assert_array_equal(world.term(value), numbers)
 
 

@@ -103,6 +103,7 @@ OTHERS = {
     "the other way round": lambda x, w: torch.sub(x, torch.sigmoid(x.float()).to(x.dtype) * w),
     "a factor beside it": lambda x, w: torch.sub(torch.sigmoid(x.float()).to(x.dtype) * w, x, alpha=2),
     "another function": lambda x, w: torch.add(torch.sigmoid(x.float()).to(x.dtype) * w, x),
+    "another function inside": lambda x, w: torch.sub(torch.sigmoid(x.float()).to(x.dtype) + w, x),
     "more axes": lambda x, w: torch.sub(torch.sigmoid(x.float()).to(x.dtype) * w.expand(3, 4), x),
 }
 
@@ -211,6 +212,7 @@ def test_inner_values_are_those_of_the_reference() -> None:
 REPLACED: dict[str, tuple[Callable, str]] = {
     "another dtype": (lambda x, w: becomes(x, w).double(), "the replacement gives float64[3, 4]"),
     "another layout": (lambda x, w: becomes(x, w).t().contiguous().t(), "the replacement is laid out as"),
+    "fewer rows": (lambda x, w: becomes(x, w)[:2], "the replacement is laid out as"),
     "another shape": (lambda x, w: becomes(x, w)[None], "the replacement is laid out as"),
     "no gradient": (lambda x, w: becomes(x, w.detach()), "the replacement gives w no gradient"),
     "no gradients at all": (lambda x, w: becomes(x.detach(), w.detach()), "could not be checked"),
