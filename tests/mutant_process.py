@@ -41,6 +41,7 @@ def run(module: str, file: str, arguments: Sequence[str], output: str) -> None:
 
     for name in filter(_is_engine, list(sys.modules)):
         del sys.modules[name]
+    os.environ["FASTFT_HYPOTHESIS_PROFILE"] = "mutants"
     sys.meta_path.insert(0, _Finder(module, file))  # type: ignore[arg-type]
     with Path(output).open("w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
         code = int(pytest.main(list(arguments)))
