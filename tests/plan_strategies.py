@@ -28,7 +28,7 @@ def joints(draw: st.DrawFn) -> Joint:
         made.append(len(joint.storages) - 1)
         again = draw(st.sampled_from((True, True, True, False)))
         joint.ops.append(draw(_ops(f"op_{number}", reads, made[-1], forward=True, again=again)))
-    joint.forward_outputs = [made[-1]]
+    joint.forward_outputs = sorted({made[-1], draw(st.sampled_from(made[1:]))})
     gradient = 1
     for number in range(count):
         reads = {gradient, draw(st.sampled_from(made))}

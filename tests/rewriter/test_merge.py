@@ -206,6 +206,17 @@ def test_results_that_need_no_gradient_get_none() -> None:
     assert widths(gm) == [[8]]
 
 
+def test_a_cast_without_gradients_is_another_input() -> None:
+    def function(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            other = x.double()
+        return joined(Q(x.double().float()), V(other.float()))
+
+    gm, _ = record(function, X)
+    rewrite(gm)
+    assert [8, 4] not in widths(gm)
+
+
 def strided(x: Tensor) -> tuple[Tensor, Tensor]:
     return Q(x).sum(), K(x).as_strided((2, 3), (1, 7)).square().sum()
 

@@ -21,6 +21,7 @@ def test_backward_finds_all_that_it_reads(joint: Joint, data: st.DataObject) -> 
     kept = data.draw(st.sets(st.sampled_from(forward)))
     saved, again = joint.closure(kept)
     assert not kept.intersection(again)
+    assert all(joint.ops[at].again for at in again)
     there = {*saved, *(at for at, one in enumerate(joint.storages) if one.tangent)}
     order = list(joint._backward_order(set(saved)))
     assert sorted(op.node for op in order if op.forward) == sorted(joint.ops[at].node for at in again)
