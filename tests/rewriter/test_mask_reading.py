@@ -106,3 +106,39 @@ def test_numbers_that_are_compared_in_the_default_dtype(dtype: torch.dtype) -> N
                 seen(keys_of(lambda x: comparison(x + int(limit) - 1, limit)), X)  # noqa: B023
     finally:
         torch.set_default_dtype(before)
+
+
+def lowest(allowed: Tensor) -> Tensor:
+    return torch.where(allowed, 0.0, LOWEST)
+
+
+def causal() -> Tensor:
+    return torch.arange(8)[:, None] >= torch.arange(8)
+
+
+def documents(x: Tensor) -> Tensor:
+    numbers = (x == 0).cumsum(-1)
+    return numbers[:, None, :, None] == numbers[:, None, None, :]
+
+
+KNOWN = {
+    "documents": documents,
+    "causal documents": lambda x: documents(x) & causal(),
+    "starts": lambda x: keys_of(lambda x: (torch.arange(8) >= x[:, :1]) & (torch.arange(8) >= x[:, 1:2] - 1))(x),
+    "ends": lambda x: keys_of(lambda x: (torch.arange(8) < x[:, :1] + 3) & (torch.arange(8) < x[:, 3:4] + 2))(x),
+    "rows": lambda x: causal() & x.bool()[:, None, :, None],
+    "ids and padding": lambda x: (x[:, None, :, None] == x[:, None, None, :]) & (x > 0)[:, None, None, :],
+    "a window over padding": lambda x: lowest(
+        causal() & (torch.arange(8)[:, None] - torch.arange(8) < 2) & (x > 1)[:, None, None, :]
+    ),
+    "rows without a key": lambda x: lowest((torch.arange(8) < torch.arange(8)[:, None] - 3)[None, None]),
+    "a window of lengths": lambda x: lowest(
+        (torch.arange(8)[:, None] - torch.arange(8) < 3) & (torch.arange(8) < x[:, :1])[:, None, None]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_masks_that_are_recognised(name: str) -> None:
+    (one,) = seen(KNOWN[name], X)
+    assert not isinstance(one.found, str), one.found
