@@ -254,7 +254,7 @@ class Ledger:
 
         strict: raise BudgetError where bytes that the user named are too few; else do with the leanest plan.
         """
-        rounded = {symbol: _rounded(size) for symbol, size in self.sizes.items()}
+        rounded = {symbol: planner.rounded(size) for symbol, size in self.sizes.items()}
         key = tuple(rounded.values())
         if key not in self.plans:
             while len(self.plans) >= MOST_PLANS:
@@ -397,9 +397,3 @@ _ooms: dict[Any, int] = {}  # by device: how often memory ran out, as far as was
 
 def _count_of_ooms(device: torch.device) -> int:
     return torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0)
-
-
-def _rounded(size: int) -> int:
-    """Up to one of eight steps in each doubling, so that a plan serves many lengths."""
-    step = 1 << max(0, size.bit_length() - 4)
-    return -(-size // step) * step

@@ -31,6 +31,7 @@ from fastft.rewriter.mask_values import (
     INTEGERS,
     Cases,
     Index,
+    NotReadError,
     Reader,
     Value,
     are_exact,
@@ -48,12 +49,16 @@ from fastft.rewriter.mask_values import (
 )
 
 
-@reads("arange", form=lambda *bounds, dtype=None, device=None, requires_grad=False, **_: ...)
-def _arange(reader: Reader, node: Node, index: Index, *limits: Any, **_: Any) -> Value:
-    if dtype_of(node) not in INTEGERS or not 1 <= len(limits) <= 3:
+@reads("arange", form=lambda *limits, start=None, end=None, step=None, dtype=None, device=None, **_: ...)
+def _arange(reader: Reader, node: Node, index: Index, *limits: Any, **given: Any) -> Value:
+    alone = len(limits) == 1 and given["end"] is None
+    given |= dict(zip(("end",) if alone else ("start", "end", "step"), limits, strict=False))
+    if dtype_of(node) not in INTEGERS or given["end"] is None:
         return reader.data(node, index)
-    numbers = [literal(one) for one in limits]
-    first, step = (whole(0) if len(numbers) == 1 else numbers[0]), (numbers[2] if len(numbers) == 3 else whole(1))
+    first, step = (
+        whole(otherwise) if given[name] is None else literal(given[name])
+        for name, otherwise in (("start", 0), ("step", 1))
+    )
     if not isinstance(first, Sum) or not isinstance(step, Sum) or step.literal is None:
         return reader.data(node, index)
     return first + index[0] * step.literal
@@ -175,6 +180,8 @@ def _of_numbers(function: Callable, node: Node, operands: Sequence[Any], values:
     if any(one is not None and one.is_floating_point and one != dtype for one in map(dtype_of, operands)):
         return None
     known = _numbers(values, operands, dtype)
+    if known is not None and function in (torch.div, torch.floor_divide) and 0 in dict(known[1].numbers):
+        raise NotReadError("it is divided by zero")  # zeros have signs, which are not told apart
     tensors = [dtype_of(operand) is not None for operand in operands]
 
     def apply(*numbers: float) -> float | int:
@@ -233,7 +240,9 @@ def _compare(reader: Reader, node: Node, index: Index, *operands: Any) -> Value:
             found = _COMPARED[call_name(node)](left, right)
     if found is None:
         found = _compare_numbers(call_name(node), operands, values)
-    return reader.opaque(node, index, *values) if found is None else found
+    if found is None:
+        return reader.opaque(node, index, *values)
+    return found if dtype_of(node) == torch.bool else _cast(reader, node, index, found)  # in place it keeps its dtype
 
 
 def _small(value: Value) -> bool:

@@ -5,6 +5,7 @@ A handler gets the reader, the node, the index of the element and the call's arg
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fastft.rewriter.compat import value_of
-from fastft.rewriter.mask_terms import Sum, variable, whole
+from fastft.rewriter.mask_terms import Sum, variable, variables, whole
 from fastft.rewriter.mask_values import (
     INTEGERS,
     Index,
@@ -72,7 +73,8 @@ def _t(reader: Reader, node: Node, index: Index, source: Node) -> Value:
 @reads("getattr", form=lambda input, name: ...)
 def _attribute(reader: Reader, node: Node, index: Index, source: Node, name: str) -> Value:
     """x.T of a matrix, x.mT."""
-    if not isinstance(value_of(source), Tensor) or name not in ("T", "mT") or (name == "T" and len(index) != 2):
+    matrix = len(index) == 2 or (name == "mT" and len(index) > 2)
+    if not isinstance(value_of(source), Tensor) or name not in ("T", "mT") or not matrix:
         return reader.data(node, index)
     return reader.value(source, (*index[:-2], index[-1], index[-2]))
 
@@ -101,12 +103,15 @@ def _same(reader: Reader, node: Node, index: Index, source: Node, *_: Any, **__:
 
 def _along(node: Node, dim: int, index: Index) -> tuple[int, Sum, Callable[[Sum], Index]]:
     """An axis, a variable for any place on it, and the index with another place on it."""
-    at = dim % len(index)
-    return at, variable("k", size_of(value_of(node).shape[at])), lambda place: (*index[:at], place, *index[at + 1 :])
+    at, known = dim % len(index), variables(*index)
+    name = next(name for name in map("k{}".format, itertools.count()) if name not in known)  # another axis may have one
+    return at, variable(name, size_of(value_of(node).shape[at])), lambda place: (*index[:at], place, *index[at + 1 :])
 
 
 @reads("cumsum", form=lambda input, dim, *, dtype=None: ...)
 def _cumsum(reader: Reader, node: Node, index: Index, source: Node, dim: int, dtype: Any = None) -> Value:
+    if not index:
+        return reader.data(node, index)
     at, anywhere, placed = _along(node, dim, index)
     value = reader.value(source, placed(anywhere))
     term = as_sum(value)
@@ -155,7 +160,7 @@ def _indexed(reader: Reader, node: Node, index: Index, source: Node, chosen: tup
     tensors = [at for at, one in enumerate(chosen) if isinstance(value_of(one), Tensor)]
     if any(dtype_of(chosen[one]) not in INTEGERS for one in tensors):
         return None
-    kept = [one for one in chosen if not _is_number(one)]  # numbers take their axis away before tensors look
+    kept = [one for one in chosen if not _is_number(one) and not _is_place(one)]  # whose axis goes before tensors look
     places = [at for at, one in enumerate(kept) if isinstance(value_of(one), Tensor)]
     together = not places or places == list(range(places[0], places[-1] + 1))
     rank = max((value_of(chosen[one]).dim() for one in tensors), default=0)
@@ -167,6 +172,12 @@ def _indexed(reader: Reader, node: Node, index: Index, source: Node, chosen: tup
 def _is_number(one: Any) -> bool:
     value = value_of(one)
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_place(one: Any) -> bool:
+    """Whether a part of an index is a tensor of one number, which torch takes for that number."""
+    value = value_of(one)
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _sources(reader: Reader, node: Node, shape: Any, chosen: tuple, lookup: Index, rest: list[Sum]) -> Any:

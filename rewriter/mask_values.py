@@ -48,7 +48,6 @@ from fastft.rewriter.mask_terms import (
 from fastft.rewriter.mask_terms import cases as cases_of
 
 MOST_NUMBERS = 8  # that a tensor which is no integer may take
-_EXACT = 2**24  # integers up to here are floats too, and comparisons with them are not rounded
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -241,8 +240,13 @@ def as_condition(value: Value) -> Condition | None:
 
 
 def are_exact(cases: Cases) -> bool:
-    """Whether these are integers of which a comparison is the same as of floats."""
-    return all(float(number).is_integer() and abs(number) <= _EXACT for number, _ in cases.numbers)
+    """Whether these are integers of which a comparison is the same as of floats.
+
+    torch compares integers with a Python float in its default dtype: below this limit all integers, and the next after
+    each, are numbers of that, so that what is rounded to one of these is one of these.
+    """
+    limit = 2 / torch.finfo(torch.get_default_dtype()).eps
+    return all(float(number).is_integer() and abs(number) < limit for number, _ in cases.numbers)
 
 
 def as_sum(value: Value) -> Sum | None:

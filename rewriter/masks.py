@@ -183,8 +183,10 @@ class _Arguments:
         return start, end
 
     def _at_most_all(self, term: Sum) -> Sum:
-        """A bound that fits 32 bits, where data may be larger."""
-        return extreme("minimum", [term, self.keys]) if any(isinstance(one, Leaf) for one in atoms(term)) else term
+        """A bound that fits 32 bits, where data may be larger, or less."""
+        if not any(isinstance(one, Leaf) for one in atoms(term)):
+            return term
+        return extreme("maximum", [whole(0), extreme("minimum", [term, self.keys])])
 
     def _contiguous(self, leaf: Leaf) -> Node:
         node = self.write.atom(leaf)

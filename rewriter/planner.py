@@ -326,3 +326,9 @@ def text_of(size_bytes: int) -> str:
 def corrected(facts: Facts, error_bytes: int) -> Facts:
     """The facts after a measurement that differed by so much."""
     return replace(facts, error=facts.error + error_bytes)
+
+
+def rounded(size: int) -> int:
+    """Up to one of eight steps in each doubling, so that a plan serves many lengths."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step

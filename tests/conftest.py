@@ -1,4 +1,5 @@
-"""Hypothesis profiles, FASTFT_HYPOTHESIS_PROFILE: ci (the default: few examples, always the same), interpreter, gpu.
+"""Hypothesis profiles, FASTFT_HYPOTHESIS_PROFILE: ci (the default: few examples, always the same), interpreter, gpu,
+and mutants, where a failure need not be made small.
 
 And how many threads torch computes with: several processes with as many each as there are cores wait for one another.
 """
@@ -6,7 +7,7 @@ And how many threads torch computes with: several processes with as many each as
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "ci", max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -14,6 +15,9 @@ settings.register_profile(
 settings.register_profile("gpu", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(  # hundreds of times slower than a compiled kernel
     "interpreter", max_examples=3, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
 )
 settings.load_profile(os.environ.get("FASTFT_HYPOTHESIS_PROFILE", "ci"))
 

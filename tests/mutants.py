@@ -1,8 +1,9 @@
-"""Break each kernel in three ways and see whether the tests of the ops notice: python tests/mutants.py [--file rotary]
+"""Break the package in one place after another and see whether its tests notice: python tests/mutants.py [--engine]
 
-A mutant is the package with one expression of a kernel's source changed: a sign, a mask left out, a reduction over the
-wrong axis (an index, where a kernel reduces nothing).  The tests run in Triton's interpreter.  What plain PyTorch does
-around kernels is broken too, for tests of its own.  Exit status 1 if a mutant survives.
+A mutant of a kernel is the package with one expression of the kernel's source changed, in three ways: a sign, a mask
+left out, a reduction over the wrong axis (an index, where a kernel reduces nothing).  The tests of the ops run in
+Triton's interpreter.  What plain PyTorch does around kernels is broken too, for tests of its own.  The engine's mutants
+are in engine_mutants.py.  Exit status 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,15 +35,16 @@ TESTS = "test_nothing or test_agrees or test_every_element or test_inputs"
 class Mutant(NamedTuple):
     """One change: in the function where of kernels/<file>_triton.py, which ops' kernel it is part of, old becomes new.
 
-    Or of kernels/<file>.py, where no file has its kernels.
+    Or of <folder>/<file>.py, where no file has its kernels.
     """
 
-    kernel: str  # file.kernel
+    kernel: str  # file.kernel; of the engine, what it does
     kind: str
     where: str  # file.function
     old: str
     new: str
     tests: str = ""  # in test_<tests>.py; else those of the op in test_ops.py
+    folder: str = "kernels"
 
 
 def over_all_rows(inner: str, rows: str) -> str:
@@ -149,14 +153,15 @@ PLAIN = (
 )  # fmt: skip
 
 
-def path_of(where: str) -> Path:
-    kernels = ROOT / "kernels" / f"{where.split('.')[0]}_triton.py"
-    return kernels if kernels.exists() else kernels.with_name(kernels.name.replace("_triton", ""))
+def path_of(mutant: Mutant) -> Path:
+    file = mutant.where.split(".")[0]
+    kernels = ROOT / mutant.folder / f"{file}_triton.py"
+    return kernels if kernels.exists() and mutant.folder == "kernels" else ROOT / mutant.folder / f"{file}.py"
 
 
 def mutated(mutant: Mutant) -> str:
     """The file's source with the change made, once, in the function that it names."""
-    source = path_of(mutant.where).read_text(encoding="utf-8")
+    source = path_of(mutant).read_text(encoding="utf-8")
     function = mutant.where.split(".")[1]
     found = re.search(rf"^( *)def {function}\(.*?(?=^\1@|^\1def |\Z)", source, re.MULTILINE | re.DOTALL)
     if found is None or mutant.old not in found.group():
@@ -164,48 +169,81 @@ def mutated(mutant: Mutant) -> str:
     return source[: found.start()] + found.group().replace(mutant.old, mutant.new, 1) + source[found.end() :]
 
 
+def arguments_of(mutant: Mutant) -> list[str]:
+    """The tests that must notice it, as pytest is told of them."""
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    arguments += ["-m", "not gpu", "--tb=no", str(ROOT / "tests" / mutant.folder / f"test_{mutant.tests or 'ops'}.py")]
+    only = "" if mutant.tests else f"({TESTS}) and fastft::{mutant.kernel.split('.')[0]}"
+    return [*arguments, "-k", only] if only else arguments
+
+
 def caught_by(mutant: Mutant) -> str | None:
     """The first test that fails, None if all pass."""
+    code, printed = (in_a_checkout if mutant.folder == "kernels" else in_a_fork)(mutant)
+    if code == 0 and " passed" in printed:
+        return None
+    named = re.search(r"^FAILED \S+?::(.+?)(?: - .*)?$", printed, re.MULTILINE)
+    if code == 1 and named:
+        return named.group(1)
+    if code < 0:
+        return f"killed by signal {-code}"  # it wrote where it should not
+    raise RuntimeError(f"{mutant.kernel}, {mutant.kind}: the tests did not run ({code}): {printed[-1000:]}")
+
+
+def in_a_checkout(mutant: Mutant) -> tuple[int, str]:
+    """Exit status and output of a process of its own, which imports a copy of the package."""
     with tempfile.TemporaryDirectory() as folder:
         checkout.link_package(Path(folder))
-        target = Path(folder) / "fastft" / "kernels" / path_of(mutant.where).name
+        target = Path(folder) / "fastft" / mutant.folder / path_of(mutant).name
         target.unlink()
         target.write_text(mutated(mutant), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        command += ["-c", str(ROOT / "pyproject.toml")]
-        command += ["--rootdir", str(ROOT), "-m", "not gpu", "--tb=no"]
-        command += [str(ROOT / "tests" / "kernels" / f"test_{mutant.tests or 'ops'}.py")]
         environment = {**os.environ, "PYTHONPATH": folder}
-        if not mutant.tests:
-            command += ["-k", f"({TESTS}) and fastft::{mutant.kernel.split('.')[0]}"]
         if "." in mutant.kernel:  # one of Triton
             environment |= {"TRITON_INTERPRET": "1", "FASTFT_HYPOTHESIS_PROFILE": "interpreter"}
+        command = [sys.executable, "-m", "pytest", *arguments_of(mutant)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode == 0 and " passed" in done.stdout:
-        return None
-    named = re.search(r"^FAILED \S+?::(\S+)", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and named:
-        return named.group(1)
-    if done.returncode < 0:
-        return f"killed by signal {-done.returncode}"  # it wrote where it should not
-    raise RuntimeError(f"the tests did not run: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+    return done.returncode, done.stdout + done.stderr
 
 
-def chosen(file: str) -> Iterator[Mutant]:
-    yield from (mutant for mutant in (*MUTANTS, *PLAIN) if mutant.kernel.startswith(file))
+def in_a_fork(mutant: Mutant) -> tuple[int, str]:
+    """The same of a process that has imported torch."""
+    from mutant_process import tested
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path_of(mutant).name
+        target.write_text(mutated(mutant), encoding="utf-8")
+        return tested(f"fastft.{mutant.folder}.{target.stem}", target, arguments_of(mutant))
+
+
+def chosen(options: argparse.Namespace) -> Iterator[Mutant]:
+    """Those of the kernels, of the engine, or of both."""
+    from engine_mutants import ENGINE
+
+    both = options.engine == options.kernels
+    every = (*(MUTANTS + PLAIN if both or options.kernels else ()), *(ENGINE if both or options.engine else ()))
+    yield from (mutant for mutant in every if options.file in (mutant.kernel[: len(options.file)], mutant.kind))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--file", default="", help="only kernels whose name begins so")
+    parser.add_argument("--engine", action="store_true", help="only those of the engine")
+    parser.add_argument("--kernels", action="store_true", help="only those of the kernels")
+    parser.add_argument("--file", default="", help="only what begins so, or is of this kind")
+    parser.add_argument("--jobs", type=int, default=1, help="how many to try at once")
     options = parser.parse_args()
-    table, survivors = Table("kernel", "mutant", "caught by"), 0
-    for mutant in chosen(options.file):
-        caught = caught_by(mutant)
-        survivors += caught is None
-        table.add_row(mutant.kernel, mutant.kind, caught or "[red]nothing[/red]")
-        print(f"{mutant.kernel}, {mutant.kind}: {caught or 'NOT CAUGHT'}", flush=True)
-    Console(width=150).print(table)
+    table, kinds = Table("kernel or part of the engine", "mutant", "caught by"), dict[str, list[bool]]()
+    mutants = list(chosen(options))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, caught in zip(mutants, pool.map(caught_by, mutants), strict=True):
+            kinds.setdefault(mutant.kind, []).append(caught is not None)
+            table.add_row(mutant.kernel, mutant.kind, escape(caught) if caught else "[red]nothing[/red]")
+            print(f"{mutant.kernel}, {mutant.kind}: {caught or 'NOT CAUGHT'}", flush=True)
+    summary = Table("kind", "caught", "survived")
+    for kind, found in kinds.items():
+        summary.add_row(kind, str(sum(found)), str(len(found) - sum(found)))
+    for one in (table, summary):
+        Console(width=150).print(one)
+    survivors = sum(len(found) - sum(found) for found in kinds.values())
     raise SystemExit(f"{survivors} survived" if survivors else 0)
 
 

@@ -314,7 +314,7 @@ def test_lengths_that_change_are_planned_for() -> None:
 
     peaks = [least(length) for length in (64, 128, 4096)]
     assert peaks == sorted(set(peaks))
-    assert ledger._rounded(99) > 103  # for which others are planned too, where that fits
+    assert planner.rounded(99) > 103  # for which others are planned too, where that fits
     fastft.set_memory_budget(least(99))
     call(**batch(padded=False, length=99)).loss.backward()
     with pytest.raises(fastft.BudgetError, match="at the least"):

@@ -1,7 +1,6 @@
 """Attention masks read out of graphs: what is recognised says exactly what the mask did, the rest is declined."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,13 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_programs import Draw, compute, conditions, conjunctions, draws
+from mask_reading import Reading, Seen
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from transformers import masking_utils as hf
-
-from fastft.kernels.attention import allowed
-from fastft.rewriter import masks
-from fastft.rewriter.compat import value_of
 
 LOWEST = torch.finfo(torch.float32).min
 PADDING = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]])
@@ -23,91 +19,20 @@ HOLES = torch.tensor([[0, 1, 0, 1, 1, 1, 0, 1], [1, 0, 1, 1, 1, 0, 0, 0]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [3, 4, 5, 6, 7, 8, 0, 1]])
 IDS = torch.tensor([[3, 3, 1, 1, 1, 7, 7, 3], [0, 0, 0, 0, 5, 5, 5, 5]])
 IDENTITIES = ("query_ids", "key_ids")
-TENSORS = ("start", "end", "query_ids", "key_ids")
-
-
-@dataclass
-class Seen:
-    """A mask of a function, what it was recognised as, and the op's arguments where it was."""
-
-    mask: Tensor
-    found: masks.Mask | str
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        assert not isinstance(self.found, str), self.found
-        return self.found.kind
-
-    @property
-    def given(self) -> set[str]:
-        """The arguments that say something."""
-        return {name for name, value in self.arguments.items() if isinstance(value, Tensor) or value}
 
 
 def seen(function: Callable, *values: Any, dynamic: bool = False, **sizes: int) -> list[Seen]:
     """Each mask that a function returns; those that are recognised say exactly what they did."""
-    found: list[masks.Mask | str] = []
-    static: list[dict[str, Any]] = []
+    ways: list[Reading] = []
 
     def backend(gm: GraphModule, _: object) -> Callable:
-        end = gm.graph.output_node()
-        nodes: Any = end.args[0]
-        results: list[Node] = list(nodes)
-        for node in nodes:
-            found.append(masks.recognize(node, **sizes))
-            arguments = {} if isinstance(found[-1], str) else found[-1].arguments(end)
-            tensors = [name for name in TENSORS if isinstance(arguments.get(name), Node)]
-            assert all(value_of(arguments[name]).dim() == 2 for name in tensors)
-            results += [arguments[name] for name in tensors]
-            static.append(arguments | dict.fromkeys(tensors, tensors))
-        end.args = (tuple(results),)
-        gm.graph.lint()
-        gm.recompile()
-        return lambda *inputs: extra.append(gm(*inputs)) or extra[-1][: len(nodes)]
+        ways.append(Reading(gm, sizes))
+        return ways[-1].run
 
-    extra: list[Sequence[Tensor]] = []
     torch._dynamo.reset()
-    results = torch.compile(function, backend=backend, dynamic=dynamic)(*values)
-    results = results if isinstance(results, tuple) else (results,)
-    assert len(extra) == 1, "the graph broke"
-    rest = iter(extra[0][len(found) :])
-    read = [
-        {name: next(rest) if isinstance(value, list) else value for name, value in arguments.items()}
-        for arguments in static
-    ]
-    shown = [Seen(mask, *one) for mask, one in zip(results, zip(found, read, strict=True), strict=True)]
-    for one in shown:
-        if not isinstance(one.found, str):
-            assert_exact(one, **sizes)
-    return shown
-
-
-def assert_exact(one: Seen, rows: int | None = None, columns: int | None = None) -> None:
-    """The op's arguments allow what the mask does; rows that are alike are those masked throughout by the lowest."""
-    mask = one.mask.reshape((1,) * (4 - one.mask.dim()) + one.mask.shape)
-    B, _, S, T = mask.shape
-    S, T = rows or S, columns or T
-    mask = mask.expand(B, -1, S, T)
-    for name, length in zip(TENSORS, (S, S, S, T), strict=True):
-        tensor = one.arguments[name]
-        if tensor is not None:
-            assert tensor.dim() == 2
-            assert tensor.shape[0] in (1, B)
-            assert tensor.shape[1] == length
-            assert tensor.is_contiguous()
-            assert not tensor.is_floating_point()
-    query, key = torch.empty(B, 1, S, 1), torch.empty(B, 1, T, 1)
-    flags = one.arguments["causal"], one.arguments["window"]
-    got = allowed(query, key, *(one.arguments[name] for name in TENSORS), None, *flags)
-    start = one.arguments["start"]
-    same_weight = None if start is None else start[:, None, :, None] < 0
-    same_weight = torch.zeros(1, 1, 1, 1, dtype=torch.bool) if same_weight is None else same_weight
-    expected, masked = mask, torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-    if mask.dtype != torch.bool:
-        expected, masked = mask == 0, (mask == torch.finfo(mask.dtype).min).all(-1, keepdim=True)
-    assert torch.equal(same_weight.expand(B, 1, S, 1), masked.expand(B, 1, S, 1))
-    assert torch.equal(got.expand(mask.shape), expected | masked)
+    torch.compile(function, backend=backend, dynamic=dynamic)(*values)
+    assert len(ways) == 1, "the graph broke"
+    return ways[0].seen()
 
 
 def only(function: Callable, *values: Any, **options: Any) -> Seen:

@@ -5,43 +5,13 @@ from itertools import pairwise, product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_strategies import joints
 
 from fastft.rewriter import frontier, planner
 from fastft.rewriter.costs import TYPICAL, Rates
 from fastft.rewriter.frontier import Choice
-from fastft.rewriter.joint import Joint, Memory, Op, Storage
+from fastft.rewriter.joint import Joint, Memory, Storage
 from fastft.rewriter.planner import BudgetError, Facts, Kind, Row, Stage, Value
-
-MIB = 2**20
-
-
-@st.composite
-def joints(draw: st.DrawFn) -> Joint:
-    """A chain of ops with branches, whose backward reads some of what forward made.
-
-    Storage 0 is an input and storage 1 a gradient that comes in; ops of forward make one storage each.
-    """
-    count = draw(st.integers(1, 5))
-    joint = Joint([Storage("x", MIB, "f", "", input=0), Storage("grad", MIB, "f", "", tangent=True)])
-    made = [0]
-    for number in range(count):
-        reads = {made[-1], draw(st.sampled_from(made))}
-        joint.storages.append(Storage(f"made_{number}", draw(st.integers(1, 9)) * MIB, "f", ""))
-        made.append(len(joint.storages) - 1)
-        joint.ops.append(_op(f"op_{number}", reads, made[-1], draw(st.integers(1, 9)), forward=True))
-    joint.forward_outputs = [made[-1]]
-    gradient = 1
-    for number in range(count):
-        reads = {gradient, draw(st.sampled_from(made))}
-        joint.storages.append(Storage(f"grad_{number}", draw(st.integers(1, 9)) * MIB, "f", ""))
-        gradient = len(joint.storages) - 1
-        joint.ops.append(_op(f"back_{number}", reads, gradient, draw(st.integers(1, 9)), forward=False))
-    joint.backward_outputs = [gradient]
-    return joint
-
-
-def _op(name: str, reads: set[int], makes: int, microseconds: int, *, forward: bool) -> Op:
-    return Op(name, name, "", tuple(reads), (makes,), microseconds / 1e6, 0, lies=True, forward=forward, again=True)
 
 
 @given(joints(), st.data())
@@ -51,6 +21,7 @@ def test_backward_finds_all_that_it_reads(joint: Joint, data: st.DataObject) -> 
     kept = data.draw(st.sets(st.sampled_from(forward)))
     saved, again = joint.closure(kept)
     assert not kept.intersection(again)
+    assert all(joint.ops[at].again for at in again)
     there = {*saved, *(at for at, one in enumerate(joint.storages) if one.tangent)}
     order = list(joint._backward_order(set(saved)))
     assert sorted(op.node for op in order if op.forward) == sorted(joint.ops[at].node for at in again)
