@@ -212,7 +212,7 @@ ENGINE = (
         ("gradients of rows that are summed", "logits._ahead", "by_row and summed", "by_row and not summed"),
         ("writes that are overlooked", "losses._check", "for target in written_by(self.gm, node)", "for target in ()"),
         ("modes that are overlooked", "losses._check", "if switches_mode(node) and", "if node is None and"),
-        ("logits that are returned", "losses.run", "if left and not (lazy and known):", "if left and known and not lazy:"),
+        ("logits that are returned", "losses.run", "if left and not (lazy and (known or self.losses)):", "if left and known and not lazy:"),
     ),
 )
 # fmt: on

@@ -24,8 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 LAYERS, VOCABULARY, WIDTH = 3, 128, 64
 FIRST, LAST = 3, 10  # the steps that are compared
 OPTIONS: dict[str, dict[str, Any]] = {
-    "unplanned": {},
-    "planned": {"memory_budget": "max-speed", "cuda_graphs": False},
+    "plain": {"cuda_graphs": False},  # on a CPU without a plan
     "least": {"memory_budget": "min"},
     "graphs": {"cuda_graphs": True},
 }
@@ -340,7 +339,8 @@ def loops(device: str, options: str) -> list[Callable[[Run, int], None]]:
     """Those that these options can do; without a plan, those that say more than with one."""
     if options == "graphs" and device == "cpu":
         return []
-    declined = {"graphs": UNGRAPHED, "unplanned": LOOPS[LOOPS.index(evaluates) :]}.get(options, ())
+    few = {"plain": LOOPS[LOOPS.index(evaluates) :]} if device == "cpu" else {}
+    declined = {"graphs": UNGRAPHED, **few}.get(options, ())
     return [loop for loop in LOOPS if loop not in declined]
 
 

@@ -8,7 +8,7 @@ from training.leaks import OPTIONS, Run
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GPU = [pytest.mark.gpu, on_gpu]
-CASES = [("cpu", options) for options in ("unplanned", "least")]
+CASES = [("cpu", options) for options in ("plain", "least")]
 CASES += [pytest.param("cuda", options, marks=GPU) for options in OPTIONS]
 A_LOSS = 512  # bytes: a loss that is kept holds itself and a graph that its backward has emptied; so allocated
 
@@ -49,6 +49,6 @@ def test_a_leak_is_noticed() -> None:
         logits = Holds.apply(run.one(**run.batch(step)).logits)
         boxes.pop().append(logits)
 
-    first, last = leaks.measured(Run("cpu", OPTIONS["unplanned"]), leaks_logits)
+    first, last = leaks.measured(Run("cpu", OPTIONS["plain"]), leaks_logits)
     assert last.allocated > first.allocated
     assert "torch.Tensor +" in leaks.growth(first, last)
