@@ -194,6 +194,7 @@ n = atom(terms.Size("n"))
         (lambda: terms.positive(terms.indicator(terms.positive(q - j)) - 1), terms.positive(q - j)),
         (lambda: terms.zero(terms.indicator(terms.positive(q - j))), terms.positive(j - q - 1)),
         (lambda: terms.variable("q", whole(1)), whole(0)),
+        (lambda: terms.floor(q + 1, 2) == terms.floor(q, 2), False),
     ],
 )  # fmt: skip
 def test_folds(made: Callable[[], Any], expected: Any) -> None:
