@@ -84,12 +84,12 @@ class Setting:
             yield batch(number, rows, length, self.device)
 
 
-def base(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def base(dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> LlamaForCausalLM:
     """The model without adapters."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(
-        **sizes, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.1,
+        **sizes, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.1,
         pad_token_id=PADDING, eos_token_id=END, bos_token_id=END,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
