@@ -180,9 +180,8 @@ def test_under_autocast(family: Family) -> None:
 @pytest.mark.slow
 @by_name((FAMILIES[0], FAMILIES[5]))
 def test_through_inductor(family: Family) -> None:
-    """One with adapters, and one whose every weight is trained: it takes half a minute for each."""
     torch._dynamo.reset()
-    model = build(family, nf4=False, checkpoint=False, train_norms=True, lora=family is FAMILIES[0])
+    model = build(family, nf4=False, checkpoint=False, train_norms=True)
     compiled = torch.compile(model, backend="fastft", options={"strict": True})
     check(model, compiled, batch(padded=True), torch.compile(model))
 
