@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +114,9 @@ def test_compare_with_eager(fastft: Command, tiny: tuple[str, ...], tmp_path: Pa
 
 def started(tiny: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fastft", "finetune", *tiny, "--steps", str(STEPS)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background processes ignore it
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> None:
