@@ -1,10 +1,18 @@
 """Hypothesis profiles, FASTFT_HYPOTHESIS_PROFILE: ci (the default: few examples, always the same), interpreter, gpu,
 and mutants, where a failure need not be made small.
 
+The quick tier, ``pytest -m quick``: what of the files below compiles nothing and starts no process.
+
 And how many threads torch computes with: several processes with as many each as there are cores wait for one another.
 """
 
+import inspect
 import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -13,13 +21,31 @@ settings.register_profile(
     "ci", max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("gpu", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile(  # hundreds of times slower than a compiled kernel
-    "interpreter", max_examples=3, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+settings.register_profile(  # hundreds of times slower than a compiled kernel: what fails is told as it was drawn
+    "interpreter",
+    max_examples=3,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
     "mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
 )
 settings.load_profile(os.environ.get("FASTFT_HYPOTHESIS_PROFILE", "ci"))
+
+HERE = Path(__file__).parent
+QUICK = (
+    "patterns/", "rewriter/test_memory.py", "rewriter/test_normalize.py",
+    "rewriter/test_offload.py", "rewriter/test_pattern.py", "rewriter/test_planner.py", "kernels/test_dispatch.py",
+    "kernels/test_layout.py", "kernels/test_lora_plan.py", "kernels/test_strategies.py", "benchmarks/test_occupancy.py",
+    "benchmarks/test_peak.py", "cli/test_data.py", "test_mutants.py", "test_project.py",
+)  # fmt: skip
+SLOWER = re.compile(r"\b(compiled|captured|explain|same)\(|torch\.compile|compile_in_place|subprocess|\.launch\(")
+
+
+def is_quick(path: Path) -> bool:
+    return path.is_relative_to(HERE) and path.relative_to(HERE).as_posix().startswith(QUICK)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,3 +54,33 @@ def pytest_configure(config: pytest.Config) -> None:
     if processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of the quick tier alone no other file is imported: that takes as long as its tests."""
+    others = config.option.markexpr == "quick" and collection_path.suffix == ".py" and not is_quick(collection_path)
+    return True if others else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Quick are the tests of those files that name nothing that compiles; that this is so is seen when they run."""
+    if isinstance(item, pytest.Function) and is_quick(item.path):
+        source = inspect.getsource(inspect.unwrap(item.function))
+        if not SLOWER.search(source) and not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
+            item.add_marker("quick")
+
+
+@pytest.fixture(autouse=True)
+def _quick_is_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In a quick test, wherever it runs, neither Dynamo nor another process is started."""
+    if request.node.get_closest_marker("quick") is None:
+        yield
+        return
+    import torch
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        pytest.fail("a test of the quick tier starts a process: name that in the test, or leave its file out")
+
+    with pytest.MonkeyPatch.context() as patched, torch.compiler.set_stance("fail_on_recompile"):
+        patched.setattr(subprocess.Popen, "__init__", refuse)
+        yield

@@ -1,5 +1,6 @@
 """What the tests of the patterns share: a function rewritten, the calls left in it, its values held to the truth."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,11 @@ def rules(report: GraphReport) -> tuple[list[str], list[str]]:
 
 def reasons(report: GraphReport) -> list[str]:
     return [miss.reason for miss in report.near_misses]
+
+
+def told(report: GraphReport) -> list[str]:
+    """The reasons without the numbers by which torch.fx tells nodes of one name apart."""
+    return [re.sub(r"\b([a-z]+)_\d+\b", r"\1", reason) for reason in reasons(report)]
 
 
 def gradient_like(value: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from strategies import LAYOUTS, UPSTREAM, Spec, dtypes, lengths, seeds
+from strategies import INTERPRETING, LAYOUTS, UPSTREAM, Spec, dtypes, lengths, seeds
 from torch import Tensor
 
 from fastft.kernels import REGISTRY
 from fastft.kernels.registry import Entry, Shapes, parameter_of
 
+LARGEST = 4 if INTERPRETING else 6  # of batches, heads, positions: of the interpreter's programs one follows another
 # Sizes that rows are made of, and the longest drawn.
 ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40, "K": 300, "N": 40}
 Sizes = dict[str, Any]  # by name; "..." has a tuple
@@ -120,7 +121,7 @@ def calls(draw: st.DrawFn, op: str) -> Call:
 
 
 def examples(
-    op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48), largest: int = 6
+    op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48), largest: int = LARGEST
 ) -> Iterator[Call]:
     """Some calls, always the same, the first five each larger than the one before; cases from all over the list.
 

@@ -87,8 +87,10 @@ def test_a_crash_is_a_row(tmp_path: Path) -> None:
     assert row["versions"]["torch"]
 
 
-def test_a_timeout_is_a_row(tmp_path: Path) -> None:
-    row = workers.launch("measure", job_of(), workers.make_environment(tmp_path), tmp_path / "1", timeout=0.2)
+def test_a_timeout_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "never.py").write_text("import threading\ndef measure(asked):\n    threading.Event().wait()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row = workers.launch("never", job_of(), workers.make_environment(tmp_path), tmp_path / "1", timeout=0.2)
     assert (row["status"], row["error"]) == ("timeout", "no result after 0.2 s")
 
 

@@ -1,13 +1,19 @@
-"""Every kernel, in every configuration, compiles for every generation of GPUs; none is needed here."""
+"""Every kernel compiles for every generation of GPUs, and fits; none is needed here.
+
+Any two constants of a kernel meet in a variant that is compiled, on one generation; the least and the largest variant
+are compiled for others.  FASTFT_EVERY_VARIANT=1 compiles all of them for all: for a new Triton, or a changed kernel.
+"""
 
 import importlib
+import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from choices import pairwise
 from strategies import INTERPRETING
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
@@ -20,6 +26,8 @@ import fastft.kernels  # noqa: E402
 from fastft.capability import BFLOAT16_FROM  # noqa: E402
 from fastft.kernels import tiles  # noqa: E402
 
+Variant = tuple[Any, dict[str, Any]]  # a kernel and its constants
+EVERY = os.environ.get("FASTFT_EVERY_VARIANT") == "1"
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # per block
 FLOAT32 = re.compile(r"(\w*_)?(rstd|mean|partial\w*)_ptr")  # the other pointers have the dtype of the rows
 # Sizes and strides that are multiples of 16 in a model.
@@ -54,8 +62,27 @@ def is_for(constants: dict[str, Any], capability: int) -> bool:
     return capability // 10 in constants.get("majors", (capability // 10,))
 
 
-VARIANTS = [one for one in variants() if is_for(one.values[1], 90)]
+def constants_of(variant: Variant) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in sorted(variant[1].items())]
 
+
+def in_pairs(found: Sequence[Variant], kept: Sequence[Variant] = ()) -> list[Variant]:
+    """Of a kernel's variants so many that any two constants meet; the first and the last are among them."""
+    return list(found) if EVERY else pairwise(found, constants_of, [*found[:1], *found[-1:], *kept])
+
+
+def chosen(found: Sequence[Any]) -> Iterator[Any]:
+    """The same of each kernel's, as parameters of a test; those that are marked are among them."""
+    by_kernel: dict[Any, list[Any]] = {}
+    for one in found:
+        by_kernel.setdefault(one.values[0], []).append(one)
+    for each in by_kernel.values():
+        left = in_pairs([one.values for one in each], [one.values for one in each if one.marks])
+        yield from (one for one in each if any(one.values is values for values in left))
+
+
+ALL = [one for one in variants() if is_for(one.values[1], 90)]
+VARIANTS = list(chosen(ALL))
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -120,7 +147,7 @@ def row_dtype(capability: int) -> str:
 
 
 @pytest.mark.parametrize(("kernel", "constants"), VARIANTS)
-def test_every_variant_on_one_generation(kernel: Any, constants: dict[str, Any], tmp_path: Path) -> None:
+def test_variants_on_one_generation(kernel: Any, constants: dict[str, Any], tmp_path: Path) -> None:
     binary = compiled(kernel, constants, 90, "bf16")
     check(binary, 90, tmp_path, few_bytes(constants))
     sizes = [value for name, value in constants.items() if name.startswith("BLOCK") and value > 0]
@@ -131,31 +158,47 @@ def test_every_variant_on_one_generation(kernel: Any, constants: dict[str, Any],
         assert re.search(r"ld\.global\.\S*v4", binary.asm["ptx"]), "loads are not 16 bytes wide"
 
 
-OTHERS = [
-    pytest.param(module, capability, marks=LARGE_IN_3_8 if (module, capability) in LARGE else ())
-    for module in MODULES
-    for capability in SHARED_MEMORY
-    if capability != 90
-]
+def _variants_of(module: str) -> list[Variant]:
+    return list(importlib.import_module(f"fastft.kernels.{module}").variants())
 
 
-@pytest.mark.parametrize(("module", "capability"), OTHERS)
+def generations(module: str) -> Sequence[int]:
+    """One of each kind for which the compiler goes another way; of a kind with little in common, each module another.
+
+    Modules with products of tiles, whose variants say which generations they are for: that with the least shared
+    memory of its kind, and both of the newest.
+    """
+    if EVERY:
+        return [one for one in SHARED_MEMORY if one != 90]
+    if any("majors" in constants for _, constants in _variants_of(module)):
+        return [75, 86, 100, 120]
+    at = MODULES.index(module)
+    return [75, (80, 86, 89)[at % 3], (100, 120)[at % 2]]
+
+
+def others() -> Iterator[Any]:
+    for module in MODULES:
+        for capability in generations(module):
+            yield pytest.param(module, capability, marks=LARGE_IN_3_8 if (module, capability) in LARGE else ())
+
+
+@pytest.mark.parametrize(("module", "capability"), others())
 def test_every_kernel_on_the_others(module: str, capability: int, tmp_path: Path) -> None:
     """The first and the last variant of each kernel: the least and the most of one program.
 
     All of those that say which generations they are for: what products of tiles hold in registers differs by that, but
-    between sm_80, sm_86 and sm_89, of which sm_86 has the least shared memory.
+    between sm_80, sm_86 and sm_89, of which sm_86 has the least shared memory, and sm_120, which has the same variants
+    and as much.
     """
     by_kernel: dict[str, list[Any]] = {}
     for kernel, constants in _variants_of(module):
         by_kernel.setdefault(kernel.__name__, []).append((kernel, constants))
     for found in by_kernel.values():
-        each = capability not in (80, 89) and any("majors" in constants for _, constants in found)
-        chosen = found if each else (found[0], found[-1])
-        for kernel, constants in chosen:
-            if is_for(constants, capability):
-                binary = compiled(kernel, constants, capability, row_dtype(capability))
-                check(binary, capability, tmp_path, few_bytes(constants))
+        each = (EVERY or capability not in (80, 89, 120)) and any("majors" in constants for _, constants in found)
+        there = [(kernel, constants) for kernel, constants in found if is_for(constants, capability)]
+        for kernel, constants in in_pairs(there) if each else (*there[:1], *there[1:][-1:]):
+            binary = compiled(kernel, constants, capability, row_dtype(capability))
+            check(binary, capability, tmp_path, few_bytes(constants))
 
 
 @pytest.mark.parametrize("row", ["fp32", "fp16"])
@@ -165,10 +208,6 @@ def test_every_kernel_for_each_dtype(module: str, row: str, tmp_path: Path) -> N
     by_kernel = {kernel.__name__: (kernel, values) for kernel, values in middle}
     for kernel, constants in by_kernel.values():
         check(compiled(kernel, constants, 90, row), 90, tmp_path, constants.get("spilled_bytes", 0))
-
-
-def _variants_of(module: str) -> list[tuple[Any, dict[str, Any]]]:
-    return list(importlib.import_module(f"fastft.kernels.{module}").variants())
 
 
 def is_middle(constants: dict[str, Any]) -> bool:
@@ -185,6 +224,11 @@ def test_every_kernel_is_listed(module: str) -> None:
         if name.endswith("_kernel") and value.__module__ == imported.__name__
     }
     assert jitted == {kernel.__name__ for kernel, _ in _variants_of(module)} != set()
+
+
+def test_every_generation_is_compiled_for() -> None:
+    assert {capability for module in MODULES for capability in (90, *generations(module))} == SHARED_MEMORY.keys()
+    assert {kernel for kernel, _ in (one.values for one in VARIANTS)} == {one.values[0] for one in ALL}
 
 
 def test_configurations_reach_the_longest_row() -> None:

@@ -197,7 +197,8 @@ def test_agrees_on_long_rows(name: str, device: str) -> None:
     """In every configuration of the kernels, and beyond them where the reference takes over."""
     rows = (64, 130, 700, 2500, 5000, 9000)
     for number, call in enumerate(examples(name, DTYPES[-1], len(rows), rows)):
-        if not INTERPRETING or number % 2 == 0:  # where they take seconds each
+        # Where they take seconds each; a long row of weights is as many columns, which change no configuration.
+        if not INTERPRETING or (number % 2 == 0 and not (call.entry.lists and rows[number] > 1000)):
             check(call, device)
 
 

@@ -1,7 +1,10 @@
 """The strategies draw what they promise; the comparison rejects what it should."""
 
+import itertools
+
 import pytest
 import torch
+from choices import pairwise
 from compare import RoundedOtherwise, assert_close_to_truth, assert_same_metadata
 from hypothesis import find, given
 from hypothesis import strategies as st
@@ -115,3 +118,12 @@ def test_other_roundings_show_where_terms_cancel() -> None:
     eps = torch.finfo(torch.float32).eps
     assert 2 * eps < difference.abs().max() < 2 * 6 * eps
     assert torch.equal(view.flatten(), x)
+
+
+def test_any_two_choices_meet_in_few_combinations() -> None:
+    rows = [row for row in itertools.product(range(4), "abc", (False, True), "xyz") if row[:2] != (0, "a")]
+    chosen = pairwise(rows, enumerate, [rows[5]])
+    pairs_of = lambda found: {pair for row in found for pair in itertools.combinations(enumerate(row), 2)}  # noqa: E731
+    assert pairs_of(chosen) == pairs_of(rows)
+    assert rows[5] in chosen
+    assert 12 <= len(chosen) <= 18 < len(rows)

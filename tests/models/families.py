@@ -159,10 +159,13 @@ def build(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     lora: bool = True,
+    hooked: bool = False,
 ) -> nn.Module:
     """A PEFT model with random adapters, in train mode; norm weights are random, so that a dropped one shows.
 
-    lora: False leaves out PEFT and trains every parameter.
+    lora: False leaves out PEFT and trains every parameter.  hooked: a checkpointed model as transformers leaves it,
+    with a hook at its embeddings and a warning.  Both break the graph before the first layer, for which Dynamo traces
+    all of it up to six times.
     """
     torch.manual_seed(0)
     sizes = {**_SIZES, "num_hidden_layers": layers, **family.sizes}
@@ -182,8 +185,12 @@ def build(
         if train_norms and parameter.dim() == 1 and "norm" in name:
             parameter.requires_grad_()
     if checkpoint:
-        model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
+        if hooked:
+            model.enable_input_require_grads()
+        else:
+            model.get_base_model().disable_input_require_grads()
+            model.config.use_cache = False
     return model.to(device).train()
 
 

@@ -1,6 +1,7 @@
 """Whole models in regions: layers are shared, and train as when the graph is compiled whole."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,20 +18,17 @@ from fastft.rewriter.rewrite import rewrite
 from models.families import FAMILIES, Family, Step, batch, build, step
 from models.test_families import check
 
-LLAMA, GEMMA3 = FAMILIES[0], FAMILIES[5]
-
-
+DEPTH = 4  # enough layers for several of each kind
+# Every second layer attends to all tokens; of a configuration's own, one in six.
+KINDS = {"gemma3": {"layer_types": ["sliding_attention", "full_attention"] * (DEPTH // 2)}}
+DEEP = [replace(family, sizes=family.sizes | KINDS.get(family.name, {})) for family in FAMILIES]
+LLAMA, GEMMA3 = DEEP[0], DEEP[5]
 QUICK = (LLAMA, GEMMA3)
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
-
-
-def depth(family: Family) -> int:
-    """Enough layers for several of each kind: one in six of Gemma 3's attends to all tokens, the others to a window."""
-    return 8 if family is GEMMA3 else 4
 
 
 def backend(reports: list[GraphReport], **options: Any) -> Callable:
@@ -70,7 +68,7 @@ def variants() -> list[Any]:
             marks=[] if family in QUICK and not (nf4 or checkpoint) else [pytest.mark.slow],
             id=name,
         )
-        for family in FAMILIES
+        for family in DEEP
         for nf4 in (False, True)
         for checkpoint in (False, True)
         if family is LLAMA or (nf4 and checkpoint) or (family.name in ("gemma3", "phi3") and nf4 == checkpoint)
@@ -81,7 +79,7 @@ def variants() -> list[Any]:
 @pytest.mark.parametrize(("family", "nf4", "checkpoint"), variants())
 def test_layers_are_shared_and_train_as_in_one_graph(family: Family, nf4: bool, checkpoint: bool) -> None:
     """Captured once; the same graph then runs in regions, and whole."""
-    model = build(family, nf4=nf4, checkpoint=checkpoint, train_norms=True, layers=depth(family))
+    model = build(family, nf4=nf4, checkpoint=checkpoint, train_norms=True, layers=DEPTH)
     reports: list[GraphReport] = []
     in_regions, whole = True, 0
 
@@ -101,7 +99,7 @@ def test_layers_are_shared_and_train_as_in_one_graph(family: Family, nf4: bool, 
     assert_same(actual, step(compiled, batch(padded=True), model), rtol=1e-6)
     assert whole == len(reports) > 0
     most = max(region.calls for report in reports for region in report.regions)
-    assert most >= depth(family) // 2
+    assert most >= DEPTH // 2
 
 
 def change_in_place(model: nn.Module) -> None:
@@ -210,9 +208,9 @@ def test_the_leanest_plan_keeps_little_of_each_layer(
 def test_on_the_gpu(family: Family, budget: str | None) -> None:
     """Regions in bfloat16 through Inductor, against float64 and torch's own error."""
     model = build(
-        family, nf4=True, checkpoint=False, train_norms=True, layers=depth(family), dtype=torch.bfloat16, device="cuda"
+        family, nf4=True, checkpoint=False, train_norms=True, layers=DEPTH, dtype=torch.bfloat16, device="cuda"
     )
     reports: list[GraphReport] = []
     compiled = torch.compile(model, backend=backend(reports, memory_budget=budget, lower="inductor"))
     check(model, compiled, batch(padded=True, device="cuda"), torch.compile(model))
-    assert max(region.calls for report in reports for region in report.regions) >= depth(family) // 2
+    assert max(region.calls for report in reports for region in report.regions) >= DEPTH // 2

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from choices import in_pairs
 from lifting import assert_right, compiled, lifted, normal, ops, reasons, rules
 from torch import Tensor, nn
 
@@ -44,10 +45,7 @@ SHAPES = {  # a function, the op it becomes, and by which rule
 }
 
 
-@pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", SHAPES)
+@in_pairs(name=SHAPES, style=STYLES, x_dtype=DTYPES, residual_dtype=DTYPES)
 def test_an_addition_and_its_norms_become_one_op(
     name: str, style: str, x_dtype: torch.dtype, residual_dtype: torch.dtype
 ) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from choices import in_pairs
 from lifting import assert_right, frozen, lifted, normal, ops, reasons, rules
 from torch import Tensor
 
@@ -25,9 +26,11 @@ def heads(dtype: torch.dtype = torch.float32, angle_dtype: torch.dtype | None = 
     return [q, k, *weights, *(one.to(angle_dtype or dtype) for one in (angle.cos(), angle.sin()))]
 
 
-@pytest.mark.parametrize("angle_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["half", "half_of_a_part", "half_by_parts", "interleaved", "interleaved_part"])
+@in_pairs(
+    name=("half", "half_of_a_part", "half_by_parts", "interleaved", "interleaved_part"),
+    dtype=DTYPES,
+    angle_dtype=DTYPES,
+)
 def test_queries_and_keys_become_one_op(name: str, dtype: torch.dtype, angle_dtype: torch.dtype) -> None:
     turn = getattr(rotary, name)
     function = lambda q, k, w, v, cos, sin: (turn(q, cos, sin), turn(k, cos, sin))  # noqa: E731
@@ -37,10 +40,12 @@ def test_queries_and_keys_become_one_op(name: str, dtype: torch.dtype, angle_dty
     assert_right(gm, function, values)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["heads first", "positions first"])
-@pytest.mark.parametrize("style", ["llama", "gemma", "gpt_oss", "torch_rms_norm"])
-@pytest.mark.parametrize("angle_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@in_pairs(
+    dtype=DTYPES,
+    angle_dtype=DTYPES,
+    style=("llama", "gemma", "gpt_oss", "torch_rms_norm"),
+    transposed=(False, True),
+)
 def test_norms_and_rotations_become_one_op(
     dtype: torch.dtype, angle_dtype: torch.dtype, style: str, transposed: bool
 ) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import assert_right, compiled, frozen, lifted, normal, ops, reasons, rules
+from choices import in_pairs
+from lifting import assert_right, compiled, frozen, lifted, normal, ops, reasons, rules, told
 from torch import Tensor, nn
 
 from fastft.patterns import glu as patterns
@@ -25,10 +26,7 @@ LAYOUTS: dict[str, Callable[[torch.dtype, int, int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("up_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SEPARATE)
+@in_pairs(name=SEPARATE, gate_dtype=DTYPES, up_dtype=DTYPES, layout=LAYOUTS)
 def test_every_reference_becomes_one_op_and_stays_right(
     name: str, gate_dtype: torch.dtype, up_dtype: torch.dtype, layout: str
 ) -> None:
@@ -41,9 +39,7 @@ def test_every_reference_becomes_one_op_and_stays_right(
     assert_right(gm, RULES[name].reference, values)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", PACKED)
+@in_pairs(name=PACKED, dtype=DTYPES, layout=LAYOUTS)
 def test_every_packed_reference_becomes_one_op_and_stays_right(name: str, dtype: torch.dtype, layout: str) -> None:
     values = [LAYOUTS[layout](dtype, 2 * WIDTH, 0).requires_grad_()]
     gm, report = lifted(RULES[name].reference, *values)
@@ -280,7 +276,7 @@ def test_a_near_miss_is_left_alone_and_explained(function: Callable, reason: str
     values = [normal(B, S, WIDTH), normal(B, S, WIDTH, seed=1)]
     gm, report = lifted(function, *values)
     assert (ops(gm), report.lifted) == ([], [])
-    assert reasons(report) == [reason] * (reason is not None)
+    assert told(report) == [reason] * (reason is not None)
     torch.testing.assert_close(gm(*values), function(*values))
 
 

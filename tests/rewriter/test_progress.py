@@ -101,8 +101,9 @@ def test_elsewhere_it_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 
 def test_a_live_display_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_terminal(monkeypatch)
-    monkeypatch.setattr(rich, "_console", Console(file=io.StringIO(), force_terminal=True))
-    with Progress(console=rich.get_console()):
+    console = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(rich, "get_console", lambda: console)
+    with Progress(console=console):
         compiled()(torch.randn(2, 8))
     assert terminal.getvalue() == ""
 

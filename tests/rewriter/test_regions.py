@@ -1,7 +1,7 @@
 """What is shared, what is kept apart and what is declined: every model computes and trains as if it were whole."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -328,24 +328,29 @@ def only(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
 
 
-@BUDGETS
-@only()
-def test_regions_are_shared_and_compute_the_same(case: Case, budget: str | None) -> None:
-    rtol = 0 if budget is None else 1e-12  # a plan needs AOTAutograd, which adds gradients in another order
-    report = check(case.model(), INPUTS[case.inputs](), dynamic=case.dynamic, memory_budget=budget, rtol=rtol)
+def ways() -> Iterator[Any]:
+    """Each case to the bit, as the leanest plan through AOTAutograd, and in one of the other ways, in turn."""
+    others = (("aot", None), ("aot", "max-speed"), ("eager", "min"), ("eager", "max-speed"))
+    for at, case in enumerate(CASES):
+        for lowering, budget in (("eager", None), ("aot", "min"), others[at % len(others)]):
+            # Through AOTAutograd there are other random numbers than eager's: test_dropout_is_the_same_in_backward.
+            if case.name != "dropout" or lowering == "eager":
+                yield pytest.param(case, lowering, budget, id=f"{case.name}-{lowering}-{budget}")
+
+
+@pytest.mark.parametrize(("case", "lowering", "budget"), ways())
+def test_regions_are_shared_and_compute_the_same(
+    case: Case, lowering: str, budget: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "compile_fx", through_aot)
+    exact = (lowering, budget) == ("eager", None)  # a plan needs AOTAutograd, which adds gradients in another order
+    lower_by = "eager" if lowering == "eager" else "inductor"
+    report = check(
+        case.model(), INPUTS[case.inputs](), dynamic=case.dynamic, memory_budget=budget, lower=lower_by,
+        rtol=0 if exact else 1e-12,
+    )  # fmt: skip
     assert report.whole == ""
     assert [region.calls for region in report.regions] == case.calls
-
-
-@BUDGETS
-@only()
-def test_regions_are_right_through_aot_autograd(
-    case: Case, budget: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if case.name == "dropout":
-        pytest.skip("other random numbers than eager's: see test_dropout_is_the_same_in_backward")
-    monkeypatch.setattr(compat, "compile_fx", through_aot)
-    check(case.model(), INPUTS[case.inputs](), dynamic=case.dynamic, memory_budget=budget, lower="inductor", rtol=1e-12)
 
 
 @pytest.mark.slow
