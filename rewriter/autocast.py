@@ -5,11 +5,13 @@ accelerate and Trainer wrap a model's forward in autocast before it is compiled,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -69,3 +71,17 @@ def dtype_at(node: Node) -> torch.dtype | None:
         return None
     with at(node):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_softmax": lambda tensor: torch.log_softmax(tensor, -1),
+    "cross_entropy": lambda tensor: F.cross_entropy(tensor, torch.zeros(1, dtype=torch.long, device=tensor.device)),
+    "nll_loss": lambda tensor: F.nll_loss(tensor, torch.zeros(1, dtype=torch.long, device=tensor.device)),
+}
+
+
+@functools.cache
+def dtype_of_loss(name: str, device: str, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:
+    """Try which dtype a loss of logits gets: which functions are widened differs from device to device."""
+    with torch.autocast(device, dtype=automatic), torch.no_grad():
+        return LOSSES[name](torch.zeros(1, 1, dtype=dtype, device=device)).dtype

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastft.rewriter import compat
+from fastft.rewriter import autocast, compat
 from fastft.rewriter.graph import names_a_write
 from fastft.rewriter.head import Logits, run
 from fastft.rewriter.logits import CASTS, consume, follow
@@ -33,6 +32,10 @@ from fastft.rewriter.losses import Deferred
 _STALE = (
     "these logits are computed when they are read, but what they are made of has changed since the model's forward: "
     "read them before the optimizer's step, or compile with options={'lazy_logits': False}."
+)
+_USED = (
+    "backward is repeated for logits that are no more: keep the model's output until the last one, or compile with "
+    "options={'lazy_logits': False}."
 )
 _APART = (
     "logits are written to in place of which another part was read before: read and write the same tensor, or compile "
@@ -78,6 +81,7 @@ class Computation:
     stale: bool = False
     leaves: list[Tensor] = field(default_factory=list)  # stand for all tensors
     computed: Tensor | None = None  # of the leaves
+    tensors: Sequence[Tensor] | None = None  # while a backward is on its way from what was read to the logits
 
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
         """Compute the logits of these tensors, apart from the graph of autograd; keep what a backward needs."""
@@ -92,9 +96,12 @@ class Computation:
         if self.stale or _changed(self.parameters):
             raise RuntimeError(_STALE)
 
-    def gradients(self, grad: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    def gradients(self, grad: Tensor, tensors: Sequence[Tensor] | None) -> list[Tensor | None]:
         """Of all tensors, given that of the logits.  A second backward computes the logits again."""
+        tensors, self.tensors = self.tensors or tensors, None
         if self.computed is None:
+            if tensors is None:
+                raise RuntimeError(_USED)
             self.run(tensors)
         assert self.computed is not None
         computed, leaves = self.computed, self.leaves
@@ -259,23 +266,9 @@ def _mentions_lazy(args: Sequence[Any], kwargs: Any) -> bool:
 def _widened(name: str, logits: Logits) -> torch.dtype | None:
     """The dtype that autocast gives the result of a softmax or of a loss; None where it is off."""
     device = logits.hidden.device.type
-    if name not in _AUTOCAST or not torch.is_autocast_enabled(device):
+    if name not in autocast.LOSSES or not torch.is_autocast_enabled(device):
         return None
-    return _under_autocast(name, device, logits.dtype, torch.get_autocast_dtype(device))
-
-
-_AUTOCAST: dict[str, Callable[[Tensor], Tensor]] = {
-    "log_softmax": lambda tensor: torch.log_softmax(tensor, -1),
-    "cross_entropy": lambda tensor: F.cross_entropy(tensor, torch.zeros(1, dtype=torch.long, device=tensor.device)),
-    "nll_loss": lambda tensor: F.nll_loss(tensor, torch.zeros(1, dtype=torch.long, device=tensor.device)),
-}
-
-
-@functools.cache
-def _under_autocast(name: str, device: str, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:
-    """By trial: which functions are widened differs from device to device."""
-    with torch.autocast(device, dtype=automatic), torch.no_grad():
-        return _AUTOCAST[name](torch.zeros(1, 1, dtype=dtype, device=device)).dtype
+    return autocast.dtype_of_loss(name, device, logits.dtype, torch.get_autocast_dtype(device))
 
 
 def _is_read(lazy: LazyLogits) -> bool:
@@ -297,7 +290,7 @@ def read(lazy: LazyLogits) -> Tensor:
         source.read = source.view(read(source.base))
     elif source.read is None and lazy.requires_grad:
         with torch.enable_grad():
-            source.read = _Read.apply(lazy)
+            source.read = _Read.apply(lazy, *source.logits.values)
     elif source.read is None:
         source.read = source.numbers()
     return source.read
@@ -342,30 +335,37 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Source, *tensors: Tensor) -> LazyLogits:
-        ctx.computation = source.computation  # not the source: it holds what was read, which leads back here
-        # parameters live anyway: a hook that copies what is saved should not copy them, once for every view of logits
-        ctx.parameters = [one if _is_parameter(one) else None for one in tensors]
-        ctx.save_for_backward(*(one for one in tensors if not _is_parameter(one)))
+        ctx.computation = source.computation
+        ctx.source = weakref.ref(source)  # it holds what was read, which leads back here
+        # not saved, so that hooks of the user's do not copy them for every view of logits; let go of by backward
+        ctx.tensors = [one if _is_parameter(one) else one.detach().requires_grad_(one.requires_grad) for one in tensors]
         return LazyLogits(source)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        tensors = [next(saved) if one is None else one for one in ctx.parameters]
+        tensors, ctx.tensors, source = ctx.tensors, None, ctx.source()
+        if tensors is None and source is not None:
+            tensors = source.logits.values
         return None, *ctx.computation.gradients(grad, tensors)
 
 
 class _Read(torch.autograd.Function):
-    """The numbers; their gradient is that of the logits."""
+    """The numbers; their gradient is that of the logits, which is told what they are made of."""
 
     @staticmethod
-    def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
+    def forward(ctx: Any, lazy: LazyLogits, *tensors: Tensor) -> Tensor:
+        ctx.computation = lazy.source.computation
+        # parameters live anyway: a hook that copies what is saved should not copy them
+        ctx.parameters = [one if _is_parameter(one) else None for one in tensors]
+        ctx.save_for_backward(*(one for one in tensors if not _is_parameter(one)))
         return lazy.source.numbers()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        ctx.computation.tensors = [next(saved) if one is None else one for one in ctx.parameters]
+        return grad, *(None for _ in ctx.parameters)
 
 
 def restore(
