@@ -340,7 +340,7 @@ def loops(device: str, options: str) -> list[Callable[[Run, int], None]]:
     """Those that these options can do; without a plan, those that say more than with one."""
     if options == "graphs" and device == "cpu":
         return []
-    few = {"plain": LOOPS[LOOPS.index(evaluates) :]} if device == "cpu" else {}
+    few = {"plain": LOOPS[LOOPS.index(evaluates) :], "least": (deletes_the_model,)} if device == "cpu" else {}
     declined = {"graphs": UNGRAPHED, **few}.get(options, ())
     return [loop for loop in LOOPS if loop not in declined]
 
