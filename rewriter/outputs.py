@@ -152,6 +152,10 @@ def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
 
 
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    return [(one, compat.version(one)) for one in tensors if not one.is_inference()]
+
+
 def _changed(versions: Sequence[tuple[Tensor, int]]) -> bool:
     return any(compat.version(one) != version for one, version in versions)
 
@@ -188,7 +192,7 @@ class LazyLogits(Tensor):
         """These logits, which others may be derived from.  A gradient reaches what they are made of in grad mode."""
         tensors = logits.values
         if derived is None:
-            versions = [(one, compat.version(one)) for one in tensors if not one.is_inference()]
+            versions = _versions(tensors)
         else:
             versions = derived.source.versions
         if not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
@@ -339,15 +343,19 @@ class _Made(torch.autograd.Function):
         ctx.source = weakref.ref(source)  # it holds what was read, which leads back here
         # not saved, so that hooks of the user's do not copy them for every view of logits; let go of by backward
         ctx.tensors = [one if _is_parameter(one) else one.detach().requires_grad_(one.requires_grad) for one in tensors]
+        ctx.versions = _versions(ctx.tensors)
         return LazyLogits(source)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, ctx.tensors, source = ctx.tensors, None, ctx.source()
+        computation, source, tensors = ctx.computation, ctx.source(), ctx.tensors
         if tensors is None and source is not None:
-            tensors = source.logits.values
-        return None, *ctx.computation.gradients(grad, tensors)
+            tensors, ctx.versions = source.logits.values, source.versions
+        if computation.computed is None and _changed(ctx.versions):
+            raise RuntimeError(_STALE)
+        ctx.tensors, ctx.versions = None, []
+        return None, *computation.gradients(grad, tensors)
 
 
 class _Read(torch.autograd.Function):

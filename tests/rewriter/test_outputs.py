@@ -370,6 +370,31 @@ def test_the_option_gives_ordinary_logits() -> None:
     torch.testing.assert_close(logits, model(IDS))
 
 
+def test_hidden_states_that_change_before_a_gradient_arrives_are_an_error() -> None:
+    """Where nothing was read, logits are computed in backward: from what they were made of, or not at all."""
+
+    class WithHidden(Model):
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            hidden = self.inner(self.embedding(ids))  # which no backward but the head's reads
+            return hidden, self.head(hidden)
+
+    class Unread(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return torch.zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return torch.ones(3, 6, V)
+
+    hidden, logits = compiled(WithHidden())(IDS)
+    loss = Unread.apply(logits)
+    with torch.no_grad():
+        hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="has changed since"):
+        loss.backward()
+
+
 def test_what_is_saved_for_backward() -> None:
     """A loss of lazy logits keeps no more than the hidden states' gradient, where the head is frozen."""
     model = Model()
