@@ -253,11 +253,8 @@ LOOPS: tuple[Callable[[Run, int], None], ...] = (
     skips_backward_unread, evaluates, fails_in_forward, fails_behind_the_layers, fails_in_backward,
     fails_before_the_layers, interleaves, distils, changes_lengths, replaces_the_model, deletes_the_model,
 )  # fmt: skip
-COLLECTED = (
-    fails_in_forward, fails_behind_the_layers, fails_in_backward, fails_before_the_layers, replaces_the_model,
-    deletes_the_model,
-)  # fmt: skip
-COMPILING = (replaces_the_model, deletes_the_model)  # at every step, which with plans is more than without
+FAILING = (fails_in_forward, fails_behind_the_layers, fails_in_backward, fails_before_the_layers)
+COMPILING = (replaces_the_model, deletes_the_model)  # at every step
 UNGRAPHED = (fails_in_forward, fails_in_backward, learns_twice_from_logits)  # what CUDA graphs cannot do
 LATER = {changes_lengths: 9}  # steps more, until every length was met as often as it takes to record it
 
@@ -295,7 +292,7 @@ def measured(run: Run, loop: Callable[[Run, int], None]) -> tuple[Held, Held]:
 
 def _step(run: Run, loop: Callable[[Run, int], None], step: int) -> None:
     loop(run, step)
-    if loop in COLLECTED:
+    if loop in FAILING or loop in COMPILING:
         gc.collect()
 
 
