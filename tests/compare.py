@@ -1,6 +1,7 @@
 """The one tolerance: an op may err twice as much as PyTorch's own expression in that dtype, against float64."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,3 +107,15 @@ class RoundedOtherwise(TorchDispatchMode):
             return value
         noise = torch.rand(value.shape, generator=self.generator, dtype=torch.float64)
         return value * (1.0 + self.eps * (2.0 * noise - 1.0))
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """torch.empty is filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

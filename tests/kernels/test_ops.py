@@ -18,6 +18,7 @@ from compare import (
     assert_close_to_truth,
     assert_same_metadata,
     makes_new_tensors,
+    poison,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,18 +201,6 @@ def test_agrees_on_long_rows(name: str, device: str) -> None:
         # Where they take seconds each; a long row of weights is as many columns, which change no configuration.
         if not INTERPRETING or (number % 2 == 0 and not (call.entry.lists and rows[number] > 1000)):
             check(call, device)
-
-
-@contextmanager
-def poison() -> Iterator[None]:
-    """torch.empty is filled with NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def arguments(name: str, device: str) -> Iterator[tuple]:
