@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import re
 import socket
@@ -86,12 +88,18 @@ def load_config(source: Source) -> Any:
     """The model's configuration, known to be that of a causal language model."""
     if source.preset:
         return config(source.location)
-    from transformers import AutoConfig
-
     with explained(source):
-        found = AutoConfig.from_pretrained(source.location, **source.arguments)
+        found = copy.deepcopy(_read_config(source))
     _check_causal(source, found)
     return without_dropout(found)
+
+
+@functools.cache
+def _read_config(source: Source) -> Any:
+    """Read once: a .gguf file holds the vocabulary beside it, and takes seconds."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.location, **source.arguments)
 
 
 def without_dropout(found: Any) -> Any:

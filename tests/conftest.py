@@ -3,9 +3,11 @@ and mutants, where a failure need not be made small.
 
 The quick tier, ``pytest -m quick``: what of the files below compiles nothing and starts no process.
 
-And how many threads torch computes with: several processes with as many each as there are cores wait for one another.
+And how many threads torch computes with: several processes with as many each as there are cores wait for one another;
+and how often Python collects.
 """
 
+import gc
 import inspect
 import os
 import re
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import faster_interpreter
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -56,6 +59,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live: a fifth of its time is their collection
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        faster_interpreter.install()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: it is not looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries report at the end what they think leaked
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -29,14 +31,21 @@ def smollm2() -> Path:
 @cache
 def losses(contender: str, lower: str = "eager") -> list[float]:
     """Train as the command does; the loss of each step."""
+    settings, source, tokenizer, examples = prepared()
+    settings = replace(settings, lower=lower)
+    _, run = finetune.contend(settings, source, contender, tokenizer, examples, Console(quiet=True))
+    return losses_of(run)
+
+
+@cache
+def prepared() -> tuple[finetune.Settings, models.Source, Any, Any]:
+    """What all runs have in common."""
     asked = finetune.Settings(
-        model=str(smollm2()), device="cpu", steps=STEPS, batch_size=2, seq_len=32, lr=1e-3, rank=8, lower=lower
+        model=str(smollm2()), device="cpu", steps=STEPS, batch_size=2, seq_len=32, lr=1e-3, rank=8
     )
     settings, source = finetune.resolve(asked)
     tokenizer = models.load_tokenizer(source)
-    examples = finetune.load_data(settings, tokenizer)[: BATCHES * settings.batch_size]
-    _, run = finetune.contend(settings, source, contender, tokenizer, examples, Console(quiet=True))
-    return losses_of(run)
+    return settings, source, tokenizer, finetune.load_data(settings, tokenizer)[: BATCHES * settings.batch_size]
 
 
 def losses_of(run: Run) -> list[float]:

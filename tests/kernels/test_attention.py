@@ -21,7 +21,8 @@ ENTRY = REGISTRY["fastft::attention"]
 NAMES = ("query", "key", "value", "sinks")  # of what has a gradient
 ROWS = NAMES[:3]
 on_devices = pytest.mark.parametrize("device", DEVICES)
-in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# In the interpreter one that rounds, for whose larger tiles it takes half of the time: others have float32.
+in_dtypes = pytest.mark.parametrize("dtype", LOW if INTERPRETING else DTYPES, ids=str)
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Tensors, Names = dict[str, Tensor], Sequence[str]
 RANGES, DENSE = ("starts", "ends", "ranges", "documents"), ("bool", "added")
@@ -524,6 +525,7 @@ def test_grouped_heads_are_as_repeated_ones(device: str, dtype: torch.dtype) -> 
         assert_near(mine[at], expected.to(mine[at].dtype))
 
 
+@pytest.mark.skipif(INTERPRETING, reason="it runs one program after another")
 @on_devices
 @in_dtypes
 @pytest.mark.parametrize("change", [{}, {"dense": "added", "ids": ""}, {"E": 1, "D": 128}], ids=str)
