@@ -48,7 +48,7 @@ def find(name: str) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name} is not a .gguf file; --model takes a hub id, a folder or a .gguf file.")
-        return Source(str(path.parent), gguf_file=path.name)
+        return Source(str(path.parent.resolve()), gguf_file=path.name)
     if PATH_LIKE.fullmatch(name) or not HUB_ID.fullmatch(name):
         raise UserError(f"There is no model at {name}; check the path.")
     if "/" not in name and name.startswith("tiny"):
@@ -89,17 +89,18 @@ def load_config(source: Source) -> Any:
     if source.preset:
         return config(source.location)
     with explained(source):
-        found = copy.deepcopy(_read_config(source))
+        found = copy.deepcopy(_read_config_once(source)) if source.gguf_file else _read_config(source)
     _check_causal(source, found)
     return without_dropout(found)
 
 
-@functools.cache
 def _read_config(source: Source) -> Any:
-    """Read once: a .gguf file holds the vocabulary beside it, and takes seconds."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(source.location, **source.arguments)
+
+
+_read_config_once = functools.cache(_read_config)  # a .gguf file's vocabulary is read with it, which takes seconds
 
 
 def without_dropout(found: Any) -> Any:

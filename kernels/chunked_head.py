@@ -106,8 +106,8 @@ class Head:
     def _stride(self) -> int:
         """Of a row of logits, which begins where 16 bytes do for cuBLAS.
 
-        Not on a CPU, whose bfloat16 products (oneDNN with AMX) multiply what lies behind a row with zero: with the
-        unwritten columns, which may hold NaN.
+        Not on a CPU, whose bfloat16 products multiply what lies behind a row with zero (oneDNN on AMX,
+        uxlfoundation/oneDNN#5717): unwritten columns may hold NaN.
         """
         V = self.weight.shape[0]
         return V if self.hidden.device.type == "cpu" else cdiv(V, 8 * ALIGNED) * 8 * ALIGNED

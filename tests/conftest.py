@@ -64,12 +64,6 @@ def pytest_configure(config: pytest.Config) -> None:
         faster_interpreter.install()
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: it is not looked at again."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or libraries report at the end what they think leaked
 
@@ -86,6 +80,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         source = inspect.getsource(inspect.unwrap(item.function))
         if not SLOWER.search(source) and not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
             item.add_marker("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _looked_at_no_more() -> Iterator[None]:
+    """What lives when a file's tests have run: a process would search millions of objects in each collection else."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
