@@ -116,6 +116,8 @@ class Run:
 
     def __post_init__(self) -> None:
         torch.compiler.reset()
+        gc.collect()
+        gc.freeze()  # what is there, millions of objects of libraries, is not looked at, here and by the collector
         self.one, self.two = self.model(), self.model()
 
     def model(self) -> Any:
@@ -272,8 +274,6 @@ def measured(run: Run, loop: Callable[[Run, int], None]) -> tuple[Held, Held]:
     later = LATER.get(loop, 0)
     gc.collect()
     gc.disable()
-    if loop not in COMPILING:  # where what was there before is part of cycles that are to be collected
-        gc.freeze()  # or else it is not looked at, here and by the collector: a million objects of libraries
     try:
         for step in range(FIRST + later):
             _step(run, loop, step)
@@ -286,7 +286,6 @@ def measured(run: Run, loop: Callable[[Run, int], None]) -> tuple[Held, Held]:
         last.allocated += growth()
         return first, last
     finally:
-        gc.unfreeze()
         gc.enable()
 
 
