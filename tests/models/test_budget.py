@@ -42,8 +42,8 @@ def model_of(device: str, *, dropout: float = 0.25, checkpoint: bool = False, nf
     torch._dynamo.reset()
     gc.collect()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    settings: dict[str, Any] = {"nf4": nf4 or device == "cuda", "checkpoint": checkpoint, "train_norms": True, "layers": LAYERS}
-    model = build(LLAMA, **settings, dtype=dtype, device=device)
+    settings: dict[str, Any] = {"nf4": nf4 or device == "cuda", "checkpoint": checkpoint, "train_norms": True}
+    model = build(LLAMA, **settings, layers=LAYERS, dtype=dtype, device=device)
     for module in model.modules():
         for name in getattr(module, "lora_dropout", {}):
             module.lora_dropout[name] = nn.Dropout(dropout)
