@@ -59,7 +59,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if processes > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live: a fifth of its time is their collection
     if os.environ.get("TRITON_INTERPRET") == "1":
         faster_interpreter.install()
 
@@ -83,8 +82,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _looked_at_no_more() -> Iterator[None]:
-    """What lives when a file's tests have run: a process would search millions of objects in each collection else."""
+def _collected_seldom() -> Iterator[None]:
+    """Tracing makes millions of objects that live, for which Python's collector would look again and again.
+
+    So it runs less often, and what lives when a file's tests have run is left out.  On a GPU it stays as users have it:
+    memory that waits for it would be measured.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+        return
+    gc.set_threshold(100_000, 20, 100)
     yield
     gc.collect()
     gc.freeze()
