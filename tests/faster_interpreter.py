@@ -23,7 +23,7 @@ def install() -> None:
         return tuple(one for one in fn.__globals__.values() if isinstance(one, ModuleType) and one in (tl, tl.core))
 
     def patch(fn: Callable) -> Any:
-        patched = all(not tl.core.is_builtin(one.load) for one in languages(fn))
-        return scope() if patched and languages(fn) else original(fn)
+        found = languages(fn)
+        return scope() if found and not any(tl.core.is_builtin(one.load) for one in found) else original(fn)
 
     interpreter._patch_lang = patch

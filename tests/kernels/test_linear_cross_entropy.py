@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.kernels import REGISTRY
+from fastft.kernels.chunked_head import Head
 from fastft.kernels.head_loss import DIFFERENTIABLE as NAMES
 from fastft.kernels.linear_cross_entropy import Arguments, fill_rows
 
@@ -308,8 +309,8 @@ def test_what_ignored_rows_hold_is_not_looked_at(ahead: Names, content: float) -
 @pytest.mark.parametrize("classes", [200, 257])
 def test_what_lies_behind_a_row_of_logits_is_not_looked_at(device: str, classes: int) -> None:
     """More rows and classes than a tile of oneDNN's, which multiplies what is behind a row with zero."""
-    for dtype in DTYPES:
-        with poison():
+    with poison():
+        for dtype in DTYPES:
             problem = Problem(rows=(50,), features=64, classes=classes, dtype=dtype, chunk_bytes=2**20)
             check(problem, device, SUM, BASE, ahead=NAMES)
 
@@ -357,3 +358,14 @@ def test_a_chunk_takes_chunk_bytes_or_one_row(rows: int, classes: int, most: int
     assert sum(chunks) == rows
     assert len(chunks) == 1 or 2 * max(chunks) >= max(1, most)
     assert max(new) <= max(max(1, most) * classes, rows, classes)  # hidden and weight are as small
+
+
+@given(st.integers(1, 300), st.integers(1, 500), st.integers(0, 300), st.sampled_from((torch.float16, torch.bfloat16)))
+def test_a_chunk_for_cublas_takes_no_more(rows: int, classes: int, most: int, dtype: torch.dtype) -> None:
+    """Where each row begins at a multiple of 64 elements: anywhere but on a CPU."""
+    row = -(-classes // 64) * 64
+    hidden, weight = (torch.empty(size, 1, dtype=dtype, device="meta") for size in (rows, classes))
+    chunk = Head(hidden, weight, None, None, (most + 1) * row * dtype.itemsize - 1)._buffer
+    assert (chunk.shape[1], chunk.stride()) == (classes, (row, 1))
+    assert chunk.shape[0] <= max(1, most)
+    assert chunk.shape[0] == rows or 2 * chunk.shape[0] >= max(1, most)

@@ -1,5 +1,8 @@
 """Nothing is left behind by a step: bytes and objects are as many after the tenth as after the third."""
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,6 +14,13 @@ GPU = [pytest.mark.gpu, on_gpu]
 CASES = [("cpu", options) for options in ("plain", "least")]
 CASES += [pytest.param("cuda", options, marks=GPU) for options in OPTIONS]
 A_LOSS = 512  # bytes: a loss that is kept holds itself and a graph that its backward has emptied; so allocated
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unfrozen() -> Iterator[None]:
+    """Leave no more to be kept than the tests' configuration says, which on a GPU is nothing."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.slow
