@@ -237,7 +237,7 @@ def agrees(case: Case, function: Function) -> None:
 
 def bytes_of(case: Case) -> tuple[int, int]:
     """What has to be moved, forward and backward."""
-    from fastft.kernels.registry import bytes_moved
+    from fastft.kernels.core.registry import bytes_moved
 
     kept: list[Tensor] = []
     given = inputs(case)

@@ -92,9 +92,10 @@ def usable_bytes(card_gb: int) -> int:
 
 def longest(card_gb: int) -> Row:
     """By bisection over the planner's least peak, which grows with the length."""
-    from fastft.rewriter import ledger, planner
+    from fastft.rewriter.memory import planner
+    from fastft.rewriter.runtime import controller
 
-    (planned,) = ledger._alive
+    (planned,) = controller.alive
     (book, budget) = planned.ledger, usable_bytes(card_gb)
     symbol = max(planned.sizes, key=lambda one: planned.sizes[one])
 

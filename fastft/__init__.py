@@ -11,10 +11,10 @@ from fastft.rewriter.options import Options, OptionsError
 if TYPE_CHECKING:
     from fastft.quantize import Quantized, quantize_
     from fastft.rewriter.explain import explain
-    from fastft.rewriter.ledger import set_memory_budget
-    from fastft.rewriter.planner import BudgetError
-    from fastft.rewriter.record import compilations
-    from fastft.rewriter.report import Report
+    from fastft.rewriter.memory.planner import BudgetError
+    from fastft.rewriter.report.history import compilations
+    from fastft.rewriter.report.report import Report
+    from fastft.rewriter.runtime.controller import set_memory_budget
 
 __version__ = _version("fastft")
 __all__ = [
@@ -23,13 +23,13 @@ __all__ = [
 ]  # fmt: skip
 
 _LATER = {
-    "BudgetError": "fastft.rewriter.planner",
-    "compilations": "fastft.rewriter.record",
+    "BudgetError": "fastft.rewriter.memory.planner",
+    "compilations": "fastft.rewriter.report.history",
     "explain": "fastft.rewriter.explain",
     "Quantized": "fastft.quantize",
-    "Report": "fastft.rewriter.report",
+    "Report": "fastft.rewriter.report.report",
     "quantize_": "fastft.quantize",
-    "set_memory_budget": "fastft.rewriter.ledger",
+    "set_memory_budget": "fastft.rewriter.runtime.controller",
 }
 
 

@@ -208,7 +208,7 @@ def contend(
 @contextmanager
 def compilation_shown(reporter: Reporter) -> Iterator[None]:
     """What is being compiled, in the bar of the run, which has the terminal to itself."""
-    from fastft.rewriter.progress import shown_by
+    from fastft.rewriter.report.compile_progress import shown_by
 
     with shown_by(lambda text: reporter.bar.update(reporter.task, description=text or "running...")):
         yield

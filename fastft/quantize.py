@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.rewriter import progress
+from fastft.rewriter.report import compile_progress
 
 QUANT_TYPES = ("nf4", "fp4")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,7 +53,7 @@ def quantize_(
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     heads = _heads(model)
     layers, skipped, names = [], {}, _linears(model)
-    with progress.line() as say:
+    with compile_progress.line() as say:
         for at, name in enumerate(names):
             say(f"quantising {name} ({at + 1} of {len(names)})")
             layer: Any = model.get_submodule(name)  # no list of layers, or each weight would outlive its turn

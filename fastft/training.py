@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastft.rewriter.compat import maybe_mark_dynamic
+from fastft.compat.dynamo import maybe_mark_dynamic
 
 MAX_GRADIENT_NORM = 1.0
 CONTENDERS = ("fastft", "inductor", "eager")

@@ -14,7 +14,7 @@ from fastft.kernels import (
     rms_norm,
     rotary,
 )
-from fastft.kernels.registry import REGISTRY
+from fastft.kernels.core.registry import REGISTRY
 
 __all__ = [
     "REGISTRY",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import rms_norm
-from fastft.kernels.registry import cases, define, require
+from fastft.kernels.core.registry import cases, define, require
 from fastft.kernels.rms_norm import ROWS, SPELLINGS, check, gradients, new_rstd, result_dtype
 
 

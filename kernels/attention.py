@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels import attention_engines, dispatch
-from fastft.kernels.registry import define, require, wide
+from fastft.kernels import attention_engines
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.registry import define, require, wide
 
 LOWEST = -5e8
 LONGEST_HEAD = 256  # that the Triton kernels take

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import attention_tiles
-from fastft.kernels.arith import cdiv
 from fastft.kernels.attention_tiles import (
     LOG2E,
     Tiles,
@@ -32,8 +31,9 @@ from fastft.kernels.attention_tiles import (
     tiles_for,
     unit,
 )
-from fastft.kernels.replay import on_grid
-from fastft.kernels.tiles import padded
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import padded
 
 # By head_dim, bytes of an element, and whether there is much shared memory.
 QUERY_TILES = {

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels import dispatch
 from fastft.kernels.attention import INCREMENT, LOWEST, MULTIPLIER
-from fastft.kernels.layout import has_unit_rows
-from fastft.kernels.tiles import LOG2E, padded, tanh
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.layout import has_unit_rows
+from fastft.kernels.core.tiles import LOG2E, padded, tanh
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _MULTIPLIER: tl.constexpr = tl.constexpr(MULTIPLIER)

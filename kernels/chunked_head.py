@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft.kernels.arith import cdiv
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.registry import wide
 from fastft.kernels.lora_products import operands
-from fastft.kernels.registry import wide
 
 ALIGNED = 8  # columns: with any other number cuBLAS takes kernels of a seventh of the speed
 WHOLE = 128  # rows, of which a chunk has a multiple where it has more

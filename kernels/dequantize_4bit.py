@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels import dispatch
-from fastft.kernels.registry import define, load, require
-from fastft.kernels.replay import constant
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.registry import define, load, require
+from fastft.kernels.core.replay import constant
 
 NESTED_BLOCK = 256  # absmax values that share one of their own
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

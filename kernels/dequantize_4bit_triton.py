@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.arith import cdiv
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.replay import on_grid
 from fastft.kernels.dequantize_4bit import code_of
-from fastft.kernels.replay import on_grid
 
 UNIT = 64  # elements that one absmax scales, or a part of them
 UNITS = 32  # 2,048 elements a program

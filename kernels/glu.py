@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.kernels.registry import cases, define, require, wide
+from fastft.kernels.core.registry import cases, define, require, wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

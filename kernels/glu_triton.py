@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels import layout
-from fastft.kernels.arith import cdiv
+from fastft.kernels.core import layout
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import Config, config_for, load_tile, row_start, store_at, store_tile
 from fastft.kernels.glu import ACTIVATIONS, CUBIC, SLOPE
-from fastft.kernels.replay import on_grid
-from fastft.kernels.tiles import Config, config_for, load_tile, row_start, store_at, store_tile
 
 CONFIGS = (  # 16 elements a thread: two loads of 16 bytes for each tensor
     Config(64, rows=32, warps=4),

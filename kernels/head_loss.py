@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from fastft.kernels import dispatch
 from fastft.kernels.chunked_head import GAIN, Gradients, Head
-from fastft.kernels.registry import Case, Choice, Results, Shapes, define, load, require, wide
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.registry import Case, Choice, Results, Shapes, define, load, require, wide
 
 DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_s", "lora_b")  # the order of ahead and needed
 PLACES = (0, 1, 3, 4, 5)  # of these among an op's arguments; the third is what rows are compared with

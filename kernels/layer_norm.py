@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels import dispatch
-from fastft.kernels.registry import cases, define, require, wide
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.registry import cases, define, require, wide
 
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import head_loss
+from fastft.kernels.core.registry import require
 from fastft.kernels.head_loss import HeadCall, HeadLoss, OfRows
-from fastft.kernels.registry import require
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import tanh
 from fastft.kernels.linear_cross_entropy import Arguments
-from fastft.kernels.replay import on_grid
-from fastft.kernels.tiles import tanh
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import head_loss
+from fastft.kernels.core.layout import has_unit_rows, merge
+from fastft.kernels.core.registry import require
 from fastft.kernels.head_loss import HeadCall, HeadLoss, OfRows
-from fastft.kernels.layout import has_unit_rows, merge
-from fastft.kernels.registry import require
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.kernels.core.replay import on_grid
 from fastft.kernels.linear_cross_entropy_triton import CONFIGS, shaped
 from fastft.kernels.linear_kl_div import Arguments
-from fastft.kernels.replay import on_grid
 
 
 @triton.jit

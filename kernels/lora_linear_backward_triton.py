@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.arith import cdiv
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import multiprocessors
 from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect, split
 from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
-from fastft.kernels.replay import on_grid
-from fastft.kernels.tiles import multiprocessors
 
 # Columns are many, as there is a part of x p for each block of them: written and read, it has a quarter of x's bytes
 # for 16 ranks, and half of them for 32, where no gain is left.  No generation spills.  For other tiles see

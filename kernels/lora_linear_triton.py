@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.arith import cdiv
-from fastft.kernels.dispatch import SHARED_OPERANDS, has_shared_operands
-from fastft.kernels.replay import on_grid
-from fastft.kernels.tiles import multiprocessors, padded
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.dispatch import SHARED_OPERANDS, has_shared_operands
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import multiprocessors, padded
 
 TERMS = 3  # of a float32 number in bfloat16
 ELEMENTS = 512  # of a program that goes element by element

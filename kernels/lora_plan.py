@@ -14,8 +14,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastft.kernels.arith import cdiv
-from fastft.kernels.lora_linear import Group
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.registry import wide
+from fastft.kernels.lora_group import Group
 from fastft.kernels.lora_products import (
     MAX_RANK,
     ONE_PASS_RANK,
@@ -28,7 +29,6 @@ from fastft.kernels.lora_products import (
     terms_of,
     write_spare,
 )
-from fastft.kernels.registry import wide
 
 FEW_ROWS = 8  # below which bitsandbytes' GEMM reads the 4 bits themselves; from here on it too de-quantises, on sm_90
 PASS_COLUMNS = 256  # of which a pass over the gradient keeps a sum each (TILE of lora_linear_backward_triton.py)

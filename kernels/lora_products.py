@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastft.kernels import dispatch
-from fastft.kernels.registry import load, wide
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.registry import load, wide
 
 MAX_RANK = 64  # of one launch
 ONE_PASS_RANK = 16  # of a sibling, up to which one pass does both products with a gradient

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastft.kernels import rms_norm
-from fastft.kernels.registry import Shapes, define, require
+from fastft.kernels.core.registry import Shapes, define, require
 from fastft.kernels.rms_norm import BACKWARD_SPELLINGS, SPELLINGS, new_rstd
 from fastft.kernels.rotary import LONGEST_HEAD, angle_cases, new_output, rotate
 

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.arith import cdiv
-from fastft.kernels.replay import on_grid
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import config_for, load_tile, multiprocessors, rounded, store_at
 from fastft.kernels.rotary_triton import (
     CONFIGS,
     SIGNATURE,
@@ -24,7 +25,6 @@ from fastft.kernels.rotary_triton import (
     starts,
     store_pairs,
 )
-from fastft.kernels.tiles import config_for, load_tile, multiprocessors, rounded, store_at
 
 
 @triton.jit

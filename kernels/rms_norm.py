@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels import dispatch
-from fastft.kernels.registry import cases, define, require, wide
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.registry import cases, define, require, wide
 
 SPELLINGS = (  # offset and round_first: Llama, GPT-OSS, Gemma
     {"eps": 1e-6, "offset": 0.0, "round_first": True},

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels import layout
-from fastft.kernels.arith import cdiv
-from fastft.kernels.dispatch import MAX_ROW_WITH_SUMS
-from fastft.kernels.replay import on_grid
-from fastft.kernels.tiles import (
+from fastft.kernels.core import layout
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.dispatch import MAX_ROW_WITH_SUMS
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import (
     CONFIGS,
     config_for,
     load_tile,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels.registry import Case, Choice, define, require
+from fastft.kernels.core.registry import Case, Choice, define, require
 
 LONGEST_HEAD = 1024  # that the Triton kernels take
 

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels import layout
-from fastft.kernels.arith import cdiv
-from fastft.kernels.replay import on_grid
+from fastft.kernels.core import layout
+from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.tiles import Config, config_for, load_tile, row_start, store_at
 from fastft.kernels.rotary import LONGEST_HEAD
-from fastft.kernels.tiles import Config, config_for, load_tile, row_start, store_at
 
 CONFIGS = (  # 8 pairs a thread, so that loads are 16 bytes wide
     Config(32, rows=64, warps=4),

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastft.rewriter.rule import Rule
+from fastft.rewriter.matching.rule import Rule
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.kernels.attention import takes_on
-from fastft.rewriter import autocast
-from fastft.rewriter.rule import Rule
+from fastft.rewriter.fx import autocast
+from fastft.rewriter.matching.rule import Rule
 
 
 def attended(scores: Tensor, q: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.rewriter.rule import Rule
+from fastft.rewriter.matching.rule import Rule
 
 
 def silu(gate: Tensor, up: Tensor) -> Tensor:

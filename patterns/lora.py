@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.rewriter.rule import Rule
+from fastft.rewriter.matching.rule import Rule
 
 
 def scaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

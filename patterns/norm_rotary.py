@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastft.patterns.add_rms_norm import norm
 from fastft.patterns.rotary import queries_and_keys
-from fastft.rewriter.rule import Rule
+from fastft.rewriter.matching.rule import Rule
 
 
 def normed(

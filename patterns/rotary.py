@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastft.patterns.rms_norm import narrows
-from fastft.rewriter.rule import Rule
+from fastft.rewriter.matching.rule import Rule
 
 
 def rotate_half(x: Tensor) -> Tensor:

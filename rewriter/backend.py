@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.rewriter import caches, checkpoints, compat, compat_ddp, outputs, plans, scalars, shapes
-from fastft.rewriter.advice import advised
-from fastft.rewriter.compilation import compile_graph
-from fastft.rewriter.graph import Snapshot, describe
-from fastft.rewriter.losses import Deferred
-from fastft.rewriter.lower import WholeError, lower
+from fastft.compat import ddp, dynamo
+from fastft.errors import describe
+from fastft.rewriter.capture import constant_scalars, dynamic_shapes, inline_checkpoints
+from fastft.rewriter.fx.bodies import Snapshot
+from fastft.rewriter.loss.losses import Deferred
+from fastft.rewriter.lowering import cache_dirs, plan_builder
+from fastft.rewriter.lowering.inductor import compile_graph
+from fastft.rewriter.lowering.lower import WholeError, lower
+from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
-from fastft.rewriter.planner import BudgetError
-from fastft.rewriter.record import Recording
-from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
+from fastft.rewriter.passes import rewrite
+from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.report.history import Recording
+from fastft.rewriter.report.reasons import advised
+from fastft.rewriter.runtime import lazy_logits
 
 log = logging.getLogger("fastft")
 _warned: set[str] = set()
@@ -43,9 +47,9 @@ def fastft(
     if mode not in (None, "default"):
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
-    compat_ddp.uncut(gm)
-    shapes.watch(gm)
-    caches.ensure_writable()
+    ddp.uncut(gm)
+    dynamic_shapes.watch(gm)
+    cache_dirs.ensure_writable()
     recording = Recording(gm)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)
@@ -60,15 +64,15 @@ class CutError(Exception):
 def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tuple[Callable, GraphReport]:
     original = Snapshot(gm)
     try:
-        if compat_ddp.is_cut(gm):
+        if ddp.is_cut(gm):
             raise CutError("torch cut it at the buckets of DistributedDataParallel (optimize_ddp)")
-        scalars.settle(gm)
+        constant_scalars.settle(gm)
         try:
-            return _rewritten(gm, example_inputs, options, inline=plans.wanted(gm, options))
+            return _rewritten(gm, example_inputs, options, inline=plan_builder.wanted(gm, options))
         except WholeError:  # the user's checkpoints are all that saves memory
             original.restore()
             return _rewritten(gm, example_inputs, options, inline=False)
-    except (BudgetError, compat.RestartAnalysis):  # the user's, and Dynamo's to trace again with a number it now knows
+    except (BudgetError, dynamo.RestartAnalysis):  # the user's, and Dynamo's to trace again with a number it now knows
         raise
     except Exception as error:
         if options.strict:
@@ -85,7 +89,7 @@ def _as_it_was(
         compiled = compile_graph(gm, example_inputs, options)
         warn_once(f"fastft left a graph as it was, because of {describe(error)}")
         return compiled
-    except compat.RestartAnalysis:
+    except dynamo.RestartAnalysis:
         raise
     except Exception as other:
         original.restore()
@@ -97,7 +101,7 @@ def _rewritten(
     gm: GraphModule, example_inputs: list[Any], options: Options, *, inline: bool
 ) -> tuple[Callable, GraphReport]:
     """inline: whether the budget is to decide about what the user checkpointed."""
-    inlined = checkpoints.inline(gm) if inline else []
+    inlined = inline_checkpoints.inline(gm) if inline else []
     count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     deferred: list[Deferred] = []
     report = rewrite(
@@ -106,7 +110,7 @@ def _rewritten(
     )  # fmt: skip
     report.inlined = inlined
     compiled = lower(gm, example_inputs, options, report, planned_only=bool(inlined))
-    return outputs.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
+    return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 
 def warn_once(message: str) -> None:

@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.rewriter import compat_ddp, plans, scalars, stages
-from fastft.rewriter.breaks import record_breaks
-from fastft.rewriter.compat import RestartAnalysis, compile_once, value_of
-from fastft.rewriter.graph import Snapshot, describe
-from fastft.rewriter.listing import lines
+from fastft.compat import ddp
+from fastft.compat.dynamo import RestartAnalysis, compile_once
+from fastft.compat.fake_tensors import value_of
+from fastft.errors import describe
+from fastft.rewriter.capture import constant_scalars
+from fastft.rewriter.fx.bodies import Snapshot
+from fastft.rewriter.lowering import plan_builder
+from fastft.rewriter.memory import stages
 from fastft.rewriter.options import Options
-from fastft.rewriter.regions import outline
-from fastft.rewriter.report import GraphReport, Report
-from fastft.rewriter.rewrite import rewrite
+from fastft.rewriter.outline.partition import outline
+from fastft.rewriter.passes import rewrite
+from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.report.graph_breaks import record_breaks
+from fastft.rewriter.report.graph_listing import lines
+from fastft.rewriter.report.report import Report
 
 log = logging.getLogger("fastft")
 PLANNED = Options(lower="eager", memory_budget="max-speed")  # a plan without a compiler
@@ -37,10 +43,10 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     report = Report()
 
     def capture(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
-        compat_ddp.uncut(gm)
+        ddp.uncut(gm)
         original = Snapshot(gm)
         try:
-            scalars.settle(gm)
+            constant_scalars.settle(gm)
             before = lines(gm)
             graph = rewrite(gm, deferred=[])
             graph.before, graph.after, graph.device = before, lines(gm), str(stages.device_of(gm))
@@ -69,7 +75,7 @@ def _planned(gm: GraphModule, pieces: Any, example_inputs: list[Tensor]) -> Any:
     if not pieces or not torch.is_grad_enabled():
         return None
     try:
-        planned = plans.make(gm, pieces, example_inputs, PLANNED, lambda text: None)
+        planned = plan_builder.make(gm, pieces, example_inputs, PLANNED, lambda text: None)
     except Exception as error:
         log.info("no plan to explain: %s", describe(error))
         return None

@@ -39,10 +39,11 @@ settings.load_profile(os.environ.get("FASTFT_HYPOTHESIS_PROFILE", "ci"))
 
 HERE = Path(__file__).parent
 QUICK = (
-    "patterns/", "rewriter/test_memory.py", "rewriter/test_normalize.py",
-    "rewriter/test_offload.py", "rewriter/test_pattern.py", "rewriter/test_planner.py",
-    "rewriter/test_verify.py", "rewriter/test_merge.py", "rewriter/test_heads.py", "rewriter/test_step_memory.py",
-    "rewriter/test_mask_terms.py", "rewriter/test_mask_substitution.py", "kernels/test_dispatch.py",
+    "patterns/", "rewriter/memory/test_memory.py", "rewriter/capture/test_normalize.py",
+    "rewriter/runtime/test_offload.py", "rewriter/matching/test_pattern.py", "rewriter/memory/test_planner.py",
+    "rewriter/matching/test_checks.py", "rewriter/projections/test_merge.py", "rewriter/loss/test_heads.py",
+    "rewriter/memory/test_step_memory.py", "rewriter/attention/masks/test_terms.py",
+    "rewriter/attention/masks/test_substitution.py", "kernels/test_dispatch.py",
     "kernels/test_layout.py", "kernels/test_lora_plan.py", "kernels/test_strategies.py", "benchmarks/test_occupancy.py",
     "benchmarks/test_peak.py", "cli/test_data.py", "test_mutants.py", "test_project.py",
 )  # fmt: skip

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
-from fastft.rewriter.graph import name_of
-from fastft.rewriter.losses import Deferred
-from fastft.rewriter.outputs import restore
-from fastft.rewriter.pattern import capture
-from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
+from fastft.rewriter.fx.metadata import name_of
+from fastft.rewriter.loss.losses import Deferred
+from fastft.rewriter.matching.pattern import capture
+from fastft.rewriter.passes import rewrite
+from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.runtime.lazy_logits import restore
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type_as}
 Capture = tuple[GraphModule, GraphReport]

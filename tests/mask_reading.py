@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fastft.compat.fake_tensors import value_of
 from fastft.kernels.attention import allowed
-from fastft.rewriter import masks
-from fastft.rewriter.compat import value_of
+from fastft.rewriter.attention.masks import recognize
 
 TENSORS = ("start", "end", "query_ids", "key_ids")
 
@@ -20,7 +20,7 @@ class Seen:
     """A mask of a function, what it was recognised as, and the op's arguments where it was."""
 
     mask: Tensor
-    found: masks.Mask | str
+    found: recognize.Mask | str
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -39,14 +39,14 @@ class Reading:
 
     def __init__(self, gm: GraphModule, sizes: dict[str, int]) -> None:
         self.gm, self.sizes = gm, sizes
-        self.found: list[masks.Mask | str] = []
+        self.found: list[recognize.Mask | str] = []
         self.static: list[dict[str, Any]] = []  # arguments; in the place of tensors the names of them all
         self.results: Sequence[Tensor] = ()
         end = gm.graph.output_node()
         nodes: Any = end.args[0]
         added: list[Node] = []
         for node in nodes:
-            self.found.append(masks.recognize(node, **sizes))
+            self.found.append(recognize.recognize(node, **sizes))
             arguments = {} if isinstance(self.found[-1], str) else self.found[-1].arguments(end)
             tensors = [name for name in TENSORS if isinstance(arguments.get(name), Node)]
             assert all(value_of(arguments[name]).dim() == 2 for name in tensors)

@@ -16,16 +16,16 @@ import torch
 from hypothesis import strategies as st
 from torch.fx import Graph, Node
 
-from fastft.rewriter import compat
-from fastft.rewriter import mask_terms as terms
-from fastft.rewriter.mask_terms import Leaf, Size, Sum, atom, variable, whole
+from fastft.compat import fake_tensors
+from fastft.rewriter.attention.masks import terms as terms
+from fastft.rewriter.attention.masks.terms import Leaf, Size, Sum, atom, variable, whole
 
 Program = tuple
 Array = Any  # of numpy: numbers, or whether conditions hold, at every point
 NAMES = ("b", "q", "j")
 TABLE, FLAGS = (Graph().placeholder(name) for name in ("table", "flags"))  # [b, place], of integers and of bools
 for _node, _dtype in ((TABLE, torch.int64), (FLAGS, torch.bool)):
-    compat.set_value(_node, compat.fake_tensor((3, 5), _dtype))
+    fake_tensors.set_value(_node, fake_tensors.fake_tensor((3, 5), _dtype))
 _numbers = st.integers(-4, 6)
 _places = st.sampled_from([("q",), ("j",), ("sub", ("q",), ("number", 1)), ("number", 0)])
 _plain = st.one_of(

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 context = get_context("forkserver")
-context.set_forkserver_preload(["pytest", "hypothesis.extra", "fastft.patterns", "fastft.rewriter.rewrite"])
+context.set_forkserver_preload(["pytest", "hypothesis.extra", "fastft.patterns", "fastft.rewriter.passes"])
 NOT_IMPORTED = 99  # the exit status where the tests never came to what is broken
 
 
@@ -30,9 +30,7 @@ class _Finder:
 
 def _is_engine(name: str) -> bool:
     """Whether a module is imported anew; the ops, which torch knows for good, and what they import are not."""
-    return name == "fastft" or (
-        name.startswith(("fastft.rewriter", "fastft.patterns")) and not name.endswith(".compat")
-    )
+    return name == "fastft" or name.startswith(("fastft.rewriter", "fastft.patterns"))
 
 
 def run(module: str, file: str, arguments: Sequence[str], output: str) -> None:

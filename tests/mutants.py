@@ -169,10 +169,15 @@ def mutated(mutant: Mutant) -> str:
     return source[: found.start()] + found.group().replace(mutant.old, mutant.new, 1) + source[found.end() :]
 
 
+def tests_of(mutant: Mutant) -> Path:
+    folder, _, name = mutant.tests.rpartition("/")
+    return ROOT / "tests" / mutant.folder / folder / f"test_{name or 'ops'}.py"
+
+
 def arguments_of(mutant: Mutant) -> list[str]:
     """The tests that must notice it, as pytest is told of them."""
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    arguments += ["-m", "not gpu", "--tb=no", str(ROOT / "tests" / mutant.folder / f"test_{mutant.tests or 'ops'}.py")]
+    arguments += ["-m", "not gpu", "--tb=no", str(tests_of(mutant))]
     only = "" if mutant.tests else f"({TESTS}) and fastft::{mutant.kernel.split('.')[0]}"
     return [*arguments, "-k", only] if only else arguments
 
@@ -212,7 +217,8 @@ def in_a_fork(mutant: Mutant) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path_of(mutant).name
         target.write_text(mutated(mutant), encoding="utf-8")
-        return tested(f"fastft.{mutant.folder}.{target.stem}", target, arguments_of(mutant))
+        module = f"{mutant.folder}.{mutant.where.split('.')[0]}".replace("/", ".")
+        return tested(f"fastft.{module}", target, arguments_of(mutant))
 
 
 def chosen(options: argparse.Namespace) -> Iterator[Mutant]:

@@ -16,7 +16,7 @@ from strategies import INTERPRETING, LAYOUTS, UPSTREAM, Spec, dtypes, lengths, s
 from torch import Tensor
 
 from fastft.kernels import REGISTRY
-from fastft.kernels.registry import Entry, Shapes, parameter_of
+from fastft.kernels.core.registry import Entry, Shapes, parameter_of
 
 LARGEST = 4 if INTERPRETING else 6  # of batches, heads, positions: of the interpreter's programs one follows another
 # Sizes that rows are made of, and the longest drawn.

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from fastft.rewriter.frontier import Choice
-from fastft.rewriter.joint import Joint, Memory, Op, Storage
-from fastft.rewriter.planner import Facts, Kind, Row, Stage, Value
+from fastft.rewriter.memory.joint_graph import Joint, Memory, Op, Storage
+from fastft.rewriter.memory.pareto import Choice
+from fastft.rewriter.memory.simulate import Facts, Kind, Row, Stage, Value
 
 MIB = 2**20
 

@@ -10,8 +10,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from fastft.rewriter import compat
-from fastft.rewriter.compat import FakeTensorMode, value_of
+from fastft.compat import fake_tensors
+from fastft.compat.fake_tensors import FakeTensorMode, value_of
 
 _OPERATORS = {
     Tensor.__getitem__: operator.getitem, Tensor.__setitem__: operator.setitem, Tensor.__invert__: operator.invert,
@@ -47,13 +47,13 @@ class Recording(TorchFunctionMode):
     def _know(self, value: Any, node: Node, fake: Any) -> None:
         self._alive.append(value)
         self._nodes[id(value)] = node
-        compat.set_value(node, fake)
+        fake_tensors.set_value(node, fake)
         if isinstance(value, Tensor):
             self.values[node] = value.detach().clone()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not compat.tensors_in(result) and func is not Tensor.__setitem__:
+        if not fake_tensors.tensors_in(result) and func is not Tensor.__setitem__:
             return result
         given, named = pytree.tree_map(self.node, (tuple(args), dict(kwargs or {})))
         fakes, fakes_named = torch.fx.map_arg((given, named), value_of)

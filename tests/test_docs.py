@@ -9,7 +9,7 @@ from pathlib import Path
 import docs_page
 import pytest
 
-from fastft.kernels.registry import REGISTRY
+from fastft.kernels.core.registry import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```" in path.read_text()]

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 import fastft.kernels  # noqa: E402
 from fastft.capability import BFLOAT16_FROM  # noqa: E402
-from fastft.kernels import tiles  # noqa: E402
+from fastft.kernels.core import tiles  # noqa: E402
 
 Variant = tuple[Any, dict[str, Any]]  # a kernel and its constants
 EVERY = os.environ.get("FASTFT_EVERY_VARIANT") == "1"
@@ -232,7 +232,7 @@ def test_every_generation_is_compiled_for() -> None:
 
 
 def test_configurations_reach_the_longest_row() -> None:
-    from fastft.kernels.dispatch import MAX_ROW
+    from fastft.kernels.core.dispatch import MAX_ROW
 
     lengths = [config.block_d for config in tiles.CONFIGS]
     assert lengths == sorted(set(lengths))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastft.kernels import dispatch
+from fastft.kernels.core import dispatch
 from fastft.kernels.rms_norm import reference
 
 

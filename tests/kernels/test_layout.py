@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Spec, layouts, shapes, specs
 
-from fastft.kernels import layout
+from fastft.kernels.core import layout
 
 
 def gather(rows: layout.Rows, index: int, n_rows: int, row_length: int) -> torch.Tensor:

@@ -10,8 +10,9 @@ from op_calls import examples
 from strategies import INTERPRETING
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastft.kernels import REGISTRY, dispatch, lora_plan
-from fastft.kernels.lora_linear import Group
+from fastft.kernels import REGISTRY, lora_plan
+from fastft.kernels.core import dispatch
+from fastft.kernels.lora_group import Group
 
 ENTRY = REGISTRY["fastft::lora_linear"]
 

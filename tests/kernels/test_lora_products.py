@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import DEVICES, INTERPRETING, LOW, Spec
 from torch import Tensor
 
-from fastft.kernels import dispatch
+from fastft.kernels.core import dispatch
 from fastft.kernels.lora_products import MAX_RANK, ONE_PASS_RANK, ONE_PASS_TERMS, operands, project_and_outer
 
 on_devices = pytest.mark.parametrize("device", DEVICES[0 if INTERPRETING else 1 :])

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastft.kernels import REGISTRY, attention_engines, dequantize_4bit
-from fastft.kernels.registry import bytes_moved
+from fastft.kernels.core.registry import bytes_moved
 
 OPS = sorted(REGISTRY)
 ROUND_INSIDE = ("fastft::attention", "fastft::attention_backward")  # to the rows' dtype, where references are wide

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastft.kernels import REGISTRY, attention_engines, registry, replay
-from fastft.kernels.replay import Replayed, constant, kind_of, on_grid
+from fastft.kernels import REGISTRY, attention_engines
+from fastft.kernels.core import registry, replay
+from fastft.kernels.core.replay import Replayed, constant, kind_of, on_grid
 
 OPS = sorted(name for name, entry in REGISTRY.items() if entry.replayed)
 BY_BITSANDBYTES = ("fastft::dequantize_4bit", "fastft::lora_linear", "fastft::lora_linear_backward")

@@ -31,7 +31,7 @@ from strategies import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastft.kernels import dispatch, registry
+from fastft.kernels.core import dispatch, registry
 
 rms_norm = torch.ops.fastft.rms_norm
 on_devices = pytest.mark.parametrize("device", DEVICES)

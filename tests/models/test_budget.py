@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fastft
-from fastft.rewriter import costs, frontier, ledger, planner
-from fastft.rewriter.ledger import Planned
+from fastft.rewriter.memory import device_rates, pareto, planner
+from fastft.rewriter.runtime import controller
+from fastft.rewriter.runtime.planned_graph import Planned
 from models.families import FAMILIES, batch, build
 
 LAYERS = 3
@@ -26,8 +27,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 @pytest.fixture(autouse=True)
 def alone_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No forward of another test waits for a backward, and small tensors may go to the host."""
-    monkeypatch.setattr(ledger, "_alive", weakref.WeakSet())
-    monkeypatch.setattr(frontier, "LEAST_OFFLOAD", 1)
+    monkeypatch.setattr(controller, "alive", weakref.WeakSet())
+    monkeypatch.setattr(pareto, "LEAST_OFFLOAD", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +54,12 @@ def model_of(device: str, *, dropout: float = 0.25, checkpoint: bool = False, nf
 def compiled(model: nn.Module, budget: Any, device: str = "cpu", **options: Any) -> tuple[Callable, list[Planned]]:
     """The model, and where its plans will be."""
     options |= {"lower": "inductor" if device == "cuda" else "eager", "strict": True, "memory_budget": budget}
-    before = set(ledger._alive)
+    before = set(controller.alive)
     call = torch.compile(model, backend="fastft", options=options)
 
     class Made(list):
         def __iter__(self) -> Iterator[Planned]:
-            return iter([one for one in ledger._alive if one not in before])
+            return iter([one for one in controller.alive if one not in before])
 
     return call, Made()
 
@@ -89,8 +90,8 @@ def peak_of(planned: Planned) -> int:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bits_are_the_same_whatever_is_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = replace(costs.TYPICAL, to_host=1e12, from_host=1e12)  # whatever this card's are, the host is worth it
-    monkeypatch.setattr(costs, "rates", lambda device: fast)
+    fast = replace(device_rates.TYPICAL, to_host=1e12, from_host=1e12)  # whatever this card's are, the host is worth it
+    monkeypatch.setattr(device_rates, "rates", lambda device: fast)
     model = model_of(device, nf4=True)
     call, made = compiled(model, "max-speed", device)
     fastest = gradients(call, model, device)
@@ -329,8 +330,8 @@ def test_after_memory_ran_out_a_plan_fits_what_there_is(monkeypatch: pytest.Monk
     expected = gradients(call, model, "cpu")
     (planned,) = made
     least, most = planner.plan(planned.row, planned.ledger.facts, 0).peak_bytes, peak_of(planned)
-    monkeypatch.setattr(ledger, "_count_of_ooms", lambda device: 1)
-    monkeypatch.setattr(ledger.memory, "available_bytes", lambda device: (least + most) // 2)
+    monkeypatch.setattr(controller, "_count_of_ooms", lambda device: 1)
+    monkeypatch.setattr(controller.device_budget, "available_bytes", lambda device: (least + most) // 2)
     with pytest.warns(RuntimeWarning, match="ran out of memory .* the batch may be repeated"):
         assert planned.ledger.give_way("the batch may be repeated")
     assert peak_of(planned) <= 0.9 * (least + most) / 2

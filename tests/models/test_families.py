@@ -12,7 +12,7 @@ from lifting import rewritten
 from torch import Tensor, nn
 
 import fastft
-from fastft.rewriter.report import GraphReport
+from fastft.rewriter.report.data import GraphReport
 from models.families import (
     FAMILIES,
     LAYERS,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from compare import FORWARD, GRADIENT, assert_close_to_truth
 from torch import Tensor, nn
 
-from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
+from fastft.rewriter.passes import rewrite
+from fastft.rewriter.report.data import GraphReport
 
 HIDDEN, HEADS, GROUPS, LAYERS, VOCABULARY, LENGTH = 32, 4, 2, 3, 50, 7
 SIZE = HIDDEN // HEADS

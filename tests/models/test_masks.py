@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastft.rewriter.report import GraphReport
+from fastft.rewriter.report.data import GraphReport
 from models.families import FAMILIES, OTHERS, Family, batch, build
 from models.test_families import by_name, check, rewriting
 

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from accelerate.utils.operations import convert_to_fp32
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastft.rewriter.outputs import LazyLogits
+from fastft.rewriter.runtime.lazy_logits import LazyLogits
 
 OPTIONS = {"lower": "eager", "strict": True}
 

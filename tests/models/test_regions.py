@@ -10,11 +10,11 @@ from aot import through_aot
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.rewriter import compat
-from fastft.rewriter.lower import lower
+from fastft.compat import aot
+from fastft.rewriter.lowering.lower import lower
 from fastft.rewriter.options import Options
-from fastft.rewriter.report import GraphReport
-from fastft.rewriter.rewrite import rewrite
+from fastft.rewriter.passes import rewrite
+from fastft.rewriter.report.data import GraphReport
 from models.families import FAMILIES, Family, Step, batch, build, step
 from models.test_families import check
 
@@ -44,7 +44,7 @@ def backend(reports: list[GraphReport], **options: Any) -> Callable:
 @pytest.fixture(params=["aot", pytest.param("eager", marks=pytest.mark.slow)])
 def lowering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The option that lowers in a way that takes seconds."""
-    monkeypatch.setattr(compat, "compile_fx", through_aot)
+    monkeypatch.setattr(aot, "compile_fx", through_aot)
     return {"lower": "eager" if request.param == "eager" else "inductor"}
 
 
@@ -192,7 +192,7 @@ def test_the_leanest_plan_keeps_little_of_each_layer(
     lower_by: str, budget: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if lower_by == "aot":
-        monkeypatch.setattr(compat, "compile_fx", through_aot)
+        monkeypatch.setattr(aot, "compile_fx", through_aot)
     hidden_state_bytes = 2 * 16 * 64 * 4  # [B, S, D] of float32
     grown_bytes = saved_bytes(6, memory_budget=budget) - saved_bytes(4, memory_budget=budget)
     if budget == "min":

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastft
+from fastft.compat import aot, dynamo
 from fastft.patterns import rms_norm
-from fastft.rewriter import backend, compat, compilation
+from fastft.rewriter import backend
+from fastft.rewriter.lowering import inductor
 
 ROOT = Path(__file__).parents[2]
 EAGER = {"lower": "eager"}
@@ -129,14 +131,14 @@ def test_through_inductor(module: type[nn.Module]) -> None:
     ],
 )
 def test_a_wrong_option_is_named(options: dict, message: str) -> None:
-    with pytest.raises(compat.BackendCompilerFailed, match=message.replace("?", r"\?")):
+    with pytest.raises(dynamo.BackendCompilerFailed, match=message.replace("?", r"\?")):
         torch.compile(Block(), backend="fastft", options=options)(inputs())
     with pytest.raises(fastft.OptionsError, match=message.replace("?", r"\?")):
         fastft.Options.parse(options)
 
 
 def test_a_mode_is_refused() -> None:
-    with pytest.raises(compat.BackendCompilerFailed, match="fastft takes no mode"):
+    with pytest.raises(dynamo.BackendCompilerFailed, match="fastft takes no mode"):
         torch.compile(Block(), backend="fastft", mode="max-autotune")(inputs())
 
 
@@ -172,21 +174,21 @@ def test_a_failing_rewrite_falls_back_with_one_warning(
 
 
 def test_a_failing_lowering_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_fx = compat.compile_fx
+    compile_fx = aot.compile_fx
 
     def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: object) -> Callable:
         if any("fastft" in str(node.target) for node in gm.graph.nodes):
             raise RuntimeError("this op cannot be lowered")
         return compile_fx(gm, example_inputs, *settings)
 
-    monkeypatch.setattr(compat, "compile_fx", failing)
+    monkeypatch.setattr(aot, "compile_fx", failing)
     with pytest.warns(RuntimeWarning, match="because of RuntimeError: this op cannot be lowered"):
         assert_trains_right(Block(), {})
 
 
 def test_strict_raises_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     break_rewriting(monkeypatch)
-    with pytest.raises(compat.BackendCompilerFailed, match="forced"):
+    with pytest.raises(dynamo.BackendCompilerFailed, match="forced"):
         torch.compile(Block(), backend="fastft", options={**EAGER, "strict": True})(inputs())
 
 
@@ -194,11 +196,11 @@ def test_what_inductor_cannot_compile_runs_as_it_was(monkeypatch: pytest.MonkeyP
     def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: object) -> Callable:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(compat, "compile_fx", failing)
+    monkeypatch.setattr(aot, "compile_fx", failing)
     with pytest.warns(RuntimeWarning, match="without Inductor, which failed with RuntimeError: no compiler"):
         assert_trains_right(Block(), {})
     torch._dynamo.reset()
-    with pytest.raises(compat.BackendCompilerFailed, match="no compiler"):
+    with pytest.raises(dynamo.BackendCompilerFailed, match="no compiler"):
         torch.compile(Block(), backend="fastft", options={"strict": True})(inputs())
 
 
@@ -263,9 +265,9 @@ def test_caches_are_kept_apart_by_the_version_of_the_ops(monkeypatch: pytest.Mon
     misses = []
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for digest in ("one", "one", "two"):
-        monkeypatch.setattr(compilation, "sources", lambda digest=digest: digest)
+        monkeypatch.setattr(inductor, "sources", lambda digest=digest: digest)
         torch._dynamo.reset()
-        before = compat.cache_counts()["miss"]
+        before = aot.cache_counts()["miss"]
         assert_trains_right(Block(), {"strict": True})
-        misses.append(compat.cache_counts()["miss"] - before)
+        misses.append(aot.cache_counts()["miss"] - before)
     assert misses == [1, 0, 1]

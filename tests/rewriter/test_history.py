@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastft
-from fastft import kernels, patterns, rewriter
-from fastft.rewriter import caches, memory
-from fastft.rewriter.outputs import LazyLogits
-from fastft.rewriter.recompute import Partitioner
+from fastft import source_digest
+from fastft.rewriter.memory import device_budget, optimizer_state
+from fastft.rewriter.memory.partitioner import Partitioner
+from fastft.rewriter.runtime.lazy_logits import LazyLogits
 
 OPTIONS = {"lower": "eager", "strict": True}
-PACKAGES = (kernels, patterns, rewriter)
 
 
 @pytest.fixture(autouse=True)
@@ -87,28 +86,29 @@ def test_every_file_is_in_the_key_of_torchs_caches(tmp_path: Path, monkeypatch: 
     (package / "inner").mkdir(parents=True)
     for path in (package / "__init__.py", package / "inner" / "deep.py"):
         path.write_text("x = 1\n")
-    monkeypatch.setattr(kernels, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(source_digest, "folder_of", lambda name: package)
     keys = set()
     for text in ("x = 1\n", "x = 2\n"):
         (package / "inner" / "deep.py").write_text(text)
-        caches.sources.cache_clear()
-        keys |= {caches.sources(), Partitioner(("mm",)).uuid(), Partitioner(None).uuid()}
+        source_digest.sources.cache_clear()
+        keys |= {source_digest.sources(), Partitioner(("mm",)).uuid(), Partitioner(None).uuid()}
     monkeypatch.undo()
-    caches.sources.cache_clear()
+    source_digest.sources.cache_clear()
     assert len(keys) == 6
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-def test_the_key_covers_every_package(package: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = caches.sources()
+@pytest.mark.parametrize("package", source_digest.PACKAGES)
+def test_the_key_covers_every_package(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = source_digest.sources()
     (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr(package, "__file__", str(tmp_path / "__init__.py"))
-    caches.sources.cache_clear()
-    after = caches.sources()
+    folder_of = source_digest.folder_of
+    monkeypatch.setattr(source_digest, "folder_of", lambda name: tmp_path if name == package else folder_of(name))
+    source_digest.sources.cache_clear()
+    after = source_digest.sources()
     monkeypatch.undo()
-    caches.sources.cache_clear()
+    source_digest.sources.cache_clear()
     assert before != after
-    assert caches.sources() == before
+    assert source_digest.sources() == before
 
 
 def test_optimizers_of_any_class_are_found_in_one_walk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,14 +118,14 @@ def test_optimizers_of_any_class_are_found_in_one_walk(monkeypatch: pytest.Monke
     class Own(Inner):
         pass
 
-    device, others = torch.device("cpu"), memory.optimizers()
-    before = memory.facts(device, 0, 4).optimizer if others else 0
+    device, others = torch.device("cpu"), optimizer_state.optimizers()
+    before = device_budget.facts(device, 0, 4).optimizer if others else 0
     optimizer = Own([nn.Parameter(torch.zeros(10))])
-    assert optimizer in memory.optimizers()
+    assert optimizer in optimizer_state.optimizers()
     walks = []
-    walk = memory.gc.get_objects
-    monkeypatch.setattr(memory.gc, "get_objects", lambda: walks.append(1) or walk())
-    assert memory.facts(device, 0, 4).optimizer - before == 2 * 40
+    walk = optimizer_state.gc.get_objects
+    monkeypatch.setattr(optimizer_state.gc, "get_objects", lambda: walks.append(1) or walk())
+    assert device_budget.facts(device, 0, 4).optimizer - before == 2 * 40
     assert len(walks) == 1
 
 

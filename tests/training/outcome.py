@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fastft
-from fastft.rewriter.report import GraphReport
+from fastft.rewriter.report.data import GraphReport
 from training.setting import Scenario, Setting
 
 SMALL = 1e-3  # what is smaller is compared as if it were this

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastft
-from fastft.rewriter import backend, caches, ledger
+from fastft.rewriter import backend
+from fastft.rewriter.lowering import cache_dirs
+from fastft.rewriter.runtime import controller
 from training.setting import Setting, batch, trained
 
 OPTIONS = {"lower": "eager", "strict": True, "memory_budget": "max-speed"}
@@ -27,7 +29,7 @@ OPTIONS = {"lower": "eager", "strict": True, "memory_budget": "max-speed"}
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plan of another test is alive."""
-    monkeypatch.setattr(ledger, "_alive", weakref.WeakSet())
+    monkeypatch.setattr(controller, "alive", weakref.WeakSet())
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def assert_right(pair: tuple[Any, Any, Callable], number: int = 3) -> None:
     model, plain, compiled = pair
     torch.testing.assert_close(gradients(model, compiled, number), gradients(plain, plain, number))
     gc.collect()  # what an interrupted frame held may wait for it
-    assert not any(one.waiting() for one in ledger._alive)
+    assert not any(one.waiting() for one in controller.alive)
 
 
 @pytest.mark.parametrize("where", ["rewrite", "lower"])
@@ -80,7 +82,7 @@ def test_ctrl_c_in_a_step(when: str, pair: Any) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    calls = next(iter(ledger._alive)).calls
+    calls = next(iter(controller.alive)).calls
     if when == "forward":
         variants, middle = calls[2].variants, calls[2].variants.compiled
         variants.compiled = dict.fromkeys(middle, interrupted)
@@ -218,4 +220,4 @@ def test_a_cache_that_cannot_be_written(fault: str, tmp_path: Path, monkeypatch:
     assert len(told) == 1
     assert f"{folder} {fault}" in told[0]
     assert "set TORCHINDUCTOR_CACHE_DIR to a folder with space" in told[0]
-    assert caches.why_not(caches.inductor_folder()) == ""
+    assert cache_dirs.why_not(cache_dirs.inductor_folder()) == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from strategies import DEVICES
 
-from fastft.rewriter import record
+from fastft.rewriter.report import history
 from training import loops, optimizers, trainers
 from training.loops import LOOPS
 from training.optimizers import OPTIMIZERS
@@ -26,7 +26,7 @@ def each(scenarios: Sequence[Any]) -> Any:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "_graphs", deque(maxlen=record.LIMIT))
+    monkeypatch.setattr(history, "_graphs", deque(maxlen=history.LIMIT))
 
 
 def assert_as_without(scenario: Any, device: str) -> None:

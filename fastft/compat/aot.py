@@ -1,0 +1,79 @@
+"""AOTAutograd and Inductor: compile one graph, in a tracing context and a cache of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx as _compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.runtime.cache_dir_utils import cache_dir as cache_folder
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+
+from fastft.compat.fake_tensors import mode_of
+
+__all__ = ["CustomPartitionerFn", "cache_folder", "min_cut_rematerialization_partition"]  # what is only passed on
+
+
+@contextlib.contextmanager
+def apart(given: Iterable[Any]) -> Iterator[FakeTensorMode]:
+    """Compile a part of a graph: what AOTAutograd notes about it stays out of what Dynamo guards for the whole.
+
+    Gives the mode in which to compile: that of Dynamo, or else of the inputs given for the whole.  Guards on sizes
+    still reach Dynamo, which owns the symbols.
+    """
+    around = TracingContext.try_get()
+    mode = (around.fake_mode if around is not None else None) or mode_of(given)
+    if mode is None:
+        raise RuntimeError("there is no fake tensor to learn the mode from")
+    context = TracingContext(mode)
+    if around is not None:
+        context.tensor_to_context = around.tensor_to_context  # the symbols of inputs that are not fake yet
+    with tracing(context):
+        yield mode
+
+
+def compile_fx(
+    gm: GraphModule, example_inputs: Sequence[Any], version: str, partitioner: CustomPartitionerFn | None = None
+) -> Callable:
+    """Inductor, with its caches kept apart for each ``version`` of what the graph alone does not tell.
+
+    partitioner: decides what forward keeps for backward, in place of torch's own.
+    """
+    tag = f"{torch.compiler.config.cache_key_tag}{version}"
+    patches = {"custom_partitioner_fn": partitioner} if partitioner is not None else None
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        return cast(Callable, _compile_fx(gm, example_inputs, config_patches=patches))
+
+
+def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: CustomPartitionerFn) -> Callable:
+    """A graph's forward and backward as they are, divided by this partitioner; backward may run twice."""
+
+    def as_it_is(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        cast(Any, TracingContext.get()).fw_metadata.bw_donated_idxs = []  # what else there is, None, forbids it
+        return make_boxed_func(gm.forward)
+
+    with torch._functorch.config.patch(donated_buffer=False):
+        return aot_module_simplified(gm, example_inputs, as_it_is, partition_fn=partitioner)
+
+
+def saved_by(forward: GraphModule, outputs: int) -> list[str]:
+    """The tensors that a forward returns for backward behind its outputs, in the order in which autograd saves them."""
+    saved = cast(Any, forward.graph.output_node().args[0])[outputs:]
+    return [node.name for node in saved if isinstance(node.meta.get("val"), Tensor)]
+
+
+def cache_counts() -> Counter[str]:
+    """How often AOTAutograd's cache had a graph, had it not, or could not be asked, so far."""
+    prefix = "autograd_cache_"
+    found = counters["aot_autograd"]
+    return Counter({name: found[prefix + name] for name in ("hit", "miss", "bypass")})

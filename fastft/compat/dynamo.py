@@ -1,0 +1,120 @@
+"""Dynamo: the compilation that is under way, what it remembers, how it is started and left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch._dynamo import convert_frame, pgo
+from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, ShortenTraceback
+from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import get_metrics_context
+from torch.fx import Graph, GraphModule, Node
+
+from fastft.compat import ddp
+
+__all__ = ["BackendCompilerFailed", "RestartAnalysis", "ShortenTraceback", "SizeEntry"]  # what is only passed on
+
+
+maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
+DYNAMIC = pgo.auto_dynamic  # the size, as Dynamo remembers it, of what it saw change
+
+break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "graph_breaks")
+
+
+def describe_input(placeholder: Node, source: Node) -> None:
+    """Give a region's input what AOTAutograd reads of Dynamo's inputs."""
+    placeholder.meta = {key: source.meta[key] for key in ("example_value", "tensor_dict") if key in source.meta}
+    placeholder._dynamo_source = None  # a region serves many layers: no guard on one of them
+
+
+def as_captured(part: GraphModule, whole: GraphModule) -> GraphModule:
+    """Mark a part of a captured graph as captured itself, or AOTAutograd will not know its static inputs."""
+    if "dynamo_compile_id" in whole.meta:
+        part.meta["dynamo_compile_id"] = whole.meta["dynamo_compile_id"]
+    part._param_name_to_source = {}  # type: ignore[assignment]
+    return part
+
+
+def compile_once(function: Callable, backend: Callable) -> Callable:
+    """torch.compile for a call or two that leaves no compiled code behind, nor counts as a recompilation.
+
+    Code that was compiled before keeps one entry more: to take it out would take the others out too.
+    """
+    compiled = torch.compile(function, backend=backend)
+    known = _compiled_code()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
+        try:
+            with torch._dynamo.config.patch(unlimited):
+                return compiled(*args, **kwargs)
+        finally:
+            for code in _compiled_code() - known:
+                torch._dynamo.reset_code(code)
+                _forget(code)
+
+    return call
+
+
+def _compiled_code() -> set[CodeType]:
+    """Every code object that Dynamo has compiled, those among them that it made to resume after a break."""
+    return {code for reference in convert_frame.input_codes.seen if (code := reference()) is not None}
+
+
+def _forget(code: CodeType) -> None:
+    """Let Dynamo meet this code as if for the first time."""
+    tracker = convert_frame.input_codes
+    tracker.seen[:] = [reference for reference in tracker.seen if reference() is not code]
+    tracker.seen_ids.discard(id(code))
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy of the graph whose inputs still know where Dynamo got them from, which AOTAutograd asks."""
+    result = copy.deepcopy(graph)
+    for node, original in zip(result.nodes, graph.nodes, strict=True):
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source
+    return result
+
+
+def recompile_reason() -> str:
+    """Why Dynamo compiles again what it compiles now; "" for a first time."""
+    metrics = get_metrics_context()
+    return (metrics._metrics.get("recompile_reason", "unknown") or "") if metrics.in_progress() else ""
+
+
+def current_code() -> tuple[CodeType, Any]:
+    """The code that Dynamo compiles now, and the module that it is a method of, or None."""
+    tx = InstructionTranslator.current_tx()
+    return tx.f_code, tx.f_locals.get("self")
+
+
+def current_backend() -> Any:
+    """The backend that torch.compile was given, with its options."""
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    if (between := ddp.optimizer()) is not None:
+        backend = between.backend_compile_fn
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return backend
+
+
+def remembered_sizes() -> dict[str, SizeEntry]:
+    """What Dynamo remembers of the inputs of the code that it compiles now; empty where it is to learn nothing."""
+    if not torch._dynamo.config.automatic_dynamic_shapes:
+        return {}
+    tx = InstructionTranslator.current_tx()
+    make: Callable = pgo.CodeId.make
+    told_apart_by = (tx.f_code, tx.closure)[: make.__code__.co_argcount]  # torch 2.11: by the code alone
+    return pgo.get_code_state()[make(*told_apart_by)].automatic_dynamic
+
+
+def source_name(placeholder: Node) -> str:
+    """Where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return source.name if source is not None else ""

@@ -1,0 +1,52 @@
+"""Private parts of torch that a step runs through: tensors, autograd, torch functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["TorchDispatchMode"]  # what is only passed on
+
+
+as_plain_tensors = torch._C.DisableTorchFunctionSubclass  # within it no __torch_function__ is asked
+
+
+def without_storage(kind: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of this subclass that holds no memory."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
+
+
+def version(tensor: Tensor) -> int:
+    """How often this tensor or a view of it was written to."""
+    return tensor._version
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, for which the ops have no formula."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def same_addresses(values: Sequence[Any], pointers: list[int | None], places: list[int]) -> bool:
+    """Whether the tensors at these places lie at these addresses; one call for thousands of tensors."""
+    return torch._C._tensors_data_ptrs_at_indices_equal(list(values), pointers, places)
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each tensor, in few launches."""
+    grouped = [tensor for tensor in tensors if tensor.is_floating_point()]
+    copied = iter(torch._foreach_mul(grouped, 1.0) if grouped else [])
+    return [next(copied) if tensor.is_floating_point() else tensor.clone() for tensor in tensors]
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether torch.autograd.graph.saved_tensors_hooks is in force, of which only the innermost are asked."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Call this once the backward that is running has made all gradients."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)

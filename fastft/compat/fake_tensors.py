@@ -1,0 +1,122 @@
+"""What a node computes, as the fake tensor that Dynamo saw: reading, recording, comparing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = ["tree_map_only"]  # what is only passed on
+
+
+def value_of(argument: Any) -> Any:
+    """What a node computes, as the fake tensor or number that Dynamo saw; anything but a node is its own value."""
+    return argument.meta.get("example_value") if isinstance(argument, Node) else argument
+
+
+def set_value(node: Node, value: Any) -> None:
+    """Record what ``node`` computes."""
+    node.meta["example_value"] = value
+
+
+def propagate(node: Node) -> None:
+    """Record what a new call computes, from what its arguments are."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
+    with fake_mode_of(tensors_in((args, kwargs))), torch.no_grad():
+        function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        result = cast(Callable, function)(*args, **kwargs)
+    # A real op writes its results in place; .data is the same tensor without that history, which a fake one has not.
+    real = lambda tensor: tensor if isinstance(tensor, FakeTensor) else tensor.data  # noqa: E731
+    set_value(node, tree_map_only(Tensor, real, result))
+
+
+@contextlib.contextmanager
+def fake_mode_of(values: Any) -> Iterator[None]:
+    """The mode under which these fake tensors were made, if any; sizes stay symbols in torch 2.11's linear too."""
+    with mode_of(values) or contextlib.nullcontext(), enable_python_dispatcher():
+        yield
+
+
+def mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+_template_mode = FakeTensorMode()
+
+
+def fake_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A fake tensor that belongs to no graph."""
+    with _template_mode:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+
+def written_to(tensor: torch.Tensor) -> bool:
+    """Whether anything wrote to this tensor or a view of it while the graph was captured."""
+    return not tensor.is_inference() and tensor._version > 0 and tensor._version > _made_by_writing(tensor)
+
+
+def _made_by_writing(tensor: torch.Tensor) -> int:
+    """How many writes it takes to make a fake of this graph input: some if it lies at an offset in its storage."""
+    at_offset = tensor.is_leaf and not tensor._is_view() and not statically_known_true(tensor.storage_offset() == 0)
+    return _writes_at_offset() if at_offset else 0
+
+
+@functools.cache
+def _writes_at_offset() -> int:
+    return FakeTensorMode().from_tensor(torch.nn.Parameter(torch.zeros(2)[1:]))._version
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same number for a tensor and all its views."""
+    return tensor.untyped_storage()._cdata
+
+
+def empty_like_fake(value: Any, mode: FakeTensorMode) -> Any:
+    """A fake tensor of ``mode`` with the metadata of ``value``, in storage of its own; a size is its own value."""
+    if not isinstance(value, Tensor):
+        return value
+    with mode, torch.no_grad():
+        offset = value.storage_offset()
+        size, stride = tuple(value.shape), tuple(value.stride())
+        if statically_known_true(offset == 0):
+            result = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+        else:
+            extent = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+            flat = torch.empty(extent, dtype=value.dtype, device=value.device)
+            result = flat.as_strided(size, stride, offset)
+    return result.requires_grad_(value.requires_grad)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a node's value, which may be a tuple."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is a strided tensor of no subclass, or a size."""
+    return isinstance(value, torch.SymInt) or (type(value) is FakeTensor and value.layout is torch.strided)
+
+
+def kind_of_input(node: Node) -> tuple:
+    """What compiled code relies on in an input: equal kinds may be passed to the same code."""
+    value = value_of(node)
+    if not isinstance(value, Tensor):
+        return type(value), repr(value)
+    geometry = repr((tuple(value.shape), tuple(value.stride()), value.storage_offset()))
+    properties = (value.dtype, value.device, value.layout, value.requires_grad, value.is_conj(), value.is_neg())
+    subclass = () if is_plain(value) or isinstance(value, torch.nn.Parameter) else (id(value),)
+    return type(value), geometry, *properties, stays_in_place(node), *subclass
+
+
+def stays_in_place(node: Node) -> str | None:
+    """Dynamo's word for inputs that stay where they are: parameters and buffers."""
+    return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")

@@ -1,0 +1,38 @@
+"""What is registered with torch: operators, higher-order operators, what they mutate and alias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+__all__ = ["OpOverload"]  # what is only passed on
+
+
+def is_view(target: Any) -> bool:
+    """Whether an operator's result shares the memory of its first argument."""
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)
+
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # as torch.utils.checkpoint is captured
+ENTER_AUTOCAST = torch.amp._enter_autocast  # as autocast inside a graph is captured
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether the node's target takes graph bodies as arguments (checkpoint, autograd.Function, ...)."""
+    return isinstance(target, HigherOrderOperator)
+
+
+def is_operator(target: Any) -> bool:
+    """Whether the node's target is a registered operator (``torch.ops.library.name``)."""
+    return isinstance(target, (OpOverload, OpOverloadPacket))
+
+
+def is_mutable(target: Any) -> bool:
+    """Whether a registered operator may write to an argument."""
+    if isinstance(target, OpOverloadPacket):
+        return any(is_mutable(getattr(target, overload)) for overload in target.overloads())
+    return isinstance(target, OpOverload) and target._schema.is_mutable

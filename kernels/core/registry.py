@@ -1,0 +1,207 @@
+"""How an op is made: one call of define gives it a name, a fake, a FLOP formula, a dispatch and a row in REGISTRY.
+
+The tests and the benchmarks find every op in REGISTRY and draw inputs for it from what its entry says of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+from torch.utils.flop_counter import register_flop_formula
+
+from fastft.kernels.core import dispatch, replay
+
+Results = Tensor | tuple[Tensor, ...] | list[Tensor]
+Fill = Callable[[Sequence[Tensor], Sequence[Any]], None]
+Shapes = Mapping[str, str]
+Choice = Mapping[str, Any]
+Case = tuple[Shapes, Choice]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of an op.
+
+    reference: plain PyTorch with the op's signature, differentiable if the op is: the specification.
+    cases: what it may be called with: the shapes of its tensors, by parameter, and the other arguments.  Sizes are
+        names or sums and products of them, "..." is any number of leading ones, as in {"x": "... D", "weight": "D"} or
+        {"q": "B S H 2*R+P"}.  A tensor left out is None.
+        "weights.0" and "weights.1" are the elements of a list, which is empty where none is named, and "bytes N" is
+        uint8.  A list of names among the other arguments is one of their sizes.
+    statistics: tensors that are float32 whatever the others are (float64 beside float64).
+    alike: tensors, or lists of them, that have one dtype.
+    gradients: the tensors, or lists of them, that the op has a gradient for; () for an op without autograd.
+    fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
+    scratch: the bytes that a call allocates beside its results, at the most, of its arguments; None if it is nothing.
+    replayed: what a call does follows from its arguments' metadata alone.
+    launches: where its Triton kernels are launched, as ``file.function``.
+    """
+
+    op: CustomOpDef
+    reference: Callable[..., Results]
+    outputs: Callable[..., Results]
+    fill: Fill
+    cases: tuple[Case, ...]
+    statistics: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = field(default=())
+    lists: frozenset[str] = frozenset()
+    scratch: Callable[..., int] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    replayed: bool = True
+    launches: str = ""
+
+    def compute(self, *arguments: Any) -> Results:
+        """What the op gives, by our own kernels."""
+        results = self.outputs(*arguments)
+        self.fill((results,) if isinstance(results, Tensor) else results, arguments)
+        return results
+
+    def complete(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All arguments of a call, in order."""
+        return (*args, *(kwargs.get(name, self.defaults.get(name)) for name in self.parameters[len(args) :]))
+
+    def arguments(self, tensors: Mapping[str, Tensor], choice: Choice) -> tuple[Any, ...]:
+        """A call's arguments, in order; tensors by name, those of a list as "weights.0"."""
+        lists: dict[str, list[Tensor]] = {}
+        for name, tensor in tensors.items():
+            lists.setdefault(parameter_of(name), []).append(tensor)
+        given = {**choice, **lists, **tensors}
+        return tuple(given.get(name, () if name in self.lists else None) for name in self.parameters)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a tensor is given for: weights, for "weights.0"."""
+    return name.partition(".")[0]
+
+
+REGISTRY: dict[str, Entry] = {}
+REPLAYED_ON = {"cuda"}  # types of devices: on a CPU kernels take longer than what is before them
+_library = torch.library.Library("fastft", "FRAGMENT")
+
+
+def define(
+    name: str,
+    reference: Callable[..., Results],
+    outputs: Callable[..., Results],
+    launcher: str | Fill,
+    *,
+    cases: Iterable[Case],
+    flops: int | Callable[..., int],
+    longest_row: int | None = dispatch.MAX_ROW,
+    statistics: Sequence[str] = (),
+    alike: Sequence[str] = (),
+    gradients: Sequence[str] = (),
+    engine: Callable[..., Results | None] | None = None,
+    multiplies: bool = False,
+    scratch: Callable[..., int] | None = None,
+    replayed: bool = True,
+) -> CustomOpDef:
+    """Make the op ``fastft::name`` and enter it; the caller adds autograd.
+
+    outputs: empty results for the same arguments, or an error: the fake, and where the real op writes.
+    launcher: ``file.function`` in this folder, launches Triton: (outputs, *arguments).  Loaded when first needed.
+        Or a function that fills the outputs by itself, as Entry.fill.
+    flops: floating-point operations for each element of the first tensor, casts not counted; or a function of the
+        arguments, in which a tensor is its shape.
+    longest_row: the longest last axis that the Triton kernels take.
+    engine: called first, gives the results of a kernel of torch's own where that is the fastest, laid out as those of
+        outputs, or None.
+    multiplies: the Triton kernels are made of products of tiles, and only run on tensor cores.
+    scratch: the bytes that a call allocates beside its results, at the most, of its arguments.
+    replayed: what is called, engine aside, follows from the arguments' metadata alone (replay.py).
+    """
+
+    def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+        if callable(launcher):
+            launcher(targets, arguments)
+        else:
+            longest = 0 if multiplies and not dispatch.has_tensor_cores(arguments[0].device) else longest_row
+            dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest)
+
+    again = replay.Replayed(lambda *arguments: REGISTRY[f"fastft::{name}"].compute(*arguments))
+
+    def run(*arguments: Any) -> Results:
+        if engine is not None and (found := engine(*arguments)) is not None:
+            return found
+        device = arguments[0].device.type
+        function = again if replayed and device in REPLAYED_ON else again.compute
+        if torch.is_autocast_enabled(device):  # an op says itself what it computes in: its products are not cast
+            with torch.autocast(device, enabled=False):
+                return function(*arguments)
+        return function(*arguments)
+
+    op = torch.library.custom_op(
+        f"fastft::{name}", run, mutates_args=(), schema=torch.library.infer_schema(reference, mutates_args=())
+    )
+    # On a GPU without custom_op's own wrapper, whose search for aliases costs more than the launches (seen in a
+    # profile with torch 2.11); tests/kernels/test_ops.py searches instead.
+    _library.impl(name, run, "CUDA")
+    op.register_fake(outputs)
+
+    def count(*given: Any, **_: Any) -> int:
+        if callable(flops):
+            return flops(*given)
+        return flops * prod(next(one for one in given if isinstance(one, torch.Size)))
+
+    register_flop_formula(getattr(torch.ops.fastft, name))(count)
+    parameters = inspect.signature(reference).parameters
+    REGISTRY[f"fastft::{name}"] = Entry(
+        op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
+        tuple(parameters), frozenset(name for name, one in parameters.items() if "Sequence" in str(one.annotation)),
+        scratch, {name: one.default for name, one in parameters.items() if one.default is not one.empty}, replayed,
+        launcher if isinstance(launcher, str) else f"{launcher.__module__.rpartition('.')[2]}.{launcher.__name__}",
+    )  # fmt: skip
+    return op
+
+
+def cases(shapes: Sequence[Shapes], choices: Sequence[Choice] = ({},)) -> tuple[Case, ...]:
+    """Each of these shapes with each of these choices."""
+    return tuple(itertools.product(shapes, choices))
+
+
+def require(condition: Any, message: Callable[[], str]) -> None:
+    """torch._check, without its cost where the condition is known: an op has up to thirty of them."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
+def load(launcher: str) -> Callable[..., None]:
+    """The function that ``file.function`` names; Triton is imported here and not before."""
+    file, _, function = launcher.rpartition(".")
+    return getattr(_module(file), function)
+
+
+@functools.cache
+def _module(file: str) -> ModuleType:
+    return importlib.import_module(f"fastft.kernels.{file}")
+
+
+def bytes_moved(values: Iterable[Any]) -> int:
+    """The bytes of these tensors, each element once: what a call has to read and write.  Expanded axes cost nothing."""
+    total_bytes = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            sizes = [size for size, stride in zip(value.shape, value.stride(), strict=True) if stride != 0]
+            total_bytes += prod(sizes) * value.element_size()
+    return total_bytes
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """What is computed in: float32, or float64 where one of these is float64."""
+    result = torch.float32
+    for dtype in dtypes:
+        result = torch.promote_types(result, dtype)
+    return result

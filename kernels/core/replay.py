@@ -1,0 +1,315 @@
+"""What an op did for arguments of one kind, done again without asking again.
+
+An op asks much in Python before it launches little: do the shapes fit, which GEMM, which tile, where does a row begin.
+All of it follows from its arguments' metadata, so for the same metadata the same calls come out.  The second time that
+a kind of arguments is met, these calls are recorded, PyTorch's and Triton's, and written down as a function that makes
+them one after the other, with each tensor freed behind its last use.  For small batches, whose kernels take less time
+than the Python between them, that is what a step without CUDA graphs waits for (docs/performance.md).
+
+An op is right to be replayed if its calls depend on nothing else: not on values, global settings or random numbers.
+Where a recording meets what it cannot write down, a number read from a tensor or a tensor from elsewhere, the op runs
+as it is for ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft.compat import eager, fake_tensors, operators
+
+log = logging.getLogger("fastft")
+MOST_KINDS = 1024  # of arguments that an op remembers
+ALIGNMENT = 16  # bytes: what Triton's kernels are specialised on
+
+Text = tuple[str, list[str]]  # of Python, and the names of tensors in it
+Owner = tuple[str, int]  # of memory: its name, and its address
+
+_thread = threading.local()  # recorder: of this thread's recording, if there is one
+_constants: dict[int, Tensor] = {}
+
+
+class NotReplayable(Exception):  # noqa: N818
+    """A call that cannot be written down."""
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Itself, which a recording may use, as it lives for ever and never changes."""
+    _constants[id(tensor)] = tensor
+    return tensor
+
+
+def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """kernel[grid], of Triton."""
+    recorder = getattr(_thread, "recorder", None)
+    return kernel[grid] if recorder is None else functools.partial(recorder.launch, kernel, grid)
+
+
+class Replayed:
+    """A function of tensors, lists of them and other values, which gives a tensor or several."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        self.compute = compute
+        self.functions: dict[Any, Callable[..., Any] | None] = {}  # None where it runs as it is
+        self.met: set[Any] = set()
+
+    def __call__(self, *arguments: Any) -> Any:
+        kind = kind_of(arguments)
+        function = self.functions.get(kind)
+        if function is not None:
+            with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+                return function(*arguments)
+        if kind in self.functions or getattr(_thread, "recorder", None) is not None:
+            return self.compute(*arguments)
+        if kind not in self.met:  # lengths that come once are not worth it
+            if len(self.met) >= MOST_KINDS:
+                self.met.clear()
+                self.functions.clear()
+            self.met.add(kind)
+            return self.compute(*arguments)
+        results, self.functions[kind] = recorded(self.compute, arguments)
+        return results
+
+
+def kind_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What an op's calls may depend on."""
+    return tuple(
+        [
+            _metadata(one)
+            if isinstance(one, Tensor)
+            else tuple([_metadata(inner) if isinstance(inner, Tensor) else inner for inner in one])
+            if isinstance(one, (list, tuple))
+            else one
+            for one in arguments
+        ]
+    )
+
+
+def _metadata(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % ALIGNMENT
+
+
+def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Callable[..., Any] | None]:
+    """What compute gives for these arguments, and a function that does the same for others of their kind."""
+    arguments = _told_apart(arguments)
+    recorder = Recorder(arguments)
+    _thread.recorder = recorder
+    try:
+        with recorder:
+            results = compute(*arguments)
+    finally:
+        _thread.recorder = None
+    try:
+        return results, recorder.function(results)
+    except NotReplayable as reason:
+        log.debug("%s is not replayed: %s", getattr(compute, "__qualname__", compute), reason)
+        return results, None
+
+
+def _told_apart(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, with an object of its own for a tensor that is given twice: the next time it may be two."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        twice = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.detach() if twice else tensor
+
+    return fake_tensors.tree_map_only(Tensor, own, list(arguments))
+
+
+class Line(NamedTuple):
+    """A call as Python: the names that it reads, those that it makes; needed: it is made even if nobody reads them."""
+
+    text: str
+    read: list[str]
+    made: list[str]
+    needed: bool
+
+
+class Recorder(eager.TorchDispatchMode):
+    """Writes calls down as Python.
+
+    names: of tensors by id, as long as they live, with the tensor that owns their memory: its name and address.  For
+    a view that is what it is a view of, and a kernel that is given its address needs no view.  lines: a call each.
+    """
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        super().__init__()
+        self.names: dict[int, tuple[str, Owner]] = {}
+        self.views: dict[str, str] = {}  # names by the calls that made them
+        self.references: dict[int, weakref.ref[Tensor]] = {}
+        self.lines: list[Line] = []
+        self.globals: dict[str, Any] = {}
+        self.places: dict[Any, str] = {}  # of globals by value or id
+        self.reason = ""
+        self.busy = False  # within a call that is written down as a whole
+        self.unpacked: list[str] = []
+        for at, one in enumerate(arguments):
+            if isinstance(one, Tensor):
+                self._name(one, f"a{at}")
+            elif isinstance(one, (list, tuple)) and one and all(isinstance(inner, Tensor) for inner in one):
+                names = [self._name(inner, f"a{at}_{number}") for number, inner in enumerate(one)]
+                self.unpacked.append(f"{', '.join(names)}, = a{at}")
+        self.count = len(arguments)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with self._own_call() as outermost:  # an op of ours may call others, whose launches are its own
+            result = func(*args, **(kwargs or {}))
+        if not outermost or self.reason or not fake_tensors.tensors_in((args, kwargs, result)):
+            return result  # that of dtypes, say, is the same whatever the tensors are
+        mutable = operators.is_mutable(func)
+        same = next((one for one in args if _is_whole(result, one)), None)
+        if same is not None and id(same) in self.names and not mutable:
+            self._name(result, *self.names[id(same)])
+        else:
+            self._note(func, args, kwargs or {}, result, needed=mutable)
+        return result
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        with self._own_call() as outermost:  # the interpreter makes calls of its own
+            compiled = kernel[grid](*args, **meta)
+        if not outermost or self.reason:
+            return
+        if compiled is None:
+            self._note(kernel[grid], args, meta, None, needed=True)
+            return
+        # What has been compiled takes all arguments in their order, constants too.
+        given = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
+        self._note(compiled[(*grid, 1, 1)[:3]], given, {}, None, needed=True, write=self._address)
+
+    @contextmanager
+    def _own_call(self) -> Iterator[bool]:
+        """A call, and whether it is the op's own, not one within another."""
+        outermost, self.busy = not self.busy, True
+        try:
+            yield outermost
+        finally:
+            self.busy = not outermost
+
+    def function(self, results: Any) -> Callable[..., Any]:
+        """All calls in a row."""
+        if self.reason:
+            raise NotReplayable(self.reason)
+        returned, read = self._text(results)
+        body = [*self.unpacked, *_live(self.lines, read), f"return {returned}"]
+        source = f"def replay({', '.join(f'a{at}' for at in range(self.count))}):\n    " + "\n    ".join(body)
+        exec(compile(source, "<replay>", "exec"), self.globals)
+        function = self.globals["replay"]
+        if unknown := set(function.__code__.co_names) - set(self.globals) - {"data_ptr"}:
+            raise NotReplayable(f"it would read {unknown}")  # a mistake of ours
+        return function
+
+    def _note(
+        self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, *, needed: bool,
+        write: Callable[[Tensor], Text] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a call down.  write: how it is given a tensor, if not by name."""
+        found = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
+        try:
+            texts = [self._text(one, write or self._named) for one in args]
+            texts += [(f"{name}={text}", read) for name, one in kwargs.items() for text, read in [self._text(one)]]
+            if not all(isinstance(one, Tensor) for one in found):
+                raise NotReplayable("it gives what is no tensor")
+            if function is torch.ops.aten.as_strided.default:
+                raise NotReplayable("it counts from where a storage begins")
+        except NotReplayable as reason:
+            self.reason = f"{function}: {reason}"
+            return
+        call = f"{self._global(function)}({', '.join(text for text, _ in texts)})"
+        owner = self._owner(result, args) if isinstance(result, Tensor) and not needed else None
+        if owner is not None and (id(result) in self.names or call in self.views):
+            if id(result) not in self.names:
+                self._name(result, self.views[call], owner)
+            return
+        is_new = [id(one) not in self.names for one in found]
+        made = [f"t{len(self.lines)}_{at}" if new else "_" for at, new in enumerate(is_new)]
+        new_names = [self._name(one, name, owner) for one, name in zip(found, made, strict=True) if name != "_"]
+        if owner is not None:
+            self.views[call] = made[0]
+        comma = "," if isinstance(result, (tuple, list)) else ""
+        text = f"{', '.join(made)}{comma} = {call}" if new_names else call
+        self.lines.append(Line(text, [name for _, read in texts for name in read], new_names, needed))
+
+    def _owner(self, result: Tensor, args: Sequence[Any]) -> Owner | None:
+        """Whose memory a result is in, if that is an argument's."""
+        storage = result.untyped_storage().data_ptr()
+        sources = [one for one in args if isinstance(one, Tensor) and one.untyped_storage().data_ptr() == storage]
+        owners = {self.names[id(one)][1] for one in sources if id(one) in self.names}
+        return owners.pop() if len(owners) == 1 and storage else None
+
+    def _name(self, tensor: Tensor, name: str, owner: Owner | None = None) -> str:
+        key = id(tensor)
+        self.names[key] = name, owner or (name, tensor.data_ptr())
+        self.references[key] = weakref.ref(tensor, lambda _: self._forget(key, name))
+        return name
+
+    def _forget(self, key: int, name: str) -> None:
+        if key in self.names and self.names[key][0] == name:  # another tensor may have its id by now
+            del self.names[key]
+
+    def _named(self, tensor: Tensor) -> Text:
+        if id(tensor) in self.names:
+            name, _ = self.names[id(tensor)]
+            return name, [name]
+        if id(tensor) in _constants:
+            return self._global(tensor), []
+        raise NotReplayable("a tensor from elsewhere")
+
+    def _address(self, tensor: Tensor) -> Text:
+        """Its address, by that of its owner: Triton takes a number too."""
+        if id(tensor) not in self.names:
+            return self._named(tensor)
+        owner, begin = self.names[id(tensor)][1]
+        offset = tensor.data_ptr() - begin
+        return f"{owner}.data_ptr()" + (f" + {offset}" if offset else ""), [owner]
+
+    def _text(self, value: Any, write: Callable[[Tensor], Text] | None = None) -> Text:
+        """An argument as Python writes it, and the names in it.  write: for tensors."""
+        if isinstance(value, Tensor):
+            return (write or self._named)(value)
+        if isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
+            texts = [self._text(one, write) for one in value]
+            inside = "".join(f"{text}, " for text, _ in texts)
+            return (f"[{inside}]" if isinstance(value, list) else f"({inside})"), [n for _, read in texts for n in read]
+        if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
+            return repr(value), []
+        if isinstance(value, (float, torch.dtype, torch.device, torch.layout, torch.memory_format)):
+            return self._global(value), []
+        raise NotReplayable(f"an argument {value!r}")
+
+    def _global(self, value: Any) -> str:
+        key = value if isinstance(value, (torch.device, torch.dtype)) else id(value)
+        if key not in self.places:
+            self.places[key] = f"g{len(self.globals)}"
+            self.globals[self.places[key]] = value  # which keeps its id its own
+        return self.places[key]
+
+
+def _is_whole(view: Any, tensor: Any) -> bool:
+    """Whether a view has all of a tensor, as it is laid out: a slice of everything, say."""
+    both = isinstance(view, Tensor) and isinstance(tensor, Tensor) and view is not tensor and view.numel() > 0
+    return both and _metadata(view) == _metadata(tensor) and view.data_ptr() == tensor.data_ptr()
+
+
+def _live(lines: Sequence[Line], returned: Sequence[str]) -> Iterator[str]:
+    """The lines whose results are read or that have to be, and behind each the end of what is not read any more."""
+    wanted, kept = set(returned), []
+    for text, read, made, needed in reversed(lines):
+        if not needed and not wanted.intersection(made):
+            continue
+        ended = [name for name in dict.fromkeys((*made, *read)) if name[0] == "t" and name not in wanted]
+        kept.append(f"{text}; del {', '.join(ended)}" if ended else text)
+        wanted.update(read)
+    return reversed(kept)

@@ -1,0 +1,89 @@
+"""The arguments of lora_linear: projections of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft.kernels.dequantize_4bit import dequantize_into
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    weights: Sequence[Tensor]
+    absmax: Sequence[Tensor]
+    absmax_8bit: Sequence[Tensor]
+    absmax_code: Sequence[Tensor]
+    absmax_offset: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    features: Sequence[int]
+    biased: Sequence[int]
+    adapted: Sequence[int]
+    scales: Sequence[float]
+    blocksize: int
+    quant_type: str
+    widened: bool
+
+
+class Group(Arguments):
+    """The arguments of a call, and what follows from them, once."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of y."""
+        return (*self.x.shape[:-1], sum(self.features))
+
+    @cached_property
+    def columns(self) -> list[slice]:
+        """Where y has each sibling."""
+        ends = [sum(self.features[: at + 1]) for at in range(len(self.features))]
+        return [slice(end - size, end) for end, size in zip(ends, self.features, strict=True)]
+
+    @cached_property
+    def ranks(self) -> list[slice]:
+        """Where the second result has each adapter."""
+        sizes = [a.shape[0] for a in self.lora_a]
+        return [slice(sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
+
+    @cached_property
+    def read(self) -> Sequence[Tensor]:
+        """What each adapter reads."""
+        return self.inputs if len(self.inputs) == len(self.lora_a) else [*(self.inputs or [self.x])] * len(self.lora_a)
+
+    @cached_property
+    def adapters(self) -> list[tuple[Tensor, Tensor, float, slice, slice]]:
+        """A, B, scale, the columns of y and those of the second result, of each adapter."""
+        columns = [self.columns[at] for at in self.adapted]
+        return list(zip(self.lora_a, self.lora_b, self.scales, columns, self.ranks, strict=True))
+
+    def statistics_of(self, sibling: int) -> Sequence[Tensor]:
+        """A 4-bit weight's absmax and what there is beside it."""
+        lists = (self.absmax, self.absmax_8bit, self.absmax_code, self.absmax_offset)
+        return [one[sibling] for one in lists if one]
+
+    def weights_into(self, out: Tensor) -> None:
+        """Write all 4-bit weights into out [sum of features, K], one below the other."""
+        weights = [(weight, self.statistics_of(at)) for at, weight in enumerate(self.weights)]
+        dequantize_into(out, weights, self.features, self.blocksize, self.quant_type)
+
+    def weight(self, sibling: int) -> Tensor:
+        """A weight in x's dtype."""
+        if not self.quant_type:
+            return self.weights[sibling]
+        low = self.x.dtype if self.x.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        out = torch.empty(self.features[sibling], self.x.shape[-1], dtype=low, device=self.x.device)
+        dequantize_into(
+            out, [(self.weights[sibling], self.statistics_of(sibling))], [out.shape[0]], self.blocksize, self.quant_type
+        )
+        return out.to(self.x.dtype)
+
+    def bias(self, sibling: int) -> Tensor | None:
+        """A sibling's bias, if it has one."""
+        return self.biases[self.biased.index(sibling)] if sibling in self.biased else None

@@ -1,0 +1,277 @@
+"""Attention that was lifted, made simpler: what its mask means, whose key heads it reads, in which order it writes.
+
+A mask is read once, however many layers take it, and what it means is computed once, where the mask was; then nothing
+needs the mask itself.  What is not proven about a mask leaves it as it is, and the report says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.compat import fake_tensors, operators
+from fastft.compat.fake_tensors import value_of
+from fastft.kernels import REGISTRY
+from fastft.kernels.attention import LOWEST
+from fastft.rewriter.attention.masks.recognize import recognize
+from fastft.rewriter.fx.bodies import bodies, calls_of
+from fastft.rewriter.fx.editing import describe_as
+from fastft.rewriter.fx.effects import draws, may_alias, switches_mode, written, written_by
+from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line
+from fastft.rewriter.report.data import GraphReport, Lifted
+
+PARAMETERS = REGISTRY["fastft::attention"].parameters
+MEANING = ("start", "end", "query_ids", "key_ids")
+Found = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, and its kind; or why that is not known
+
+
+def simplify(gm: GraphModule, report: GraphReport) -> None:
+    """Every attention of ``gm`` and its bodies."""
+    masks = _Masks(gm)
+    for body in bodies(gm):
+        targets = [target for node in body.graph.nodes for target in written_by(body, node)]
+        for node in body.graph.find_nodes(op="call_function", target=torch.ops.fastft.attention):
+            call = dict(zip(PARAMETERS, node.args, strict=True))
+            mask = call["mask"]
+            _read_heads(call, targets)
+            kind = masks.read(body, call)
+            node.args = tuple(call.values())
+            report.masks.append(Lifted(kind, module_path(node), source_line(node)))
+            _transpose_late(node, call)
+            if isinstance(mask, Node) and call["mask"] is None:
+                _drop(gm, body, mask)
+
+
+class _Masks:
+    """What the masks of a graph and its bodies mean, each read once."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.meanings: dict[tuple[Node, bool], Found] = {}
+        self.rows: dict[Node, dict[str, Any]] = {}
+
+    def read(self, body: GraphModule, call: dict[str, Any]) -> str:
+        """Put what the mask means in its place, and return the kind of mask."""
+        mask, sinks = call["mask"], call["sinks"] is not None
+        if mask is None:
+            return "causal" if call["causal"] else "full"
+        outer, around = _outside(self.gm, body, mask)
+        if (outer, sinks) not in self.meanings:
+            rows, columns = (value_of(call[name]).shape[-2] for name in ("query", "key"))
+            self.meanings[outer, sinks] = _meaning(outer, rows, columns, sinks)
+        meaning, kind = self.meanings[outer, sinks]
+        if meaning is None:
+            if not sinks:
+                call |= self._rows(mask)
+            return f"dense: {kind}"
+        meaning = dict(meaning)
+        if around is not None:
+            for name in MEANING:
+                meaning[name] = _passed_in(body, around, meaning[name])
+        call |= meaning | {"mask": None, "causal": meaning["causal"] or call["causal"]}
+        return kind
+
+    def _rows(self, mask: Node) -> dict[str, Any]:
+        if mask not in self.rows:
+            self.rows[mask] = _rows_without_keys(mask)
+        return self.rows[mask]
+
+
+def _meaning(mask: Node, rows: Any, columns: Any, sinks: bool) -> Found:
+    found = recognize(mask, rows, columns)
+    if isinstance(found, str):
+        return None, found
+    try:
+        return found.arguments(mask, sinks=sinks), found.kind
+    except Exception as error:  # a size that no node computes
+        return None, str(error)
+
+
+def _rows_without_keys(mask: Node) -> dict[str, Any]:
+    """start, of a mask that is added: -1 in rows that it masks throughout by numbers in which scores vanish."""
+    tensor = value_of(mask)
+    if not tensor.is_floating_point():
+        return {}
+    graph = mask.graph
+    made: list[Node] = []
+    after = mask if mask.op != "placeholder" else list(mask.graph.find_nodes(op="placeholder"))[-1]
+
+    def add(name: str, *arguments: Any, **named: Any) -> Node:
+        with graph.inserting_after(made[-1] if made else after):
+            made.append(graph.call_method(name, arguments, named))
+        describe_as(made[-1], mask)
+        return made[-1]
+
+    vanishing = add("all", add("lt", add("detach", mask), LOWEST), -1)
+    finite = add("gt", add("amin", mask, -1), -torch.inf)
+    rows = add("neg", add("to", add("logical_and", vanishing, finite), torch.int32))
+    for _ in range(tensor.dim(), 4):
+        rows = add("unsqueeze", rows, 0)
+    return {"start": add("select", rows, 1, 0)}
+
+
+def _outside(gm: GraphModule, body: GraphModule, mask: Node) -> tuple[Node, Node | None]:
+    """Where the mask is made: in this graph, or in the one around a checkpointed layer, with the call of that layer."""
+    around = calls_of(gm, body) if mask.op == "placeholder" else []
+    if len(around) != 1 or not _is_checkpoint(around[0]):
+        return mask, None
+    given = list(body.graph.find_nodes(op="placeholder"))
+    operands = around[0].args[1:]
+    outer = operands[given.index(mask)] if len(given) == len(operands) else mask
+    return (outer, around[0]) if isinstance(outer, Node) and outer is not mask else (mask, None)
+
+
+def _is_checkpoint(call: Node) -> bool:
+    """Whether this runs its first argument, and that graph is run by nothing else, on the others."""
+    body = call.args[0]
+    once = isinstance(body, Node) and len(body.users) == 1
+    return once and operators.is_higher_order(call.target) and name_of(call.target) == "tag_activation_checkpoint"
+
+
+def _passed_in(body: GraphModule, call: Node, value: Any) -> Any:
+    """A node of the graph around a layer, as the layer sees it."""
+    if not isinstance(value, Node):
+        return value
+    given = list(body.graph.find_nodes(op="placeholder"))
+    if value in call.args[1:]:
+        return given[call.args.index(value) - 1]
+    with body.graph.inserting_after(given[-1]):
+        placeholder = body.graph.placeholder(f"{value.name}_of_mask")
+    fake_tensors.set_value(placeholder, value_of(value))
+    call.args = (*call.args, value)
+    return placeholder
+
+
+def _drop(gm: GraphModule, body: GraphModule, mask: Node) -> None:
+    """Take out a mask that nothing uses any more, and what only it was made of."""
+    if mask.users:
+        return
+    outer, around = _outside(gm, body, mask)
+    if around is not None:
+        at = list(body.graph.find_nodes(op="placeholder")).index(mask) + 1
+        body.graph.erase_node(mask)
+        around.args = (*around.args[:at], *around.args[at + 1 :])
+    pending = [outer]
+    while pending:
+        node = pending.pop()
+        stays = node.users or node.op not in ("call_function", "call_method")
+        if stays or written(node) or draws(node) or switches_mode(node):
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)
+        pending = [one for one in dict.fromkeys(pending) if one is not node]
+
+
+def _read_heads(call: dict[str, Any], targets: Iterable[Any]) -> None:
+    """Let it read key and value heads where they were before they were repeated or copied into a cache."""
+    key, value = _source(call["key"], targets), _source(call["value"], targets)
+    heads = [value_of(one).shape for one in (key, value)]
+    if same_sizes(*heads):
+        call["key"], call["value"] = key, value
+
+
+def _source(node: Node, targets: Iterable[Any]) -> Node:
+    """What repeats, copies and empty caches were made of, as far as nothing of it is written to or detached."""
+    at = node
+    while (before := _copied(at)) is not None:
+        trained = [value_of(one).requires_grad for one in (at, before)]
+        if trained[0] != trained[1] or any(may_alias(target, one) for target in targets for one in (at, before)):
+            break
+        at = before
+    return at
+
+
+def _copied(node: Node) -> Node | None:
+    """What this call only copies, or repeats along the heads as the op would read them."""
+    name = name_of(node.target)
+    if node.op not in ("call_function", "call_method") or value_of(node).dim() != 4:
+        return None
+    if name in ("contiguous", "clone") and not node.args[1:] and not node.kwargs:
+        return _like(node, node.args[0])
+    if name in ("cat", "concat", "concatenate"):
+        return _with_nothing(node)
+    if name in ("reshape", "view"):
+        return _repeated(node)
+    return _interleaved(node) if name == "repeat_interleave" else None
+
+
+def _like(node: Node, source: Any) -> Node | None:
+    alike = isinstance(source, Node) and value_of(source).dtype == value_of(node).dtype
+    return source if alike and same_sizes(value_of(source).shape, value_of(node).shape) else None
+
+
+def _with_nothing(node: Node) -> Node | None:
+    """cat((an empty cache, k)): empty tensors of one axis are skipped."""
+    tensors = node.args[0] if node.args else None
+    if not isinstance(tensors, (tuple, list)):
+        return None
+    full = [one for one in tensors if not isinstance(one, Node) or tuple(value_of(one).shape) != (0,)]
+    return _like(node, full[0]) if len(full) == 1 else None
+
+
+def _repeated(node: Node) -> Node | None:
+    """x[:, :, None].expand(B, G, n, T, D).reshape(B, G * n, T, D)"""
+    expanded = node.args[0]
+    if not isinstance(expanded, Node) or name_of(expanded.target) != "expand" or value_of(expanded).dim() != 5:
+        return None
+    widened: Any = expanded.args[0]
+    source = widened.args[0] if isinstance(widened, Node) and widened.args else None
+    if not isinstance(source, Node) or not isinstance(value_of(source), Tensor) or value_of(source).dim() != 4:
+        return None
+    index = (slice(None), slice(None), None)
+    by_index = widened.target is operator.getitem and _trimmed(widened.args[1]) == index
+    by_name = name_of(widened.target) == "unsqueeze" and widened.args[1:] in ((2,), (-3,)) and not widened.kwargs
+    B, G, T, D = value_of(source).shape
+    five, four = value_of(expanded).shape, value_of(node).shape
+    repeats = same_sizes((*five[:2], *five[3:]), (B, G, T, D))
+    joins = same_sizes((four[0], *four[2:]), (B, T, D))
+    return source if (by_index or by_name) and repeats and joins else None
+
+
+def _trimmed(index: Any) -> Any:
+    """An index without the whole axes at its end."""
+    found = list(index) if isinstance(index, tuple) else [index]
+    while found and (found[-1] == slice(None) or found[-1] is Ellipsis):
+        found.pop()
+    return tuple(found)
+
+
+def _interleaved(node: Node) -> Node | None:
+    """x.repeat_interleave(n, dim=1)"""
+    source, *rest = node.args
+    times = rest[0] if rest else node.kwargs.get("repeats")
+    dim = rest[1] if len(rest) > 1 else node.kwargs.get("dim")
+    plain = isinstance(times, int) and dim in (1, -3) and "output_size" not in node.kwargs
+    return source if plain and isinstance(source, Node) and value_of(source).dim() == 4 else None
+
+
+def _transpose_late(node: Node, call: dict[str, Any]) -> None:
+    """Attention whose heads are put beside each other afterwards writes them so: its copy is saved."""
+    out = _only_user(node)
+    turned = _only_user(out)
+    copied = _only_user(turned)
+    if not call["contiguous"] or copied is None or turned is None or out is None:
+        return
+    by_axes = name_of(turned.target) == "transpose" and {*turned.args[1:]} in ({1, 2}, {-3, -2}) and not turned.kwargs
+    copies = name_of(copied.target) == "contiguous" and not copied.args[1:] and not copied.kwargs
+    if not by_axes or not copies or len({value_of(one).requires_grad for one in (out, turned, copied)}) > 1:
+        return
+    call["contiguous"] = False
+    node.args = tuple(call.values())
+    for one in (node, out, turned):
+        trained = any(tensor.requires_grad for tensor in fake_tensors.tensors_in(value_of(one)))
+        fake_tensors.propagate(one)
+        if trained and one is not node:
+            fake_tensors.set_value(one, value_of(one).detach().requires_grad_())
+    copied.replace_all_uses_with(turned)
+    copied.graph.erase_node(copied)
+
+
+def _only_user(node: Node | None) -> Node | None:
+    users = list(node.users) if node is not None else []
+    return users[0] if len(users) == 1 else None

@@ -1,0 +1,56 @@
+"""Numbers of the model, such as eps and LoRA's scale, under ``torch.compile(dynamic=True)``.
+
+Dynamo then makes inputs of them, as of sizes, and no rule knows a norm whose eps is any number.  Here they are what
+they are without dynamic=True: constants that Dynamo guards, until one was seen to change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+from torch import SymFloat
+from torch.fx import GraphModule, Node
+
+from fastft.compat import dynamo
+from fastft.compat.dynamo import SizeEntry
+from fastft.compat.fake_tensors import value_of
+from fastft.rewriter.fx.bodies import called
+from fastft.rewriter.fx.editing import replace_by_value
+
+log = logging.getLogger("fastft")
+
+
+def settle(gm: GraphModule) -> None:
+    """Write numbers that had one value so far into the calls that use them, those in nested graphs too."""
+    try:
+        remembered = dynamo.remembered_sizes()
+    except Exception as error:  # called without Dynamo, or by another torch: then numbers stay as they are
+        log.debug("numbers are left to torch: %s", error)
+        return
+    _settle(gm, [node for node in gm.graph.find_nodes(op="placeholder") if _has_one_value(node, remembered)], {})
+
+
+def _has_one_value(placeholder: Node, remembered: Mapping[str, SizeEntry]) -> bool:
+    entry = remembered.get(dynamo.source_name(placeholder))
+    return entry is not None and isinstance(entry.scalar, float)
+
+
+def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, float]) -> None:
+    """holders: inputs that are tensors of one number, which ``item`` takes out; constants: inputs that are numbers."""
+    items = [node for node in gm.graph.find_nodes(op="call_method", target="item") if node.args[0] in holders]
+    items = [node for node in items if isinstance(value_of(node), SymFloat)]
+    constants = constants | {node: float(value_of(node)) for node in items}  # this is what makes Dynamo guard them
+    if not holders and not constants:
+        return
+    for node in gm.graph.nodes:
+        if (body := called(gm, node)) is not None:
+            placeholders = body.graph.find_nodes(op="placeholder")
+            pairs = list(zip(placeholders, node.args[len(node.args) - len(placeholders) :], strict=True))
+            inner = [placeholder for placeholder, given in pairs if given in holders]
+            _settle(body, inner, {one: constants[given] for one, given in pairs if given in constants})
+    for node, value in constants.items():
+        replace_by_value(node, value)
+    for node in items:
+        gm.graph.erase_node(node)
+    gm.recompile()

@@ -1,0 +1,79 @@
+"""Activation checkpoints that the user asked for become part of the graph around them: the budget decides instead.
+
+What a checkpoint computes is what its body computes, once.  What is kept of it for backward is the planner's to say, as
+of any other layer (planner.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from fastft.compat import operators
+from fastft.rewriter.fx.metadata import is_result_of_many, module_path
+
+
+def inline(gm: GraphModule) -> list[str]:
+    """Put the bodies of a graph's checkpoints in their places; the modules that they were around.
+
+    One with a context_fn, which says itself what is kept, stays as it is, and so does what is not understood.
+    """
+    found = []
+    while call := next((node for node in gm.graph.nodes if _body(gm, node) is not None), None):
+        found.append(module_path(call))
+        body = _body(gm, call)
+        assert body is not None
+        _inline(gm, call, body)
+    if found:
+        gm.graph.lint()
+        gm.recompile()
+    return found
+
+
+def _body(gm: GraphModule, node: Node) -> GraphModule | None:
+    """What a checkpoint runs, if it can be put in its place."""
+    if node.target is not operators.CHECKPOINT or not isinstance(node.args[0], Node) or node.args[0].op != "get_attr":
+        return None
+    body = getattr(gm, str(node.args[0].target), None)
+    if not isinstance(body, GraphModule) or any(name.startswith("_checkpoint") for name in body.meta):
+        return None
+    inputs = body.graph.find_nodes(op="placeholder")
+    results = body.graph.output_node().args[0]
+    taken = all(is_result_of_many(user) for user in node.users)
+    return body if len(inputs) == len(node.args) - 1 and isinstance(results, (tuple, list)) and taken else None
+
+
+def _inline(gm: GraphModule, call: Node, body: GraphModule) -> None:
+    inputs = body.graph.find_nodes(op="placeholder")
+    values: dict[Node, Any] = dict(zip(inputs, call.args[1:], strict=True))
+    with gm.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            values[node] = gm.graph.node_copy(node, values.__getitem__)
+            if node.op == "get_attr":
+                values[node].target = _attribute(gm, body, str(node.target))
+    results: Any = map_arg(body.graph.output_node().args[0], values.__getitem__)
+    for user in list(call.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        gm.graph.erase_node(user)
+    attribute = call.args[0]
+    gm.graph.erase_node(call)
+    if isinstance(attribute, Node) and not attribute.users:
+        gm.graph.erase_node(attribute)
+
+
+def _attribute(gm: GraphModule, body: GraphModule, name: str) -> str:
+    """The name by which the graph around a body has what the body calls by this one."""
+    owner: Any = body
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    number = 0
+    while hasattr(gm, f"inlined_{number}"):
+        if getattr(gm, f"inlined_{number}") is owner:
+            return f"inlined_{number}"
+        number += 1
+    setattr(gm, f"inlined_{number}", owner)
+    return f"inlined_{number}"

@@ -1,0 +1,119 @@
+"""Side effects of nodes: what they write to, alias, draw, or switch on and off."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from fastft.compat import eager, fake_tensors, operators
+from fastft.compat.fake_tensors import value_of
+from fastft.rewriter.fx.bodies import nested_graphs, runs_bodies
+from fastft.rewriter.fx.editing import between
+from fastft.rewriter.fx.metadata import name_of
+
+
+def transformed(graph: Graph) -> bool:
+    """Whether torch.func transforms or forward-mode differentiation are at work, of which the ops know nothing."""
+    return eager.in_forward_mode() or any(is_transform(node.target) for node in graph.nodes)
+
+
+def disturbed_between(gm: GraphModule, values: Sequence[Node], first: Node, last: Node, whole: str) -> str | None:
+    """The same of any values that calls from ``first`` to ``last`` are made of; whole: what they are together."""
+    if reason := written_in_place(values):
+        return reason
+    for node in between(first, last):
+        if switches_mode(node):
+            return f"{name_of(node.target)} is called halfway"
+        if any(may_alias(target, value) for target in written_by(gm, node) for value in values):
+            return f"{name_of(node.target)} writes to a value of the {whole}"
+    return None
+
+
+def written_in_place(nodes: Iterable[Node]) -> str | None:
+    """Which of these is written to anywhere in the graph."""
+    for node in nodes:
+        if any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(node)))):
+            return f"{node.name} is written to in place"
+    return None
+
+
+_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
+_IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
+_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE.split())
+_KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of operator whose names would be Python's own
+_RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
+_TRANSFORM = re.compile(
+    r"_(grad|vmap|jvp|func)_(increment|decrement)_nesting|_add_batch_dim|_make_dual|enter_dual_level"
+)
+_MODE_SWITCHES = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
+
+
+def written(node: Node) -> list[Any]:
+    """The arguments that this node may write to."""
+    named = node.kwargs.get("out")
+    out = list(named) if isinstance(named, (tuple, list)) else [] if named is None else [named]
+    if node.op not in ("call_function", "call_method") or not (node.args or node.kwargs):
+        return out
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if names_a_write(name) or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
+        target = node.args[0] if node.args else node.all_input_nodes
+        return [*(target if isinstance(target, (tuple, list)) else [target]), *out]
+    if operators.is_mutable(node.target) or operators.is_higher_order(node.target):  # its body is not looked into
+        return list(node.all_input_nodes)
+    return out
+
+
+def names_a_write(name: str) -> bool:
+    """Whether a method of this name, or a function named like one, writes to its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS
+    return in_place or name in _IN_PLACE_METHODS
+
+
+def only_reads(gm: GraphModule, node: Node) -> bool:
+    """Whether this node runs nested graphs, all of them known, that write to none of what they are given."""
+    return runs_bodies(node) and not any(map(_writes_to_inputs, nested_graphs(gm, node)))
+
+
+def written_by(gm: GraphModule, node: Node) -> list[Any]:
+    """The arguments that this node may write to, where it runs nested graphs as far as these write to any."""
+    return [] if only_reads(gm, node) else written(node)
+
+
+def _writes_to_inputs(body: GraphModule) -> bool:
+    given = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
+    targets = [target for node in body.graph.nodes for target in written_by(body, node)]
+    return any(may_alias(target, one) for target in targets for one in given)
+
+
+def draws(node: Node) -> bool:
+    """Whether this node may take random numbers, whose order is part of what a graph computes."""
+    return operators.is_higher_order(node.target) or _RANDOM.search(name_of(node.target)) is not None
+
+
+def switches_mode(node: Node) -> bool:
+    """Whether this node turns gradients or autocast on or off for those after it."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_SWITCHES
+
+
+def is_transform(target: Any) -> bool:
+    """Whether a node's target begins, ends or is part of a torch.func transform or forward-mode differentiation."""
+    return _TRANSFORM.search(getattr(target, "__name__", "")) is not None
+
+
+def may_alias(left: Any, right: Any) -> bool:
+    """Whether writing to one value may change the other; what is unknown may."""
+    left, right = value_of(left), value_of(right)
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return left is None or right is None
+    return fake_tensors.storage_key(left) == fake_tensors.storage_key(right)

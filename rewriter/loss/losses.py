@@ -1,0 +1,291 @@
+"""Lift a head with its loss, and let logits that leave the graph be computed by whoever reads them.
+
+From a product with a vocabulary on, every use of its logits is followed (logits.py).  Where all of them end in losses
+and in outputs of the graph, the losses become ``fastft::linear_cross_entropy``, and the outputs hidden states, of which
+outputs.py makes tensors that compute themselves when they are read.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from fastft.compat import dynamo, fake_tensors
+from fastft.compat.fake_tensors import value_of
+from fastft.kernels.lora_group import Group
+from fastft.rewriter.capture.normalize import arguments_of
+from fastft.rewriter.fx.editing import between, describe_as, mark_trained
+from fastft.rewriter.fx.effects import may_alias, switches_mode, transformed, written_by, written_in_place
+from fastft.rewriter.fx.metadata import module_path, name_of, same_kind, source_line
+from fastft.rewriter.loss.head import Head, Logits
+from fastft.rewriter.loss.logits import consume, follow
+from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss
+
+RULE = "linear_cross_entropy"
+_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_TRANSPOSES: dict[str, list[Any]] = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
+_NAMES = {"gather": "log_probability"}  # of losses, where a function's own says little
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """An output that is computed when it is read.
+
+    position: among the graph's outputs, where its hidden states are now.  logits: with numbers in the place of tensors.
+    values: where the head's tensors are: ("input", number) or ("output", number).
+    """
+
+    position: int
+    logits: Logits
+    values: tuple[tuple[str, int], ...]
+    module: str
+
+
+class DeclinedError(Exception):
+    """Why a head's logits are needed as they are."""
+
+
+def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[Deferred] | None = None) -> None:
+    """Replace the losses of one graph, and take logits out of its outputs; what nearly was one goes into ``report``.
+
+    deferred: where outputs that are left to whoever reads them go; none is without it.
+    """
+    graph = gm.graph
+    if transformed(graph):
+        return
+    vocabularies = {*_embeddings(graph), *_embeddings_of_the_model()}
+    has_loss = any(name_of(node.target) in ("cross_entropy", "nll_loss", "kl_div") for node in graph.nodes)
+    heads = list(_heads(graph))
+    for root, logits in heads:
+        known = logits.head.classes in vocabularies
+        lifting = _Lifting(gm, root, logits, chunk_bytes)
+        try:
+            found = lifting.run(lazy=deferred is not None, known=known)
+        except DeclinedError as declined:
+            lifting.undo()
+            last = root is heads[-1][0]
+            if lifting.losses or (last and known and has_loss):
+                report.near_misses.append(NearMiss(RULE, *_place(root), str(declined)))
+            continue
+        report.lifted += [Lifted(f"{RULE}.{name}", *_place(node)) for node, name in lifting.losses]
+        if deferred is not None:
+            deferred += found
+        report.deferred += [one.module for one in found]
+
+
+def _place(node: Node) -> tuple[str, str]:
+    return module_path(node), source_line(node)
+
+
+def _embeddings(graph: Graph) -> Iterator[int]:
+    """The numbers of rows of the tables that tokens are looked up in."""
+    for node in graph.find_nodes(op="call_function", target=F.embedding):
+        table = value_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
+        if isinstance(table, Tensor) and isinstance(table.shape[0], int):
+            yield table.shape[0]
+
+
+def _embeddings_of_the_model() -> list[int]:
+    """The same of the module whose code is being compiled: where its graph breaks, the lookup is in another part."""
+    try:
+        _, owner = dynamo.current_code()
+    except Exception:  # called without Dynamo
+        return []
+    modules = owner.modules() if isinstance(owner, nn.Module) else ()
+    return [one.num_embeddings for one in modules if isinstance(one, nn.Embedding)]
+
+
+def _heads(graph: Graph) -> Iterator[tuple[Node, Logits]]:
+    """Products with more results than features, and the logits that they are."""
+    for node in graph.nodes:
+        found = _linear(node) or _transposed(node) or _group(node)
+        if found is None:
+            continue
+        hidden, head = found
+        values = [value_of(one) for one in (hidden, node, *head.values)]
+        plain = all(
+            isinstance(one, Tensor) and type(one) is not Tensor and fake_tensors.is_plain(one) for one in values
+        )
+        if plain and value_of(hidden).dtype in _FLOATING and values[1].dim() == values[0].dim() > 1:
+            yield node, Logits(hidden, head, values[1].dtype, _trained(node, hidden, head))
+
+
+def _trained(node: Node, hidden: Node, head: Head) -> tuple[bool, ...]:
+    """Of hidden, weight, bias, lora_s and lora_b: which need a gradient."""
+    needs = lambda one: isinstance(value := value_of(one), Tensor) and value.requires_grad  # noqa: E731
+    if not needs(node):
+        return (False,) * 5
+    adapted = len(head.lora_a) > 0
+    s = adapted and (needs(hidden) or any(map(needs, head.lora_a)))
+    return needs(hidden), needs(head.weight), needs(head.bias), s, any(map(needs, head.lora_b))
+
+
+def _linear(node: Node) -> tuple[Node, Head] | None:
+    bound = arguments_of(node) if node.target is F.linear else None
+    if bound is None or bound[1]:
+        return None
+    hidden, weight, bias = [*bound[0], None][:3]
+    return _of_weight(node, hidden, weight, bias)
+
+
+def _transposed(node: Node) -> tuple[Node, Head] | None:
+    """hidden @ weight.T"""
+    if name_of(node.target) not in ("matmul", "linear") or len(node.args) != 2 or node.kwargs:
+        return None
+    hidden, turned = node.args
+    if not isinstance(turned, Node) or not turned.args:
+        return None
+    name, rest = name_of(turned.target), tuple(turned.args[1:])
+    by_name = name == "getattr" and rest in (("T",), ("mT",))
+    if turned.kwargs or not (by_name or rest in _TRANSPOSES.get(name, [])):
+        return None
+    return _of_weight(node, hidden, turned.args[0], None)
+
+
+def _of_weight(node: Node, hidden: Any, weight: Any, bias: Any) -> tuple[Node, Head] | None:
+    shape: Any = getattr(value_of(weight), "shape", ())
+    if not isinstance(hidden, Node) or not isinstance(weight, Node) or len(shape) != 2 or value_of(node) is None:
+        return None
+    classes, features = shape
+    if type(classes) is not int or type(features) is not int or classes <= features:
+        return None
+    dtype = value_of(node).dtype
+    return hidden, Head(weight, bias, classes, features, dtype, dtype)
+
+
+def _group(node: Node) -> tuple[Node, Head] | None:
+    """A layer of 4-bit weights, or with adapters, as quantized.py and merge.py make them."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], Node) or node.args[1] != 0:
+        return None
+    call = node.args[0]
+    if call.target is not torch.ops.fastft.lora_linear or len(call.users) != 1:
+        return None
+    given: Any = Group(*call.args)  # type: ignore[arg-type]  # nodes in the places of tensors
+    features = value_of(given.x).shape[-1]
+    if len(given.features) != 1 or given.inputs or type(features) is not int or given.features[0] <= features:
+        return None
+    nested = (given.absmax, given.absmax_8bit, given.absmax_code, given.absmax_offset)
+    statistics = tuple(one[0] for one in nested if one)
+    return given.x, Head(
+        given.weights[0], next(iter(given.biases), None), given.features[0], features, value_of(given.x).dtype,
+        value_of(node).dtype, statistics, tuple(given.lora_a), tuple(given.lora_b), tuple(given.scales),
+        given.blocksize, given.quant_type, plain=False,
+    )  # fmt: skip
+
+
+class _Lifting:
+    """One head: its logits followed to all of their ends."""
+
+    def __init__(self, gm: GraphModule, root: Node, logits: Logits, chunk_bytes: int) -> None:
+        self.gm, self.graph, self.root, self.chunk_bytes = gm, gm.graph, root, chunk_bytes
+        self.states = {root: logits}
+        self.losses: list[tuple[Node, str]] = []  # the user's calls
+        self.results: dict[Node, Node] = {}  # what stands for them
+        self.made: list[Node] = []
+        self.head = logits.head
+
+    def run(self, *, lazy: bool, known: bool) -> list[Deferred]:
+        """Follow, check, replace.  Raises DeclinedError; undo then takes back what was made.
+
+        lazy: whether logits may leave the graph uncomputed.  known: whether tokens have as many embeddings as classes.
+        """
+        output, last = self.graph.output_node(), self.root
+        for node in self.graph.nodes:
+            if node is output or self.states.keys().isdisjoint(node.all_input_nodes):
+                continue
+            last = node
+            self._visit(node)
+        left = [node for node in self.states if output in node.users]
+        if left and not (lazy and (known or self.losses)):
+            raise DeclinedError("its logits are an output")
+        if any(self.states[node].classes_second or self.states[node].compared for node in left):
+            raise DeclinedError("its logits are an output in another order")
+        if not left and not self.losses:
+            raise DeclinedError("nothing reads its logits")
+        self._check(last)
+        for node, result in self.results.items():
+            node.replace_all_uses_with(result)
+        deferred = self._defer(left)
+        call = [self.root.args[0]] if self.root.target is operator.getitem else []
+        unused = {*self.states, *self.results, *call}
+        for node in reversed(self.graph.nodes):
+            if node in unused and not node.users:
+                self.graph.erase_node(node)
+        return deferred
+
+    def undo(self) -> None:
+        for node in reversed(self.made):
+            self.graph.erase_node(node)
+
+    def _visit(self, node: Node) -> None:
+        name, args = name_of(node.target), list(node.args)
+        if name == "mul" and len(args) == 2 and isinstance(args[1], Node):
+            args.reverse()  # a number may come first
+        first, value = args[0] if args else None, value_of(node)
+        others = [one for one in node.all_input_nodes if one in self.states and one is not first]
+        if others or not isinstance(first, Node) or first not in self.states or not isinstance(value, Tensor):
+            raise DeclinedError(f"its logits are also used by {name} ({source_line(node)})")
+        logits = self.states[first]
+
+        def call(function: Callable | str, *args: Any, **kwargs: Any) -> Node:
+            return self._call(node, function, args, kwargs)
+
+        followed = follow(name, logits, args[1:], node.kwargs, call, value.dtype)
+        if followed is not None and tuple(map(str, followed.shape)) == tuple(map(str, value.shape)):
+            self.states[node] = followed
+            return
+        result = consume(name, logits, args[1:], node.kwargs, call, self.chunk_bytes, value.dtype)
+        if result is None:
+            raise DeclinedError(f"its logits are also used by {name} ({source_line(node)})")
+        if not same_kind(value_of(result), value):
+            raise DeclinedError(f"{name} gives another result")
+        self.losses.append((node, "kl_div" if logits.compared else _NAMES.get(name, name)))
+        self.results[node] = result
+
+    def _call(self, before: Node, function: Callable | str, args: Sequence[Any], kwargs: Any) -> Node:
+        kind = "call_method" if isinstance(function, str) else "call_function"
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node(kind, function, tuple(args), dict(kwargs))
+        self.made.append(node)
+        describe_as(node, before)
+        mark_trained(node)
+        return node
+
+    def _check(self, last: Node) -> None:
+        """Nothing that is read is written to, and gradients are not switched on the way.  Autocast may be."""
+        values = [*self.states, *self.head.values, *(state.hidden for state in self.states.values())]
+        if reason := written_in_place(values):
+            raise DeclinedError(reason)
+        for node in between(self.root, last):
+            if switches_mode(node) and "autocast" not in name_of(node.target):
+                raise DeclinedError(f"{name_of(node.target)} is called halfway")
+            if any(may_alias(target, value) for target in written_by(self.gm, node) for value in values):
+                raise DeclinedError(f"{name_of(node.target)} writes to what it is made of")
+
+    def _defer(self, left: Sequence[Node]) -> list[Deferred]:
+        """Put hidden states in the places of logits among the outputs, and what else the logits are made of behind."""
+        node = self.graph.output_node()
+        outputs = list(node.args[0])  # type: ignore[arg-type]
+        inputs = {one: at for at, one in enumerate(self.graph.find_nodes(op="placeholder"))}
+        deferred = []
+        for position, one in enumerate(list(outputs)):
+            if one not in left:
+                continue
+            logits = self.states[one]
+            outputs[position] = logits.hidden
+            values = []
+            for value in self.head.values:
+                if value not in inputs and value not in outputs:
+                    outputs.append(value)
+                values.append(("input", inputs[value]) if value in inputs else ("output", outputs.index(value)))
+            bare = logits.with_values(range(1 + len(values)))
+            deferred.append(Deferred(position, bare, tuple(values), module_path(self.root)))
+        node.args = (tuple(outputs),)
+        return deferred

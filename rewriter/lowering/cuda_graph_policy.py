@@ -1,0 +1,60 @@
+"""Which pieces run as CUDA graphs, and the pieces with those in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastft.compat.fake_tensors import value_of
+from fastft.rewriter.outline import stitch
+from fastft.rewriter.outline.partition import Piece
+from fastft.rewriter.runtime.cuda_graphs import Graphed, log
+from fastft.rewriter.runtime.offload import Offloader
+
+SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
+
+
+def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
+    """The pieces from the first layer to the last, if they should and can run as CUDA graphs.
+
+    asked: the user's word; None takes graphs where sizes are fixed and small.
+    """
+    layers = [number for number, piece in enumerate(pieces) if piece.layer]
+    if asked is False or not layers:
+        return None
+    stack = stitch.join(pieces[layers[0] : layers[-1] + 1])
+    values = [value_of(node) for node in stack.inputs]
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    if len(devices) != 1 or devices.pop().type != "cuda":
+        log.info("no CUDA graphs: the layers do not run on one CUDA device")
+        return None
+    if asked is None and not all(_is_small(values[place]) for place in moving_inputs(stack)):
+        return None
+    return range(layers[0], layers[-1] + 1)
+
+
+def graph_layers(
+    pieces: Sequence[Piece], calls: dict[Piece, Callable], layers: range, offloader: Offloader | None = None
+) -> list[Piece]:
+    """The pieces with those layers as one, which runs as CUDA graphs.  offloader: what the layers offload with."""
+    inside = pieces[layers.start : layers.stop]
+    stack = stitch.join(inside)
+    call = stitch.chain(inside, calls, stack.inputs, tuple(stack.outputs))
+    calls[stack] = Graphed(call, moving_inputs(stack), offloader)
+    return [*pieces[: layers.start], stack, *pieces[layers.stop :]]
+
+
+def moving_inputs(stack: Piece) -> list[int]:
+    """Places of the inputs that are not of the graph, or are no tensors."""
+    return [
+        place for place, node in enumerate(stack.inputs)
+        if node.op != "placeholder" or not isinstance(value_of(node), Tensor)
+    ]  # fmt: skip
+
+
+def _is_small(value: Any) -> bool:
+    """Whether this is of a fixed size, and if it is a hidden state, so small that launching it takes long."""
+    fixed = isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)
+    return fixed and (not value.is_floating_point() or value.numel() <= SMALL)

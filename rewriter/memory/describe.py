@@ -1,0 +1,73 @@
+"""Describe a plan for the report: the simulated step, and what each kind of layer does with each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastft.compat.symbolic import evaluate
+from fastft.rewriter.memory.device_rates import Rates
+from fastft.rewriter.memory.pareto import Choice
+from fastft.rewriter.memory.simulate import Plan, Row, Stage
+from fastft.rewriter.report.plan import Item, PlanReport
+
+LEAST_SHOWN = 2**10  # bytes of a tensor
+
+
+def describe(report: PlanReport, row: Row, plan: Plan, budget: str, limit_bytes: int | None, rate: Rates) -> None:
+    """Fill in a report with this plan.
+
+    budget: the user's word.  limit_bytes: what it came to.  rate: of the device, for the microseconds of each tensor.
+    """
+    report.budget, report.limit_bytes = budget, limit_bytes
+    report.peak_bytes, report.peak_at, report.host_bytes = plan.peak_bytes, plan.peak.label, plan.host_bytes
+    report.seconds, report.graphed = plan.seconds, plan.graphed
+    report.moments = [(moment.label, dict(moment.parts)) for moment in plan.moments]
+    report.items = [item for layers, stage, choice in _alike(row, plan) for item in _items(layers, stage, choice, rate)]
+
+
+def _alike(row: Row, plan: Plan) -> list[tuple[str, Stage, Choice]]:
+    """Stages of one structure and choice together, with what to call them."""
+    groups: dict[tuple[int, Choice], list[Stage]] = {}
+    for stage, choice in zip(row.stages, plan.choices, strict=True):
+        if stage.kind.joint is not None:
+            groups.setdefault((id(stage.kind.joint), choice), []).append(stage)
+    return [(_names(stages), stages[0], choice) for (_, choice), stages in groups.items()]
+
+
+def _names(stages: Sequence[Stage]) -> str:
+    first, last = stages[0].name, stages[-1].name
+    return first if len(stages) == 1 else f"{first} … {last.rpartition('.')[2]} ({len(stages)} layers)"
+
+
+def _within(stage: Stage, module: str) -> str:
+    """A module's path inside its layer: mlp.down_proj."""
+    stack = stage.name.rpartition(".")[0]
+    return module.removeprefix(f"{stack}.").partition(".")[2] if stack and module.startswith(stack) else module
+
+
+def _items(layers: str, stage: Stage, choice: Choice, rate: Rates) -> list[Item]:
+    joint = stage.kind.joint
+    assert joint is not None
+    saved, again = joint.closure(choice.ops)
+    there_and_back = 1e6 / rate.to_host + 1e6 / rate.from_host
+    found = []
+    for at, op in enumerate(joint.ops):
+        scratch = evaluate(op.scratch, joint.hints)
+        if op.forward and "lora_linear" in op.label and scratch >= LEAST_SHOWN:
+            taken = 1.25 * scratch / rate.bytes * 1e6  # 16 bits written of 4 read
+            found.append(Item(layers, "de-quantised", f"weights of {_within(stage, op.module)}", "", scratch, taken))
+        for made in op.makes if op.forward else ():
+            storage = joint.storages[made]
+            size = evaluate(storage.bytes, joint.hints)
+            fate = "recomputed" if at in again else "offloaded" if storage.name in choice.offloaded else "kept"
+            if size >= LEAST_SHOWN and (at in again or made in saved) and op.lies:
+                name = f"{_within(stage, op.module)} {op.label.removeprefix('fastft.')}".strip()
+                taken = size * there_and_back if fate == "offloaded" else op.seconds * 1e6
+                found.append(Item(layers, fate, name, f"{storage.dtype} {storage.shape}", size, taken))
+    for one in saved:
+        storage = joint.storages[one]
+        if storage.input is not None and storage.name in choice.offloaded:
+            size = evaluate(storage.bytes, joint.hints)
+            shape, taken = f"{storage.dtype} {storage.shape}", size * there_and_back
+            found.append(Item(layers, "offloaded", "hidden_states, its input", shape, size, taken))
+    return found

@@ -1,0 +1,230 @@
+"""A layer's forward and backward as storages and ops: what backward may find kept, and what it costs to make it again.
+
+Read from the joint graph that AOTAutograd traces.  Views share the storage of what they are views of; every other node
+is an op.  What is decided is which forward ops are *kept*: their results that backward or a repeated op reads stay in
+memory.  All others are run again where their results are needed, from what is kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from fastft.compat import fake_tensors, operators, symbolic
+from fastft.compat.symbolic import Sizes, evaluate, expression
+from fastft.rewriter.fx.metadata import module_path
+from fastft.rewriter.memory import cost_model, op_traits
+from fastft.rewriter.memory.device_rates import Rates
+
+EXACT = 10  # ops whose every combination is tried
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Memory of a tensor and its views.
+
+    bytes: a number, or an expression of the graph's symbols.  input: its place among the inputs, if it is one.
+    """
+
+    name: str
+    bytes: Any
+    dtype: str
+    shape: str
+    input: int | None = None
+    tangent: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node that computes.
+
+    reads, makes: storages.  seconds: at the example's sizes.  scratch: bytes beside the results.  lies: its results lie
+    in memory; those of others are fused into what reads them.  again: may be run again.
+    """
+
+    node: str
+    label: str
+    module: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    seconds: float
+    scratch: Any
+    lies: bool
+    forward: bool
+    again: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a layer at some sizes, beyond what lives before it runs.
+
+    saved: what it keeps for backward of its own making.  forward, backward: the most while it runs; what it keeps and
+    its results are in forward, its results and the gradients that come in in backward, what it kept is not.
+    """
+
+    saved: int
+    forward: int
+    backward: int
+
+
+@dataclass
+class Joint:
+    """storages and ops in the order of the graph; the storages that forward and backward return.
+
+    hints: the symbols of its sizes, with their values in the example.
+    nodes: what storages are called in the graph.
+    """
+
+    storages: list[Storage] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    forward_outputs: list[int] = field(default_factory=list)
+    backward_outputs: list[int] = field(default_factory=list)
+    hints: Sizes = field(default_factory=dict)
+    nodes: dict[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def maker(self) -> dict[int, int]:
+        return {storage: at for at, op in enumerate(self.ops) for storage in op.makes}
+
+    @cached_property
+    def needed(self) -> list[int]:
+        """What backward reads of forward and of the inputs."""
+        made = {one for op in self.ops if not op.forward for one in op.makes}
+        reads = dict.fromkeys(one for op in self.ops if not op.forward for one in op.reads)
+        reads |= dict.fromkeys(self.backward_outputs)
+        return [one for one in reads if one not in made and not self.storages[one].tangent]
+
+    def closure(self, kept: Iterable[int]) -> tuple[list[int], list[int]]:
+        """The storages that stay in memory, inputs among them, and the ops that run again."""
+        kept, saved, again = set(kept), [], []
+        waiting, seen = list(self.needed), set(self.needed)
+        while waiting:
+            one = waiting.pop()
+            made_by = self.maker.get(one)
+            if made_by is None or made_by in kept or not self.ops[made_by].again:
+                saved.append(one)
+            elif made_by not in again:
+                again.append(made_by)
+                new = [read for read in self.ops[made_by].reads if read not in seen]
+                waiting += new
+                seen.update(new)
+        return saved, again
+
+    def saved_inputs(self, kept: Iterable[int]) -> list[int]:
+        """Places of the inputs that backward reads."""
+        places = [self.storages[one].input for one in self.closure(kept)[0]]
+        return [place for place in places if place is not None]
+
+    def memory(self, kept: Iterable[int], sizes: Sizes | None = None) -> Memory:
+        """Replay forward and backward and count what lives.
+
+        What was kept is freed as soon as backward no longer reads it, as are gradients that came in.
+        """
+        saved, _ = self.closure(kept)
+        sizes = self.hints | (sizes or {})
+        sizes_of = [evaluate(one.bytes, sizes) for one in self.storages]
+        made = [one for one in saved if one in self.maker]
+        forward = self._peak([op for op in self.ops if op.forward], [*made, *self.forward_outputs], [], sizes_of, sizes)
+        order = list(self._backward_order(set(saved)))
+        tangents = [at for at, one in enumerate(self.storages) if one.tangent]
+        backward = self._peak(order, self.backward_outputs, [*made, *tangents], sizes_of, sizes)
+        return Memory(sum(sizes_of[one] for one in made), forward, backward - sum(sizes_of[one] for one in made))
+
+    def _backward_order(self, saved: set[int]) -> Iterator[Op]:
+        """Backward's ops, each behind those that have to run again for it."""
+        done: set[int] = set()
+
+        def needs(op: Op) -> Iterator[Op]:
+            for read in op.reads:
+                made_by = self.maker.get(read)
+                if made_by is not None and self.ops[made_by].forward and read not in saved and made_by not in done:
+                    done.add(made_by)
+                    yield from needs(self.ops[made_by])
+                    yield self.ops[made_by]
+
+        for op in self.ops:
+            if not op.forward:
+                yield from needs(op)
+                yield op
+
+    def _peak(
+        self, order: Sequence[Op], stays: Sequence[int], before: Sequence[int], sizes_of: Sequence[int], sizes: Any
+    ) -> int:
+        """The most bytes that live while these ops run; before: those that live at the start."""
+        last = {one: at for at, op in enumerate(order) for one in (*op.reads, *op.makes)}
+        last |= dict.fromkeys(stays, len(order))
+        live = sum(sizes_of[one] for one in before)
+        peak = live
+        counted = set(before)
+        for at, op in enumerate(order):
+            made = [one for one in op.makes if one not in counted and (op.lies or last[one] == len(order))]
+            live += sum(sizes_of[one] for one in made)
+            counted.update(made)
+            peak = max(peak, live + evaluate(op.scratch, sizes))
+            dead = [one for one in {*op.reads, *op.makes} if one in counted and last[one] == at]
+            live -= sum(sizes_of[one] for one in dead)
+            counted.difference_update(dead)
+        return peak
+
+
+def read(graph: Graph, forward_outputs: int, rate: Rates) -> Joint:
+    """The joint graph of a layer, whose first outputs are those of forward.
+
+    Names are those of its nodes, which are the same whenever it is traced.
+    """
+    joint, storage_of, places = Joint(), dict[Node, list[int]](), 0
+    gradient: set[Node] = set()
+
+    def new(name: str, value: Any, **known: Any) -> int:
+        dtype, shape = str(getattr(value, "dtype", "")).removeprefix("torch."), "x".join(map(str, value.shape))
+        joint.storages.append(Storage(name, expression(cost_model.tensor_bytes(value)), dtype, shape, **known))
+        joint.hints |= symbolic.hints_of(value)
+        return len(joint.storages) - 1
+
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or not gradient.isdisjoint(node.all_input_nodes):
+            gradient.add(node)
+        if node.op == "placeholder":
+            if fake_tensors.tensors_in(value):
+                storage_of[node] = [new(node.name, value, tangent=tangent, input=None if tangent else places)]
+                joint.nodes[storage_of[node][0]] = node.name
+            places += not tangent
+        elif node.op == "call_function":
+            reads = dict.fromkeys(one for given in node.all_input_nodes for one in storage_of.get(given, ()))
+            if node.target is operator.getitem:
+                parent, place = node.args
+                whole = storage_of.get(parent, [])
+                storage_of[node] = [whole[place]] if isinstance(place, int) and place < len(whole) else whole
+                joint.nodes[storage_of[node][0]] = node.name
+            elif operators.is_view(node.target) and reads:
+                storage_of[node] = list(storage_of.get(node.all_input_nodes[0], reads))
+            else:
+                values = fake_tensors.tensors_in(value)
+                made = [
+                    new(f"{node.name}.{at}" if len(values) > 1 else node.name, one) for at, one in enumerate(values)
+                ]
+                storage_of[node] = made
+                joint.nodes |= dict.fromkeys(made, node.name)
+                joint.ops.append(_op(node, tuple(reads), tuple(made), node not in gradient, rate))
+    results: Any = graph.output_node().args[0]
+    outputs = [storage_of.get(node, []) if isinstance(node, Node) else [] for node in results]
+    joint.forward_outputs = [one for some in outputs[:forward_outputs] for one in some]
+    joint.backward_outputs = [one for some in outputs[forward_outputs:] for one in some]
+    return joint
+
+
+def _op(node: Node, reads: tuple[int, ...], makes: tuple[int, ...], forward: bool, rate: Rates) -> Op:
+    name = str(node.target).removesuffix(".default")
+    return Op(
+        node.name, name, module_path(node), reads, makes, cost_model.seconds(node, rate),
+        expression(cost_model.scratch_bytes(node)),
+        lies=not op_traits.is_fused(node) or not all(map(op_traits.is_fused, node.users)),
+        forward=forward, again=not op_traits.is_random(node.target),
+    )  # fmt: skip

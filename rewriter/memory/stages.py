@@ -1,0 +1,96 @@
+"""A graph's pieces as the planner's stages: which values go between them, and what each kind may keep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.compat import fake_tensors, symbolic
+from fastft.compat.fake_tensors import value_of
+from fastft.rewriter.memory import cost_model, device_rates, joint_graph, pareto
+from fastft.rewriter.memory.partitioner import Probe
+from fastft.rewriter.memory.simulate import Kind, Name, Row, Stage, Value
+from fastft.rewriter.outline.partition import Piece
+
+
+def read(gm: GraphModule, pieces: Sequence[Piece], probes: Mapping[Any, Probe | None], rate: device_rates.Rates) -> Row:
+    """The stages of a graph.  probes: the joint graph of each kind of piece, by key; None where none is."""
+    kinds: dict[Any, Kind] = {}
+    number_of = {node: number for number, piece in enumerate(pieces) for node in piece.outputs}
+    last_layer = max((number for number, piece in enumerate(pieces) if piece.layer), default=-1)
+    row = Row([], {}, {})
+    for number, piece in enumerate(pieces):
+        offload = piece.layer and number != last_layer  # whose activations are wanted again at once
+        key = piece.key, offload
+        if key not in kinds:
+            kinds[key] = _kind(piece, probes[piece.key], rate, offload)
+            found = kinds[key].joint
+            row.hints |= found.hints if found is not None else {}
+        inputs: dict[int, Name] = {place: id(node) for place, node in enumerate(piece.inputs) if node in number_of}
+        row.stages.append(Stage(kinds[key], _name(piece, number, len(pieces)), inputs))
+        for node in piece.outputs:
+            for tensor in fake_tensors.tensors_in(value_of(node)):
+                row.values[id(node)] = Value(symbolic.expression(cost_model.tensor_bytes(tensor)), number)
+                row.hints |= symbolic.hints_of(tensor)
+    _lifetimes(gm, pieces, row)
+    _gradients(pieces, row)
+    return row
+
+
+def _kind(piece: Piece, probe: Probe | None, rate: device_rates.Rates, offload: bool) -> Kind:
+    if probe is None or probe.joint is None:
+        return Kind(piece.module, None, [pareto.Choice(())])
+    found = joint_graph.read(probe.joint.graph, probe.forward_outputs, rate)
+    inside = set(piece.nodes)
+    made = {place for place, node in enumerate(piece.inputs) if node.op != "placeholder"}
+    private = {place for place in made if inside.issuperset(piece.inputs[place].users)}
+    return Kind(piece.module, found, pareto.choices(found, rate, private, offload=offload))
+
+
+def _name(piece: Piece, number: int, count: int) -> str:
+    if piece.layer:
+        return piece.module or f"piece {number}"
+    return (
+        "what comes before the layers" if number == 0 else "head and loss" if number == count - 1 else f"piece {number}"
+    )
+
+
+def _lifetimes(gm: GraphModule, pieces: Sequence[Piece], row: Row) -> None:
+    for number, piece in enumerate(pieces):
+        for node in piece.inputs:
+            if id(node) in row.values:
+                row.last[id(node)] = number
+    for node in gm.graph.output_node().all_input_nodes:
+        if id(node) in row.values:
+            row.last[id(node)] = len(pieces)
+    for name, value in row.values.items():
+        row.last.setdefault(name, value.made)
+
+
+def _gradients(pieces: Sequence[Piece], row: Row) -> None:
+    """Backward goes from the last stage to the first: the last that reads a parameter makes its gradient."""
+    seen: set[Node] = set()
+    for piece, stage in reversed(list(zip(pieces, row.stages, strict=True))):
+        for node in piece.inputs:
+            value = value_of(node)
+            if node.op == "placeholder" and isinstance(value, Tensor) and value.requires_grad and node not in seen:
+                seen.add(node)
+                stage.gradient_bytes += symbolic.hint(cost_model.tensor_bytes(value))
+
+
+def device_of(gm: GraphModule) -> torch.device:
+    """Where most of a graph's inputs are."""
+    values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    found = Counter(value.device for value in values if isinstance(value, Tensor))
+    return found.most_common(1)[0][0] if found else torch.device("cpu")
+
+
+def input_bytes(gm: GraphModule) -> int:
+    """What a graph's inputs take."""
+    values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    return sum(symbolic.hint(cost_model.tensor_bytes(value)) for value in values if isinstance(value, Tensor))

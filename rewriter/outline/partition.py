@@ -1,0 +1,200 @@
+"""Outline: a graph becomes pieces that run one after another, and pieces of the same structure are compiled once.
+
+A piece gets everything that it reads as an input, parameters too, so that one compiled region serves every layer of its
+kind.  PyTorch's DDPOptimizer splits graphs in the same way (torch/_dynamo/backends/distributed.py).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.compat import fake_tensors, symbolic
+from fastft.compat.fake_tensors import value_of
+from fastft.rewriter.fx.bodies import size
+from fastft.rewriter.fx.effects import is_transform, switches_mode, written_by
+from fastft.rewriter.fx.metadata import module_path, name_of
+from fastft.rewriter.outline import layer_detection
+from fastft.rewriter.report.data import GraphReport, Region
+
+LEAST_SAVING = 0.1  # of the nodes: below it, cutting the graph costs more fusions than it saves compilation
+
+
+@dataclass(eq=False)
+class Piece:
+    """A stretch of the graph that runs as one call.
+
+    inputs: nodes of the graph that it reads, sizes included.  outputs: those of its nodes that others read.  layer:
+    whether it is one of a stack.  key: equal for pieces of the same structure.
+    """
+
+    nodes: list[Node]
+    layer: bool
+    inputs: list[Node] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
+    key: Any = None
+
+    @property
+    def module(self) -> str:
+        """The module that all of a layer's nodes are in; "" where that is the model itself."""
+        paths = [path.split(".") for node in self.nodes if (path := module_path(node))]
+        common = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+        return ".".join(names[0] for names in common) if self.layer else ""
+
+
+class DeclinedError(Exception):
+    """Why a graph is not cut in this way."""
+
+
+def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
+    """Cut a graph into pieces; [] where it is better, or safer, compiled whole."""
+    nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    report.whole = "nothing in it repeats"
+    for stretches in layer_detection.proposals(nodes):
+        try:
+            pieces = _cut(gm, nodes, stretches)
+        except DeclinedError as declined:
+            report.whole = str(declined)
+            continue
+        sizes = [size(gm, piece.nodes) for piece in pieces]
+        once = dict(zip((piece.key for piece in pieces), sizes, strict=True))
+        if sum(once.values()) <= (1 - LEAST_SAVING) * sum(sizes):
+            report.whole, report.regions = "", _described(pieces, sizes)
+            return pieces
+    return []
+
+
+def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> list[Piece]:
+    """The stretches and what lies before, between and after them, as pieces.  Raises DeclinedError."""
+    pieces, done = [], 0
+    for stretch in (*stretches, range(len(nodes), len(nodes))):
+        if done < stretch.start:
+            pieces.append(Piece(list(nodes[done : stretch.start]), layer=False))
+        if stretch:
+            pieces.append(Piece(list(nodes[stretch.start : stretch.stop]), layer=True))
+        done = stretch.stop
+    owner = {node: piece for piece in pieces for node in piece.nodes}
+    _connect(gm, pieces)
+    for piece in pieces:
+        _check_modes(piece)
+        _check_values(piece)
+    _check_writes(gm, pieces, owner)
+    for piece in pieces:
+        piece.key = _key(gm, piece)
+    return pieces
+
+
+def _connect(gm: GraphModule, pieces: Sequence[Piece]) -> None:
+    """Find what each piece reads and what it is read for."""
+    sizes = symbolic.size_inputs(gm.graph)
+    for piece in pieces:
+        own = set(piece.nodes)
+        reads = [one for node in piece.nodes for one in node.all_input_nodes if one.op != "get_attr" and one not in own]
+        symbols = [sizes[symbol] for node in reads for symbol in symbolic.symbols_of(value_of(node)) if symbol in sizes]
+        piece.inputs = list(dict.fromkeys([*(node for node in symbols if node not in own), *reads]))
+    needed = {node for piece in pieces for node in piece.inputs} | set(gm.graph.output_node().all_input_nodes)
+    for piece in pieces:
+        piece.outputs = [node for node in piece.nodes if node in needed]
+
+
+def _check_modes(piece: Piece) -> None:
+    """What a piece switches, it switches back."""
+    depth, grad = 0, torch.is_grad_enabled()
+    for node in piece.nodes:
+        if is_transform(node.target):
+            raise DeclinedError("the graph holds a torch.func transform")
+        if switches_mode(node):
+            name = name_of(node.target)
+            depth += 1 if "enter" in name else -1 if "exit" in name else 0
+            grad = bool(node.args[0]) if name == "_set_grad_enabled" else grad
+    if depth or grad != torch.is_grad_enabled():
+        raise DeclinedError("autocast or gradients are switched on in one layer and off in another")
+
+
+def _check_values(piece: Piece) -> None:
+    """Only plain tensors and sizes go from piece to piece."""
+    for node in piece.inputs:
+        value = value_of(node)
+        if node.op != "placeholder" and not fake_tensors.is_plain(value):
+            raise DeclinedError(f"{node.name}, a {type(value).__name__}, goes from one layer to another")
+
+
+def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node, Piece]) -> None:
+    """Nothing is written to in place but by the piece that made it, and before any other reads it."""
+    made: dict[int, Any] = {}  # by storage: the piece in which it first occurs, None for the graph's inputs
+    for node in gm.graph.nodes:
+        for tensor in fake_tensors.tensors_in(value_of(node)):
+            made.setdefault(fake_tensors.storage_key(tensor), owner.get(node))
+    counted = {
+        fake_tensors.storage_key(tensor) for node in gm.graph.nodes for tensor in _written_values(gm, node, made, owner)
+    }
+    for piece in pieces:
+        for node in piece.inputs:
+            for tensor in fake_tensors.tensors_in(value_of(node)):
+                if fake_tensors.written_to(tensor) and fake_tensors.storage_key(tensor) not in counted:
+                    raise DeclinedError(f"{node.name}, which layers share, is written to in place")
+
+
+def _written_values(gm: GraphModule, node: Node, made: Mapping[int, Any], owner: Mapping[Node, Piece]) -> list[Tensor]:
+    """The tensors that this node writes to.  Raises DeclinedError where another piece made one of them."""
+    tensors = [tensor for target in written_by(gm, node) for tensor in fake_tensors.tensors_in(value_of(target))]
+    for tensor in tensors:
+        if made.get(fake_tensors.storage_key(tensor)) is not owner.get(node):
+            raise DeclinedError(f"{node.name} writes in place to what another part of the graph made")
+    return tensors
+
+
+def _key(gm: GraphModule, piece: Piece) -> tuple:
+    """Equal for pieces that compute the same, given the same kind of inputs."""
+    numbers = {node: number for number, node in enumerate([*piece.inputs, *piece.nodes])}
+    inputs = tuple(fake_tensors.kind_of_input(node) for node in piece.inputs)
+    outputs = tuple(numbers[node] for node in piece.outputs)
+    return piece.layer, inputs, _structure(gm, piece.nodes, numbers), outputs
+
+
+def _structure(gm: GraphModule, nodes: Sequence[Node], numbers: dict[Node, int]) -> tuple:
+    def spelled(argument: Any) -> Any:
+        if isinstance(argument, Node):
+            return _attribute(gm, argument) if argument.op == "get_attr" else ("node", numbers[argument])
+        if isinstance(argument, (tuple, list)):
+            return type(argument).__name__, *map(spelled, argument)
+        if isinstance(argument, dict):
+            return "dict", *((name, spelled(value)) for name, value in argument.items())
+        if isinstance(argument, slice):
+            return "slice", spelled(argument.start), spelled(argument.stop), spelled(argument.step)
+        if isinstance(argument, (int, float, complex, str, type(None))):
+            return type(argument), repr(argument)  # 1 is neither 1.0 nor True, and nan is nan
+        return argument if isinstance(argument, (torch.dtype, torch.device, torch.layout)) else ("object", id(argument))
+
+    return tuple((node.op, node.target, spelled(node.args), spelled(node.kwargs)) for node in nodes)
+
+
+def _attribute(gm: GraphModule, node: Node) -> tuple:
+    """A nested graph by its structure, anything else by its identity."""
+    attribute = operator.attrgetter(str(node.target))(gm)
+    if not isinstance(attribute, GraphModule):
+        return "object", id(attribute)
+    nodes = [node for node in attribute.graph.nodes if node.op != "get_attr"]
+    numbers = {node: number for number, node in enumerate(nodes)}
+    inside = [node for node in nodes if node.op != "placeholder"]
+    settings = tuple(
+        (name, id(value)) for name, value in sorted(attribute.meta.items()) if name.startswith("_checkpoint")
+    )
+    return "graph", len(nodes) - len(inside), settings, _structure(attribute, inside, numbers)
+
+
+def _described(pieces: Sequence[Piece], sizes: Sequence[int]) -> list[Region]:
+    """The regions, in the order in which they are first called."""
+    calls = Counter(piece.key for piece in pieces)
+    first: dict[Any, Region] = {}
+    for piece, nodes in zip(pieces, sizes, strict=True):
+        first.setdefault(piece.key, Region(piece.module, calls[piece.key], nodes))
+    return list(first.values())

@@ -1,0 +1,365 @@
+"""Find projections of 4-bit weights, as bitsandbytes writes them, and make each a ``fastft::lora_linear``.
+
+bitsandbytes is not imported: its ops are known by their names, and their arguments say all there is to know.  A
+projection is ``gemm_4bit`` (0.50 and newer), or a linear of what ``dequantize_4bit`` returned (before), by itself or in
+the body of an autograd.Function.  There the backward body must be the gradient of the forward one: the upstream
+gradient times the same weight, and the bias's its sum.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.compat import fake_tensors, operators
+from fastft.compat.fake_tensors import value_of
+from fastft.errors import describe
+from fastft.rewriter.capture.normalize import arguments_of
+from fastft.rewriter.fx.editing import describe_as
+from fastft.rewriter.fx.effects import only_reads, written_in_place
+from fastft.rewriter.fx.metadata import holds, module_path, same_kind, source_line
+from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss
+
+RULE = "lora_linear.four_bit"
+_NESTED_BLOCK = 256
+_ADD = (operator.iadd, operator.add, torch.add)
+_VIEWS = ("view", "reshape", "t", "contiguous")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A 4-bit weight [rows, columns]: nodes of the outer graph, and numbers.  nested: absmax_8bit, code and offset."""
+
+    packed: Node
+    absmax: Node
+    nested: tuple[Node, ...]
+    rows: int
+    columns: int
+    blocksize: int
+    quant_type: str
+
+
+@dataclass(frozen=True)
+class Projection:
+    """x W^T + bias."""
+
+    x: Node
+    weight: Weight
+    bias: Node | None
+
+
+class NotOneError(Exception):
+    """Why something that de-quantises is no projection."""
+
+
+def lift(gm: GraphModule, report: GraphReport) -> None:
+    """Replace every projection of a 4-bit weight in one graph; what nearly is one goes into ``report``."""
+    unused: list[Node] = []
+    for node in list(gm.graph.nodes):
+        if not any(_is_op(one, "gemm_4bit", "dequantize_4bit") for one in _calls(gm, node)):
+            continue
+        place = module_path(node), source_line(node)
+        try:
+            root, projection = _projection_at(gm, node)
+            _check(root, projection)
+            _replace(gm, root, projection, unused)
+            report.lifted.append(Lifted(RULE, *place))
+        except NotOneError as declined:
+            report.near_misses.append(NearMiss(RULE, *place, str(declined)))
+        except Exception as error:  # a spelling that is not known must not cost the whole graph
+            report.near_misses.append(NearMiss(RULE, *place, f"it could not be read: {describe(error)}"))
+    _erase(gm, unused)
+
+
+def _erase(gm: GraphModule, unused: list[Node]) -> None:
+    """Take out what only served the projections that were replaced: views of their bytes, de-quantisation."""
+    erased: set[Node] = set()
+    while unused:
+        node = unused.pop()
+        if node not in erased and not node.users and _only_serves(node):
+            erased.add(node)
+            unused += node.all_input_nodes
+            gm.graph.erase_node(node)
+
+
+def _only_serves(node: Node) -> bool:
+    """Whether this has no effect but its value."""
+    if node.op in ("get_attr", "call_method"):
+        return node.op == "get_attr" or node.target in (*_VIEWS, "to")
+    if _of_bitsandbytes(node):
+        return not operators.is_mutable(node.target)
+    added = node.target in _ADD and all(
+        _of_bitsandbytes(one) or one.op == "placeholder" for one in node.all_input_nodes
+    )
+    return added or _is_function(node)
+
+
+def _calls(gm: GraphModule, node: Node) -> Iterator[Node]:
+    """The node itself, or those of the forward body that it runs."""
+    body = _body(gm, node, 0)
+    yield from [node] if body is None else body.graph.nodes
+
+
+def _body(gm: GraphModule, node: Node, number: int) -> GraphModule | None:
+    """An autograd.Function's forward body, 0, or its backward body, 1."""
+    if not _is_function(node):
+        return None
+    body: Any = node.args[number]
+    return getattr(gm, str(body.target)) if isinstance(body, Node) else body
+
+
+def _is_function(node: Node) -> bool:
+    target: Any = node.target
+    return (
+        node.op == "call_function" and operators.is_higher_order(target) and target.name() == "autograd_function_apply"
+    )
+
+
+def _of_bitsandbytes(node: Any) -> bool:
+    return (
+        isinstance(node, Node) and operators.is_operator(node.target) and str(node.target).startswith("bitsandbytes.")
+    )
+
+
+def _is_op(node: Any, *names: str) -> bool:
+    return _of_bitsandbytes(node) and str(node.target).split(".")[1] in names
+
+
+def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, Projection]:
+    """The node whose value a projection is, and what it is of."""
+    body = _body(gm, node, 0)
+    if body is None:
+        reader = _Reader({})
+        if _is_op(node, "gemm_4bit"):
+            return node, reader.projection(node)
+        return _linear_above(node, reader)
+    backward = _body(gm, node, 1)
+    assert backward is not None
+    return _function(gm, node, body, backward)
+
+
+def _linear_above(node: Node, reader: _Reader) -> tuple[Node, Projection]:
+    """The linear that a de-quantised weight goes to; it may pass a cast that changes nothing and a transposition."""
+    at = node
+    while True:
+        users = list(at.users)
+        if len(users) != 1:
+            raise NotOneError(f"the de-quantised weight is used {len(users)} times")
+        at = users[0]
+        if at.target is F.linear:
+            return at, reader.projection(at)
+        if at.op != "call_method" or at.target not in ("t", "to"):
+            raise NotOneError("the de-quantised weight goes elsewhere than into a linear layer")
+
+
+def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, Projection]:
+    given = list(node.args[2:])
+    outside = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
+    if not only_reads(gm, node):
+        raise NotOneError("its autograd.Function writes to what it is given")
+    results, saved = _output(body)
+    projection = _Reader(outside).projection(_first(results))
+    for user in list(node.users):
+        if user.target is operator.getitem and not user.users:  # torch 2.11 takes out every result in a checkpoint
+            gm.graph.erase_node(user)
+    users = list(node.users)
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in users) or len(users) != 1:
+        raise NotOneError("other results of its autograd.Function are used")
+    placeholders = backward.graph.find_nodes(op="placeholder")
+    kept = placeholders[len(placeholders) - len(saved) :]
+    reader = _Reader(outside)
+    known = {
+        one: outside[source] if source in outside else reader.packed(source)
+        for one, source in zip(kept, saved, strict=True)
+    }
+    _check_gradients(_Reader(known), placeholders[0], _output_list(backward), given, projection)
+    return users[0], projection
+
+
+def _output(body: GraphModule) -> tuple[Any, Sequence[Any]]:
+    """What a forward body returns, and what it keeps for backward."""
+    returned: Any = body.graph.output_node().args[0]
+    results, saved = returned
+    return results, saved
+
+
+def _output_list(backward: GraphModule) -> Sequence[Any]:
+    found: Any = backward.graph.output_node().args[0]
+    return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def _first(results: Any) -> Any:
+    return results[0] if isinstance(results, (tuple, list)) else results
+
+
+def _is_view(node: Any) -> bool:
+    """Whether this has the bytes of its argument in their order: a transposition has where one axis is all there is."""
+    if not isinstance(node, Node) or node.op != "call_method" or node.target not in _VIEWS:
+        return False
+    typed = any(isinstance(one, torch.dtype) for one in node.args)
+    return not typed and (node.target != "t" or 1 in value_of(node).shape)
+
+
+def _check_gradients(
+    reader: _Reader, grad_output: Node, gradients: Sequence[Any], given: Sequence[Any], projection: Projection
+) -> None:
+    """x's gradient is grad_output W, the bias's the sum of grad_output over rows, and nothing else gets one."""
+    for gradient, argument in zip(gradients, given, strict=True):
+        if argument is projection.x:
+            product = _through_casts(gradient, value_of(projection.x).dtype)
+            right = product.target in (torch.matmul, operator.matmul) or product.target == "matmul"
+            if not right or product.args[0] is not grad_output:
+                raise NotOneError("its backward is not the product of the gradient and the weight")
+            if reader.weight(product.args[1]) != projection.weight:
+                raise NotOneError("its backward takes another weight than its forward")
+        elif argument is projection.bias and (gradient is not None or value_of(argument).requires_grad):
+            if gradient is None or gradient.target != "sum" or gradient.args[:2] != (grad_output, 0):
+                raise NotOneError("the bias's gradient is not a sum over rows")
+        elif gradient is not None:
+            raise NotOneError("something besides x and the bias gets a gradient")
+
+
+def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
+    """What this is cast from, if the casts lose nothing; the last one may round to ``dtype``."""
+    last = True
+    while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
+        given, result = value_of(node.args[0]).dtype, value_of(node).dtype
+        widens = given.is_floating_point and result.is_floating_point and holds(result, given)
+        if not widens and not (last and result == dtype and given.is_floating_point):
+            break
+        node, last = node.args[0], False
+    return node
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads expressions of a body whose placeholders stand for nodes of the graph around it."""
+
+    known: Mapping[Node, Any]
+
+    def outer(self, node: Any) -> Node:
+        """The node of the outer graph that this is."""
+        found = self.known.get(node) if self.known else node
+        if not isinstance(found, Node):
+            raise NotOneError(f"{node} is computed inside")
+        return found
+
+    def packed(self, node: Any) -> Node:
+        """Bytes, whatever shape they are seen in."""
+        while _is_view(node):
+            node = node.args[0]
+        found = self.outer(node)
+        while _is_view(found):
+            found = found.args[0]  # type: ignore[assignment]
+        return found
+
+    def projection(self, node: Any) -> Projection:
+        """The projection that this call computes."""
+        if _is_op(node, "gemm_4bit"):
+            return self._gemm(node)
+        node = _through_casts(node)
+        if not isinstance(node, Node) or node.target is not F.linear:
+            raise NotOneError(f"{node} is not a linear layer")
+        bound = arguments_of(node)
+        if bound is None:
+            raise NotOneError(f"{node} is called in a way that is not known")
+        x, weight, bias = [*bound[0], None][:3]
+        read = self.outer(x)
+        return Projection(read, self.weight(weight, value_of(read).dtype), None if bias is None else self.outer(bias))
+
+    def _gemm(self, node: Node) -> Projection:
+        names = ("x", "packed", "shape", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code")
+        values: dict[str, Any] = {**dict(zip((*names, "absmax_offset"), node.args, strict=False)), **node.kwargs}
+        nested = [values.get(name) for name in ("absmax_8bit", "absmax_code", "absmax_offset")]
+        present = tuple(self.outer(one) for one in nested if one is not None)
+        rows, columns = values["shape"]
+        weight = Weight(
+            self.packed(values["packed"]), self.outer(values["absmax"]), present, rows, columns, values["blocksize"],
+            values["quant_type"],
+        )  # fmt: skip
+        bias = values.get("bias")
+        return Projection(self.outer(values["x"]), weight, None if bias is None else self.outer(bias))
+
+    def weight(self, node: Any, narrowest: torch.dtype | None = None) -> Weight:
+        """The weight [rows, columns] that this de-quantises, transposed an even number of times.
+
+        narrowest: the dtype it may be rounded to on the way, at the most.  Backward has none: the weight remembers the
+        dtype that it was made from, and bitsandbytes rounds it to that in backward alone.
+        """
+        turned, dtypes = False, []
+        while isinstance(node, Node) and node.op == "call_method" and node.target in ("t", "to"):
+            turned ^= node.target == "t"
+            dtypes.append(value_of(node).dtype)
+            node = node.args[0]
+        if not _is_op(node, "dequantize_4bit") or node.kwargs:
+            raise NotOneError(f"{node} is not a de-quantised weight")
+        packed, absmax, blocksize, quant_type, shape, dtype = node.args
+        for one in (*dtypes, dtype):
+            if narrowest is not None and not holds(one, narrowest):
+                raise NotOneError(f"the weight is rounded to {one} before {narrowest}")
+        if turned:
+            raise NotOneError("the weight is transposed")
+        first, nested = self._absmax(absmax)
+        rows, columns = shape
+        return Weight(self.packed(packed), first, nested, rows, columns, blocksize, quant_type)
+
+    def _absmax(self, node: Any) -> tuple[Node, tuple[Node, ...]]:
+        if getattr(node, "target", None) not in _ADD:
+            return self.outer(node), ()
+        inner, offset = node.args
+        if node.kwargs or not _is_op(inner, "dequantize_blockwise"):
+            raise NotOneError("the absmax are computed in a way that is not known")
+        bits, absmax, code, block, dtype = inner.args
+        if block != _NESTED_BLOCK or dtype != torch.float32:
+            raise NotOneError(f"the absmax are quantised in blocks of {block}")
+        return self.outer(absmax), (self.outer(bits), self.outer(_through_casts(code)), self.outer(offset))
+
+
+def _check(root: Node, projection: Projection) -> None:
+    """Nothing that the projection reads is written to, and all is plain enough for the op."""
+    weight = projection.weight
+    biases = [] if projection.bias is None else [projection.bias]
+    nodes = [projection.x, weight.packed, weight.absmax, *weight.nested, *biases, root]
+    for node in nodes:
+        if not isinstance(value_of(node), Tensor):
+            raise NotOneError(f"{node} is not a tensor")
+    if reason := written_in_place(nodes):
+        raise NotOneError(reason)
+    for bias in map(value_of, biases):
+        if bias.shape != (weight.rows,):
+            raise NotOneError(f"its bias is of shape {tuple(bias.shape)}")
+
+
+def _replace(gm: GraphModule, root: Node, projection: Projection, unused: list[Node]) -> None:
+    """Put the op where the root is, if it gives the same kind of tensor; what the root read goes into ``unused``."""
+    weight = projection.weight
+    lists: list[list[Node]] = [[weight.packed], [weight.absmax], *([one] for one in weight.nested)]
+    lists += [[]] * (5 - len(lists))
+    biases = [] if projection.bias is None else [projection.bias]
+    arguments: Any = (
+        projection.x, *lists, biases, [], [], [], [weight.rows], [0] * len(biases), [], [], weight.blocksize,
+        weight.quant_type, False,
+    )  # fmt: skip
+    with gm.graph.inserting_before(root):
+        call = gm.graph.call_function(torch.ops.fastft.lora_linear, arguments)
+        result = gm.graph.call_function(operator.getitem, (call, 0))
+    try:
+        for node in (call, result):
+            describe_as(node, root)
+        if not same_kind(value_of(result), value_of(root)):
+            raise NotOneError("the op's result would be laid out otherwise")
+    except Exception:
+        gm.graph.erase_node(result)
+        gm.graph.erase_node(call)
+        raise
+    fake_tensors.set_value(result, value_of(root))
+    root.replace_all_uses_with(result)
+    unused += root.all_input_nodes
+    gm.graph.erase_node(root)

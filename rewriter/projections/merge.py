@@ -1,0 +1,301 @@
+"""Merge projections of one input: one call of ``fastft::lora_linear``, and columns of its result for each sibling."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from fastft.compat import fake_tensors, operators
+from fastft.compat.fake_tensors import value_of
+from fastft.errors import describe
+from fastft.rewriter.fx import autocast
+from fastft.rewriter.fx.editing import between, describe_as
+from fastft.rewriter.fx.effects import disturbed_between, draws, may_alias, written, written_in_place
+from fastft.rewriter.fx.metadata import module_path, name_of, source_line
+from fastft.rewriter.projections.siblings import LISTS, RULE, Origin, Projection, find, miss
+from fastft.rewriter.report.data import GraphReport, Lifted
+
+_OF_LAYOUT = frozenset(
+    [
+        "as_strided",
+        "as_strided_",
+        "stride",
+        "storage_offset",
+        "storage",
+        "untyped_storage",
+        "set_",
+        "data_ptr",
+        "is_contiguous",
+        "resize_",
+        "numpy",
+    ]
+)
+_OF_TORCH = ("aten", "prims", "fastft", "bitsandbytes")
+
+
+class DeclinedError(Exception):
+    """Why projections are not merged."""
+
+
+def group(gm: GraphModule, report: GraphReport) -> None:
+    """Merge all projections of one graph; those that stay apart for a reason go into ``report``.
+
+    A linear layer without an adapter is left alone unless a sibling has one.
+    """
+    became: dict[Node, Node] = {}
+    for siblings in itertools.chain.from_iterable(map(_of_one_dtype, find(gm.graph, report))):
+        if not any(one.adapters for one in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
+            continue
+        for part in _try(gm, siblings, became, report):
+            places = module_path(part[0].end), source_line(part[0].end)
+            report.fused.append(Lifted(RULE, *places))
+
+
+def _of_one_dtype(siblings: Sequence[Projection]) -> Iterator[list[Projection]]:
+    """Those whose results have one dtype, with their adapters: some may have float32 sums."""
+    left = list(siblings)
+    for dtype in dict.fromkeys(value_of(one.end).dtype for one in siblings if one.adapters):
+        part = [one for one in left if value_of(one.end).dtype == dtype or one.cast_to(dtype)]
+        left = [one for one in left if one not in part]
+        yield part
+    if left:
+        yield left
+
+
+def _try(
+    gm: GraphModule, siblings: list[Projection], became: dict[Node, Node], report: GraphReport
+) -> Iterator[list[Projection]]:
+    """Merge siblings, or where that is not possible each by itself; what was merged."""
+    try:
+        for one in siblings:
+            one.follow(became)
+        became.update(_merge(gm, siblings))
+        yield siblings
+    except DeclinedError as declined:
+        miss(report, siblings[0].end, str(declined))
+        if len(siblings) > 1:
+            for one in siblings:
+                if one.adapters:
+                    yield from _try(gm, [one], became, report)
+
+
+def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> dict[Node, Node]:
+    """Put one call where the first sibling is; what each result became.  DeclinedError leaves the graph as it was."""
+    _check(gm, siblings)
+    graph, at = gm.graph, min(one.root if not one.quant_type else one.inner[0] for one in siblings)
+    for node in _hoisted(siblings, at):
+        at.prepend(node)
+    made: list[Node] = []
+    parts: list[Node] = []
+    before: dict[Node, Any] = {}
+    try:
+        with graph.inserting_before(at):
+            parts += _calls(graph, siblings, made)
+        for one, part in zip(siblings, parts, strict=True):
+            one.end.replace_all_uses_with(part)
+        _spread([pair for pair in zip(siblings, parts, strict=True) if _moved(*pair)], before)
+    except Exception as error:  # a spelling that is not known must not cost the whole graph
+        for one, part in zip(siblings, parts, strict=bool(parts)):
+            part.replace_all_uses_with(one.end)
+        for node, value in before.items():
+            fake_tensors.set_value(node, value)
+        for node in reversed(made):
+            graph.erase_node(node)
+        if isinstance(error, DeclinedError):
+            raise
+        raise DeclinedError(f"columns of one result do not serve: {describe(error)}") from error
+    for one in siblings:
+        for node in (one.end, *reversed(one.inner), one.root):
+            _erase(graph, node)
+    return {one.end: part for one, part in zip(siblings, parts, strict=True)}
+
+
+def _check(gm: GraphModule, siblings: Sequence[Projection]) -> None:
+    """Nothing that is read is written to, and no mode is switched on the way."""
+    ends = [node for one in siblings for node in (one.root, *one.inner, one.end)]
+    nodes = ends + [node for one in siblings for given in one.given for node in Origin.of(given).nodes]
+    if reason := disturbed_between(gm, nodes, min(ends), max(ends), "group"):
+        raise DeclinedError(reason)
+
+
+def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
+    """What has to be computed before ``at`` and is not yet, in graph order: what adapters of later siblings read."""
+    inside = {node for one in siblings for node in (one.root, *one.inner, one.end)}
+    needed: set[Node] = set()
+    waiting = [node for one in siblings for node in one.given]
+    while waiting:
+        node = waiting.pop()
+        if node < at or node in needed:
+            continue
+        if node in inside or node.op not in ("call_function", "call_method") or written(node):
+            raise DeclinedError(f"{node.name} is only known later")
+        if reason := written_in_place(node.all_input_nodes):  # they are read earlier now
+            raise DeclinedError(reason)
+        needed.add(node)
+        waiting += node.all_input_nodes
+    last = max((node for node in needed if draws(node)), default=at)
+    if overtaken := [node for node in between(at, last) if draws(node) and node not in needed]:
+        raise DeclinedError(f"{name_of(overtaken[0].target)} would take its random numbers later")
+    return sorted(needed)
+
+
+def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> list[Node]:
+    """The call and each sibling's columns of its result; what is made goes into ``made``."""
+    first = siblings[0].end
+
+    def add(node: Node, like: Any = None) -> Node:
+        made.append(node)
+        describe_as(node, first)
+        if like is not None:  # it needs a gradient where that does
+            fake_tensors.set_value(node, value_of(node).detach().requires_grad_(value_of(like).requires_grad))
+        return node
+
+    arguments = _arguments(graph, siblings, add)
+    call = add(graph.call_function(torch.ops.fastft.lora_linear, arguments))
+    whole = add(graph.call_function(operator.getitem, (call, 0)), first)
+    if value_of(whole).dtype != value_of(first).dtype:  # under autocast: a sum in the products' dtype
+        whole = add(graph.call_method("to", (whole, value_of(first).dtype)), first)
+    if len(siblings) == 1:
+        parts = [whole]
+    else:
+        ends = itertools.accumulate(one.features for one in siblings)
+        cuts: list[Any] = [
+            (..., slice(end - one.features or None, end)) for one, end in zip(siblings, ends, strict=True)
+        ]
+        cuts[-1] = (..., slice(cuts[-1][1].start, None))
+        parts = [
+            add(graph.call_function(operator.getitem, (whole, cut)), one.end)
+            for one, cut in zip(siblings, cuts, strict=True)
+        ]
+        parts = [
+            add(graph.call_method("contiguous", (part,)), one.end) if _is_exposed(one.end) else part
+            for one, part in zip(siblings, parts, strict=True)
+        ]
+    for one, part in zip(siblings, parts, strict=True):
+        mine, other = value_of(part), value_of(one.end)
+        if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
+            raise DeclinedError("its result is of another kind")
+    return parts
+
+
+def _arguments(graph: Graph, siblings: Sequence[Projection], add: Any) -> tuple[Any, ...]:
+    """Of the call; casts that autocast makes are written out."""
+    first, dtype = siblings[0], siblings[0].dtype
+
+    @functools.cache
+    def cast(node: Node, wanted: torch.dtype | None) -> Node:
+        if wanted is None or value_of(node).dtype == wanted:
+            return node
+        return add(graph.call_method("to", (node, wanted)), node)
+
+    x = cast(first.x, dtype)
+    weights = [[one for sibling in siblings for one in sibling.weights[at]] for at in range(len(LISTS))]
+    if not first.quant_type:
+        weights[0] = [cast(one, dtype) for one in weights[0]]
+    biased = [(at, cast(one.bias, dtype)) for at, one in enumerate(siblings) if one.bias is not None]
+    owned = [(at, adapter) for at, one in enumerate(siblings) for adapter in one.adapters]
+    automatic = _automatic(first)
+    factors = [(cast(own.a, automatic), cast(own.b, automatic)) for _, own in owned]
+    apart = any(not _reads(adapter.x, x, automatic) for _, adapter in owned)
+    inputs = [cast(adapter.x, automatic) for _, adapter in owned] if apart else []
+    inputs = inputs[:1] if len(set(inputs)) == 1 else inputs
+    return (
+        x, *weights, [bias for _, bias in biased], [a for a, _ in factors], [b for _, b in factors], inputs,
+        [one.features for one in siblings], [at for at, _ in biased], [at for at, _ in owned],
+        [float(own.scale) for _, own in owned], first.blocksize, first.quant_type, _is_widened(siblings),
+    )  # fmt: skip
+
+
+def _automatic(projection: Projection) -> torch.dtype | None:
+    """What autocast makes of the operands of products; it leaves float64 alone."""
+    return autocast.dtype_at(projection.root) if projection.dtype != torch.float64 else None
+
+
+def _is_widened(siblings: Sequence[Projection]) -> bool:
+    """Whether the sum with the adapters needs more than the layers' own dtype.
+
+    Under autocast bfloat16 will do: the products are all rounded to it, and it has float32's range.
+    """
+    first, adapted = siblings[0], any(one.adapters for one in siblings)
+    kept = _automatic(first) is not None and first.dtype == torch.bfloat16
+    return adapted and value_of(first.end).dtype != first.dtype and not kept
+
+
+def _reads(node: Node, x: Node, automatic: torch.dtype | None) -> bool:
+    """Whether an adapter reads the group's input: itself, or in a dtype that holds all of it.
+
+    automatic: what autocast casts both to, if it is on.
+    """
+    own, other = Origin.of(node), Origin.of(x)
+    if own.source is not other.source:
+        return False
+    dtypes = value_of(node).dtype, value_of(x).dtype
+    if automatic is not None:
+        return dtypes[1] == automatic and (own.exact or dtypes[0] == automatic)
+    return dtypes[0] == dtypes[1] or (own.exact and other.exact)
+
+
+def _is_exposed(end: Node) -> bool:
+    """Whether anything may see how a result lies in memory or that others lie beside it.
+
+    That is what leaves the graph or goes to a nested one, a write, a call that asks for strides, and custom ops, which
+    may expect what they were written for.
+    """
+    seen, waiting = {end}, [end]
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if user.op == "output" or node in written(user) or _looks(user):
+                return True
+            if user not in seen and any(may_alias(one, end) for one in fake_tensors.tensors_in(value_of(user))):
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _looks(user: Node) -> bool:
+    target: Any = user.target
+    if operators.is_higher_order(target) or name_of(target) in _OF_LAYOUT:
+        return True
+    if operators.is_operator(target):
+        return name_of(target).split(".")[0] not in _OF_TORCH
+    return any(isinstance(one, torch.dtype) for one in user.args) and name_of(target) == "view"
+
+
+def _moved(projection: Projection, part: Node) -> bool:
+    return value_of(part).stride() != value_of(projection.end).stride()
+
+
+def _spread(changed: Iterable[tuple[Projection, Node]], before: dict[Node, Any]) -> None:
+    """Compute again what depends on these columns, as far as the memory layout changes."""
+    waiting = {user for _, part in changed for user in part.users}
+    while waiting:
+        node = min(waiting)
+        waiting.remove(node)
+        before[node] = old = value_of(node)
+        with autocast.at(node):
+            fake_tensors.propagate(node)
+        new = value_of(node)
+        if not isinstance(new, Tensor) or not isinstance(old, Tensor):
+            waiting.update(node.users)
+            continue
+        if new.is_floating_point():
+            fake_tensors.set_value(node, new.detach().requires_grad_(old.requires_grad))
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise DeclinedError(f"{name_of(node.target)} gives something else then")
+        if new.stride() != old.stride():
+            if any(user.op == "output" for user in node.users):
+                raise DeclinedError(f"{name_of(node.target)} would be returned in another layout")
+            waiting.update(node.users)
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    if not node.users and node in set(graph.find_nodes(op=node.op, target=node.target)):
+        graph.erase_node(node)

@@ -1,0 +1,118 @@
+"""What the rewriter did and did not do to each graph, as text and numbers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fastft.rewriter.report.graph_listing import Line
+from fastft.rewriter.report.plan import PlanReport
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """One piece of a graph that became an op: by which rule, in which module, from which line."""
+
+    rule: str
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """One call that a rule looks for and did not take, and the reason."""
+
+    rule: str
+    module: str
+    source: str
+    reason: str
+
+
+@dataclass
+class Region:
+    """A part of a graph that is compiled by itself: its module, how often it is called, its nodes, seconds to compile.
+
+    The backward of a region is compiled when it is first needed, and not in ``seconds``.
+    """
+
+    module: str
+    calls: int
+    nodes: int
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (self.module or "(the rest)") + (f" ({self.calls} layers)" if self.calls > 1 else "")
+
+
+@dataclass
+class GraphReport:
+    """One graph that Dynamo captured.
+
+    nodes_before, nodes_after: its size with its nested bodies.  fused: what was made of several things lifted.  masks:
+    what the mask of each attention means, in place of a rule; "dense: " and a reason if it is not known.  left: how
+    often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none, whole
+    says why.  inlined: modules whose activation checkpoints gave way to the plan; plan: of memory.
+    before, after: its calls, where they were asked for; device: where most of its inputs are.
+    deferred: modules whose logits are computed when they are read; reads: how often that was, by
+    ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
+
+    Known of graphs that were compiled: place, the code that it was captured from.  reason: why Dynamo compiled that
+    code again ("" for a first time, "unknown" where Dynamo does not tell).  seconds: what the backend took.  dynamic:
+    sizes of inputs that may change.  cache: hits, misses and bypasses of AOTAutograd's cache.
+    """
+
+    nodes_before: int = 0
+    nodes_after: int = 0
+    lifted: list[Lifted] = field(default_factory=list)
+    fused: list[Lifted] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
+    masks: list[Lifted] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+    whole: str = ""
+    inlined: list[str] = field(default_factory=list)
+    plan: PlanReport | None = None
+    deferred: list[str] = field(default_factory=list)
+    reads: Counter[str] = field(default_factory=Counter)
+    before: list[Line] = field(default_factory=list)
+    after: list[Line] = field(default_factory=list)
+    device: str = ""
+    failure: str = ""
+    place: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+    dynamic: list[str] = field(default_factory=list)
+    cache: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class ReportData:
+    """What fastft makes of a model; report.py prints, shows and saves it.
+
+    breaks: where Dynamo could not go on with a graph, as (reason, ``file:line``).  stopped_by: the error with which
+    the model ended, if it did.
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    breaks: list[tuple[str, str]] = field(default_factory=list)
+    stopped_by: str = ""
+
+    @property
+    def lifted(self) -> list[Lifted]:
+        """Everything that became an op, over all graphs."""
+        return [lifted for graph in self.graphs for lifted in graph.lifted]
+
+    @property
+    def fused(self) -> list[Lifted]:
+        """What was made of several lifted things, over all graphs."""
+        return [fused for graph in self.graphs for fused in graph.fused]
+
+    @property
+    def masks(self) -> list[Lifted]:
+        """What the mask of each attention means, over all graphs."""
+        return [mask for graph in self.graphs for mask in graph.masks]
+
+    @property
+    def near_misses(self) -> list[NearMiss]:
+        """Everything that nearly did, over all graphs."""
+        return [miss for graph in self.graphs for miss in graph.near_misses]

@@ -1,0 +1,44 @@
+"""What fastft made of a model: printed, shown in a notebook, or saved as HTML."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+
+from fastft.rewriter.report import html, tables
+from fastft.rewriter.report.data import ReportData
+
+
+@dataclass
+class Report(ReportData):
+    """What fastft makes of a model, graph by graph.
+
+    A terminal prints it as tables, a notebook shows the page that ``save`` writes.
+    """
+
+    def print(self, console: Console | None = None) -> None:
+        """Print to the terminal, in colour where it has any."""
+        (console or Console()).print(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as one self-contained HTML page."""
+        Path(path).write_text(self._repr_html_(), encoding="utf-8")
+
+    def tables(self) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
+        """Title, columns and rows of all that there is to tell."""
+        return tables.tables(self)
+
+    def __rich__(self) -> RenderableType:
+        return tables.as_rich(self)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=140, color_system=None).print(self)
+        return text.getvalue()
+
+    def _repr_html_(self) -> str:
+        return html.page(self)

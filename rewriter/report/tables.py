@@ -1,0 +1,172 @@
+"""A report as tables of text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss, ReportData
+from fastft.rewriter.report.reasons import advised
+
+BREAKS, FAILURES, MISSED = "Graph breaks", "Failures in fastft (these graphs run as they were)", "Not lifted"
+LIFTED, FUSED = "Lifted", "Of these, fused"
+MEMORY, FATES = "Memory", "What layers do with their activations"
+_NUMBERS = ("graph", "times", "calls", "nodes", "seconds", "MiB", "µs")  # columns
+
+
+def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
+    """Title, columns and rows of all that there is to tell."""
+    graphs = report.graphs
+    found: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [
+        (BREAKS, ("at", "reason"), [(_short(at), advised(why)) for why, at in report.breaks]),
+        ("Compiled", ("graph", "of", "seconds", "changing sizes", "cache"), _compiled(graphs)),
+        ("Compiled again", ("reason", "times"), _counted(graph.reason for graph in graphs)),
+        ("Regions, each compiled once", *_regions(graphs)),
+        ("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in graphs)),
+        (MEMORY, ("graph", "plan"), _plans(graphs)),
+        (FATES, ("layers", "tensor", "shape", "fate", "MiB", "µs"), _fates(graphs)),
+        ("Checkpoints that gave way to the plan", ("module", "times"), _inlined(graphs)),
+        (LIFTED, ("rule", "times", "modules"), _by_rule(report.lifted)),
+        (FUSED, ("rule", "times", "modules"), _by_rule(report.fused)),
+        ("Masks of attention", ("mask", "times", "modules"), _masks(report.masks)),
+        ("Logits that are computed only when they are read", ("module", "read"), _deferred(graphs)),
+        (MISSED, ("module", "times", "at", "reason"), _by_reason(report.near_misses)),
+        (FAILURES, ("graph", "cause"), _failures(graphs)),
+    ]
+    return [table for table in found if table[2]]
+
+
+def as_rich(report: ReportData) -> RenderableType:
+    """Render the whole report for a terminal."""
+    stopped = [Text(f"The model then failed with {report.stopped_by}", style="bold")] if report.stopped_by else []
+    return Group(summary(report), *(_table(*table) for table in tables(report)), *stopped, left_to_inductor(report))
+
+
+def summary(report: ReportData) -> Text:
+    """Count graphs, nodes and matches in one line."""
+    before, after = (sum(getattr(graph, name) for graph in report.graphs) for name in ("nodes_before", "nodes_after"))
+    seconds = sum(graph.seconds for graph in report.graphs)
+    breaks = f", {_count(len(report.breaks), 'break')}"
+    counts = _count(len(report.graphs), "graph") + (f" compiled in {seconds:.1f} s" if seconds else breaks)
+    lifted = f"{len(report.lifted)} lifted, {_count(len(report.near_misses), 'near miss', 'near misses')}"
+    return Text(f"{counts}; {before} nodes, {after} after rewriting; {lifted}\n", style="bold")
+
+
+def left_to_inductor(report: ReportData) -> Text:
+    """Name the calls that no rule took, the most frequent first."""
+    left = sum((graph.left for graph in report.graphs), Counter[str]())
+    rest = Counter({name: times for name, times in left.items() if not name.startswith("fastft.")})
+    if not rest:
+        return Text("Nothing is left to Inductor.")
+    shown = ", ".join(f"{times} {name}" for name, times in rest.most_common(12))
+    return Text(f"Left to Inductor: {shown}" + (f", and {len(rest) - 12} more kinds" if len(rest) > 12 else ""))
+
+
+def _compiled(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [
+        (str(number), _short(graph.place), f"{graph.seconds:.1f}", ", ".join(graph.dynamic), _cache(graph.cache))
+        for number, graph in enumerate(graphs)
+        if graph.seconds
+    ]
+
+
+def _cache(counts: Counter[str]) -> str:
+    return ", ".join(f"{times} {name}" for name, times in counts.items() if times)
+
+
+def _regions(graphs: Sequence[GraphReport]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows; the graph only where there are several, and seconds where anything was compiled."""
+    rows = [(number, graph.seconds > 0, region) for number, graph in enumerate(graphs) for region in graph.regions]
+    cells = [
+        {
+            "graph": str(number) if len(graphs) > 1 else "",
+            "module": region.module or "(the rest)",
+            "calls": f"×{region.calls}",
+            "nodes": str(region.nodes),
+            "seconds": f"{region.seconds:.1f}" if timed else "",
+        }
+        for number, timed, region in rows
+    ]
+    columns = [name for name in (cells[0] if cells else ()) if any(row[name] for row in cells)]
+    return columns, [[row[name] for name in columns] for row in cells]
+
+
+def _plans(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [(str(number), str(graph.plan)) for number, graph in enumerate(graphs) if graph.plan is not None]
+
+
+def _fates(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [row for graph in graphs if graph.plan is not None for row in graph.plan.rows()]
+
+
+def _inlined(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    modules = Counter(_layerless(module) for graph in graphs for module in graph.inlined)
+    return [(module, str(times)) for module, times in modules.items()]
+
+
+def _counted(reasons: Iterable[str]) -> list[Sequence[str]]:
+    return [(_short(advised(reason)), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
+
+
+def _failures(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [(str(number), graph.failure) for number, graph in enumerate(graphs) if graph.failure]
+
+
+def _deferred(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    return [
+        (module, "\n".join(f"{times} times at {_short(at)}" for at, times in graph.reads.items()) or "never")
+        for graph in graphs
+        for module in graph.deferred
+    ]
+
+
+def _by_rule(lifted: Iterable[Lifted]) -> list[Sequence[str]]:
+    rules: dict[str, Counter[str]] = {}
+    for one in lifted:
+        rules.setdefault(one.rule, Counter())[_layerless(one.module)] += 1
+    return [(rule, str(modules.total()), _times(modules)) for rule, modules in rules.items()]
+
+
+def _masks(masks: Iterable[Lifted]) -> list[Sequence[str]]:
+    return [(_short(advised(mask)), times, modules) for mask, times, modules in _by_rule(masks)]
+
+
+def _by_reason(misses: Iterable[NearMiss]) -> list[Sequence[str]]:
+    kinds = Counter(
+        (_layerless(miss.module), _short(miss.source), f"{miss.rule}: {_short(advised(miss.reason))}")
+        for miss in misses
+    )
+    return [(module, str(times), at, reason) for (module, at, reason), times in kinds.items()]
+
+
+def _times(modules: Counter[str]) -> str:
+    return "\n".join(f"{name} ×{times}" if times > 1 else name for name, times in modules.items())
+
+
+def _layerless(module: str) -> str:
+    """Layers told apart only by their number are one line: ``layers.*.input_layernorm``."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", module) or "(the model itself)"
+
+
+def _short(text: str) -> str:
+    """Paths cut down to their last two parts."""
+    return re.sub(r"(?:[A-Za-z]:)?[\w.~\-+ ]*[/\\](?:[^/\\\s:]+[/\\])*([^/\\\s:]+[/\\][^/\\\s:]+:\d+)", r"\1", text)
+
+
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

@@ -1,0 +1,176 @@
+"""A graph that runs by a memory plan: its calls, each in the way that the plan chose for its layer."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastft.compat import eager
+from fastft.compat.symbolic import Sizes
+from fastft.errors import describe
+from fastft.rewriter.memory.pareto import Choice
+from fastft.rewriter.memory.simulate import Facts, Row
+from fastft.rewriter.report.plan import PlanReport
+from fastft.rewriter.runtime.controller import Ledger, alive, shared
+from fastft.rewriter.runtime.cuda_graphs import Graphed
+from fastft.rewriter.runtime.offload import Offloader
+
+log = logging.getLogger("fastft")
+
+
+@dataclass(eq=False)
+class Variants:
+    """A kind of piece, compiled for each set of ops that it may keep.
+
+    build: compiles it.  places: which of the tensors that it saves go to the host.
+    """
+
+    build: Callable[[tuple[str, ...]], Callable]
+    places: Callable[[Choice], frozenset[int]]
+    compiled: dict[tuple[str, ...], Callable] = field(default_factory=dict)
+    offloads: dict[Choice, frozenset[int]] = field(default_factory=dict)
+
+    def get(self, choice: Choice) -> Callable:
+        """What runs this choice; where it cannot be compiled any more, what was compiled first."""
+        if choice.kept not in self.compiled:
+            try:
+                self.compiled[choice.kept] = self.build(choice.kept)
+            except Exception as error:
+                if not self.compiled:
+                    raise
+                log.warning("a plan is not followed: %s", describe(error))
+                self.compiled[choice.kept] = next(iter(self.compiled.values()))
+        return self.compiled[choice.kept]
+
+    def offloaded(self, choice: Choice) -> frozenset[int]:
+        if choice.offloaded and choice not in self.offloads:
+            self.offloads[choice] = self.places(choice)
+        return self.offloads.get(choice, frozenset())
+
+
+class Call:
+    """A stage's call.  first, last: whether it is the graph's first or last that may offload."""
+
+    def __init__(self, variants: Variants, offloader: Offloader, choice: Choice, *, first: bool, last: bool) -> None:
+        self.variants, self.offloader, self.first, self.last = variants, offloader, first, last
+        self.choice = choice
+
+    def prepare(self, choices: Sequence[Choice] = ()) -> None:
+        """Compile what is wanted now, and what may be later where nothing can be compiled then."""
+        for choice in (self.choice, *choices):
+            self.variants.get(choice)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.first:
+            self.offloader.begin()
+        function = self.variants.get(self.choice)
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        results = self.offloader.call(function, inputs, self.variants.offloaded(self.choice))
+        if self.last:
+            self.offloader.wait()
+        return results
+
+
+class Planned:
+    """A graph that runs by a plan: a function of the graph's inputs.
+
+    graphed: its CUDA graphs, if it has any.  sizes_of: its symbols' values by inputs.  choices: what its stages do now.
+    """
+
+    def __init__(self, row: Row, facts: Facts, budget: Any, device: torch.device) -> None:
+        self.row, self.device = row, device
+        self.offloader = Offloader(device, facts.host)
+        self.calls: list[Call] = []
+        self.graphed: list[Graphed] = []
+        self.run: Callable = lambda *inputs: None
+        self.sizes_of: Callable[[Sequence[Any]], Sizes] = lambda inputs: {}
+        self.report = PlanReport()
+        self.sizes: Sizes = {}
+        self.choices: tuple[Choice, ...] = ()
+        self.tickets: list[weakref.ref[_Ticket]] = []
+        self.watched = False
+        self.ledger = Ledger([self], facts, budget)
+        alive.add(self)
+        self.ledger.replan(strict=not any(one.waiting() for one in alive))
+
+    def follow(self, choices: Sequence[Choice], *, graphs: bool) -> None:
+        """Let every stage do what the plan says."""
+        changed = self.choices != tuple(choices)
+        self.choices = tuple(choices)
+        for call, choice in zip(self.calls, choices, strict=False):
+            call.choice = choice
+        for graphed in self.graphed:
+            if changed or graphed.enabled != graphs:
+                graphed.reset(enabled=graphs)
+
+    def waiting(self) -> int:
+        """How many forwards have run whose backward is still to come."""
+        self.tickets = [one for one in self.tickets if (ticket := one()) is not None and not ticket.closed]
+        return len(self.tickets)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return self.run(*inputs)
+        self._watch(inputs)
+        self.ledger = shared(self)
+        self.sizes = self.sizes_of(inputs)
+        self.ledger.begin(self)
+        return self._opened(self._run(inputs))
+
+    def _watch(self, inputs: Sequence[Any]) -> None:
+        """Free memory with the model: Dynamo keeps what was compiled for it, and thereby this, until it is reset."""
+        if self.watched:
+            return
+        self.watched = True
+        parameter = next((one for one in inputs if isinstance(one, torch.nn.Parameter)), None)
+        if parameter is not None:
+            weakref.finalize(parameter, _release, weakref.ref(self)).atexit = False
+
+    def _run(self, inputs: Sequence[Any]) -> Any:
+        if self.device.type != "cuda":
+            return self.run(*inputs)
+        state = torch.cuda.get_rng_state(self.device)
+        try:
+            return self.run(*inputs)
+        except torch.OutOfMemoryError:
+            if not self.ledger.give_way("the step is run again"):
+                raise
+        torch.cuda.empty_cache()  # here, where what the failed one had made is gone
+        torch.cuda.set_rng_state(state, self.device)
+        return self.run(*inputs)
+
+    def _opened(self, results: Any) -> Any:
+        """Note that a backward may come: until it does, what this graph keeps is in memory beside others'."""
+        made: Any = next(
+            (one.grad_fn for one in results if isinstance(one, torch.Tensor) and one.grad_fn is not None), None
+        )
+        if made is not None:
+            ticket = _Ticket()
+            made.metadata["fastft"] = ticket
+            made.register_hook(lambda *_: self._close(ticket))
+            self.tickets.append(weakref.ref(ticket))
+        return results
+
+    def _close(self, ticket: _Ticket) -> None:
+        """Its backward has begun."""
+        ticket.closed = True
+        if self.ledger.measuring:
+            eager.after_backward(self.ledger.look)
+
+
+def _release(reference: weakref.ref[Planned]) -> None:
+    planned = reference()
+    if planned is not None:
+        planned.offloader.pool.shrink()
+        for graphed in planned.graphed:
+            graphed.reset(enabled=graphed.enabled)
+
+
+class _Ticket:
+    closed = False
