@@ -6,6 +6,6 @@ GIB = 2**30
 MIB = 2**20
 
 
-def text_of(size_bytes: int) -> str:
+def format_bytes(size_bytes: int) -> str:
     """ "14.20 GiB", or "35.1 MiB" of less."""
     return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.2f} MiB"

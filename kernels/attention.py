@@ -176,7 +176,7 @@ def check(
         mask.expand(*query.shape[:-1], columns)  # raises where it does not broadcast
 
 
-def takes_on(query: Tensor, masked: bool) -> str | None:
+def unsupported_reason(query: Tensor, masked: bool) -> str | None:
     """Why a call would take a tensor of all scores on this device, with more than a causal mask or without."""
     on_gpu, head_dim = query.device.type == "cuda", query.shape[-1]
     if on_gpu and not (dispatch.has_tensor_cores(query.device) and head_dim <= LONGEST_HEAD):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.kernels.attention import takes_on
+from fastft.kernels.attention import unsupported_reason
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.matching.rule import Rule
 
@@ -45,51 +45,51 @@ def dot_product_masked(
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale)
 
 
-def grouped(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
+def grouped_query(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
     """torch's own, of fewer key heads than query heads."""
     return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scale, enable_gqa=True)
 
 
-def grouped_masked(
+def grouped_query_masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, is_causal: bool, scale: float
 ) -> Tensor:
     """torch's own, of fewer key heads, with a mask."""
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=True)
 
 
-def shared(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
+def multi_query(q: Tensor, k: Tensor, v: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
     """torch's own, of one key head that is broadcast: Falcon."""
     return dot_product(q, k, v, dropout, is_causal, scale)
 
 
-def shared_masked(
+def multi_query_masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, is_causal: bool, scale: float
 ) -> Tensor:
     """The same with a mask."""
     return dot_product_masked(q, k, v, mask, dropout, is_causal, scale)
 
 
-def added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def eager_additive_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """transformers' eager attention."""
     return attended(product(q, k) * scale + mask, q, v)
 
 
-def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def eager(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same without a mask."""
     return attended(product(q, k) * scale, q, v)
 
 
-def softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+def eager_softcap_additive_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
     """Gemma 2: scores between -softcap and softcap."""
     return attended(torch.tanh(product(q, k) * scale / softcap) * softcap + mask, q, v)
 
 
-def softcapped_unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
+def eager_softcap(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
     """The same without a mask."""
     return attended(torch.tanh(product(q, k) * scale / softcap) * softcap, q, v)
 
 
-def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float) -> Tensor:
+def eager_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float) -> Tensor:
     """GPT-OSS: one more score a head, whose weight goes nowhere."""
     scores = product(q, k) * scale + mask
     more = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
@@ -99,37 +99,37 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, sca
     return torch.matmul(weights.to(v.dtype), v)
 
 
-def added_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, root: float) -> Tensor:
+def eager_additive_mask_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, root: float) -> Tensor:
     """Llama's own code: divided by the root of head_dim, cast before the softmax."""
     return widened(product(q, k) / root + mask, q, v)
 
 
-def unmasked_divided(q: Tensor, k: Tensor, v: Tensor, root: float) -> Tensor:
+def eager_divided(q: Tensor, k: Tensor, v: Tensor, root: float) -> Tensor:
     """The same without a mask."""
     return widened(product(q, k) / root, q, v)
 
 
-def added_widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def eager_additive_mask_widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Scaled, and cast before the softmax."""
     return widened(product(q, k) * scale + mask, q, v)
 
 
-def unmasked_widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def eager_widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The same without a mask."""
     return widened(product(q, k) * scale, q, v)
 
 
-def filled(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, value: float) -> Tensor:
+def eager_masked_fill(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, value: float) -> Tensor:
     """nanoGPT: scores replaced where they do not count."""
     return torch.matmul(torch.softmax((product(q, k) * scale).masked_fill(masked, value), -1), v)
 
 
-def filled_divided(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, root: float, value: float) -> Tensor:
+def eager_masked_fill_divided(q: Tensor, k: Tensor, v: Tensor, masked: Tensor, root: float, value: float) -> Tensor:
     """The same, divided by the root of head_dim."""
     return torch.matmul(torch.softmax((product(q, k) / root).masked_fill(masked, value), -1), v)
 
 
-def filled_dropped(
+def eager_masked_fill_dropout(
     q: Tensor, k: Tensor, v: Tensor, masked: Tensor, scale: float, value: float, dropout: float
 ) -> Tensor:
     """nanoGPT with dropout."""
@@ -137,12 +137,12 @@ def filled_dropped(
     return torch.matmul(F.dropout(weights, dropout), v)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def softmax_in_input_dtype(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """No mask, and a softmax in the dtype of the scores."""
     return torch.matmul(torch.softmax(product(q, k) * scale, -1), v)
 
 
-def plain_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def softmax_in_input_dtype_additive_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """A mask that is added, and a softmax in the dtype of the scores."""
     return torch.matmul(torch.softmax(product(q, k) * scale + mask, -1), v)
 
@@ -164,7 +164,7 @@ def attention(
     )[0]
 
 
-def not_taken(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> str | None:
+def decline_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> str | None:
     """What the op does not do, or not here."""
     if mask is not None and mask.requires_grad:
         return "the mask is trained"
@@ -177,7 +177,7 @@ def not_taken(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **mor
     if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1] != 0:
         return "the number of query heads is no multiple of that of key heads"
     extra = mask is not None or "softcap" in more or "sinks" in more or "masked" in more or more.get("dropout", 0.0)
-    return takes_on(q, bool(extra))
+    return unsupported_reason(q, bool(extra))
 
 
 HEADS = {"q": "B H S D", "k": "B H T D", "v": "B H T D"}
@@ -190,11 +190,12 @@ def rules(
 ) -> tuple[Rule, ...]:
     """One for each memory order that the result may have."""
     return tuple(
-        Rule(reference, partial(attention, contiguous=one), anchor, shapes, unless=not_taken, **more) for one in orders
+        Rule(reference, partial(attention, contiguous=one), anchor, shapes, unless=decline_attention, **more)
+        for one in orders
     )
 
 
-def eager(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
+def eager_rules(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
     """Other softmaxes are not worth telling: routers have them too."""
     shapes = {**HEADS, **tensors}
     first = "v" if "sinks" in shapes else "q"  # whose dtype the weights are cast to
@@ -208,22 +209,22 @@ def eager(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
 RULES = (
     *rules(dot_product, F.scaled_dot_product_attention, HEADS),
     *rules(dot_product_masked, F.scaled_dot_product_attention, {**HEADS, "mask": "* S T"}),
-    *rules(grouped, F.scaled_dot_product_attention, GROUPS),
-    *rules(grouped_masked, F.scaled_dot_product_attention, {**GROUPS, "mask": "* S T"}),
-    *rules(shared, F.scaled_dot_product_attention, SHARED),
-    *rules(shared_masked, F.scaled_dot_product_attention, {**SHARED, "mask": "* S T"}),
-    *eager(added, mask="* S T"),
-    *eager(unmasked),
-    *eager(softcapped, mask="* S T"),
-    *eager(softcapped_unmasked),
-    *eager(with_sinks, mask="* S T", sinks="H"),
-    *eager(added_divided, mask="* S T"),
-    *eager(unmasked_divided),
-    *eager(added_widened, mask="* S T"),
-    *eager(unmasked_widened),
-    *eager(filled, masked="* S T"),
-    *eager(filled_divided, masked="* S T"),
-    *eager(filled_dropped, masked="* S T"),
-    *eager(plain),
-    *eager(plain_added, mask="* S T"),
+    *rules(grouped_query, F.scaled_dot_product_attention, GROUPS),
+    *rules(grouped_query_masked, F.scaled_dot_product_attention, {**GROUPS, "mask": "* S T"}),
+    *rules(multi_query, F.scaled_dot_product_attention, SHARED),
+    *rules(multi_query_masked, F.scaled_dot_product_attention, {**SHARED, "mask": "* S T"}),
+    *eager_rules(eager_additive_mask, mask="* S T"),
+    *eager_rules(eager),
+    *eager_rules(eager_softcap_additive_mask, mask="* S T"),
+    *eager_rules(eager_softcap),
+    *eager_rules(eager_sinks, mask="* S T", sinks="H"),
+    *eager_rules(eager_additive_mask_divided, mask="* S T"),
+    *eager_rules(eager_divided),
+    *eager_rules(eager_additive_mask_widened, mask="* S T"),
+    *eager_rules(eager_widened),
+    *eager_rules(eager_masked_fill, masked="* S T"),
+    *eager_rules(eager_masked_fill_divided, masked="* S T"),
+    *eager_rules(eager_masked_fill_dropout, masked="* S T"),
+    *eager_rules(softmax_in_input_dtype),
+    *eager_rules(softmax_in_input_dtype_additive_mask, mask="* S T"),
 )

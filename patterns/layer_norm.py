@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.patterns.rms_norm import narrows
+from fastft.patterns.rms_norm import decline_float64
 from fastft.rewriter.matching.rule import Rule
 
 
@@ -51,7 +51,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 def rounds_first(x: Tensor, **_: object) -> str | None:
     """The op rounds once, at the end."""
     early = None if x.dtype == torch.float32 else "it rounds before it scales, which a LayerNorm does not"
-    return narrows(x=x) or early
+    return decline_float64(x=x) or early
 
 
 rule = partial(Rule, replacement=layer_norm, anchor=F.layer_norm)
@@ -62,6 +62,6 @@ RULES = (
     rule(torch_layer_norm, shapes={"x": "... D", "weight": "D", "bias": "D"}),
     rule(without_bias, shapes={"x": "... D", "weight": "D"}),
     rule(without_weight, shapes={"x": "... D"}),
-    written_out(cohere, unless=narrows),
+    written_out(cohere, unless=decline_float64),
     written_out(rounded_first, unless=rounds_first),
 )

@@ -78,33 +78,33 @@ def lora_add_transposed_unscaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor
     return torch.ops.fastft.lora_add(result, x, a.t(), b.t(), 1.0)
 
 
-def not_low(a: Tensor, b: Tensor, **_: object) -> str | None:
+def decline_full_rank(a: Tensor, b: Tensor, **_: object) -> str | None:
     """Two layers of an MLP without an activation are no adapter."""
     (rank, inner), outer = a.shape, b.shape[0]
     return None if rank < min(inner, outer) else f"a rank of {rank} between {inner} and {outer} is not low"
 
 
-def not_low_transposed(a: Tensor, b: Tensor, **_: object) -> str | None:
+def decline_full_rank_transposed(a: Tensor, b: Tensor, **_: object) -> str | None:
     """The same of factors that are not transposed."""
-    return not_low(a.t(), b.t())
+    return decline_full_rank(a.t(), b.t())
 
 
 _FACTORS = {"x": "... K", "a": "R K", "b": "N R"}
 _ADDED = {"result": "... N", **_FACTORS}
 _TRANSPOSED = {**_ADDED, "a": "K R", "b": "R N"}
-rule = partial(Rule, anchor=F.linear, shapes=_ADDED, rare=False, unless=not_low)
+rule = partial(Rule, anchor=F.linear, shapes=_ADDED, rare=False, unless=decline_full_rank)
 RULES = (
     rule(scaled, lora_add),
     rule(scaled_and_cast, lora_add_cast, cast=("result", "a"), alike={"x": "a", "b": "a"}),
     rule(scaled_between, lora_add),
     rule(unscaled, lora_add_unscaled),
-    rule(multiplied, lora_add_transposed, anchor=torch.matmul, shapes=_TRANSPOSED, unless=not_low_transposed),
+    rule(multiplied, lora_add_transposed, anchor=torch.matmul, shapes=_TRANSPOSED, unless=decline_full_rank_transposed),
     rule(
         multiplied_unscaled,
         lora_add_transposed_unscaled,
         anchor=torch.matmul,
         shapes=_TRANSPOSED,
-        unless=not_low_transposed,
+        unless=decline_full_rank_transposed,
     ),
     rule(biased, None, shapes={**_ADDED, "bias": "N"}, because="its second factor has a bias of its own"),
     rule(apart, None, shapes=_FACTORS, because="it is not added to a layer's result as LoRA is: DoRA, say"),

@@ -56,12 +56,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: 
     return torch.ops.fastft.rms_norm(x, weight, eps, offset, round_first)[0]
 
 
-def narrows(x: Tensor, **_: object) -> str | None:
+def decline_float64(x: Tensor, **_: object) -> str | None:
     """The op computes float64 in float64, as torch.nn.RMSNorm does; the written-out norms do not."""
     return "x is float64 and is rounded to float32 first" if x.dtype == torch.float64 else None
 
 
-rule = partial(Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, cast=("x", "weight"), unless=narrows)
+rule = partial(
+    Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, cast=("x", "weight"), unless=decline_float64
+)
 RULES = (
     rule(llama, partial(rms_norm, offset=0.0, round_first=True)),
     rule(gemma, partial(rms_norm, offset=1.0, round_first=False)),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.patterns.rms_norm import narrows
+from fastft.patterns.rms_norm import decline_float64
 from fastft.rewriter.matching.rule import Rule
 
 
@@ -99,7 +99,9 @@ def rule(reference: Callable, interleaved: bool, shapes: dict[str, str] = WHOLE,
 
 
 def wide_rule(reference: Callable, interleaved: bool) -> Rule:
-    return Rule(reference, partial(widened, interleaved=interleaved), torch.neg, WHOLE, cast=("x",), unless=narrows)
+    return Rule(
+        reference, partial(widened, interleaved=interleaved), torch.neg, WHOLE, cast=("x",), unless=decline_float64
+    )
 
 
 RULES = (

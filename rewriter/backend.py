@@ -23,7 +23,7 @@ from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.passes import rewrite
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.history import Recording
-from fastft.rewriter.report.reasons import advised
+from fastft.rewriter.report.reasons import with_advice
 from fastft.rewriter.runtime import lazy_logits
 
 log = logging.getLogger("fastft")
@@ -66,9 +66,9 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
     try:
         if ddp.is_cut(gm):
             raise CutError("torch cut it at the buckets of DistributedDataParallel (optimize_ddp)")
-        constant_scalars.settle(gm)
+        constant_scalars.inline_constant_scalars(gm)
         try:
-            return _rewritten(gm, example_inputs, options, inline=plan_builder.wanted(gm, options))
+            return _rewritten(gm, example_inputs, options, inline=plan_builder.should_plan(gm, options))
         except WholeError:  # the user's checkpoints are all that saves memory
             original.restore()
             return _rewritten(gm, example_inputs, options, inline=False)
@@ -128,4 +128,4 @@ def log_report(report: GraphReport) -> None:
     if report.reason:
         log.info("compiled again: %s", report.reason)
     for miss in report.near_misses:
-        log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, advised(miss.reason))
+        log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, with_advice(miss.reason))

@@ -46,7 +46,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         ddp.uncut(gm)
         original = Snapshot(gm)
         try:
-            constant_scalars.settle(gm)
+            constant_scalars.inline_constant_scalars(gm)
             before = lines(gm)
             graph = rewrite(gm, deferred=[])
             graph.before, graph.after, graph.device = before, lines(gm), str(stages.device_of(gm))
@@ -75,7 +75,7 @@ def _planned(gm: GraphModule, pieces: Any, example_inputs: list[Tensor]) -> Any:
     if not pieces or not torch.is_grad_enabled():
         return None
     try:
-        planned = plan_builder.make(gm, pieces, example_inputs, PLANNED, lambda text: None)
+        planned = plan_builder.build_planned_graph(gm, pieces, example_inputs, PLANNED, lambda text: None)
     except Exception as error:
         log.info("no plan to explain: %s", describe(error))
         return None

@@ -116,7 +116,7 @@ def build(program: Program, space: Space) -> Any:
 
 _BUILT = {
     "add": Sum.__add__, "sub": Sum.__sub__, "times": Sum.__mul__, "floor": terms.floor, "abs": terms.absolute,
-    "one if": terms.indicator, "select": terms.select, "positive": terms.positive, "zero": terms.zero,
+    "one if": terms.indicator, "select": terms.select, "positive": terms.non_negative, "zero": terms.zero,
     "negate": terms.negate,
 }  # fmt: skip
 _COMPUTED: dict[str, Any] = {
@@ -195,5 +195,5 @@ class World:
 
 _SAID: dict[type, str] = {
     terms.Floor: "floor", terms.Abs: "abs", terms.Indicator: "one if", terms.Select: "select",
-    terms.Positive: "positive", terms.Zero: "zero", terms.Not: "negate",
+    terms.NonNegative: "positive", terms.Zero: "zero", terms.Not: "negate",
 }  # fmt: skip

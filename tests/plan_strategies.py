@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastft.rewriter.memory.joint_graph import Joint, Memory, Op, Storage
 from fastft.rewriter.memory.pareto import Choice
-from fastft.rewriter.memory.simulate import Facts, Kind, Row, Stage, Value
+from fastft.rewriter.memory.simulate import Facts, Kind, Stage, StageSequence, Value
 
 MIB = 2**20
 
@@ -94,7 +94,7 @@ class Made:
 
 
 @st.composite
-def made_rows(draw: st.DrawFn) -> tuple[list[Made], Row]:
+def made_rows(draw: st.DrawFn) -> tuple[list[Made], StageSequence]:
     stages: list[Made] = []
     few = st.integers(0, 9)
     for number in range(draw(st.integers(1, 5))):
@@ -106,7 +106,7 @@ def made_rows(draw: st.DrawFn) -> tuple[list[Made], Row]:
             made.saved = [one for one in made.inputs if draw(st.booleans())]
             made.moved = [one for one in made.saved if draw(st.booleans())]
         stages.append(made)
-    row = Row([], {}, {})
+    row = StageSequence([], {}, {})
     for number, made in enumerate(stages):
         inputs = {place: str(one) for place, one in enumerate(made.inputs)}
         row.stages.append(Stage(made.kind(), str(number), inputs, made.gradient))

@@ -25,7 +25,7 @@ __all__ = ["CustomPartitionerFn", "cache_folder", "min_cut_rematerialization_par
 
 
 @contextlib.contextmanager
-def apart(given: Iterable[Any]) -> Iterator[FakeTensorMode]:
+def isolated_tracing_context(given: Iterable[Any]) -> Iterator[FakeTensorMode]:
     """Compile a part of a graph: what AOTAutograd notes about it stays out of what Dynamo guards for the whole.
 
     Gives the mode in which to compile: that of Dynamo, or else of the inputs given for the whole.  Guards on sizes

@@ -32,7 +32,7 @@ def describe_input(placeholder: Node, source: Node) -> None:
     placeholder._dynamo_source = None  # a region serves many layers: no guard on one of them
 
 
-def as_captured(part: GraphModule, whole: GraphModule) -> GraphModule:
+def inherit_capture_metadata(part: GraphModule, whole: GraphModule) -> GraphModule:
     """Mark a part of a captured graph as captured itself, or AOTAutograd will not know its static inputs."""
     if "dynamo_compile_id" in whole.meta:
         part.meta["dynamo_compile_id"] = whole.meta["dynamo_compile_id"]

@@ -35,7 +35,7 @@ def same_addresses(values: Sequence[Any], pointers: list[int | None], places: li
     return torch._C._tensors_data_ptrs_at_indices_equal(list(values), pointers, places)
 
 
-def copies(tensors: list[Tensor]) -> list[Tensor]:
+def clone_all(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each tensor, in few launches."""
     grouped = [tensor for tensor in tensors if tensor.is_floating_point()]
     copied = iter(torch._foreach_mul(grouped, 1.0) if grouped else [])

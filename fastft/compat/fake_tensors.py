@@ -28,7 +28,7 @@ def set_value(node: Node, value: Any) -> None:
     node.meta["example_value"] = value
 
 
-def propagate(node: Node) -> None:
+def infer_example_value(node: Node) -> None:
     """Record what a new call computes, from what its arguments are."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
     with fake_mode_of(tensors_in((args, kwargs))), torch.no_grad():

@@ -20,8 +20,8 @@ from fastft.kernels import REGISTRY
 from fastft.kernels.attention import LOWEST
 from fastft.rewriter.attention.masks.recognize import recognize
 from fastft.rewriter.fx.bodies import bodies, calls_of
-from fastft.rewriter.fx.editing import describe_as
-from fastft.rewriter.fx.effects import draws, may_alias, switches_mode, written, written_by
+from fastft.rewriter.fx.editing import annotate_like
+from fastft.rewriter.fx.effects import may_alias, may_use_rng, maybe_mutated_args, mutated_args, switches_mode
 from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line
 from fastft.rewriter.report.data import GraphReport, Lifted
 
@@ -34,7 +34,7 @@ def simplify(gm: GraphModule, report: GraphReport) -> None:
     """Every attention of ``gm`` and its bodies."""
     masks = _Masks(gm)
     for body in bodies(gm):
-        targets = [target for node in body.graph.nodes for target in written_by(body, node)]
+        targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
         for node in body.graph.find_nodes(op="call_function", target=torch.ops.fastft.attention):
             call = dict(zip(PARAMETERS, node.args, strict=True))
             mask = call["mask"]
@@ -104,7 +104,7 @@ def _rows_without_keys(mask: Node) -> dict[str, Any]:
     def add(name: str, *arguments: Any, **named: Any) -> Node:
         with graph.inserting_after(made[-1] if made else after):
             made.append(graph.call_method(name, arguments, named))
-        describe_as(made[-1], mask)
+        annotate_like(made[-1], mask)
         return made[-1]
 
     vanishing = add("all", add("lt", add("detach", mask), LOWEST), -1)
@@ -160,7 +160,7 @@ def _drop(gm: GraphModule, body: GraphModule, mask: Node) -> None:
     while pending:
         node = pending.pop()
         stays = node.users or node.op not in ("call_function", "call_method")
-        if stays or written(node) or draws(node) or switches_mode(node):
+        if stays or maybe_mutated_args(node) or may_use_rng(node) or switches_mode(node):
             continue
         pending += node.all_input_nodes
         node.graph.erase_node(node)
@@ -265,7 +265,7 @@ def _transpose_late(node: Node, call: dict[str, Any]) -> None:
     node.args = tuple(call.values())
     for one in (node, out, turned):
         trained = any(tensor.requires_grad for tensor in fake_tensors.tensors_in(value_of(one)))
-        fake_tensors.propagate(one)
+        fake_tensors.infer_example_value(one)
         if trained and one is not node:
             fake_tensors.set_value(one, value_of(one).detach().requires_grad_())
     copied.replace_all_uses_with(turned)

@@ -15,13 +15,13 @@ from torch.fx import GraphModule, Node
 from fastft.compat import dynamo
 from fastft.compat.dynamo import SizeEntry
 from fastft.compat.fake_tensors import value_of
-from fastft.rewriter.fx.bodies import called
+from fastft.rewriter.fx.bodies import body_of
 from fastft.rewriter.fx.editing import replace_by_value
 
 log = logging.getLogger("fastft")
 
 
-def settle(gm: GraphModule) -> None:
+def inline_constant_scalars(gm: GraphModule) -> None:
     """Write numbers that had one value so far into the calls that use them, those in nested graphs too."""
     try:
         remembered = dynamo.remembered_sizes()
@@ -44,7 +44,7 @@ def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, fl
     if not holders and not constants:
         return
     for node in gm.graph.nodes:
-        if (body := called(gm, node)) is not None:
+        if (body := body_of(gm, node)) is not None:
             placeholders = body.graph.find_nodes(op="placeholder")
             pairs = list(zip(placeholders, node.args[len(node.args) - len(placeholders) :], strict=True))
             inner = [placeholder for placeholder, given in pairs if given in holders]

@@ -56,7 +56,7 @@ def state() -> State:
 
 
 @contextmanager
-def on_cpu(wanted: State) -> Iterator[None]:
+def reproduced_on_cpu(wanted: State) -> Iterator[None]:
     """Autocast for tensors on a CPU as it is in that state for whichever device."""
     dtype = next((one for one in wanted if one is not None), None)
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):

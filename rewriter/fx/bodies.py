@@ -33,7 +33,7 @@ def calls_of(gm: GraphModule, body: GraphModule) -> list[Node]:
     return []
 
 
-def called(gm: GraphModule, node: Node) -> GraphModule | None:
+def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
     """The graph that a node runs in place of a call: of an autograd.Function, its forward."""
     return next(iter(nested_graphs(gm, node)), None) if runs_bodies(node) else None
 

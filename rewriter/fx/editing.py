@@ -12,13 +12,13 @@ from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
 
 
-def describe_as(node: Node, like: Node) -> None:
+def annotate_like(node: Node, like: Node) -> None:
     """Record what a new call computes, and that it belongs to the module and the source line of another."""
     node.meta |= {key: value for key, value in like.meta.items() if key != "example_value"}
-    fake_tensors.propagate(node)
+    fake_tensors.infer_example_value(node)
 
 
-def mark_trained(node: Node) -> None:
+def infer_requires_grad(node: Node) -> None:
     """A new call's result needs a gradient if one of its arguments does."""
     given = [one for argument in node.all_input_nodes for one in fake_tensors.tensors_in(value_of(argument))]
     value = value_of(node)

@@ -22,19 +22,19 @@ def transformed(graph: Graph) -> bool:
     return eager.in_forward_mode() or any(is_transform(node.target) for node in graph.nodes)
 
 
-def disturbed_between(gm: GraphModule, values: Sequence[Node], first: Node, last: Node, whole: str) -> str | None:
+def check_effects_between(gm: GraphModule, values: Sequence[Node], first: Node, last: Node, whole: str) -> str | None:
     """The same of any values that calls from ``first`` to ``last`` are made of; whole: what they are together."""
-    if reason := written_in_place(values):
+    if reason := check_mutation(values):
         return reason
     for node in between(first, last):
         if switches_mode(node):
             return f"{name_of(node.target)} is called halfway"
-        if any(may_alias(target, value) for target in written_by(gm, node) for value in values):
+        if any(may_alias(target, value) for target in mutated_args(gm, node) for value in values):
             return f"{name_of(node.target)} writes to a value of the {whole}"
     return None
 
 
-def written_in_place(nodes: Iterable[Node]) -> str | None:
+def check_mutation(nodes: Iterable[Node]) -> str | None:
     """Which of these is written to anywhere in the graph."""
     for node in nodes:
         if any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(node)))):
@@ -59,7 +59,7 @@ _MODE_SWITCHES = (
 )
 
 
-def written(node: Node) -> list[Any]:
+def maybe_mutated_args(node: Node) -> list[Any]:
     """The arguments that this node may write to."""
     named = node.kwargs.get("out")
     out = list(named) if isinstance(named, (tuple, list)) else [] if named is None else [named]
@@ -85,18 +85,18 @@ def only_reads(gm: GraphModule, node: Node) -> bool:
     return runs_bodies(node) and not any(map(_writes_to_inputs, nested_graphs(gm, node)))
 
 
-def written_by(gm: GraphModule, node: Node) -> list[Any]:
+def mutated_args(gm: GraphModule, node: Node) -> list[Any]:
     """The arguments that this node may write to, where it runs nested graphs as far as these write to any."""
-    return [] if only_reads(gm, node) else written(node)
+    return [] if only_reads(gm, node) else maybe_mutated_args(node)
 
 
 def _writes_to_inputs(body: GraphModule) -> bool:
     given = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
-    targets = [target for node in body.graph.nodes for target in written_by(body, node)]
+    targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
     return any(may_alias(target, one) for target in targets for one in given)
 
 
-def draws(node: Node) -> bool:
+def may_use_rng(node: Node) -> bool:
     """Whether this node may take random numbers, whose order is part of what a graph computes."""
     return operators.is_higher_order(node.target) or _RANDOM.search(name_of(node.target)) is not None
 

@@ -46,7 +46,7 @@ def is_result_of_many(node: Node) -> bool:
     return node.target is operator.getitem
 
 
-def holds(outer: torch.dtype, inner: torch.dtype) -> bool:
+def represents_exactly(outer: torch.dtype, inner: torch.dtype) -> bool:
     """Whether one dtype has all numbers of the other."""
     return torch.promote_types(outer, inner) == outer
 

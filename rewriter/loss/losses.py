@@ -21,8 +21,8 @@ from fastft.compat import dynamo, fake_tensors
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels.lora_group import Group
 from fastft.rewriter.capture.normalize import arguments_of
-from fastft.rewriter.fx.editing import between, describe_as, mark_trained
-from fastft.rewriter.fx.effects import may_alias, switches_mode, transformed, written_by, written_in_place
+from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
+from fastft.rewriter.fx.effects import check_mutation, may_alias, mutated_args, switches_mode, transformed
 from fastft.rewriter.fx.metadata import module_path, name_of, same_kind, source_line
 from fastft.rewriter.loss.head import Head, Logits
 from fastft.rewriter.loss.logits import consume, follow
@@ -254,19 +254,19 @@ class _Lifting:
         with self.graph.inserting_before(before):
             node = self.graph.create_node(kind, function, tuple(args), dict(kwargs))
         self.made.append(node)
-        describe_as(node, before)
-        mark_trained(node)
+        annotate_like(node, before)
+        infer_requires_grad(node)
         return node
 
     def _check(self, last: Node) -> None:
         """Nothing that is read is written to, and gradients are not switched on the way.  Autocast may be."""
         values = [*self.states, *self.head.values, *(state.hidden for state in self.states.values())]
-        if reason := written_in_place(values):
+        if reason := check_mutation(values):
             raise DeclinedError(reason)
         for node in between(self.root, last):
             if switches_mode(node) and "autocast" not in name_of(node.target):
                 raise DeclinedError(f"{name_of(node.target)} is called halfway")
-            if any(may_alias(target, value) for target in written_by(self.gm, node) for value in values):
+            if any(may_alias(target, value) for target in mutated_args(self.gm, node) for value in values):
                 raise DeclinedError(f"{name_of(node.target)} writes to what it is made of")
 
     def _defer(self, left: Sequence[Node]) -> list[Deferred]:

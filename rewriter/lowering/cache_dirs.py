@@ -39,7 +39,7 @@ def ensure_writable() -> None:
     will say so.
     """
     for variable, folder in folders().items():
-        reason = why_not(folder)
+        reason = unwritable_reason(folder)
         other = _another() if reason else None
         if other is not None:
             advice = f"set {variable} to a folder with space"
@@ -48,7 +48,7 @@ def ensure_writable() -> None:
             os.environ[variable] = str(other)
 
 
-def why_not(folder: Path) -> str:
+def unwritable_reason(folder: Path) -> str:
     """Why nothing can be written there; "" if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,6 @@ def why_not(folder: Path) -> str:
 
 def _another() -> Path | None:
     for parent in (tempfile.gettempdir(), "/dev/shm", str(Path.home()), os.getcwd()):
-        if Path(parent).is_dir() and not why_not(Path(parent)):
+        if Path(parent).is_dir() and not unwritable_reason(Path(parent)):
             return Path(tempfile.mkdtemp(prefix="fastft-", dir=parent))
     return None

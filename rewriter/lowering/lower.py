@@ -40,7 +40,7 @@ def lower(
         if not pieces:
             say(f"compiling a graph of {report.nodes_after} nodes")
             return compile_graph(gm, example_inputs, options)
-        planned = plan_builder.make(gm, pieces, example_inputs, options, say)
+        planned = plan_builder.build_planned_graph(gm, pieces, example_inputs, options, say)
         calls = _compile_regions(gm, pieces, example_inputs, options, report, say, planned)
     offloader = planned.offloader if planned is not None else None
     layers = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
@@ -87,5 +87,5 @@ def _compile_regions(
 
 def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options: Options) -> Callable:
     part = stitch.extract(gm, piece)
-    with aot.apart(given.values()) as mode:
+    with aot.isolated_tracing_context(given.values()) as mode:
         return compile_graph(part, stitch.example_inputs(piece, given, mode), options)

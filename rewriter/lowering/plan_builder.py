@@ -16,18 +16,18 @@ from fastft.rewriter.lowering.inductor import compile_graph
 from fastft.rewriter.memory import device_budget, device_rates, stages
 from fastft.rewriter.memory.joint_graph import Joint
 from fastft.rewriter.memory.pareto import Choice
-from fastft.rewriter.memory.partitioner import Partitioner, Probe
+from fastft.rewriter.memory.partitioner import JointGraphCapture, Partitioner
 from fastft.rewriter.options import Options
 from fastft.rewriter.outline import stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.runtime.planned_graph import Call, Planned, Variants
 
 
-def make(
+def build_planned_graph(
     gm: GraphModule, pieces: Sequence[Piece], example_inputs: list[Any], options: Options, say: Callable[[str], None]
 ) -> Planned | None:
     """A plan for a graph, and calls that follow it; None where nothing is to be planned."""
-    if not wanted(gm, options):
+    if not should_plan(gm, options):
         return None
     device = stages.device_of(gm)
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
@@ -51,11 +51,11 @@ def make(
     ]
     planned.sizes_of = _sizes_of(list(given))
     if row.hints:
-        _settle(planned)
+        _compile_variants_for_other_sizes(planned)
     return planned
 
 
-def _settle(planned: Planned) -> None:
+def _compile_variants_for_other_sizes(planned: Planned) -> None:
     """Where sizes change, compile now what other sizes may want: guards that compiling adds later would be lost."""
     kinds = {id(stage.kind): stage.kind for stage in planned.row.stages}
     used: dict[int, set[tuple[str, ...]]] = {key: set() for key in kinds}
@@ -69,7 +69,7 @@ def _settle(planned: Planned) -> None:
         call.prepare(stage.kind.choices)
 
 
-def wanted(gm: GraphModule, options: Options) -> bool:
+def should_plan(gm: GraphModule, options: Options) -> bool:
     """Whether a graph's memory is to be planned: where it may go backward, on a CPU only by a budget of the user's."""
     planned = stages.device_of(gm).type == "cuda" or options.memory_budget is not None
     return planned and options.outline and torch.is_grad_enabled()
@@ -81,16 +81,16 @@ class _Builder:
     def __init__(self, gm: GraphModule, piece: Piece, given: dict[Node, Any], options: Options) -> None:
         self.options, self.name = options, piece.module or "the rest"
         self.part = stitch.extract(gm, piece)
-        with aot.apart(given.values()) as mode:
+        with aot.isolated_tracing_context(given.values()) as mode:
             self.inputs = stitch.example_inputs(piece, given, mode)
         values = [tensor for node in piece.outputs for tensor in fake_tensors.tensors_in(value_of(node))]
         self.trained = any(value.requires_grad for value in values)
-        self.probe: Probe | None = None
+        self.probe: JointGraphCapture | None = None
 
     def trace(self) -> None:
         """Get the joint graph of forward and backward, if there is one."""
         if self.trained:
-            probe = Probe()
+            probe = JointGraphCapture()
             try:
                 self._compile(probe)
             except Exception:
@@ -102,8 +102,8 @@ class _Builder:
         return self._compile(Partitioner(kept) if self.probe is not None else None)
 
     def _compile(self, partitioner: aot.CustomPartitionerFn | None) -> Callable:
-        part = dynamo.as_captured(GraphModule(self.part, dynamo.copy_graph(self.part.graph)), self.part)
-        with aot.apart(self.inputs):
+        part = dynamo.inherit_capture_metadata(GraphModule(self.part, dynamo.copy_graph(self.part.graph)), self.part)
+        with aot.isolated_tracing_context(self.inputs):
             return compile_graph(part, self.inputs, self.options, partitioner)
 
     def places(self, joint: Joint | None) -> Callable[[Choice], frozenset[int]]:

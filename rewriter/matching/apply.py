@@ -13,9 +13,9 @@ from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.capture.normalize import splits, view
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.editing import between, describe_as, mark_trained
+from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
 from fastft.rewriter.fx.metadata import layer_of, module_path, source_line
-from fastft.rewriter.matching.checks import Verifier, place
+from fastft.rewriter.matching.checks import Verifier, placement
 from fastft.rewriter.matching.matcher import Match, Mismatch, find
 from fastft.rewriter.matching.pattern import fold, templates
 from fastft.rewriter.matching.rule import Rule
@@ -103,7 +103,7 @@ class _Lifting:
         """Put the replacement's calls where all they need is known, and take the matched nodes out."""
         assert found.rule.replacement is not None
         roots = [self.originals[root] for root in found.roots]
-        at, tracer = self.originals[place(found)], GraphAppendingTracer(self.graph)
+        at, tracer = self.originals[placement(found)], GraphAppendingTracer(self.graph)
         arguments = {
             name: Proxy(self.originals[bound], tracer) if isinstance(bound, Node) else bound
             for name, bound in found.arguments.items()
@@ -115,8 +115,8 @@ class _Lifting:
         latest = max(roots)
         made = list(between(previous, at))
         for node in made:
-            describe_as(node, latest)
-            mark_trained(node)
+            annotate_like(node, latest)
+            infer_requires_grad(node)
         fold(self.graph, made)  # a dtype that the replacement asks for
         self.replaced.update(found.calls.values())
         self.unused += [self.originals[node] for node in found.calls.values()]

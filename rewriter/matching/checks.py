@@ -12,7 +12,7 @@ from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.effects import disturbed_between, transformed
+from fastft.rewriter.fx.effects import check_effects_between, transformed
 from fastft.rewriter.fx.metadata import name_of, same_sizes, same_strides, source_line
 from fastft.rewriter.matching import matcher, pattern
 from fastft.rewriter.matching.matcher import Match
@@ -36,9 +36,9 @@ class Verifier:
             return "the graph holds a torch.func transform or forward-mode differentiation"
         try:
             return (
-                used_outside(found)
-                or disturbed(found, self._gm)
-                or unplaced(found)
+                check_escapes(found)
+                or check_side_effects(found, self._gm)
+                or check_placement(found)
                 or self._by_value(rule, values, found)
             )
         except Exception as error:  # one odd value must not cost the whole graph
@@ -48,18 +48,22 @@ class Verifier:
         results = [value_of(root) for root in found.roots]
         key = (rule, autocast.state(), *map(_key, values.values()), *map(_key, results))
         if None in key or key not in self._verdicts:
-            self._verdicts[key] = unfit(rule, values) or retraced(found, values) or replaced(rule, values, results)
+            self._verdicts[key] = (
+                check_conditions(rule, values)
+                or check_retrace(found, values)
+                or check_replacement(rule, values, results)
+            )
         return self._verdicts[key]
 
 
-def unfit(rule: Rule, values: dict[str, Any]) -> str | None:
+def check_conditions(rule: Rule, values: dict[str, Any]) -> str | None:
     """The rule's own conditions: named dimensions, and what its op cannot do."""
     sizes = {name: values[name].shape for name in rule.shapes}
     equal = lambda left, right: symbolic.statically_known_true(left == right)  # noqa: E731
     return shape_reason(rule.shapes, sizes, equal) or rule.unless(**values)
 
 
-def retraced(found: Match, values: dict[str, Any]) -> str | None:
+def check_retrace(found: Match, values: dict[str, Any]) -> str | None:
     """The reference, traced again at the matched shapes and numbers, is the subgraph, node by node."""
     again = pattern.trace(found.rule, values)
     second = matcher.match(again, found.roots[0])
@@ -72,7 +76,7 @@ def retraced(found: Match, values: dict[str, Any]) -> str | None:
     return None
 
 
-def used_outside(found: Match) -> str | None:
+def check_escapes(found: Match) -> str | None:
     """No inner value is used outside the match, or it would have to be computed all the same."""
     calls = set(found.calls.values())
     for node in calls.difference(found.roots):
@@ -84,32 +88,32 @@ def used_outside(found: Match) -> str | None:
     return None
 
 
-def disturbed(found: Match, gm: GraphModule) -> str | None:
+def check_side_effects(found: Match, gm: GraphModule) -> str | None:
     """Nothing in the graph writes to a value of the match, and no mode is switched between its first call and its root.
 
     Writes before the match would do no harm, nor would all of those after it; but where a write is cannot be told of
     every function, and one after the root may spoil what the op saves where the user's own code saved a copy.
     """
     values = [node for node in found.bindings.values() if isinstance(node, Node)]
-    return disturbed_between(gm, values, min(found.calls.values()), max(found.roots), "match")
+    return check_effects_between(gm, values, min(found.calls.values()), max(found.roots), "match")
 
 
-def place(found: Match) -> Node:
+def placement(found: Match) -> Node:
     """The node before which the replacement is put: the last root, or an earlier one's first use."""
     calls = set(found.calls.values())
     users = [user for root in found.roots for user in root.users if user not in calls]
     return min([max(found.roots), *users])
 
 
-def unplaced(found: Match) -> str | None:
+def check_placement(found: Match) -> str | None:
     """All that the replacement is given is known where it is put."""
     given = [value for value in found.arguments.values() if isinstance(value, Node)]
     if not set(found.calls.values()).isdisjoint(given):
         return "what is computed inside is also an argument"
-    return None if max(given) < place(found) else "a result is used before all that the replacement needs is known"
+    return None if max(given) < placement(found) else "a result is used before all that the replacement needs is known"
 
 
-def replaced(rule: Rule, values: dict[str, Any], expected: list[Tensor]) -> str | None:
+def check_replacement(rule: Rule, values: dict[str, Any], expected: list[Tensor]) -> str | None:
     """The replacement gives what the roots gave, and a gradient to every input that needs one."""
     assert rule.replacement is not None
     with fake_tensors.fake_mode_of(values.values()), torch.enable_grad():

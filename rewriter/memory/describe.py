@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from fastft.compat.symbolic import evaluate
 from fastft.rewriter.memory.device_rates import Rates
 from fastft.rewriter.memory.pareto import Choice
-from fastft.rewriter.memory.simulate import Plan, Row, Stage
+from fastft.rewriter.memory.simulate import Plan, Stage, StageSequence
 from fastft.rewriter.report.plan import Item, PlanReport
 
 LEAST_SHOWN = 2**10  # bytes of a tensor
 
 
-def describe(report: PlanReport, row: Row, plan: Plan, budget: str, limit_bytes: int | None, rate: Rates) -> None:
+def describe(
+    report: PlanReport, row: StageSequence, plan: Plan, budget: str, limit_bytes: int | None, rate: Rates
+) -> None:
     """Fill in a report with this plan.
 
     budget: the user's word.  limit_bytes: what it came to.  rate: of the device, for the microseconds of each tensor.
@@ -25,7 +27,7 @@ def describe(report: PlanReport, row: Row, plan: Plan, budget: str, limit_bytes:
     report.items = [item for layers, stage, choice in _alike(row, plan) for item in _items(layers, stage, choice, rate)]
 
 
-def _alike(row: Row, plan: Plan) -> list[tuple[str, Stage, Choice]]:
+def _alike(row: StageSequence, plan: Plan) -> list[tuple[str, Stage, Choice]]:
     """Stages of one structure and choice together, with what to call them."""
     groups: dict[tuple[int, Choice], list[Stage]] = {}
     for stage, choice in zip(row.stages, plan.choices, strict=True):

@@ -14,7 +14,7 @@ from fastft.compat.symbolic import evaluate
 from fastft.rewriter.memory.device_rates import Rates
 from fastft.rewriter.memory.joint_graph import EXACT, Joint
 
-DISTURBANCE = 0.1  # of the time of a copy that work beside it takes longer, measured on an H100 (docs/performance.md)
+COPY_SLOWDOWN = 0.1  # of the time of a copy that work beside it takes longer, measured on an H100 (docs/performance.md)
 LEAST_OFFLOAD = 2**20  # bytes of a tensor that is worth a copy of its own
 
 
@@ -92,7 +92,7 @@ def _offloading(joint: Joint, choice: Choice, rate: Rates, private: Set[int]) ->
         for going in accumulate(([one] for one in order), lambda some, more: some + more):
             size = sum(_size(joint, one) for one in going)
             away, back = size / rate.to_host, size / rate.from_host
-            waits = max(0.0, away - forward) + max(0.0, back - backward) + DISTURBANCE * (away + back)
+            waits = max(0.0, away - forward) + max(0.0, back - backward) + COPY_SLOWDOWN * (away + back)
             yield Choice(
                 choice.kept, tuple(joint.storages[one].name for one in sorted(going)), choice.saved_bytes - size, size,
                 choice.seconds + waits, choice.ops,

@@ -40,7 +40,7 @@ class Partitioner(aot.CustomPartitionerFn):
         return f"{sources()}-{self.kept}"
 
 
-class Probe(aot.CustomPartitionerFn):
+class JointGraphCapture(aot.CustomPartitionerFn):
     """Takes the joint graph, with the settings it was to be divided by, and ends the compilation there."""
 
     def __init__(self) -> None:

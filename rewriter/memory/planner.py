@@ -15,8 +15,8 @@ from dataclasses import replace
 from fastft.compat import dynamo
 from fastft.compat.symbolic import Sizes
 from fastft.rewriter.memory.pareto import Choice, slope
-from fastft.rewriter.memory.simulate import Facts, Plan, Row, Value, simulate
-from fastft.units import text_of
+from fastft.rewriter.memory.simulate import Facts, Plan, StageSequence, Value, simulate
+from fastft.units import format_bytes
 
 
 class BudgetError(dynamo.ShortenTraceback, ValueError):
@@ -26,7 +26,9 @@ class BudgetError(dynamo.ShortenTraceback, ValueError):
         super().__init__(message, first_useful_frame=None)
 
 
-def plan(row: Row, facts: Facts, budget_bytes: int | None, sizes: Sizes | None = None, *, graphs: bool = True) -> Plan:
+def plan(
+    row: StageSequence, facts: Facts, budget_bytes: int | None, sizes: Sizes | None = None, *, graphs: bool = True
+) -> Plan:
     """The fastest plan within the budget, the leanest of all for 0, the fastest of all for None.
 
     With CUDA graphs, where the row may have them, if any such plan fits: what launches cost without them is more than
@@ -40,7 +42,7 @@ def plan(row: Row, facts: Facts, budget_bytes: int | None, sizes: Sizes | None =
     return _first(row, facts, budget_bytes, sizes, None)
 
 
-def _first(row: Row, facts: Facts, budget_bytes: int | None, sizes: Sizes, graphed: range | None) -> Plan:
+def _first(row: StageSequence, facts: Facts, budget_bytes: int | None, sizes: Sizes, graphed: range | None) -> Plan:
     """The first plan of the walk that fits."""
     leanest: Plan | None = None
     for chosen in _walk(row, facts):
@@ -52,14 +54,14 @@ def _first(row: Row, facts: Facts, budget_bytes: int | None, sizes: Sizes, graph
     assert leanest is not None
     if budget_bytes == 0:
         return leanest
-    raise BudgetError(least(leanest, budget_bytes or 0))
+    raise BudgetError(budget_error_message(leanest, budget_bytes or 0))
 
 
-def joined(rows: Sequence[Row]) -> Row:
+def concatenate(rows: Sequence[StageSequence]) -> StageSequence:
     """Graphs that run one after another forward, and the other way round backward; one of them may run twice."""
     if len(rows) == 1:
         return rows[0]
-    found, done = Row([], {}, {}), 0
+    found, done = StageSequence([], {}, {}), 0
     for at, row in enumerate(rows):
         for stage in row.stages:
             found.stages.append(replace(stage, inputs={place: (at, name) for place, name in stage.inputs.items()}))
@@ -70,17 +72,17 @@ def joined(rows: Sequence[Row]) -> Row:
     return found
 
 
-def least(leanest: Plan, budget_bytes: int) -> str:
+def budget_error_message(leanest: Plan, budget_bytes: int) -> str:
     """Why no plan fits, in one sentence."""
     held = sorted(leanest.peak.parts.items(), key=lambda part: -part[1])
-    parts = ", ".join(f"{name} {text_of(size)}" for name, size in held if size >= 0.005 * leanest.peak_bytes)
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held if size >= 0.005 * leanest.peak_bytes)
     return (
-        f"memory_budget of {text_of(budget_bytes)} is below the {text_of(leanest.peak_bytes)} that a step "
+        f"memory_budget of {format_bytes(budget_bytes)} is below the {format_bytes(leanest.peak_bytes)} that a step "
         f"takes at the least, in {leanest.peak.label} ({parts}): use a smaller batch, shorter texts or more."
     )
 
 
-def _walk(row: Row, facts: Facts) -> Iterator[tuple[Choice, ...]]:
+def _walk(row: StageSequence, facts: Facts) -> Iterator[tuple[Choice, ...]]:
     """From all stages at their fastest to all at their leanest."""
     at = [0] * len(row.stages)
     chosen = [stage.kind.choices[0] for stage in row.stages]

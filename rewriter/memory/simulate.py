@@ -15,7 +15,7 @@ POOL = "CUDA graphs"
 # Of a graph's pool beyond the most that lives in it, for what lies between: measured on an H100 (docs/performance.md).
 POOL_SHARE, POOL_SHARE_OF_WORK = 0.05, 0.5
 Name = Hashable  # of a value between stages
-BESIDE = "what is beside the CUDA graphs"
+OUTSIDE_CUDA_GRAPHS = "what is beside the CUDA graphs"
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Stage:
 
 
 @dataclass(eq=False)
-class Row:
+class StageSequence:
     """The stages of a graph, and the values that go between them.
 
     last: the last stage that reads a value in forward, one more than there are if the graph returns it.
@@ -120,7 +120,9 @@ class Plan:
         return sum(choice.offloaded_bytes for choice in self.choices)
 
 
-def simulate(row: Row, chosen: Sequence[Choice], facts: Facts, sizes: Sizes, graphed: range | None = None) -> Plan:
+def simulate(
+    row: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes, graphed: range | None = None
+) -> Plan:
     """The step of these choices.  graphed: the stages that run as CUDA graphs."""
     simulation = _Simulation(row, chosen, facts, sizes)
     moments = list(simulation.run())
@@ -132,7 +134,7 @@ def simulate(row: Row, chosen: Sequence[Choice], facts: Facts, sizes: Sizes, gra
 class _Simulation:
     """Bytes by what they are for, stage by stage."""
 
-    def __init__(self, row: Row, chosen: Sequence[Choice], facts: Facts, sizes: Sizes) -> None:
+    def __init__(self, row: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes) -> None:
         self.row, self.chosen, self.facts, self.sizes = row, chosen, facts, sizes
         self.memories = [stage.kind.memory(one, sizes) for stage, one in zip(row.stages, chosen, strict=True)]
         self.size = {name: evaluate(value.bytes, sizes) for name, value in row.values.items()}
@@ -198,7 +200,7 @@ class _Simulation:
         other_work = max((max(one.forward, one.backward + one.saved) for one in others), default=0)
         gradients = sum(stage.gradient_bytes for stage in self.row.stages)
         pool = int((1 + POOL_SHARE) * most + POOL_SHARE_OF_WORK * work) + gradients
-        found = self._moment(BESIDE, 0, 3 * sum(crossing), other_work, gradients)
+        found = self._moment(OUTSIDE_CUDA_GRAPHS, 0, 3 * sum(crossing), other_work, gradients)
         return Moment(found.label, found.bytes + pool, {**found.parts, POOL: pool})
 
     def _moved(self, number: int) -> int:

@@ -13,17 +13,19 @@ from torch.fx import GraphModule, Node
 from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.memory import cost_model, device_rates, joint_graph, pareto
-from fastft.rewriter.memory.partitioner import Probe
-from fastft.rewriter.memory.simulate import Kind, Name, Row, Stage, Value
+from fastft.rewriter.memory.partitioner import JointGraphCapture
+from fastft.rewriter.memory.simulate import Kind, Name, Stage, StageSequence, Value
 from fastft.rewriter.outline.partition import Piece
 
 
-def read(gm: GraphModule, pieces: Sequence[Piece], probes: Mapping[Any, Probe | None], rate: device_rates.Rates) -> Row:
+def read(
+    gm: GraphModule, pieces: Sequence[Piece], probes: Mapping[Any, JointGraphCapture | None], rate: device_rates.Rates
+) -> StageSequence:
     """The stages of a graph.  probes: the joint graph of each kind of piece, by key; None where none is."""
     kinds: dict[Any, Kind] = {}
     number_of = {node: number for number, piece in enumerate(pieces) for node in piece.outputs}
     last_layer = max((number for number, piece in enumerate(pieces) if piece.layer), default=-1)
-    row = Row([], {}, {})
+    row = StageSequence([], {}, {})
     for number, piece in enumerate(pieces):
         offload = piece.layer and number != last_layer  # whose activations are wanted again at once
         key = piece.key, offload
@@ -42,7 +44,7 @@ def read(gm: GraphModule, pieces: Sequence[Piece], probes: Mapping[Any, Probe | 
     return row
 
 
-def _kind(piece: Piece, probe: Probe | None, rate: device_rates.Rates, offload: bool) -> Kind:
+def _kind(piece: Piece, probe: JointGraphCapture | None, rate: device_rates.Rates, offload: bool) -> Kind:
     if probe is None or probe.joint is None:
         return Kind(piece.module, None, [pareto.Choice(())])
     found = joint_graph.read(probe.joint.graph, probe.forward_outputs, rate)
@@ -60,7 +62,7 @@ def _name(piece: Piece, number: int, count: int) -> str:
     )
 
 
-def _lifetimes(gm: GraphModule, pieces: Sequence[Piece], row: Row) -> None:
+def _lifetimes(gm: GraphModule, pieces: Sequence[Piece], row: StageSequence) -> None:
     for number, piece in enumerate(pieces):
         for node in piece.inputs:
             if id(node) in row.values:
@@ -72,7 +74,7 @@ def _lifetimes(gm: GraphModule, pieces: Sequence[Piece], row: Row) -> None:
         row.last.setdefault(name, value.made)
 
 
-def _gradients(pieces: Sequence[Piece], row: Row) -> None:
+def _gradients(pieces: Sequence[Piece], row: StageSequence) -> None:
     """Backward goes from the last stage to the first: the last that reads a parameter makes its gradient."""
     seen: set[Node] = set()
     for piece, stage in reversed(list(zip(pieces, row.stages, strict=True))):

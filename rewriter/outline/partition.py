@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.fx.bodies import size
-from fastft.rewriter.fx.effects import is_transform, switches_mode, written_by
+from fastft.rewriter.fx.effects import is_transform, mutated_args, switches_mode
 from fastft.rewriter.fx.metadata import module_path, name_of
 from fastft.rewriter.outline import layer_detection
 from fastft.rewriter.report.data import GraphReport, Region
@@ -145,7 +145,7 @@ def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node,
 
 def _written_values(gm: GraphModule, node: Node, made: Mapping[int, Any], owner: Mapping[Node, Piece]) -> list[Tensor]:
     """The tensors that this node writes to.  Raises DeclinedError where another piece made one of them."""
-    tensors = [tensor for target in written_by(gm, node) for tensor in fake_tensors.tensors_in(value_of(target))]
+    tensors = [tensor for target in mutated_args(gm, node) for tensor in fake_tensors.tensors_in(value_of(target))]
     for tensor in tensors:
         if made.get(fake_tensors.storage_key(tensor)) is not owner.get(node):
             raise DeclinedError(f"{node.name} writes in place to what another part of the graph made")

@@ -69,7 +69,7 @@ def extract(gm: GraphModule, piece: Piece) -> GraphModule:
                 values[argument] = graph.node_copy(argument)
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(tuple(values[node] for node in piece.outputs))
-    return dynamo.as_captured(GraphModule(gm, graph), gm)
+    return dynamo.inherit_capture_metadata(GraphModule(gm, graph), gm)
 
 
 def example_inputs(piece: Piece, given: Mapping[Node, Any], mode: Any) -> list[Any]:

@@ -22,9 +22,9 @@ from fastft.compat import fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.rewriter.capture.normalize import arguments_of
-from fastft.rewriter.fx.editing import describe_as
-from fastft.rewriter.fx.effects import only_reads, written_in_place
-from fastft.rewriter.fx.metadata import holds, module_path, same_kind, source_line
+from fastft.rewriter.fx.editing import annotate_like
+from fastft.rewriter.fx.effects import check_mutation, only_reads
+from fastft.rewriter.fx.metadata import module_path, represents_exactly, same_kind, source_line
 from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss
 
 RULE = "lora_linear.four_bit"
@@ -47,7 +47,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Projection:
+class FourBitLinear:
     """x W^T + bias."""
 
     x: Node
@@ -132,7 +132,7 @@ def _is_op(node: Any, *names: str) -> bool:
     return _of_bitsandbytes(node) and str(node.target).split(".")[1] in names
 
 
-def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, Projection]:
+def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, FourBitLinear]:
     """The node whose value a projection is, and what it is of."""
     body = _body(gm, node, 0)
     if body is None:
@@ -145,7 +145,7 @@ def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, Projection]:
     return _function(gm, node, body, backward)
 
 
-def _linear_above(node: Node, reader: _Reader) -> tuple[Node, Projection]:
+def _linear_above(node: Node, reader: _Reader) -> tuple[Node, FourBitLinear]:
     """The linear that a de-quantised weight goes to; it may pass a cast that changes nothing and a transposition."""
     at = node
     while True:
@@ -159,7 +159,7 @@ def _linear_above(node: Node, reader: _Reader) -> tuple[Node, Projection]:
             raise NotOneError("the de-quantised weight goes elsewhere than into a linear layer")
 
 
-def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, Projection]:
+def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, FourBitLinear]:
     given = list(node.args[2:])
     outside = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
     if not only_reads(gm, node):
@@ -208,7 +208,7 @@ def _is_view(node: Any) -> bool:
 
 
 def _check_gradients(
-    reader: _Reader, grad_output: Node, gradients: Sequence[Any], given: Sequence[Any], projection: Projection
+    reader: _Reader, grad_output: Node, gradients: Sequence[Any], given: Sequence[Any], projection: FourBitLinear
 ) -> None:
     """x's gradient is grad_output W, the bias's the sum of grad_output over rows, and nothing else gets one."""
     for gradient, argument in zip(gradients, given, strict=True):
@@ -231,7 +231,7 @@ def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
     last = True
     while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
         given, result = value_of(node.args[0]).dtype, value_of(node).dtype
-        widens = given.is_floating_point and result.is_floating_point and holds(result, given)
+        widens = given.is_floating_point and result.is_floating_point and represents_exactly(result, given)
         if not widens and not (last and result == dtype and given.is_floating_point):
             break
         node, last = node.args[0], False
@@ -260,7 +260,7 @@ class _Reader:
             found = found.args[0]  # type: ignore[assignment]
         return found
 
-    def projection(self, node: Any) -> Projection:
+    def projection(self, node: Any) -> FourBitLinear:
         """The projection that this call computes."""
         if _is_op(node, "gemm_4bit"):
             return self._gemm(node)
@@ -272,9 +272,11 @@ class _Reader:
             raise NotOneError(f"{node} is called in a way that is not known")
         x, weight, bias = [*bound[0], None][:3]
         read = self.outer(x)
-        return Projection(read, self.weight(weight, value_of(read).dtype), None if bias is None else self.outer(bias))
+        return FourBitLinear(
+            read, self.weight(weight, value_of(read).dtype), None if bias is None else self.outer(bias)
+        )
 
-    def _gemm(self, node: Node) -> Projection:
+    def _gemm(self, node: Node) -> FourBitLinear:
         names = ("x", "packed", "shape", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code")
         values: dict[str, Any] = {**dict(zip((*names, "absmax_offset"), node.args, strict=False)), **node.kwargs}
         nested = [values.get(name) for name in ("absmax_8bit", "absmax_code", "absmax_offset")]
@@ -285,7 +287,7 @@ class _Reader:
             values["quant_type"],
         )  # fmt: skip
         bias = values.get("bias")
-        return Projection(self.outer(values["x"]), weight, None if bias is None else self.outer(bias))
+        return FourBitLinear(self.outer(values["x"]), weight, None if bias is None else self.outer(bias))
 
     def weight(self, node: Any, narrowest: torch.dtype | None = None) -> Weight:
         """The weight [rows, columns] that this de-quantises, transposed an even number of times.
@@ -302,7 +304,7 @@ class _Reader:
             raise NotOneError(f"{node} is not a de-quantised weight")
         packed, absmax, blocksize, quant_type, shape, dtype = node.args
         for one in (*dtypes, dtype):
-            if narrowest is not None and not holds(one, narrowest):
+            if narrowest is not None and not represents_exactly(one, narrowest):
                 raise NotOneError(f"the weight is rounded to {one} before {narrowest}")
         if turned:
             raise NotOneError("the weight is transposed")
@@ -322,7 +324,7 @@ class _Reader:
         return self.outer(absmax), (self.outer(bits), self.outer(_through_casts(code)), self.outer(offset))
 
 
-def _check(root: Node, projection: Projection) -> None:
+def _check(root: Node, projection: FourBitLinear) -> None:
     """Nothing that the projection reads is written to, and all is plain enough for the op."""
     weight = projection.weight
     biases = [] if projection.bias is None else [projection.bias]
@@ -330,14 +332,14 @@ def _check(root: Node, projection: Projection) -> None:
     for node in nodes:
         if not isinstance(value_of(node), Tensor):
             raise NotOneError(f"{node} is not a tensor")
-    if reason := written_in_place(nodes):
+    if reason := check_mutation(nodes):
         raise NotOneError(reason)
     for bias in map(value_of, biases):
         if bias.shape != (weight.rows,):
             raise NotOneError(f"its bias is of shape {tuple(bias.shape)}")
 
 
-def _replace(gm: GraphModule, root: Node, projection: Projection, unused: list[Node]) -> None:
+def _replace(gm: GraphModule, root: Node, projection: FourBitLinear, unused: list[Node]) -> None:
     """Put the op where the root is, if it gives the same kind of tensor; what the root read goes into ``unused``."""
     weight = projection.weight
     lists: list[list[Node]] = [[weight.packed], [weight.absmax], *([one] for one in weight.nested)]
@@ -352,7 +354,7 @@ def _replace(gm: GraphModule, root: Node, projection: Projection, unused: list[N
         result = gm.graph.call_function(operator.getitem, (call, 0))
     try:
         for node in (call, result):
-            describe_as(node, root)
+            annotate_like(node, root)
         if not same_kind(value_of(result), value_of(root)):
             raise NotOneError("the op's result would be laid out otherwise")
     except Exception:

@@ -16,8 +16,8 @@ from fastft.compat import fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.editing import between, describe_as
-from fastft.rewriter.fx.effects import disturbed_between, draws, may_alias, written, written_in_place
+from fastft.rewriter.fx.editing import annotate_like, between
+from fastft.rewriter.fx.effects import check_effects_between, check_mutation, may_alias, may_use_rng, maybe_mutated_args
 from fastft.rewriter.fx.metadata import module_path, name_of, source_line
 from fastft.rewriter.projections.siblings import LISTS, RULE, Origin, Projection, find, miss
 from fastft.rewriter.report.data import GraphReport, Lifted
@@ -121,7 +121,7 @@ def _check(gm: GraphModule, siblings: Sequence[Projection]) -> None:
     """Nothing that is read is written to, and no mode is switched on the way."""
     ends = [node for one in siblings for node in (one.root, *one.inner, one.end)]
     nodes = ends + [node for one in siblings for given in one.given for node in Origin.of(given).nodes]
-    if reason := disturbed_between(gm, nodes, min(ends), max(ends), "group"):
+    if reason := check_effects_between(gm, nodes, min(ends), max(ends), "group"):
         raise DeclinedError(reason)
 
 
@@ -134,14 +134,14 @@ def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
         node = waiting.pop()
         if node < at or node in needed:
             continue
-        if node in inside or node.op not in ("call_function", "call_method") or written(node):
+        if node in inside or node.op not in ("call_function", "call_method") or maybe_mutated_args(node):
             raise DeclinedError(f"{node.name} is only known later")
-        if reason := written_in_place(node.all_input_nodes):  # they are read earlier now
+        if reason := check_mutation(node.all_input_nodes):  # they are read earlier now
             raise DeclinedError(reason)
         needed.add(node)
         waiting += node.all_input_nodes
-    last = max((node for node in needed if draws(node)), default=at)
-    if overtaken := [node for node in between(at, last) if draws(node) and node not in needed]:
+    last = max((node for node in needed if may_use_rng(node)), default=at)
+    if overtaken := [node for node in between(at, last) if may_use_rng(node) and node not in needed]:
         raise DeclinedError(f"{name_of(overtaken[0].target)} would take its random numbers later")
     return sorted(needed)
 
@@ -152,7 +152,7 @@ def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> li
 
     def add(node: Node, like: Any = None) -> Node:
         made.append(node)
-        describe_as(node, first)
+        annotate_like(node, first)
         if like is not None:  # it needs a gradient where that does
             fake_tensors.set_value(node, value_of(node).detach().requires_grad_(value_of(like).requires_grad))
         return node
@@ -252,7 +252,7 @@ def _is_exposed(end: Node) -> bool:
     while waiting:
         node = waiting.pop()
         for user in node.users:
-            if user.op == "output" or node in written(user) or _looks(user):
+            if user.op == "output" or node in maybe_mutated_args(user) or _looks(user):
                 return True
             if user not in seen and any(may_alias(one, end) for one in fake_tensors.tensors_in(value_of(user))):
                 seen.add(user)
@@ -281,7 +281,7 @@ def _spread(changed: Iterable[tuple[Projection, Node]], before: dict[Node, Any])
         waiting.remove(node)
         before[node] = old = value_of(node)
         with autocast.at(node):
-            fake_tensors.propagate(node)
+            fake_tensors.infer_example_value(node)
         new = value_of(node)
         if not isinstance(new, Tensor) or not isinstance(old, Tensor):
             waiting.update(node.users)

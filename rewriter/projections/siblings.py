@@ -22,8 +22,8 @@ from fastft.compat.fake_tensors import value_of
 from fastft.kernels.core.registry import wide
 from fastft.kernels.lora_group import Group
 from fastft.rewriter.capture.normalize import arguments_of, cast_dtype
-from fastft.rewriter.fx.effects import written
-from fastft.rewriter.fx.metadata import holds, layer_of, module_path, name_of, source_line
+from fastft.rewriter.fx.effects import maybe_mutated_args
+from fastft.rewriter.fx.metadata import layer_of, module_path, name_of, represents_exactly, source_line
 from fastft.rewriter.report.data import GraphReport, NearMiss
 
 RULE = "lora_linear.group"
@@ -125,7 +125,7 @@ class Origin:
     @property
     def exact(self) -> bool:
         """Whether the first has the value of the last."""
-        return holds(value_of(self.nodes[0]).dtype, value_of(self.source).dtype)
+        return represents_exactly(value_of(self.nodes[0]).dtype, value_of(self.source).dtype)
 
     @classmethod
     def of(cls, node: Node) -> Origin:
@@ -133,10 +133,10 @@ class Origin:
         nodes, rounded, widened = [node], False, False
         while (given := _cast_of(nodes[-1])) is not None:
             outer, inner = value_of(nodes[-1]).dtype, value_of(given).dtype
-            if not holds(outer, inner) and (rounded or widened):
+            if not represents_exactly(outer, inner) and (rounded or widened):
                 break
-            rounded |= not holds(outer, inner)
-            widened |= holds(outer, inner) and outer != inner
+            rounded |= not represents_exactly(outer, inner)
+            widened |= represents_exactly(outer, inner) and outer != inner
             nodes.append(given)
         return cls(tuple(nodes))
 
@@ -152,7 +152,7 @@ def _cast_of(node: Node) -> Node | None:
 
 def _projections(graph: Graph, report: GraphReport) -> Iterator[Projection]:
     """In graph order, each with the adapters that it can take; none whose result nothing learns from."""
-    teaching = _teaching(graph)
+    teaching = _reaching_a_gradient(graph)
     for node in graph.nodes:
         found = _four_bit(node) or _plain(node)
         if found is not None:
@@ -161,11 +161,11 @@ def _projections(graph: Graph, report: GraphReport) -> Iterator[Projection]:
                 yield found
 
 
-def _teaching(graph: Graph) -> set[Node]:
+def _reaching_a_gradient(graph: Graph) -> set[Node]:
     """What a result of the graph may owe a gradient to; for the rest torch gives None and a group would give zeros."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        ends = node.op == "output" or written(node) or operators.is_higher_order(node.target)
+        ends = node.op == "output" or maybe_mutated_args(node) or operators.is_higher_order(node.target)
         if ends or any(user in found and name_of(user.target) != "detach" for user in node.users):
             found.add(node)
     return found

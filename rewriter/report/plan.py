@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastft.rewriter.report import memory_plot
-from fastft.units import MIB, text_of
+from fastft.units import MIB, format_bytes
 
 ERROR = "beyond the simulation"
 ACTIVATIONS = ("kept activations", "between layers", "at work")
@@ -51,12 +51,12 @@ class PlanReport:
 
     def __str__(self) -> str:
         limit = {None: "no limit", 0: "as little as possible"}.get(self.limit_bytes)
-        wanted = limit or text_of(self.limit_bytes or 0)
-        measured = f", {text_of(self.measured_bytes)} measured" if self.measured_bytes is not None else ""
-        host = f"; {text_of(self.host_bytes)} in host memory" if self.host_bytes else ""
+        wanted = limit or format_bytes(self.limit_bytes or 0)
+        measured = f", {format_bytes(self.measured_bytes)} measured" if self.measured_bytes is not None else ""
+        host = f"; {format_bytes(self.host_bytes)} in host memory" if self.host_bytes else ""
         again = f"; corrected {self.corrections}×" if self.corrections else ""
         return (
-            f"budget {self.budget}: {wanted}; planned peak {text_of(self.peak_bytes)} in {self.peak_at}{measured}"
+            f"budget {self.budget}: {wanted}; planned peak {format_bytes(self.peak_bytes)} in {self.peak_at}{measured}"
             f"{host}; backward takes {self.seconds * 1e3:.1f} ms longer than if all were kept{again}"
         )
 

@@ -51,7 +51,7 @@ def advice(reason: str) -> str:
     return next((text for pattern, text in _ADVICE if re.search(pattern, reason)), "")
 
 
-def advised(reason: str) -> str:
+def with_advice(reason: str) -> str:
     """The reason, and what to do about it on a line of its own."""
     text = advice(reason)
     return f"{reason}\n→ {text}" if text else reason

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss, ReportData
-from fastft.rewriter.report.reasons import advised
+from fastft.rewriter.report.reasons import with_advice
 
 BREAKS, FAILURES, MISSED = "Graph breaks", "Failures in fastft (these graphs run as they were)", "Not lifted"
 LIFTED, FUSED = "Lifted", "Of these, fused"
@@ -24,7 +24,7 @@ def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[s
     """Title, columns and rows of all that there is to tell."""
     graphs = report.graphs
     found: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [
-        (BREAKS, ("at", "reason"), [(_short(at), advised(why)) for why, at in report.breaks]),
+        (BREAKS, ("at", "reason"), [(_short(at), with_advice(why)) for why, at in report.breaks]),
         ("Compiled", ("graph", "of", "seconds", "changing sizes", "cache"), _compiled(graphs)),
         ("Compiled again", ("reason", "times"), _counted(graph.reason for graph in graphs)),
         ("Regions, each compiled once", *_regions(graphs)),
@@ -111,7 +111,7 @@ def _inlined(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
 
 
 def _counted(reasons: Iterable[str]) -> list[Sequence[str]]:
-    return [(_short(advised(reason)), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
+    return [(_short(with_advice(reason)), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
 
 
 def _failures(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
@@ -134,12 +134,12 @@ def _by_rule(lifted: Iterable[Lifted]) -> list[Sequence[str]]:
 
 
 def _masks(masks: Iterable[Lifted]) -> list[Sequence[str]]:
-    return [(_short(advised(mask)), times, modules) for mask, times, modules in _by_rule(masks)]
+    return [(_short(with_advice(mask)), times, modules) for mask, times, modules in _by_rule(masks)]
 
 
 def _by_reason(misses: Iterable[NearMiss]) -> list[Sequence[str]]:
     kinds = Counter(
-        (_layerless(miss.module), _short(miss.source), f"{miss.rule}: {_short(advised(miss.reason))}")
+        (_layerless(miss.module), _short(miss.source), f"{miss.rule}: {_short(with_advice(miss.reason))}")
         for miss in misses
     )
     return [(module, str(times), at, reason) for (module, at, reason), times in kinds.items()]

@@ -16,16 +16,18 @@ from fastft.rewriter.memory import device_budget, device_rates, planner
 from fastft.rewriter.memory.describe import describe
 from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.memory.planner import BudgetError
-from fastft.rewriter.memory.simulate import BESIDE, POOL, Facts, Plan
+from fastft.rewriter.memory.simulate import OUTSIDE_CUDA_GRAPHS, POOL, Facts, Plan
 from fastft.rewriter.options import budget_of
 from fastft.rewriter.report.plan import ERROR
-from fastft.units import GIB, text_of
+from fastft.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from fastft.rewriter.runtime.planned_graph import Planned
 
 log = logging.getLogger("fastft")
-CHECKED = 3  # calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated
+CHECK_AFTER_STEPS = (
+    3  # calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated
+)
 MOST_CORRECTIONS = 2  # the second only of a plan that is above its budget
 TOLERANCE = 0.02  # of the planned peak: less is not worth another plan
 AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took, or of what there is: the next has to do with that
@@ -33,7 +35,7 @@ MOST_PLANS = 64  # for sizes that were met
 MOST_WAITING = 4  # forwards of one graph that are planned for together; what waits beyond is as planned for the last
 
 
-class Ledger:
+class MemoryController:
     """The forwards whose activations are in memory together, in their order, and their one plan.
 
     forwards: a graph for each; more than once, if it runs again before its backward.  They are referred to weakly: a
@@ -46,7 +48,7 @@ class Ledger:
         self.device = forwards[0].device
         self.limit_bytes = device_budget.budget_bytes(budget, self.device)
         self.rows = [one.row for one in forwards]
-        self.row = planner.joined(self.rows)
+        self.row = planner.concatenate(self.rows)
         self.plans: dict[Any, Plan | None] = {}  # by sizes; None where rounded ones do not fit
         self.plan: Plan | None = None
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
@@ -86,13 +88,13 @@ class Ledger:
         if _count_of_ooms(self.device) > ooms[self.device.index]:  # in backward, say, where nobody asks us
             self.give_way("the batch that failed may be repeated")
             torch.cuda.empty_cache()
-        elif self.seen == CHECKED + 1:
+        elif self.seen == CHECK_AFTER_STEPS + 1:
             self._check()
 
     @property
     def measuring(self) -> bool:
         """Whether a step is under way whose peak is to be compared with the plan's."""
-        return self.device.type == "cuda" and 0 < self.seen <= CHECKED
+        return self.device.type == "cuda" and 0 < self.seen <= CHECK_AFTER_STEPS
 
     def look(self) -> None:
         """Note the peak so far: who logs memory starts torch's count anew, where a step ends or begins."""
@@ -179,7 +181,7 @@ class Ledger:
         """
         assert self.plan is not None
         known = self.peak if self.peak > self.peak_before else None
-        beside = next((moment for moment in self.plan.moments if moment.label == BESIDE), None)
+        beside = next((moment for moment in self.plan.moments if moment.label == OUTSIDE_CUDA_GRAPHS), None)
         pool = sum(graphed.pool_bytes for one in self.members for graphed in one.graphed)
         if beside is None or not pool:
             return known
@@ -197,14 +199,14 @@ class Ledger:
         leaner = self.plan.peak_bytes < before or had_graphs
         if leaner:
             message = (
-                f"fastft ran out of memory at a planned peak of {text_of(before)} and plans with "
-                f"{text_of(self.plan.peak_bytes)} from now on; {then}."
+                f"fastft ran out of memory at a planned peak of {format_bytes(before)} and plans with "
+                f"{format_bytes(self.plan.peak_bytes)} from now on; {then}."
             )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return leaner
 
 
-def shared(member: Planned) -> Ledger:
+def shared(member: Planned) -> MemoryController:
     """The ledger of a forward and of all whose backward is still to come: the strictest of their budgets rules."""
     waiting = Counter({one: one.waiting() for one in alive if one.device == member.device})
     waiting[member] += 1
@@ -219,7 +221,9 @@ def shared(member: Planned) -> Ledger:
     together = list((firsts | Counter(others) | known | wanted).elements())
     before = [one.ledger for one in together]
     strictest = min(before, key=lambda one: float("inf") if one.limit_bytes is None else one.limit_bytes)
-    ledger = Ledger(together, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget)
+    ledger = MemoryController(
+        together, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget
+    )
     for one in ledger.members:
         one.ledger = ledger
     ledger.replan(strict=False)  # of this step a part has run already

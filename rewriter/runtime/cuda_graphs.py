@@ -179,7 +179,7 @@ class Capture:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with capturing(self.forward):
             outputs = call(*static)
-        if any(eager.copies([output])[0].stride() != output.stride() for output in outputs):
+        if any(eager.clone_all([output])[0].stride() != output.stride() for output in outputs):
             raise ValueError("a stack of layers returns a tensor with gaps or repetitions")
         grown = [output for output in outputs if output.requires_grad]
         self.grad_outputs = [torch.zeros_like(output) for output in grown]
@@ -209,7 +209,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, capture: Capture, ticket: Ticket, inputs: Sequence[Any], *trained: Tensor) -> tuple:
         capture.load(inputs)
         capture.forward.replay()
-        outputs = tuple(eager.copies(capture.outputs))
+        outputs = tuple(eager.clone_all(capture.outputs))
         ctx.capture, ctx.ticket = capture, ticket
         ctx.inputs = inputs  # they are read again, at their addresses
         ctx.save_for_backward(*trained)  # so that one that changes before backward is an error, as ever
@@ -228,7 +228,7 @@ class _Replay(torch.autograd.Function):
         for buffer, grad in zip(capture.grad_outputs, given, strict=True):
             buffer.copy_(grad)
         capture.backward.replay()
-        grads = iter(eager.copies([grad for grad in capture.grad_inputs if grad is not None]))
+        grads = iter(eager.clone_all([grad for grad in capture.grad_inputs if grad is not None]))
         ctx.ticket = ctx.inputs = None
         return None, None, None, *(next(grads) if grad is not None else None for grad in capture.grad_inputs)
 

@@ -28,14 +28,7 @@ from fastft.rewriter.fx.effects import names_a_write
 from fastft.rewriter.loss.head import Logits, run
 from fastft.rewriter.loss.logits import CASTS, consume, follow
 from fastft.rewriter.loss.losses import Deferred
-from fastft.rewriter.runtime.logits_computation import (
-    STALE,
-    Computation,
-    changed,
-    is_parameter,
-    unread,
-    versions_of,
-)
+from fastft.rewriter.runtime.logits_computation import STALE, Computation, changed, is_parameter, unread, versions_of
 
 _APART = (
     "logits are written to in place of which another part was read before: read and write the same tensor, or compile "

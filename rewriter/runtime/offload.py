@@ -55,10 +55,10 @@ class Pool:
         self.free.clear()
 
 
-class Ticket:
+class OffloadedTensor:
     """A tensor that is on the host, or will be: what autograd saves in its place."""
 
-    def __init__(self, offloader: Offloader, flight: Flight, tensor: Tensor, buffer: Tensor) -> None:
+    def __init__(self, offloader: Offloader, flight: LayerTransfer, tensor: Tensor, buffer: Tensor) -> None:
         self.flight, self.buffer = flight, buffer
         self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
         self.outgoing: Tensor | None = tensor
@@ -73,15 +73,15 @@ class Ticket:
         return self.buffer.view(self.dtype).as_strided(self.shape, self.stride)
 
 
-class Flight:
+class LayerTransfer:
     """One layer's tickets in one forward.  below: that of the nearest layer before it, which comes back next."""
 
-    def __init__(self, below: Flight | None) -> None:
+    def __init__(self, below: LayerTransfer | None) -> None:
         self.below = weakref.ref(below) if below is not None else None
-        self.tickets: list[weakref.ref[Ticket]] = []
+        self.tickets: list[weakref.ref[OffloadedTensor]] = []
         self.arrived: Any = None
         self.departed: Any = None
-        self.leaving: list[Ticket] = []
+        self.leaving: list[OffloadedTensor] = []
 
 
 class Offloader:
@@ -92,8 +92,8 @@ class Offloader:
         self.device, self.pool = device, Pool(limit_bytes, pinned=self.cuda)
         self.stream = torch.cuda.Stream(device) if self.cuda else None
         self.captured: list[Tensor] | None = None
-        self.last: weakref.ref[Flight] | None = None
-        self.leaving: Flight | None = None
+        self.last: weakref.ref[LayerTransfer] | None = None
+        self.leaving: LayerTransfer | None = None
 
     @contextmanager
     def owned_by(self, owner: Any) -> Iterator[None]:
@@ -120,7 +120,7 @@ class Offloader:
             if before is not None:
                 self._land(before)
             return results
-        flight = Flight(self.last() if self.last is not None else None)
+        flight = LayerTransfer(self.last() if self.last is not None else None)
         place = -1
 
         def pack(tensor: Tensor) -> Any:
@@ -136,17 +136,17 @@ class Offloader:
         self.last = weakref.ref(flight) if flight.tickets else self.last
         return results
 
-    def _ticket(self, flight: Flight, tensor: Tensor) -> Any:
+    def _ticket(self, flight: LayerTransfer, tensor: Tensor) -> Any:
         size = _extent(tensor)
         buffer = self.pool.take(size) if size > 0 and tensor.device == self.device else None
         if buffer is None:
             return tensor
-        ticket = Ticket(self, flight, tensor, buffer)
+        ticket = OffloadedTensor(self, flight, tensor, buffer)
         flight.tickets.append(weakref.ref(ticket))
         flight.leaving.append(ticket)
         return ticket
 
-    def _depart(self, flight: Flight) -> None:
+    def _depart(self, flight: LayerTransfer) -> None:
         """Copy a layer's tensors out behind what has been launched."""
         if not flight.leaving:
             return
@@ -157,7 +157,7 @@ class Offloader:
         flight.departed = event()
         self.leaving = flight
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, flight: LayerTransfer) -> None:
         """What is launched from now on may use the memory of what was copied out."""
         self._wait_for(flight.departed)
         for ticket in flight.leaving:
@@ -171,7 +171,7 @@ class Offloader:
             self.leaving = None
 
     def _unpack(self, packed: Any) -> Tensor:
-        if not isinstance(packed, Ticket):
+        if not isinstance(packed, OffloadedTensor):
             return packed
         flight, tensor = packed.flight, packed.outgoing
         if tensor is None:  # it has left
@@ -185,7 +185,7 @@ class Offloader:
         assert tensor is not None
         return tensor.detach()
 
-    def _fetch(self, flight: Flight) -> None:
+    def _fetch(self, flight: LayerTransfer) -> None:
         """Copy a layer's tensors back, behind what has been launched."""
         tickets = [ticket for reference in flight.tickets if (ticket := reference()) is not None]
         coming = [ticket for ticket in tickets if ticket.incoming is None and ticket.outgoing is None]

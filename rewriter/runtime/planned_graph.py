@@ -14,9 +14,9 @@ from fastft.compat import eager
 from fastft.compat.symbolic import Sizes
 from fastft.errors import describe
 from fastft.rewriter.memory.pareto import Choice
-from fastft.rewriter.memory.simulate import Facts, Row
+from fastft.rewriter.memory.simulate import Facts, StageSequence
 from fastft.rewriter.report.plan import PlanReport
-from fastft.rewriter.runtime.controller import Ledger, alive, shared
+from fastft.rewriter.runtime.controller import MemoryController, alive, shared
 from fastft.rewriter.runtime.cuda_graphs import Graphed
 from fastft.rewriter.runtime.offload import Offloader
 
@@ -83,7 +83,7 @@ class Planned:
     graphed: its CUDA graphs, if it has any.  sizes_of: its symbols' values by inputs.  choices: what its stages do now.
     """
 
-    def __init__(self, row: Row, facts: Facts, budget: Any, device: torch.device) -> None:
+    def __init__(self, row: StageSequence, facts: Facts, budget: Any, device: torch.device) -> None:
         self.row, self.device = row, device
         self.offloader = Offloader(device, facts.host)
         self.calls: list[Call] = []
@@ -95,7 +95,7 @@ class Planned:
         self.choices: tuple[Choice, ...] = ()
         self.tickets: list[weakref.ref[_Ticket]] = []
         self.watched = False
-        self.ledger = Ledger([self], facts, budget)
+        self.ledger = MemoryController([self], facts, budget)
         alive.add(self)
         self.ledger.replan(strict=not any(one.waiting() for one in alive))
 

@@ -239,7 +239,7 @@ def test_forwards_before_backwards_share_a_ledger() -> None:
     alone, made = compiled(models[0], "max-speed")
     alone(**batch(padded=False, length=64)).loss.backward()
     (planned,) = made
-    twice = planner.plan(planner.joined([planned.row] * 2), planned.ledger.facts, None)
+    twice = planner.plan(planner.concatenate([planned.row] * 2), planned.ledger.facts, None)
     once = planned.ledger.plan.moments
     waiting = next(one.parts for one in once if one.label.startswith("backward"))  # what is there until then
     for name in ("kept activations", "between layers"):

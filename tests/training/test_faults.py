@@ -220,4 +220,4 @@ def test_a_cache_that_cannot_be_written(fault: str, tmp_path: Path, monkeypatch:
     assert len(told) == 1
     assert f"{folder} {fault}" in told[0]
     assert "set TORCHINDUCTOR_CACHE_DIR to a folder with space" in told[0]
-    assert cache_dirs.why_not(cache_dirs.inductor_folder()) == ""
+    assert cache_dirs.unwritable_reason(cache_dirs.inductor_folder()) == ""

@@ -23,9 +23,9 @@ from fastft.rewriter.attention.masks.terms import (
     Floor,
     Indicator,
     Leaf,
+    NonNegative,
     Not,
     Or,
-    Positive,
     Select,
     Size,
     Sum,
@@ -33,7 +33,7 @@ from fastft.rewriter.attention.masks.terms import (
     Var,
     Zero,
 )
-from fastft.rewriter.fx.editing import describe_as
+from fastft.rewriter.fx.editing import annotate_like
 
 
 class Writer:
@@ -59,7 +59,7 @@ class Writer:
                 node = graph.call_function(function, arguments, named)
         self._written.append(node)
         with fake_tensors.fake_mode_of([self._like]):
-            describe_as(node, self._before)
+            annotate_like(node, self._before)
         return node
 
     def factory(self, function: Callable, *arguments: Any, dtype: torch.dtype = torch.int64) -> Node:
@@ -193,7 +193,7 @@ class Writer:
     def _condition(self, condition: Condition) -> Node:
         if isinstance(condition, bool):
             return self.factory(torch.full, (1, 1), condition, dtype=torch.bool)
-        if isinstance(condition, Positive):
+        if isinstance(condition, NonNegative):
             return self.call(torch.ge, self.sum(condition.term), 0)
         if isinstance(condition, Zero):
             return self.call(torch.eq, self.sum(condition.term), 0)

@@ -27,9 +27,9 @@ from fastft.rewriter.attention.masks.terms import (
     Condition,
     Floor,
     Leaf,
+    NonNegative,
     Not,
     Or,
-    Positive,
     Sum,
     Var,
     Zero,
@@ -39,7 +39,7 @@ from fastft.rewriter.attention.masks.terms import (
     every,
     extreme,
     floor,
-    positive,
+    non_negative,
     select,
     variable,
     variables,
@@ -156,7 +156,7 @@ class _Solver:
 
     def _ranges(self, one: Condition) -> list[Bound] | None:
         """The bounds that a part of the condition amounts to; all of them hold."""
-        if isinstance(one, Positive):
+        if isinstance(one, NonNegative):
             return self._linear(one.term)
         if isinstance(one, Zero):
             sides = [self._linear(one.term), self._linear(one.term * -1)]
@@ -253,13 +253,13 @@ class _Solver:
         """Leave out what the rest implies."""
         parts, q = self.parts, self.parts.q
         at_query = substitute(condition, self._to_query())
-        parts.reached = positive(self.keys - 1 - q) is True
+        parts.reached = non_negative(self.keys - 1 - q) is True
         parts.never_empty = parts.reached and at_query is True
         if not (parts.causal and parts.reached):
             parts.ends += self.far_ends
-        parts.starts = [one for one in parts.starts if positive(one * -1) is not True]
-        parts.ends = [one for one in parts.ends if positive(one - self.keys) is not True]
-        if parts.window and positive(q * -1 + parts.window - 1) is True:
+        parts.starts = [one for one in parts.starts if non_negative(one * -1) is not True]
+        parts.ends = [one for one in parts.ends if non_negative(one - self.keys) is not True]
+        if parts.window and non_negative(q * -1 + parts.window - 1) is True:
             parts.window = 0
         if parts.window:
             parts.kinds[f"window {parts.window}"] = None

@@ -41,7 +41,7 @@ from fastft.rewriter.attention.masks.terms import (
     extreme,
     floor,
     negate,
-    positive,
+    non_negative,
     select,
     some,
     whole,
@@ -222,10 +222,10 @@ def _clamp(reader: Reader, node: Node, index: Index, source: Node, low: Any, hig
 _COMPARED: dict[str, Callable[[Sum, Sum], Condition]] = {
     "eq": lambda left, right: zero(left - right),
     "ne": lambda left, right: negate(zero(left - right)),
-    "le": lambda left, right: positive(right - left),
-    "lt": lambda left, right: positive(right - left - 1),
-    "ge": lambda left, right: positive(left - right),
-    "gt": lambda left, right: positive(left - right - 1),
+    "le": lambda left, right: non_negative(right - left),
+    "lt": lambda left, right: non_negative(right - left - 1),
+    "ge": lambda left, right: non_negative(left - right),
+    "gt": lambda left, right: non_negative(left - right - 1),
 }
 
 
@@ -345,7 +345,7 @@ def _is_not_zero(condition: Any, source: Any) -> bool:
 def _triangle(reader: Reader, node: Node, index: Index, source: Node, diagonal: Any) -> Value:
     value = reader.value(source, index)
     place = index[-2] + _offset(diagonal) - index[-1]
-    kept = positive(place) if call_name(node) == "tril" else positive(place * -1)
+    kept = non_negative(place) if call_name(node) == "tril" else non_negative(place * -1)
     found = _option(kept, dtype_of(node), [value, whole(0)])
     return reader.opaque(node, index, kept, value) if found is None else found
 

@@ -24,7 +24,7 @@ from fastft.rewriter.attention.masks.emit import Writer
 from fastft.rewriter.attention.masks.intervals import Parts, take_apart
 from fastft.rewriter.attention.masks.reader import Cases, Depends, NotReadError, Reader, Value, size_of, steady
 from fastft.rewriter.attention.masks.terms import Condition, Leaf, Sum, atoms, every, extreme, variable, whole
-from fastft.rewriter.fx.effects import may_alias, written, written_by
+from fastft.rewriter.fx.effects import may_alias, maybe_mutated_args, mutated_args
 from fastft.rewriter.fx.metadata import name_of
 
 _AXES = "bhqj"
@@ -127,7 +127,7 @@ def _disturbed(reader: Reader, mask: Node, condition: Condition) -> str | None:
     leaves = {one.node for one in atoms(condition) if isinstance(one, Leaf)}
     gm, explained = mask.graph.owning_module, set()
     for node in mask.graph.nodes:
-        for target in written(node) if gm is None else written_by(gm, node):
+        for target in maybe_mutated_args(node) if gm is None else mutated_args(gm, node):
             met = [one for one in reader.visited if may_alias(target, one)]
             known = isinstance(target, Node) and node in reader.visited and _last_use(target, node)
             if met and (not known or not leaves.isdisjoint(met)):

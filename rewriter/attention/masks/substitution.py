@@ -13,9 +13,9 @@ from fastft.rewriter.attention.masks.terms import (
     Floor,
     Indicator,
     Leaf,
+    NonNegative,
     Not,
     Or,
-    Positive,
     Select,
     Sum,
     Truth,
@@ -27,7 +27,7 @@ from fastft.rewriter.attention.masks.terms import (
     floor,
     indicator,
     negate,
-    positive,
+    non_negative,
     select,
     some,
     truth,
@@ -44,8 +44,8 @@ def substitute(term: Any, known: Mapping[Any, Sum]) -> Any:
         for one, times in term.parts:
             result = result + (known[one] if one in known else _rebuilt(one, inside)) * times
         return result
-    if isinstance(term, Positive):
-        return positive(inside(term.term))
+    if isinstance(term, NonNegative):
+        return non_negative(inside(term.term))
     if isinstance(term, Zero):
         return zero(inside(term.term))
     if isinstance(term, Truth):

@@ -106,7 +106,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Positive:
+class NonNegative:
     """term >= 0."""
 
     term: Sum
@@ -144,7 +144,7 @@ class Or:
 
 
 Atom = Union[Var, Size, Leaf, Floor, Abs, Indicator, Select, Extreme]  # noqa: UP007
-Condition = Union[bool, Positive, Zero, Truth, Not, And, Or]  # noqa: UP007
+Condition = Union[bool, NonNegative, Zero, Truth, Not, And, Or]  # noqa: UP007
 
 
 def whole(value: Sum | int) -> Sum:
@@ -200,8 +200,8 @@ def extreme(name: str, terms: Iterable[Sum]) -> Sum:
     kept: list[Sum] = []
     sign = 1 if name == "minimum" else -1
     for term in terms:
-        if not any(positive((term - other) * sign) is True for other in kept):
-            kept = [other for other in kept if positive((other - term) * sign) is not True]
+        if not any(non_negative((term - other) * sign) is True for other in kept):
+            kept = [other for other in kept if non_negative((other - term) * sign) is not True]
             kept.append(term)
     return kept[0] if len(kept) == 1 else atom(Extreme(name, tuple(kept)))
 
@@ -243,7 +243,7 @@ def _range(one: Atom) -> tuple[int | None, int | None]:
     return None, None
 
 
-def positive(term: Sum) -> Condition:
+def non_negative(term: Sum) -> Condition:
     """term >= 0."""
     low, high = bounds(term)
     if low is not None and low >= 0:
@@ -253,12 +253,12 @@ def positive(term: Sum) -> Condition:
     for one, times in term.parts:
         if isinstance(one, Abs):
             rest = term - atom(one) * times
-            either = [positive(rest + one.term * times), positive(rest - one.term * times)]
+            either = [non_negative(rest + one.term * times), non_negative(rest - one.term * times)]
             return every(either) if times < 0 else some(either)
     if _by_cases(term):
         return some(condition for condition, number in cases(term) if number >= 0)
     divisor = math.gcd(*(times for _, times in term.parts))
-    return Positive(Sum(tuple((one, times // divisor) for one, times in term.parts), term.constant // divisor))
+    return NonNegative(Sum(tuple((one, times // divisor) for one, times in term.parts), term.constant // divisor))
 
 
 def zero(term: Sum) -> Condition:
@@ -301,8 +301,8 @@ def truth(leaf: Leaf) -> Condition:
 def negate(condition: Condition) -> Condition:
     if isinstance(condition, bool):
         return not condition
-    if isinstance(condition, Positive):
-        return positive(condition.term * -1 - 1)
+    if isinstance(condition, NonNegative):
+        return non_negative(condition.term * -1 - 1)
     if isinstance(condition, Not):
         return condition.condition
     if isinstance(condition, (And, Or)):
@@ -367,7 +367,7 @@ def atoms(*terms: Any) -> list[Atom]:
 def _inside(term: Any) -> tuple[Any, ...]:
     if isinstance(term, Leaf):
         return term.index
-    if isinstance(term, (Floor, Abs, Positive, Zero)):
+    if isinstance(term, (Floor, Abs, NonNegative, Zero)):
         return (term.term,)
     if isinstance(term, Truth):
         return (term.leaf,)

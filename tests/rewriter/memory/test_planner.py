@@ -12,7 +12,7 @@ from fastft.rewriter.memory.device_rates import TYPICAL, Rates
 from fastft.rewriter.memory.joint_graph import Joint, Memory, Storage
 from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.memory.planner import BudgetError
-from fastft.rewriter.memory.simulate import Facts, Kind, Row, Stage, Value
+from fastft.rewriter.memory.simulate import Facts, Kind, Stage, StageSequence, Value
 
 
 @given(joints(), st.data())
@@ -78,7 +78,7 @@ def kind_of(curve: list[tuple[int, int]]) -> Kind:
 @given(st.lists(curves, min_size=1, max_size=4), st.integers(0, 200))
 def test_a_plan_is_within_a_step_of_the_best(layers: list[list[tuple[int, int]]], budget: int) -> None:
     kinds = [kind_of(curve) for curve in layers]
-    row = Row([Stage(kind, str(number), {}) for number, kind in enumerate(kinds)], {}, {})
+    row = StageSequence([Stage(kind, str(number), {}) for number, kind in enumerate(kinds)], {}, {})
     fitting = [
         sum(choice.seconds for choice in chosen)
         for chosen in product(*(kind.choices for kind in kinds))
@@ -98,10 +98,10 @@ def test_what_goes_between_stages_lives_until_it_was_read() -> None:
     """Three stages that keep nothing hand a value of 7 on; the first one's is read by the last as well."""
     plain = Kind("", None, [Choice(())])
     stages = [Stage(plain, "a", {}), Stage(plain, "b", {0: "a"}), Stage(plain, "c", {0: "b", 1: "a"})]
-    row = Row(stages, {"a": Value(7, 0), "b": Value(7, 1)}, {"a": 2, "b": 2})
+    row = StageSequence(stages, {"a": Value(7, 0), "b": Value(7, 1)}, {"a": 2, "b": 2})
     held = [moment.parts["between layers"] for moment in planner.plan(row, Facts(1), None).moments]
     assert held == [0, 7, 14, 0, 0, 0, 0]
-    twice = planner.plan(planner.joined([row, row]), Facts(1), None)
+    twice = planner.plan(planner.concatenate([row, row]), Facts(1), None)
     assert [moment.parts["between layers"] for moment in twice.moments[:6]] == [0, 7, 14, 0, 7, 14]
 
 
@@ -110,7 +110,7 @@ def test_the_host_is_bounded() -> None:
     again = Choice((), (), 0, 0, 5.0, (2,))
     kind = Kind("", Joint([Storage("x", 6, "f", "")]), [Choice(("x",), (), 10, 0, 0.0, (0,)), moved, again])
     kind.memories = {((0,), ()): Memory(10, 0, 0), ((1,), ()): Memory(10, 0, 0), ((2,), ()): Memory(0, 0, 0)}
-    row = Row([Stage(kind, str(number), {}) for number in range(3)], {}, {})
+    row = StageSequence([Stage(kind, str(number), {}) for number in range(3)], {}, {})
     for host in (18, 17, 5):
         walked = [
             sum(choice.offloaded_bytes for choice in chosen) for chosen in planner._walk(row, Facts(0, host=host))

@@ -10,7 +10,7 @@ from fastft.rewriter.memory import pareto, planner, simulate
 from fastft.rewriter.memory.device_rates import Rates
 from fastft.rewriter.memory.joint_graph import Joint, Memory, Storage
 from fastft.rewriter.memory.pareto import Choice
-from fastft.rewriter.memory.simulate import Facts, Row
+from fastft.rewriter.memory.simulate import Facts, StageSequence
 
 MANY = settings(max_examples=100)
 
@@ -32,7 +32,7 @@ def test_a_layer_takes_what_lives_in_it(joint: Joint, data: st.DataObject) -> No
 
 @MANY
 @given(made_rows(), st.builds(Facts, *[st.integers(0, 9)] * 3, st.just(0), st.integers(-3, 3)))
-def test_a_step_takes_what_lives_in_it(drawn: tuple[list[Made], Row], facts: Facts) -> None:
+def test_a_step_takes_what_lives_in_it(drawn: tuple[list[Made], StageSequence], facts: Facts) -> None:
     stages, row = drawn
     found = simulate.simulate(row, [one.choice for one in stages], facts, {})
     assert [moment.bytes for moment in found.moments] == peaks(stages, facts)
@@ -43,11 +43,11 @@ def test_a_step_takes_what_lives_in_it(drawn: tuple[list[Made], Row], facts: Fac
 @MANY
 @given(made_rows(), made_rows(), st.builds(Facts, *[st.integers(0, 9)] * 3))
 def test_rows_that_run_one_after_another(
-    one: tuple[list[Made], Row], other: tuple[list[Made], Row], facts: Facts
+    one: tuple[list[Made], StageSequence], other: tuple[list[Made], StageSequence], facts: Facts
 ) -> None:
     """As one row would, whose later stages read nothing of the earlier ones."""
     both = [*one[0], *(_moved(made, len(one[0])) for made in other[0])]
-    found = simulate.simulate(planner.joined([one[1], other[1]]), [made.choice for made in both], facts, {})
+    found = simulate.simulate(planner.concatenate([one[1], other[1]]), [made.choice for made in both], facts, {})
     assert [moment.bytes for moment in found.moments] == peaks(both, facts)
 
 
@@ -98,7 +98,7 @@ def test_what_is_offloaded_waits_for_its_copies(joint: Joint, to_host: float, fr
         assert choice.offloaded_bytes == moved
         assert choice.saved_bytes == sum(sizes.values()) - moved
         away, back = moved / to_host, moved / from_host
-        waits = max(0, away - forward) + max(0, back - backward) + pareto.DISTURBANCE * (away + back)
+        waits = max(0, away - forward) + max(0, back - backward) + pareto.COPY_SLOWDOWN * (away + back)
         assert abs(choice.seconds - repeated - waits) < 1e-9 * (1 + waits)
 
 
@@ -117,7 +117,7 @@ def test_the_budget_is_kept_to_the_byte() -> None:
     fast, lean = Choice(("all",), (), 9, 0, 0.0, (0,)), Choice((), (), 2, 0, 1.0, (1,))
     kind = simulate.Kind("", Joint(), [fast, lean])
     kind.memories = {(one.ops, ()): Memory(one.saved_bytes, 0, 0) for one in (fast, lean)}
-    row = Row([simulate.Stage(kind, str(number), {}) for number in range(2)], {}, {})
+    row = StageSequence([simulate.Stage(kind, str(number), {}) for number in range(2)], {}, {})
     facts = Facts(5, 3, 2)
     for budget, expected in ((None, 28), (28, 28), (27, 21), (21, 21), (20, 14), (14, 14), (0, 14)):
         assert planner.plan(row, facts, budget).peak_bytes == expected

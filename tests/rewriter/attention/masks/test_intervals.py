@@ -161,7 +161,7 @@ def test_documents_by_positions(positions: list[list[int]], near: list[tuple[str
     parts = [terms.zero(at(document, q) - at(document, j))]
     for side, number in near:
         difference = at(position, q) - at(position, j)
-        parts.append(terms.positive((difference if side == "q" else difference * -1) + number))
+        parts.append(terms.non_negative((difference if side == "q" else difference * -1) + number))
     found = taken(space, world, terms.every(parts))
     assert found is not None or (near and step != 1)
     if found is not None and S > 1 and T > 1:
@@ -200,19 +200,19 @@ def test_what_never_decreases(name: str) -> None:
 
 SQUARE = Space(2, 4, 4, False)
 b, q, j = (SQUARE.index(name) for name in "bqj")
-CAUSAL, LENGTHS = terms.positive(q - j), atom(Leaf(TABLE, (b, whole(0))))
+CAUSAL, LENGTHS = terms.non_negative(q - j), atom(Leaf(TABLE, (b, whole(0))))
 KINDS: dict[str, tuple[Condition, dict[str, Any]]] = {
     "causal": (CAUSAL, {"causal": True, "window": 0, "starts": [], "ends": [], "never_empty": True}),
-    "causal, window 2": (terms.every([CAUSAL, terms.positive(j - q + 1)]), {"window": 2, "starts": []}),
+    "causal, window 2": (terms.every([CAUSAL, terms.non_negative(j - q + 1)]), {"window": 2, "starts": []}),
     "causal, window 1": (
-        terms.every([CAUSAL, *(terms.positive(j - q + n) for n in (1, 0, 2))]), {"causal": True, "window": 1},
+        terms.every([CAUSAL, *(terms.non_negative(j - q + n) for n in (1, 0, 2))]), {"causal": True, "window": 1},
     ),
-    "full": (terms.positive(j - q + 3), {"window": 0, "starts": [], "ends": []}),
+    "full": (terms.non_negative(j - q + 3), {"window": 0, "starts": [], "ends": []}),
     "causal, chunks of 2": (
         terms.every([CAUSAL, terms.zero(terms.floor(q, 2) - terms.floor(j, 2))]), {"ends": [], "causal": True},
     ),
-    "range": (terms.positive(LENGTHS - j - 1), {"ends": [LENGTHS], "never_empty": False}),
-    "causal, range": (terms.every([CAUSAL, terms.positive(q - j + 1)]), {"ends": [], "starts": []}),
+    "range": (terms.non_negative(LENGTHS - j - 1), {"ends": [LENGTHS], "never_empty": False}),
+    "causal, range": (terms.every([CAUSAL, terms.non_negative(q - j + 1)]), {"ends": [], "starts": []}),
     "padding": (terms.truth(Leaf(FLAGS, (b, j))), {"never_empty": False}),
     "rows": (terms.truth(Leaf(FLAGS, (b, q))), {"never_empty": False}),
     "ids": (terms.zero(atom(Leaf(TABLE, (b, q))) - atom(Leaf(TABLE, (b, j)))), {"never_empty": True}),
@@ -231,7 +231,7 @@ def test_kinds(kind: str) -> None:
 @pytest.mark.parametrize(
     ("condition", "reason"),
     [
-        (terms.positive(atom(Leaf(TABLE, (b, q))) - atom(Leaf(TABLE, (b, j)))), "it compares data of queries"),
+        (terms.non_negative(atom(Leaf(TABLE, (b, q))) - atom(Leaf(TABLE, (b, j)))), "it compares data of queries"),
         (terms.some([CAUSAL, terms.truth(Leaf(FLAGS, (b, j)))]), "a union that is no range"),
         (
             terms.every([
@@ -240,7 +240,7 @@ def test_kinds(kind: str) -> None:
             "two equalities of which neither",
         ),
         (terms.negate(terms.zero(q - j)), "an inequality that is no range"),
-        (terms.positive(q - j + terms.variable("h", whole(2))), "it differs between heads"),
+        (terms.non_negative(q - j + terms.variable("h", whole(2))), "it differs between heads"),
     ],
 )  # fmt: skip
 def test_what_is_declined(condition: Condition, reason: str) -> None:

@@ -55,10 +55,10 @@ def test_what_becomes_certain_is_folded() -> None:
     q, j = space.index("q"), space.index("j")
     (var,) = (one for one in terms.atoms(j) if isinstance(one, Var))
     for program in (
-        terms.positive(q - j),
+        terms.non_negative(q - j),
         terms.zero(terms.floor(q, 2) - terms.floor(j, 2)),
-        terms.every([terms.positive(q - j + 1), terms.positive(terms.absolute(q - j) * -1 + 3)]),
+        terms.every([terms.non_negative(q - j + 1), terms.non_negative(terms.absolute(q - j) * -1 + 3)]),
         terms.negate(terms.zero(terms.extreme("minimum", [j + 1, q * 2 + 1]) - q * 3 - 2)),
     ):
         assert substitute(program, {var: q}) is True
-    assert substitute(terms.select(terms.positive(q - j), q, j), {var: q}) == q
+    assert substitute(terms.select(terms.non_negative(q - j), q, j), {var: q}) == q

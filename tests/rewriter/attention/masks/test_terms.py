@@ -106,7 +106,7 @@ def test_sums_that_are_equal_are_the_same(one: Program, two: Program, three: Pro
     assert a - a == whole(0)
     assert (a - b) * 3 == a * 3 - b * 3
     assert terms.zero(a - b) == terms.zero(b - a)
-    assert terms.positive((a - b) * 2) == terms.positive(a - b)
+    assert terms.non_negative((a - b) * 2) == terms.non_negative(a - b)
 
 
 def decided(programs: st.SearchStrategy[Program], space: Space) -> tuple[int, int]:
@@ -172,27 +172,27 @@ n = atom(terms.Size("n"))
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        (lambda: terms.positive(q), True),
-        (lambda: terms.positive(q - 4), False),
-        (lambda: terms.positive(n * 2 - terms.variable("k", n * 2) - 1), True),
+        (lambda: terms.non_negative(q), True),
+        (lambda: terms.non_negative(q - 4), False),
+        (lambda: terms.non_negative(n * 2 - terms.variable("k", n * 2) - 1), True),
         (lambda: terms.zero(q * 2 - j * 2 + 1), False),
-        (lambda: terms.positive(q * 3 - 4), terms.positive(q - 2)),
+        (lambda: terms.non_negative(q * 3 - 4), terms.non_negative(q - 2)),
         (lambda: terms.floor(q * 4 + j * 2 - 5, 4), q + terms.floor(j * 2 + 3, 4) - 2),
         (lambda: terms.floor(whole(-7), 4), whole(-2)),
         (lambda: terms.extreme("minimum", [q, q + 1, j]), terms.extreme("minimum", [q, j])),
         (lambda: terms.extreme("maximum", [q, whole(9), q + 1]), whole(9)),
         (lambda: terms.absolute(q * -1), q),
         (
-            lambda: terms.positive(terms.absolute(q - j) * -1 + 2),
-            terms.every([terms.positive(j - q + 2), terms.positive(q - j + 2)]),
+            lambda: terms.non_negative(terms.absolute(q - j) * -1 + 2),
+            terms.every([terms.non_negative(j - q + 2), terms.non_negative(q - j + 2)]),
         ),
         (
-            lambda: terms.positive(terms.absolute(q - j) * 2 - 3),
-            terms.some([terms.positive(q - j - 2), terms.positive(j - q - 2)]),
+            lambda: terms.non_negative(terms.absolute(q - j) * 2 - 3),
+            terms.some([terms.non_negative(q - j - 2), terms.non_negative(j - q - 2)]),
         ),
-        (lambda: terms.select(terms.positive(q - j), q + 2, q), q + terms.indicator(terms.positive(q - j)) * 2),
-        (lambda: terms.positive(terms.indicator(terms.positive(q - j)) - 1), terms.positive(q - j)),
-        (lambda: terms.zero(terms.indicator(terms.positive(q - j))), terms.positive(j - q - 1)),
+        (lambda: terms.select(terms.non_negative(q - j), q + 2, q), q + terms.indicator(terms.non_negative(q - j)) * 2),
+        (lambda: terms.non_negative(terms.indicator(terms.non_negative(q - j)) - 1), terms.non_negative(q - j)),
+        (lambda: terms.zero(terms.indicator(terms.non_negative(q - j))), terms.non_negative(j - q - 1)),
         (lambda: terms.variable("q", whole(1)), whole(0)),
         (lambda: terms.floor(q + 1, 2) == terms.floor(q, 2), False),
     ],
@@ -204,13 +204,13 @@ def test_folds(made: Callable[[], Any], expected: Any) -> None:
 flag = terms.truth(terms.Leaf(FLAGS, (q, whole(0))))
 INSIDE = (
     terms.floor(q, 2), terms.absolute(q - 2), terms.indicator(flag), terms.select(flag, j, whole(7)),
-    terms.extreme("minimum", [q, whole(2)]), atom(terms.Leaf(TABLE, (whole(0), q * 2))), terms.positive(q - 2),
-    terms.zero(q - 2), flag, terms.negate(flag), terms.every([flag, terms.positive(j - 2)]),
-    terms.some([terms.positive(j - 2), flag]),
+    terms.extreme("minimum", [q, whole(2)]), atom(terms.Leaf(TABLE, (whole(0), q * 2))), terms.non_negative(q - 2),
+    terms.zero(q - 2), flag, terms.negate(flag), terms.every([flag, terms.non_negative(j - 2)]),
+    terms.some([terms.non_negative(j - 2), flag]),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("term", INSIDE, ids=lambda term: type(term).__name__)
 def test_variables_are_found_inside_of_anything(term: Any) -> None:
     assert "q" in terms.variables(term)
-    assert terms.variables(terms.indicator(terms.positive(terms.floor(j, 3) - 1))) == {"j"}
+    assert terms.variables(terms.indicator(terms.non_negative(terms.floor(j, 3) - 1))) == {"j"}
