@@ -96,11 +96,11 @@ def longest(card_gb: int) -> Row:
     from fastft.rewriter.runtime import controller
 
     (planned,) = controller.alive
-    (book, budget) = planned.ledger, usable_bytes(card_gb)
+    (book, budget) = planned.controller, usable_bytes(card_gb)
     symbol = max(planned.sizes, key=lambda one: planned.sizes[one])
 
     def peak(tokens: int) -> int:
-        return planner.plan(book.row, book.facts, 0, {symbol: tokens}, graphs=False).peak_bytes
+        return planner.plan(book.sequence, book.facts, 0, {symbol: tokens}, graphs=False).peak_bytes
 
     low, high = 0, 2**20 // STEP
     while low < high:

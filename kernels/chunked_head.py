@@ -59,16 +59,16 @@ class Head:
     ignored: Tensor | None = None
     gain: float = 1.0
 
-    def run(self, of_rows: Callable[[Tensor, Tensor | slice], None], gradients: Gradients) -> None:
-        """Call of_rows(logits, rows) for each chunk, and write the gradients that it gives.
+    def run(self, process_chunk: Callable[[Tensor, Tensor | slice], None], gradients: Gradients) -> None:
+        """Call process_chunk(logits, rows) for each chunk, and write the gradients that it gives.
 
-        of_rows: writes gain times the gradient of the logits over them where any is asked for; rows says which of the
-            M rows they are of.  The gradient of ignored rows is zero, which it writes too.
+        process_chunk: writes gain times the gradient of the logits over them where any is asked for; rows says
+            which of the M rows they are of.  The gradient of ignored rows is zero, which it writes too.
         """
         for rows in self._chunks():
             hidden = self.hidden[rows]
             logits = self._logits(hidden, rows)
-            of_rows(logits, rows)
+            process_chunk(logits, rows)
             if gradients.any:
                 self._multiply_back(logits, hidden, rows, gradients)
 

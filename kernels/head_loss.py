@@ -8,10 +8,10 @@ floating-point dtype, the two factors of an adapter on the head: s_j x A_j^T bes
 chunk_bytes: of logits that are held at once.
 
 The first result is the losses [...], or with reduce their sum [], float32 (float64 for float64).  The others are
-gradients of the sum of all losses, of those among (hidden, weight, bias, lora_s, lora_b) that ahead marks: in hidden's
-dtype, and float32 for what is summed over rows.  Forward has the logits at hand, so computing them there saves a
-product.  Backward then only scales: all by the gradient of the sum, or each row of hidden's and lora_s's by its own.
-Anything that is not marked, or cannot be scaled afterwards, backward computes from new logits.
+gradients of the sum of all losses, of those among (hidden, weight, bias, lora_s, lora_b) that grads_in_forward marks:
+in hidden's dtype, and float32 for what is summed over rows.  Forward has the logits at hand, so computing them there
+saves a product.  Backward then only scales: all by the gradient of the sum, or each row of hidden's and lora_s's by its
+own.  Anything that is not marked, or cannot be scaled afterwards, backward computes from new logits.
 """
 
 import functools
@@ -30,12 +30,12 @@ from fastft.kernels.chunked_head import GAIN, Gradients, Head
 from fastft.kernels.core import dispatch
 from fastft.kernels.core.registry import Case, Choice, Results, Shapes, define, load, require, wide
 
-DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_s", "lora_b")  # the order of ahead and needed
+DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_s", "lora_b")  # the order of grads_in_forward and needed
 PLACES = (0, 1, 3, 4, 5)  # of these among an op's arguments; the third is what rows are compared with
 BY_ROW = (True, False, False, True, False)  # which gradients are rows of their own; the others are sums over rows
 ALIKE = ("hidden", "weight", "bias")
 
-OfRows = Callable[[Tensor, Tensor | slice, Tensor, Tensor, float, bool], None]
+ProcessChunk = Callable[[Tensor, Tensor | slice, Tensor, Tensor, float, bool], None]
 
 
 class HeadCall:
@@ -73,7 +73,7 @@ class HeadCall:
         y = logits.to(wide(logits.dtype)) * self.scale
         return self.softcap * torch.tanh(y / self.softcap) if self.softcap else y
 
-    def y_of(self, product: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def logits_of_product(self, product: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """y of a chunk's hidden W^T + s B^T, and the softcap's slope there."""
         y = product.to(dtype)
         y = (y if self.bias is None else y + self.bias) * self.scale
@@ -93,7 +93,7 @@ class HeadLoss(Generic[C]):
     call_of: its dataclass, made of all arguments but what is to be returned.
     check: raises where a call's rows cannot be compared with what is given for it.
     losses: of each row, in plain PyTorch, differentiable: the specification.
-    after: what is called last, once everything is launched.
+    finalize: what is called last, once everything is launched.
     ignored: of what rows are compared with and the numbers among a call's arguments, which rows count for nothing; None
         where all do.
     prepare: which rows are ignored, or None, and what writes the losses of some of them, and gain times the gradient
@@ -103,8 +103,8 @@ class HeadLoss(Generic[C]):
     call_of: Callable[..., C]
     check: Callable[[C], None]
     losses: Callable[[C], Tensor]
-    prepare: Callable[[C], tuple[Tensor | None, OfRows]]
-    after: Callable[[C], None] = lambda call: None
+    prepare: Callable[[C], tuple[Tensor | None, ProcessChunk]]
+    finalize: Callable[[C], None] = lambda call: None
     ignored: Callable[[Tensor, Sequence[Any]], Tensor] | None = None
 
     def define(
@@ -118,13 +118,13 @@ class HeadLoss(Generic[C]):
             cases=forward, gradients=DIFFERENTIABLE, alike=ALIKE, flops=flops, scratch=self.scratch_bytes,
             replayed=False,  # how many labels count is read from them
         )  # fmt: skip
-        again = define(
+        backward_op = define(
             f"{name}_backward", reference_backward, self.new_gradients, self.fill_backward,
             cases=backward, statistics=("grad_output",), alike=ALIKE, flops=flops_backward,
             scratch=lambda grad_output, *arguments: self.scratch_bytes(*arguments, ()), replayed=False,
         )  # fmt: skip
-        op.register_autograd(functools.partial(self._backward, again), setup_context=self._setup_context)
-        return op, again
+        op.register_autograd(functools.partial(self._backward, backward_op), setup_context=self._setup_context)
+        return op, backward_op
 
     def scratch_bytes(self, *arguments: Any) -> int:
         """Of a chunk: its logits, its hidden states and their gradient."""
@@ -136,11 +136,13 @@ class HeadLoss(Generic[C]):
 
     def reference(self, *arguments: Any) -> list[Tensor]:
         """The forward in plain PyTorch."""
-        *given, reduce, ahead = arguments
+        *given, reduce, grads_in_forward = arguments
         call = self.call_of(*given)
         found = self.losses(call)
         gradients = zip(
-            self._differentiate(call, torch.ones_like(found), ahead), _ahead_dtypes(call, ahead), strict=True
+            self._differentiate(call, torch.ones_like(found), grads_in_forward),
+            _dtypes_of_grads_in_forward(call, grads_in_forward),
+            strict=True,
         )
         return [found.sum() if reduce else found, *(one.to(dtype) for one, dtype in gradients)]
 
@@ -160,10 +162,10 @@ class HeadLoss(Generic[C]):
 
     def new_outputs(self, *arguments: Any) -> list[Tensor]:
         """Empty losses and gradients; raises where shapes or dtypes do not fit."""
-        *given, reduce, ahead = arguments
-        call = self._checked(given, ahead)
+        *given, reduce, grads_in_forward = arguments
+        call = self._checked(given, grads_in_forward)
         loss = call.hidden.new_empty(() if reduce else call.rows, dtype=wide(call.hidden.dtype))
-        return [loss, *_empty(call, ahead, _ahead_dtypes(call, ahead))]
+        return [loss, *_empty(call, grads_in_forward, _dtypes_of_grads_in_forward(call, grads_in_forward))]
 
     def new_gradients(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Empty gradients, of those that are needed."""
@@ -181,12 +183,12 @@ class HeadLoss(Generic[C]):
 
     def fill(self, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
         """Write the forward's results."""
-        *given, reduce, ahead = arguments
+        *given, reduce, grads_in_forward = arguments
         call = self.call_of(*given)
         loss, *gradients = targets
         by_row = loss.new_empty(prod(call.rows)) if reduce or not loss.is_contiguous() else loss.view(-1)
         gain = GAIN / max(1.0, abs(call.scale)) if call.hidden.dtype == torch.float16 else 1.0
-        self._run(call, by_row, loss.new_ones(()).expand(by_row.shape), gradients, ahead, gain)
+        self._run(call, by_row, loss.new_ones(()).expand(by_row.shape), gradients, grads_in_forward, gain)
         if reduce:
             torch.sum(by_row, 0, out=loss)
         elif by_row.data_ptr() != loss.data_ptr():
@@ -209,44 +211,46 @@ class HeadLoss(Generic[C]):
         gradients, written = _targets(targets, marks)
         loss.zero_()
 
-        def of_rows(logits: Tensor, rows: Tensor | slice) -> None:
+        def process_chunk(logits: Tensor, rows: Tensor | slice) -> None:
             one = loss.new_empty(logits.shape[0])
             fill_rows(logits, rows, upstream[rows], one, head.gain, gradients.any)
             loss[rows] = one
 
-        head.run(of_rows, gradients)
+        head.run(process_chunk, gradients)
         for target, value in written:
             target.copy_(value.view(target.shape))
-        self.after(call)
+        self.finalize(call)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        *given, ctx.reduce, ahead = inputs
+        *given, ctx.reduce, grads_in_forward = inputs
         ctx.numbers, ctx.count = given[6:], len(inputs)
         needs = [ctx.needs_input_grad[at] for at in PLACES]
-        scalable = [mark and (ctx.reduce or row) for mark, row in zip(ahead, BY_ROW, strict=True)]
-        ctx.ahead = ahead if all(ready or not need for ready, need in zip(scalable, needs, strict=True)) else None
+        scalable = [mark and (ctx.reduce or row) for mark, row in zip(grads_in_forward, BY_ROW, strict=True)]
+        ctx.grads_in_forward = (
+            grads_in_forward if all(ready or not need for ready, need in zip(scalable, needs, strict=True)) else None
+        )
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if given[at] is None else given[at].dtype for at in PLACES]
         compared = [] if self.ignored is None else [given[2]]
-        ctx.save_for_backward(*([*compared, *output[1:]] if ctx.ahead is not None else given[:6]))
+        ctx.save_for_backward(*([*compared, *output[1:]] if ctx.grads_in_forward is not None else given[:6]))
 
-    def _backward(self, again: CustomOpDef, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    def _backward(self, backward_op: CustomOpDef, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         grad = grads[0]
         needs = [ctx.needs_input_grad[at] for at in PLACES]
         found: list[Tensor | None] = [None] * ctx.count
-        if grad is not None and ctx.ahead is not None:
+        if grad is not None and ctx.grads_in_forward is not None:
             ready = iter(ctx.saved_tensors)
             if self.ignored is not None:  # the mean of no row has an infinite factor, and a gradient of 0 all the same
                 rows = self.ignored(next(ready), ctx.numbers)
                 grad = grad.masked_fill(rows.all() if ctx.reduce else rows, 0.0)
-            for at, mark, need, dtype in zip(PLACES, ctx.ahead, needs, ctx.dtypes, strict=True):
+            for at, mark, need, dtype in zip(PLACES, ctx.grads_in_forward, needs, ctx.dtypes, strict=True):
                 if mark:
                     one = next(ready)
                     found[at] = _scaled(one, grad.unsqueeze(-1), dtype) if need else None
         elif grad is not None:
             upstream = grad.expand(ctx.saved_tensors[0].shape[:-1]) if ctx.reduce else grad
-            made = iter(again(upstream, *ctx.saved_tensors, *ctx.numbers, needs))
+            made = iter(backward_op(upstream, *ctx.saved_tensors, *ctx.numbers, needs))
             for at, need in zip(PLACES, needs, strict=True):
                 found[at] = next(made) if need else None
         return tuple(found)
@@ -270,11 +274,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _ahead_dtypes(call: HeadCall, ahead: Sequence[bool]) -> list[torch.dtype]:
+def _dtypes_of_grads_in_forward(call: HeadCall, grads_in_forward: Sequence[bool]) -> list[torch.dtype]:
     """hidden's own; wide for sums over rows, which are scaled before they are rounded."""
     return [
         one.dtype if number == 0 else wide(one.dtype)
-        for number, (one, need) in enumerate(zip(call.differentiable, ahead, strict=True))
+        for number, (one, need) in enumerate(zip(call.differentiable, grads_in_forward, strict=True))
         if need and one is not None
     ]
 
@@ -321,7 +325,7 @@ def _targets(targets: Sequence[Tensor], marks: Sequence[bool]) -> tuple[Gradient
 
 
 def flops(hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:
-    """2 for each logit and feature, and as many for each gradient that is computed ahead."""
+    """2 for each logit and feature, and as many for each gradient that is computed grads_in_forward."""
     return 2 * prod(hidden) * weight[0] * (1 + sum(map(bool, arguments[-1][:2])))
 
 
@@ -331,7 +335,7 @@ def flops_backward(grad_output: torch.Size, hidden: torch.Size, weight: torch.Si
 
 
 def _cases(compared: Shapes, choices: Sequence[Choice]) -> tuple[list[Case], list[Case]]:
-    """Of forward, with gradients computed ahead of all inputs, of those by rows and of none; and of backward."""
+    """Draw forwards that compute all gradients, those by rows and none; and backwards."""
     shapes = {"hidden": "... H", "weight": "N H", **compared}
     adapted = {**shapes, "bias": "N", "lora_s": "... A", "lora_b": "N A"}
     forward: list[Case] = []
@@ -339,7 +343,7 @@ def _cases(compared: Shapes, choices: Sequence[Choice]) -> tuple[list[Case], lis
     for options, tensors in itertools.product(choices, (shapes, {**shapes, "bias": "N"}, adapted)):
         given = [name in tensors for name in DIFFERENTIABLE]
         by_row = [mark and row for mark, row in zip(given, BY_ROW, strict=True)]
-        for reduce, ahead in ((True, given), (False, by_row), (options is choices[0], [False] * 5)):
-            forward.append((tensors, {**options, "reduce": reduce, "ahead": ahead}))
+        for reduce, grads_in_forward in ((True, given), (False, by_row), (options is choices[0], [False] * 5)):
+            forward.append((tensors, {**options, "reduce": reduce, "grads_in_forward": grads_in_forward}))
         backward.append(({"grad_output": "...", **tensors}, {**options, "needed": given}))
     return forward, backward

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastft.kernels import head_loss
 from fastft.kernels.core.registry import require
-from fastft.kernels.head_loss import HeadCall, HeadLoss, OfRows
+from fastft.kernels.head_loss import HeadCall, HeadLoss, ProcessChunk
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ def losses(call: Arguments) -> Tensor:
 def reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, lora_s: Tensor | None, lora_b: Tensor | None,
     ignore_index: int, label_smoothing: float, z_loss: float, scale: float, softcap: float, chunk_bytes: int,
-    reduce: bool, ahead: Sequence[bool],
+    reduce: bool, grads_in_forward: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The forward in plain PyTorch."""
     return LOSS.reference(
         hidden, weight, labels, bias, lora_s, lora_b, ignore_index, label_smoothing, z_loss, scale, softcap,
-        chunk_bytes, reduce, ahead,
+        chunk_bytes, reduce, grads_in_forward,
     )  # fmt: skip
 
 
@@ -84,18 +84,18 @@ def _check(call: Arguments) -> None:
     require(fits, lambda: f"labels {labels.dtype} {tuple(labels.shape)} for rows {tuple(rows)}")
 
 
-def _prepare(call: Arguments) -> tuple[Tensor, OfRows]:
+def _prepare(call: Arguments) -> tuple[Tensor, ProcessChunk]:
     labels = call.labels.reshape(-1)
     ignored = labels == call.ignore_index
     if labels.device.type == "cpu" and not (right := _is_class(call)).all():
         raise IndexError(f"Target {labels[~right][0].item()} is out of bounds.")
 
-    def of_rows(
+    def process_chunk(
         logits: Tensor, rows: Tensor | slice, upstream: Tensor, loss: Tensor, gain: float, gradient: bool
     ) -> None:
         fill_rows(logits, labels[rows], upstream, loss, call, gain, gradient)
 
-    return ignored, of_rows
+    return ignored, process_chunk
 
 
 def _is_class(call: Arguments) -> Tensor:
@@ -114,7 +114,7 @@ def _plain_rows(
     logits: Tensor, labels: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
 ) -> None:
     ignored, V = labels == call.ignore_index, logits.shape[1]
-    y, slope = call.y_of(logits, loss.dtype)
+    y, slope = call.logits_of_product(logits, loss.dtype)
     at = labels.masked_fill(ignored, 0).unsqueeze(1)
     target, mean = y.gather(1, at).squeeze(1), y.mean(-1)
     largest = y.amax(-1)

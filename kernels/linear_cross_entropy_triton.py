@@ -109,7 +109,7 @@ def rows(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel with every choice of its constants, for ahead-of-time compilation."""
+    """Every kernel with every choice of its constants, for grads_in_forward-of-time compilation."""
     flags = ("BIASED", "CAPPED", "SMOOTHED", "GRADIENT")
     types = {"labels_ptr": "*i64", "loss_ptr": "*fp32", "upstream_ptr": "*fp32", "ignore_index": "i32"}
     types |= dict.fromkeys(("smoothing", "z_loss", "scale", "softcap", "gain"), "fp32")

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastft.kernels import head_loss
 from fastft.kernels.core.layout import has_unit_rows, merge
 from fastft.kernels.core.registry import require
-from fastft.kernels.head_loss import HeadCall, HeadLoss, OfRows
+from fastft.kernels.head_loss import HeadCall, HeadLoss, ProcessChunk
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def losses(call: Arguments) -> Tensor:
 
 def reference(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lora_s: Tensor | None, lora_b: Tensor | None,
-    scale: float, softcap: float, chunk_bytes: int, reduce: bool, ahead: Sequence[bool],
+    scale: float, softcap: float, chunk_bytes: int, reduce: bool, grads_in_forward: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The forward in plain PyTorch."""
     return LOSS.reference(
-        hidden, weight, target, bias, lora_s, lora_b, scale, softcap, chunk_bytes, reduce, ahead
+        hidden, weight, target, bias, lora_s, lora_b, scale, softcap, chunk_bytes, reduce, grads_in_forward
     )  # fmt: skip
 
 
@@ -75,13 +75,13 @@ def _check(call: Arguments) -> None:
     require(fits, lambda: f"target {target.dtype} {tuple(target.shape)} for logits {shape}")
 
 
-def _prepare(call: Arguments) -> tuple[None, OfRows]:
-    def of_rows(
+def _prepare(call: Arguments) -> tuple[None, ProcessChunk]:
+    def process_chunk(
         logits: Tensor, rows: Tensor | slice, upstream: Tensor, loss: Tensor, gain: float, gradient: bool
     ) -> None:
         fill_rows(logits, rows_of(call.target, rows), upstream, loss, call, gain, gradient)
 
-    return None, of_rows
+    return None, process_chunk
 
 
 def rows_of(target: Tensor, rows: Tensor | slice) -> Tensor:
@@ -100,7 +100,7 @@ def rows_of(target: Tensor, rows: Tensor | slice) -> Tensor:
 def _plain_rows(
     logits: Tensor, target: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
 ) -> None:
-    y, slope = call.y_of(logits, loss.dtype)
+    y, slope = call.logits_of_product(logits, loss.dtype)
     y -= y.amax(-1, keepdim=True)
     t = target.to(y.dtype)
     share, p = torch.exp(t), torch.exp(y)

@@ -70,7 +70,7 @@ def rows(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel with every choice of its constants, for ahead-of-time compilation."""
+    """Every kernel with every choice of its constants, for grads_in_forward-of-time compilation."""
     flags = ("BIASED", "CAPPED", "GRADIENT")
     types = {"loss_ptr": "*fp32", "upstream_ptr": "*fp32", **dict.fromkeys(("scale", "softcap", "gain"), "fp32")}
     for config, target in itertools.product(CONFIGS, ("*row", "*fp32")):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.kernels.attention import unsupported_reason
+from fastft.reasons import Reason
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.matching.rule import Rule
 
@@ -167,11 +168,11 @@ def attention(
 def decline_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> str | None:
     """What the op does not do, or not here."""
     if mask is not None and mask.requires_grad:
-        return "the mask is trained"
+        return Reason("the mask is trained", "mask.per_head")
     if mask is not None and mask.dtype != torch.bool and mask.dim() > 2 and mask.shape[-3] != 1:
-        return "what it adds differs between heads"
+        return Reason("what it adds differs between heads", "mask.per_head")
     if not 0.0 <= more.get("dropout", 0.0) < 1.0:
-        return f"dropout is {more['dropout']}"
+        return Reason(f"dropout is {more['dropout']}", "attention.dropout")
     if more.get("value", -math.inf) != -math.inf:  # in rows filled throughout others give the same weight to all keys
         return f"scores are filled with {more['value']} and not with -inf"
     if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1] != 0:
@@ -190,7 +191,7 @@ def rules(
 ) -> tuple[Rule, ...]:
     """One for each memory order that the result may have."""
     return tuple(
-        Rule(reference, partial(attention, contiguous=one), anchor, shapes, unless=decline_attention, **more)
+        Rule(reference, partial(attention, contiguous=one), anchor, shapes, decline_if=decline_attention, **more)
         for one in orders
     )
 
@@ -199,11 +200,13 @@ def eager_rules(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
     """Other softmaxes are not worth telling: routers have them too."""
     shapes = {**HEADS, **tensors}
     first = "v" if "sinks" in shapes else "q"  # whose dtype the weights are cast to
-    alike = {name: first for name in ("q", "k", "v", "sinks") if name in shapes and name != first}
-    cast = (first, "mask") if "mask" in shapes else (first,)
+    same_dtype_as = {name: first for name in ("q", "k", "v", "sinks") if name in shapes and name != first}
+    dtype_from = (first, "mask") if "mask" in shapes else (first,)
     booleans = ("masked",) if "masked" in shapes else ()
-    more: dict[str, Any] = {"cast": cast, "alike": alike, "booleans": booleans}
-    return rules(reference, torch.softmax, shapes, (True,), rare=False, **more)  # a product of matrices is contiguous
+    more: dict[str, Any] = {"dtype_from": dtype_from, "same_dtype_as": same_dtype_as, "booleans": booleans}
+    return rules(
+        reference, torch.softmax, shapes, (True,), report_misses=False, **more
+    )  # a product of matrices is contiguous
 
 
 RULES = (

@@ -103,11 +103,14 @@ def packed(reference: Callable, activation: str, anchor: Callable) -> Rule:
 
 
 plain = partial(
-    Rule, replacement=None, shapes={"x": "..."}, because="it multiplies nothing; Inductor fuses it with its neighbours"
+    Rule,
+    replacement=None,
+    shapes={"x": "..."},
+    decline_reason="it multiplies nothing; Inductor fuses it with its neighbours",
 )
 RULES = (
     separate(silu, "silu", F.silu),
-    separate(silu_written_out, "silu", torch.sigmoid, rare=False),
+    separate(silu_written_out, "silu", torch.sigmoid, report_misses=False),
     separate(gelu, "gelu", F.gelu),
     separate(gelu_tanh, "gelu_tanh", F.gelu),
     separate(relu2, "relu2", torch.relu),

@@ -56,12 +56,12 @@ def rounds_first(x: Tensor, **_: object) -> str | None:
 
 rule = partial(Rule, replacement=layer_norm, anchor=F.layer_norm)
 written_out = partial(
-    Rule, replacement=layer_norm, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, cast=("x", "weight")
+    Rule, replacement=layer_norm, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, dtype_from=("x", "weight")
 )
 RULES = (
     rule(torch_layer_norm, shapes={"x": "... D", "weight": "D", "bias": "D"}),
     rule(without_bias, shapes={"x": "... D", "weight": "D"}),
     rule(without_weight, shapes={"x": "... D"}),
-    written_out(cohere, unless=decline_float64),
-    written_out(rounded_first, unless=rounds_first),
+    written_out(cohere, decline_if=decline_float64),
+    written_out(rounded_first, decline_if=rounds_first),
 )

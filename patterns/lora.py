@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.reasons import Reason
 from fastft.rewriter.matching.rule import Rule
 
 
@@ -92,20 +93,17 @@ def decline_full_rank_transposed(a: Tensor, b: Tensor, **_: object) -> str | Non
 _FACTORS = {"x": "... K", "a": "R K", "b": "N R"}
 _ADDED = {"result": "... N", **_FACTORS}
 _TRANSPOSED = {**_ADDED, "a": "K R", "b": "R N"}
-rule = partial(Rule, anchor=F.linear, shapes=_ADDED, rare=False, unless=decline_full_rank)
+_BIASED = Reason("its second factor has a bias of its own", "lora.bias")
+_NOT_ADDED = Reason("it is not added to a layer's result as LoRA is: DoRA, say", "lora.variant")
+rule = partial(Rule, anchor=F.linear, shapes=_ADDED, report_misses=False, decline_if=decline_full_rank)
+transposed = partial(rule, anchor=torch.matmul, shapes=_TRANSPOSED, decline_if=decline_full_rank_transposed)
 RULES = (
     rule(scaled, lora_add),
-    rule(scaled_and_cast, lora_add_cast, cast=("result", "a"), alike={"x": "a", "b": "a"}),
+    rule(scaled_and_cast, lora_add_cast, dtype_from=("result", "a"), same_dtype_as={"x": "a", "b": "a"}),
     rule(scaled_between, lora_add),
     rule(unscaled, lora_add_unscaled),
-    rule(multiplied, lora_add_transposed, anchor=torch.matmul, shapes=_TRANSPOSED, unless=decline_full_rank_transposed),
-    rule(
-        multiplied_unscaled,
-        lora_add_transposed_unscaled,
-        anchor=torch.matmul,
-        shapes=_TRANSPOSED,
-        unless=decline_full_rank_transposed,
-    ),
-    rule(biased, None, shapes={**_ADDED, "bias": "N"}, because="its second factor has a bias of its own"),
-    rule(apart, None, shapes=_FACTORS, because="it is not added to a layer's result as LoRA is: DoRA, say"),
+    transposed(multiplied, lora_add_transposed),
+    transposed(multiplied_unscaled, lora_add_transposed_unscaled),
+    rule(biased, None, shapes={**_ADDED, "bias": "N"}, decline_reason=_BIASED),
+    rule(apart, None, shapes=_FACTORS, decline_reason=_NOT_ADDED),
 )

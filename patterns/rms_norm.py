@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.reasons import Reason
 from fastft.rewriter.matching.rule import Rule
 
 
@@ -58,18 +59,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: 
 
 def decline_float64(x: Tensor, **_: object) -> str | None:
     """The op computes float64 in float64, as torch.nn.RMSNorm does; the written-out norms do not."""
-    return "x is float64 and is rounded to float32 first" if x.dtype == torch.float64 else None
+    return Reason("x is float64 and is rounded to float32 first", "dtype.float64") if x.dtype == torch.float64 else None
 
 
 rule = partial(
-    Rule, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, cast=("x", "weight"), unless=decline_float64
+    Rule,
+    anchor=torch.rsqrt,
+    shapes={"x": "... D", "weight": "D"},
+    dtype_from=("x", "weight"),
+    decline_if=decline_float64,
 )
 RULES = (
     rule(llama, partial(rms_norm, offset=0.0, round_first=True)),
     rule(gemma, partial(rms_norm, offset=1.0, round_first=False)),
     rule(gpt_oss, partial(rms_norm, offset=0.0, round_first=False)),
     rule(gpt_oss_widened, partial(rms_norm, offset=0.0, round_first=False)),
-    rule(gemma4, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.pow, rare=False),
+    rule(gemma4, partial(rms_norm, offset=0.0, round_first=False), anchor=torch.pow, report_misses=False),
     Rule(
         torch_rms_norm,
         partial(rms_norm, offset=0.0, round_first=False),

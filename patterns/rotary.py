@@ -100,14 +100,19 @@ def rule(reference: Callable, interleaved: bool, shapes: dict[str, str] = WHOLE,
 
 def wide_rule(reference: Callable, interleaved: bool) -> Rule:
     return Rule(
-        reference, partial(widened, interleaved=interleaved), torch.neg, WHOLE, cast=("x",), unless=decline_float64
+        reference,
+        partial(widened, interleaved=interleaved),
+        torch.neg,
+        WHOLE,
+        dtype_from=("x",),
+        decline_if=decline_float64,
     )
 
 
 RULES = (
     rule(half, False),
     rule(half_of_a_part, False, PART),
-    rule(half_by_parts, False, PART, anchor=torch.sub, rare=False, unless=one_angle_a_pair),
+    rule(half_by_parts, False, PART, anchor=torch.sub, report_misses=False, decline_if=one_angle_a_pair),
     rule(interleaved, True),
     rule(interleaved_part, True, PART),
     wide_rule(half_widened, False),

@@ -1,4 +1,4 @@
-"""Random layers and rows of stages, as the planner sees them, and what a step of them takes, counted in another way."""
+"""Random layers and sequences of stages, as the planner sees them, and what a step of them takes by another count."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ class Made:
 
 
 @st.composite
-def made_rows(draw: st.DrawFn) -> tuple[list[Made], StageSequence]:
+def made_sequences(draw: st.DrawFn) -> tuple[list[Made], StageSequence]:
     stages: list[Made] = []
     few = st.integers(0, 9)
     for number in range(draw(st.integers(1, 5))):
@@ -106,13 +106,13 @@ def made_rows(draw: st.DrawFn) -> tuple[list[Made], StageSequence]:
             made.saved = [one for one in made.inputs if draw(st.booleans())]
             made.moved = [one for one in made.saved if draw(st.booleans())]
         stages.append(made)
-    row = StageSequence([], {}, {})
+    sequence = StageSequence([], {}, {})
     for number, made in enumerate(stages):
         inputs = {place: str(one) for place, one in enumerate(made.inputs)}
-        row.stages.append(Stage(made.kind(), str(number), inputs, made.gradient))
-        row.values[str(number)] = Value(made.value, number)
-        row.last[str(number)] = max([number, *(at for at, other in enumerate(stages) if number in other.inputs)])
-    return stages, row
+        sequence.stages.append(Stage(made.kind(), str(number), inputs, made.gradient))
+        sequence.values[str(number)] = Value(made.value, number)
+        sequence.last[str(number)] = max([number, *(at for at, other in enumerate(stages) if number in other.inputs)])
+    return stages, sequence
 
 
 def peaks(stages: Sequence[Made], facts: Facts) -> list[int]:

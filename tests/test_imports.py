@@ -8,7 +8,7 @@ from test_project import ROOT, SOURCES
 
 # From the ground up.  A module belongs to the longest of these names that it begins with.
 LEVELS = (
-    ("fastft.errors", "fastft.capability", "fastft.units", "fastft.source_digest"),
+    ("fastft.errors", "fastft.reasons", "fastft.capability", "fastft.units", "fastft.source_digest"),
     ("fastft.compat",),
     ("fastft.rewriter.options",),
     ("fastft.kernels.core",),

@@ -18,6 +18,7 @@ from fastft.compat import fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.kernels.attention import LOWEST
+from fastft.reasons import with_prefix
 from fastft.rewriter.attention.masks.recognize import recognize
 from fastft.rewriter.fx.bodies import bodies, calls_of
 from fastft.rewriter.fx.editing import annotate_like
@@ -68,7 +69,7 @@ class _Masks:
         if meaning is None:
             if not sinks:
                 call |= self._rows(mask)
-            return f"dense: {kind}"
+            return with_prefix("dense: ", kind)
         meaning = dict(meaning)
         if around is not None:
             for name in MEANING:

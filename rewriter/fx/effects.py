@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fastft.compat import eager, fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Reason
 from fastft.rewriter.fx.bodies import nested_graphs, runs_bodies
 from fastft.rewriter.fx.editing import between
 from fastft.rewriter.fx.metadata import name_of
@@ -38,7 +39,7 @@ def check_mutation(nodes: Iterable[Node]) -> str | None:
     """Which of these is written to anywhere in the graph."""
     for node in nodes:
         if any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(node)))):
-            return f"{node.name} is written to in place"
+            return Reason(f"{node.name} is written to in place", "mutation")
     return None
 
 

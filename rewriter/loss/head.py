@@ -137,16 +137,16 @@ class Logits:
         return len(self.rows) + 1
 
     @property
-    def log(self) -> bool:
+    def is_log_probs(self) -> bool:
         """Whether these are log-probabilities by now."""
         return self.steps[-1:] == (("log_softmax", None),)
 
     @property
-    def compared(self) -> bool:
+    def is_kl_terms(self) -> bool:
         """Whether these are the summands of a divergence from others."""
         return self.steps[-1:] != () and self.steps[-1][0] == "kl_div"
 
-    def then(self, name: str, operand: Any = None, dtype: torch.dtype | None = None) -> Logits:
+    def with_step(self, name: str, operand: Any = None, dtype: torch.dtype | None = None) -> Logits:
         """One step more."""
         return replace(self, steps=(*self.steps, (name, operand)), dtype=dtype or self.dtype)
 

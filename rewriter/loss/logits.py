@@ -45,14 +45,14 @@ def follow(
 
     args: after the first.  dtype: of the result, where it is known.
     """
-    if logits.compared:
+    if logits.is_kl_terms:
         return None
     if name == "kl_div":
         return _each_divergence(logits, args, kwargs)
     if name == "log_softmax":
-        return None if logits.log else _log_softmax(logits, args, kwargs, dtype)
+        return None if logits.is_log_probs else _log_softmax(logits, args, kwargs, dtype)
     if name in _NUMBERS or name == "tanh" or name in CASTS:
-        return None if logits.log else _elementwise(name, logits, args, kwargs, dtype)
+        return None if logits.is_log_probs else _elementwise(name, logits, args, kwargs, dtype)
     if name in ("contiguous", "clone"):
         return logits if not args and set(kwargs) <= {"memory_format"} else None
     if logits.classes_second:
@@ -76,25 +76,25 @@ def _log_softmax(
         return None
     asked = [one for one in (*args[1:], kwargs.get("dtype")) if isinstance(one, torch.dtype)]
     wide = dtype or (asked or [logits.dtype])[0]  # autocast widens too
-    wider = logits if wide == logits.dtype else logits.then("to", wide, wide)
-    return wider.then("log_softmax") if wider.softmax_form() is not None else None
+    wider = logits if wide == logits.dtype else logits.with_step("to", wide, wide)
+    return wider.with_step("log_softmax") if wider.softmax_form() is not None else None
 
 
 def _elementwise(
     name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Logits | None:
     if name == "tanh":
-        return logits.then("tanh") if not args and not kwargs else None
+        return logits.with_step("tanh") if not args and not kwargs else None
     if name in _NUMBERS:
         is_number = len(args) == 1 and not kwargs and type(args[0]) in (int, float)
         kind = _NUMBERS[name]
         if not is_number or (kind == "div" and args[0] == 0):
             return None
-        return logits.then(kind, float(args[0]))
+        return logits.with_step(kind, float(args[0]))
     if name in _TOLD_CASTS and not args and not kwargs:
         return None
     wanted = dtype or _cast_of(name, logits, args, kwargs)
-    return logits.then("to", wanted, wanted) if wanted is not None and wanted.is_floating_point else None
+    return logits.with_step("to", wanted, wanted) if wanted is not None and wanted.is_floating_point else None
 
 
 def _cast_of(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
@@ -210,13 +210,17 @@ def consume(
 
     dtype: of the result, where it is known.
     """
-    if logits.compared:
+    if logits.is_kl_terms:
         return _divergences(name, logits, args, kwargs, call, chunk_bytes)
-    if name == "gather" and logits.log and not logits.classes_second:
+    if name == "gather" and logits.is_log_probs and not logits.classes_second:
         return _gather(logits, args, kwargs, call, chunk_bytes)
     if name == "kl_div":
         return _divergence(logits, args, kwargs, call, chunk_bytes)
-    if name not in _LOSSES or logits.log != (name == "nll_loss") or (logits.rank > 2 and not logits.classes_second):
+    if (
+        name not in _LOSSES
+        or logits.is_log_probs != (name == "nll_loss")
+        or (logits.rank > 2 and not logits.classes_second)
+    ):
         return None  # the second axis has the classes
     loss = _asked(name, args, kwargs)
     if loss is None or not _fits(logits, value_of(loss.labels), logits.rows):
@@ -268,7 +272,12 @@ def _target(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
     """A divergence's log-probabilities to compare with, which need no gradient, and its reduction."""
     given: dict[str, Any] = {"size_average": None, "reduce": None, "reduction": "mean", "log_target": False}
     given |= {**dict(zip(_KL_DIV, args, strict=False)), **kwargs}
-    if not logits.log or logits.classes_second or set(given) != set(_KL_DIV) or given["log_target"] is not True:
+    if (
+        not logits.is_log_probs
+        or logits.classes_second
+        or set(given) != set(_KL_DIV)
+        or given["log_target"] is not True
+    ):
         return None
     target, hidden = value_of(given["target"]), value_of(logits.hidden)
     plain = isinstance(target, torch.Tensor) and target.is_floating_point() and not target.requires_grad
@@ -282,7 +291,7 @@ def _each_divergence(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, A
     """The summands of all classes, for whoever adds them up row by row."""
     found = _target(logits, args, kwargs)
     same = found is not None and value_of(found[0]).dtype == logits.dtype
-    return logits.then("kl_div", found[0]) if found is not None and same and found[1] == "none" else None
+    return logits.with_step("kl_div", found[0]) if found is not None and same and found[1] == "none" else None
 
 
 def _divergences(

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastft.compat import dynamo, fake_tensors
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels.lora_group import Group
+from fastft.reasons import Declined
 from fastft.rewriter.capture.normalize import arguments_of
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
 from fastft.rewriter.fx.effects import check_mutation, may_alias, mutated_args, switches_mode, transformed
@@ -48,10 +49,6 @@ class Deferred:
     module: str
 
 
-class DeclinedError(Exception):
-    """Why a head's logits are needed as they are."""
-
-
 def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[Deferred] | None = None) -> None:
     """Replace the losses of one graph, and take logits out of its outputs; what nearly was one goes into ``report``.
 
@@ -68,11 +65,11 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
         lifting = _Lifting(gm, root, logits, chunk_bytes)
         try:
             found = lifting.run(lazy=deferred is not None, known=known)
-        except DeclinedError as declined:
+        except Declined as declined:
             lifting.undo()
             last = root is heads[-1][0]
             if lifting.losses or (last and known and has_loss):
-                report.near_misses.append(NearMiss(RULE, *_place(root), str(declined)))
+                report.near_misses.append(NearMiss(RULE, *_place(root), declined.reason))
             continue
         report.lifted += [Lifted(f"{RULE}.{name}", *_place(node)) for node, name in lifting.losses]
         if deferred is not None:
@@ -192,7 +189,7 @@ class _Lifting:
         self.head = logits.head
 
     def run(self, *, lazy: bool, known: bool) -> list[Deferred]:
-        """Follow, check, replace.  Raises DeclinedError; undo then takes back what was made.
+        """Follow, check, replace.  Raises Declined; undo then takes back what was made.
 
         lazy: whether logits may leave the graph uncomputed.  known: whether tokens have as many embeddings as classes.
         """
@@ -204,11 +201,11 @@ class _Lifting:
             self._visit(node)
         left = [node for node in self.states if output in node.users]
         if left and not (lazy and (known or self.losses)):
-            raise DeclinedError("its logits are an output")
-        if any(self.states[node].classes_second or self.states[node].compared for node in left):
-            raise DeclinedError("its logits are an output in another order")
+            raise Declined("its logits are an output")
+        if any(self.states[node].classes_second or self.states[node].is_kl_terms for node in left):
+            raise Declined("its logits are an output in another order", "logits.used")
         if not left and not self.losses:
-            raise DeclinedError("nothing reads its logits")
+            raise Declined("nothing reads its logits")
         self._check(last)
         for node, result in self.results.items():
             node.replace_all_uses_with(result)
@@ -231,7 +228,7 @@ class _Lifting:
         first, value = args[0] if args else None, value_of(node)
         others = [one for one in node.all_input_nodes if one in self.states and one is not first]
         if others or not isinstance(first, Node) or first not in self.states or not isinstance(value, Tensor):
-            raise DeclinedError(f"its logits are also used by {name} ({source_line(node)})")
+            raise Declined(f"its logits are also used by {name} ({source_line(node)})", "logits.used")
         logits = self.states[first]
 
         def call(function: Callable | str, *args: Any, **kwargs: Any) -> Node:
@@ -243,10 +240,10 @@ class _Lifting:
             return
         result = consume(name, logits, args[1:], node.kwargs, call, self.chunk_bytes, value.dtype)
         if result is None:
-            raise DeclinedError(f"its logits are also used by {name} ({source_line(node)})")
+            raise Declined(f"its logits are also used by {name} ({source_line(node)})", "logits.used")
         if not same_kind(value_of(result), value):
-            raise DeclinedError(f"{name} gives another result")
-        self.losses.append((node, "kl_div" if logits.compared else _NAMES.get(name, name)))
+            raise Declined(f"{name} gives another result")
+        self.losses.append((node, "kl_div" if logits.is_kl_terms else _NAMES.get(name, name)))
         self.results[node] = result
 
     def _call(self, before: Node, function: Callable | str, args: Sequence[Any], kwargs: Any) -> Node:
@@ -262,12 +259,12 @@ class _Lifting:
         """Nothing that is read is written to, and gradients are not switched on the way.  Autocast may be."""
         values = [*self.states, *self.head.values, *(state.hidden for state in self.states.values())]
         if reason := check_mutation(values):
-            raise DeclinedError(reason)
+            raise Declined(reason)
         for node in between(self.root, last):
             if switches_mode(node) and "autocast" not in name_of(node.target):
-                raise DeclinedError(f"{name_of(node.target)} is called halfway")
+                raise Declined(f"{name_of(node.target)} is called halfway")
             if any(may_alias(target, value) for target in mutated_args(self.gm, node) for value in values):
-                raise DeclinedError(f"{name_of(node.target)} writes to what it is made of")
+                raise Declined(f"{name_of(node.target)} writes to what it is made of")
 
     def _defer(self, left: Sequence[Node]) -> list[Deferred]:
         """Put hidden states in the places of logits among the outputs, and what else the logits are made of behind."""

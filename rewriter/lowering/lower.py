@@ -51,7 +51,7 @@ def lower(
         return stitched
     planned.run, report.plan = stitched, planned.report
     planned.graphed = [one for one in calls.values() if isinstance(one, cuda_graphs.Graphed)]
-    planned.ledger.replan(strict=False)
+    planned.controller.replan(strict=False)
     return planned
 
 

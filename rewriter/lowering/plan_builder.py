@@ -37,12 +37,14 @@ def build_planned_graph(
         builder.trace()
     if all(builder.probe is None for builder in builders.values()):
         return None
-    row = stages.read(gm, pieces, {key: builder.probe for key, builder in builders.items()}, device_rates.rates(device))
-    gradients = sum(stage.gradient_bytes for stage in row.stages)
+    sequence = stages.read(
+        gm, pieces, {key: builder.probe for key, builder in builders.items()}, device_rates.rates(device)
+    )
+    gradients = sum(stage.gradient_bytes for stage in sequence.stages)
     facts = device_budget.facts(device, stages.input_bytes(gm), gradients)
-    row.graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
-    planned = Planned(row, facts, options.budget, device)
-    joints = {piece.key: stage.kind.joint for piece, stage in zip(pieces, row.stages, strict=True)}
+    sequence.graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
+    planned = Planned(sequence, facts, options.budget, device)
+    joints = {piece.key: stage.kind.joint for piece, stage in zip(pieces, sequence.stages, strict=True)}
     variants = {key: Variants(builder.build, builder.places(joints[key])) for key, builder in builders.items()}
     last = len(pieces) - 1
     planned.calls = [
@@ -50,22 +52,22 @@ def build_planned_graph(
         for at, (piece, choice) in enumerate(zip(pieces, planned.choices, strict=True))
     ]
     planned.sizes_of = _sizes_of(list(given))
-    if row.hints:
+    if sequence.hints:
         _compile_variants_for_other_sizes(planned)
     return planned
 
 
 def _compile_variants_for_other_sizes(planned: Planned) -> None:
     """Where sizes change, compile now what other sizes may want: guards that compiling adds later would be lost."""
-    kinds = {id(stage.kind): stage.kind for stage in planned.row.stages}
+    kinds = {id(stage.kind): stage.kind for stage in planned.sequence.stages}
     used: dict[int, set[tuple[str, ...]]] = {key: set() for key in kinds}
-    for stage, choice in zip(planned.row.stages, planned.choices, strict=True):
+    for stage, choice in zip(planned.sequence.stages, planned.choices, strict=True):
         ends = stage.kind.choices[0], stage.kind.choices[-1]
         used[id(stage.kind)] |= {one.kept for one in (*ends, choice)}
     for key, kind in kinds.items():
         kind.choices = [one for one in kind.choices if one.kept in used[key]]
-    planned.ledger.replan(strict=False)
-    for call, stage in zip(planned.calls, planned.row.stages, strict=True):
+    planned.controller.replan(strict=False)
+    for call, stage in zip(planned.calls, planned.sequence.stages, strict=True):
         call.prepare(stage.kind.choices)
 
 

@@ -83,7 +83,7 @@ class _Lifting:
             refusals.append((match.rule, refusal))
             if match.rule.replacement is None:
                 break
-        missed = [one for one in attempts if isinstance(one, Mismatch) and one.reason and one.rule.rare]
+        missed = [one for one in attempts if isinstance(one, Mismatch) and one.reason and one.rule.report_misses]
         if not refusals and missed:
             nearest = max(missed, key=lambda mismatch: (mismatch.matched, mismatch.rule.replacement is not None))
             refusals.append((nearest.rule, nearest.reason))

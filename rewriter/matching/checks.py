@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
+from fastft.reasons import Reason
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.effects import check_effects_between, transformed
 from fastft.rewriter.fx.metadata import name_of, same_sizes, same_strides, source_line
@@ -31,7 +32,7 @@ class Verifier:
         """Why this match may not be rewritten; None if it may."""
         rule, values = found.rule, {name: value_of(node) for name, node in found.arguments.items()}
         if rule.replacement is None:
-            return rule.because
+            return rule.decline_reason
         if self._transformed:
             return "the graph holds a torch.func transform or forward-mode differentiation"
         try:
@@ -60,7 +61,7 @@ def check_conditions(rule: Rule, values: dict[str, Any]) -> str | None:
     """The rule's own conditions: named dimensions, and what its op cannot do."""
     sizes = {name: values[name].shape for name in rule.shapes}
     equal = lambda left, right: symbolic.statically_known_true(left == right)  # noqa: E731
-    return shape_reason(rule.shapes, sizes, equal) or rule.unless(**values)
+    return shape_reason(rule.shapes, sizes, equal) or rule.decline_if(**values)
 
 
 def check_retrace(found: Match, values: dict[str, Any]) -> str | None:
@@ -84,7 +85,8 @@ def check_escapes(found: Match) -> str | None:
             if user not in calls:
                 line = source_line(user)
                 by = "the graph's output" if user.op == "output" else name_of(user.target)
-                return f"{name_of(node.target)} is also used by {by}" + (f" ({line})" if line else "")
+                reason = f"{name_of(node.target)} is also used by {by}" + (f" ({line})" if line else "")
+                return Reason(reason, "match.returned") if user.op == "output" else reason
     return None
 
 

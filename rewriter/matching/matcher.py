@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from fastft.compat import symbolic
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Reason
 from fastft.rewriter.capture.normalize import COMMUTATIVE
 from fastft.rewriter.fx.metadata import name_of, source_line
 from fastft.rewriter.matching.pattern import ANY_SIZE, Pattern
@@ -201,13 +202,13 @@ class _Matcher:
             return "" if isinstance(actual, str) else f"{name} is not a word but {_show(actual)}"
         if not isinstance(example, Tensor):
             number = isinstance(actual, (int, float)) and not isinstance(actual, bool)
-            return "" if number else f"{name} is not a number but {_show(actual)}"
+            return "" if number else _no_number(name, actual)
         if not isinstance(actual, Node) or not isinstance(value, Tensor):
             return f"{name} is not a tensor but {_show(actual)}"
         spec = self.pattern.rule.shapes[name]
         if not rank_fits(spec, value.dim()):
             return f"{name} has {value.dim()} dimensions, not '{spec}': {_show(actual)}"
-        fixed = (*self.pattern.rule.cast, *self.pattern.rule.booleans)
+        fixed = (*self.pattern.rule.dtype_from, *self.pattern.rule.booleans)
         of_dtype = name not in fixed or value.dtype == example.dtype
         return "" if of_dtype else f"{name} is {value.dtype}, not {example.dtype}: {_show(actual)}"
 
@@ -224,6 +225,12 @@ class _Matcher:
         if len(bound) > self.matched:
             line = source_line(at) if isinstance(at, Node) else ""
             self.matched, self.reason = len(bound), reason + (f" ({line})" if line else "")
+
+
+def _no_number(name: str, actual: Any) -> str:
+    reason = f"{name} is not a number but {_show(actual)}"
+    taken = isinstance(actual, Node) and actual.target == "item"
+    return Reason(reason, "number.item") if taken else reason
 
 
 def _literal(expected: Any) -> str:

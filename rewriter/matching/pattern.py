@@ -102,8 +102,8 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
     for spec in rule.shapes.values():
         for name in dims(spec)[1]:
             sizes.setdefault(name, int(name) if name.isdigit() else largest >> len(sizes))
-    of_dtype = dict(zip(rule.cast, dtypes, strict=True))
-    of_dtype |= {name: of_dtype[other] for name, other in rule.alike.items()}
+    of_dtype = dict(zip(rule.dtype_from, dtypes, strict=True))
+    of_dtype |= {name: of_dtype[other] for name, other in rule.same_dtype_as.items()}
     of_dtype |= dict.fromkeys(rule.booleans, torch.bool)
     values: dict[str, Any] = {}
     for parameter, given in inspect.signature(rule.reference).parameters.items():
@@ -119,7 +119,7 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
 
 def templates(rule: Rule, present: frozenset[torch.dtype]) -> Iterator[Pattern]:
     """One template for each assignment of the dtypes that occur in a graph, under autocast as it is now."""
-    for dtypes in itertools.product(sorted(present, key=str), repeat=len(rule.cast)):
+    for dtypes in itertools.product(sorted(present, key=str), repeat=len(rule.dtype_from)):
         if (found := template(rule, dtypes, autocast.state())) is not None:
             yield found
 

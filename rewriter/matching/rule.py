@@ -19,24 +19,25 @@ class Rule:
     anchor: the rarest function of the reference; each of its calls in a graph is either matched or reported.
     shapes: a tensor parameter's dimensions, by name or number; "..." stands for any number of leading ones, and "*" for
         any that broadcast with those of other tensors.
-    cast: the tensor parameters whose dtype decides which calls the reference makes: it casts them, or their product.
-    alike: tensor parameters, and that of cast whose dtype they have.
+    dtype_from: the tensor parameters whose dtype decides which calls the reference makes: it casts them, or their
+        product.
+    same_dtype_as: tensor parameters, and that of dtype_from whose dtype they have.
     booleans: the tensor parameters that are bool.
-    rare: whether a call of the anchor that is not part of a match is worth telling.
-    unless: called with the bound values, says why the rule does not apply, or None.
-    because: for a rule without replacement, the reason it gives.
+    report_misses: whether a call of the anchor that is not part of a match is worth telling.
+    decline_if: called with the bound values, says why the rule does not apply, or None.
+    decline_reason: for a rule without replacement, the reason it gives.
     """
 
     reference: Callable
     replacement: Callable | None
     anchor: Callable
     shapes: Mapping[str, str]
-    cast: tuple[str, ...] = ()
-    alike: Mapping[str, str] = field(default_factory=dict)
+    dtype_from: tuple[str, ...] = ()
+    same_dtype_as: Mapping[str, str] = field(default_factory=dict)
     booleans: tuple[str, ...] = ()
-    rare: bool = True
-    unless: Callable[..., str | None] = lambda **_: None
-    because: str = ""
+    report_misses: bool = True
+    decline_if: Callable[..., str | None] = lambda **_: None
+    decline_reason: str = ""
 
     @property
     def name(self) -> str:
@@ -49,7 +50,7 @@ def table(rules: Iterable[Rule]) -> str:
     lines = {"| rule | what it recognises | becomes |": None, "|---|---|---|": None}
     for rule in rules:
         function = getattr(rule.replacement, "func", rule.replacement)  # a partial's own function
-        becomes = f"`{inspect.getdoc(function)}`" if function else f"left alone: {rule.because}"
+        becomes = f"`{inspect.getdoc(function)}`" if function else f"left alone: {rule.decline_reason}"
         lines[f"| `{rule.name}` | {inspect.getdoc(rule.reference)} | {becomes} |"] = None
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ LEAST_SHOWN = 2**10  # bytes of a tensor
 
 
 def describe(
-    report: PlanReport, row: StageSequence, plan: Plan, budget: str, limit_bytes: int | None, rate: Rates
+    report: PlanReport, sequence: StageSequence, plan: Plan, budget: str, limit_bytes: int | None, rate: Rates
 ) -> None:
     """Fill in a report with this plan.
 
@@ -24,13 +24,15 @@ def describe(
     report.peak_bytes, report.peak_at, report.host_bytes = plan.peak_bytes, plan.peak.label, plan.host_bytes
     report.seconds, report.graphed = plan.seconds, plan.graphed
     report.moments = [(moment.label, dict(moment.parts)) for moment in plan.moments]
-    report.items = [item for layers, stage, choice in _alike(row, plan) for item in _items(layers, stage, choice, rate)]
+    report.items = [
+        item for layers, stage, choice in _alike(sequence, plan) for item in _items(layers, stage, choice, rate)
+    ]
 
 
-def _alike(row: StageSequence, plan: Plan) -> list[tuple[str, Stage, Choice]]:
+def _alike(sequence: StageSequence, plan: Plan) -> list[tuple[str, Stage, Choice]]:
     """Stages of one structure and choice together, with what to call them."""
     groups: dict[tuple[int, Choice], list[Stage]] = {}
-    for stage, choice in zip(row.stages, plan.choices, strict=True):
+    for stage, choice in zip(sequence.stages, plan.choices, strict=True):
         if stage.kind.joint is not None:
             groups.setdefault((id(stage.kind.joint), choice), []).append(stage)
     return [(_names(stages), stages[0], choice) for (_, choice), stages in groups.items()]
@@ -62,7 +64,7 @@ def _items(layers: str, stage: Stage, choice: Choice, rate: Rates) -> list[Item]
             storage = joint.storages[made]
             size = evaluate(storage.bytes, joint.hints)
             fate = "recomputed" if at in again else "offloaded" if storage.name in choice.offloaded else "kept"
-            if size >= LEAST_SHOWN and (at in again or made in saved) and op.lies:
+            if size >= LEAST_SHOWN and (at in again or made in saved) and op.materialized:
                 name = f"{_within(stage, op.module)} {op.label.removeprefix('fastft.')}".strip()
                 taken = size * there_and_back if fate == "offloaded" else op.seconds * 1e6
                 found.append(Item(layers, fate, name, f"{storage.dtype} {storage.shape}", size, taken))

@@ -43,8 +43,8 @@ class Storage:
 class Op:
     """A node that computes.
 
-    reads, makes: storages.  seconds: at the example's sizes.  scratch: bytes beside the results.  lies: its results lie
-    in memory; those of others are fused into what reads them.  again: may be run again.
+    reads, makes: storages.  seconds: at the example's sizes.  scratch: bytes beside the results.  materialized: its
+    results lie in memory; those of others are fused into what reads them.  recomputable: may be run again.
     """
 
     node: str
@@ -54,9 +54,9 @@ class Op:
     makes: tuple[int, ...]
     seconds: float
     scratch: Any
-    lies: bool
+    materialized: bool
     forward: bool
-    again: bool
+    recomputable: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Joint:
         while waiting:
             one = waiting.pop()
             made_by = self.maker.get(one)
-            if made_by is None or made_by in kept or not self.ops[made_by].again:
+            if made_by is None or made_by in kept or not self.ops[made_by].recomputable:
                 saved.append(one)
             elif made_by not in again:
                 again.append(made_by)
@@ -162,7 +162,7 @@ class Joint:
         peak = live
         counted = set(before)
         for at, op in enumerate(order):
-            made = [one for one in op.makes if one not in counted and (op.lies or last[one] == len(order))]
+            made = [one for one in op.makes if one not in counted and (op.materialized or last[one] == len(order))]
             live += sum(sizes_of[one] for one in made)
             counted.update(made)
             peak = max(peak, live + evaluate(op.scratch, sizes))
@@ -225,6 +225,6 @@ def _op(node: Node, reads: tuple[int, ...], makes: tuple[int, ...], forward: boo
     return Op(
         node.name, name, module_path(node), reads, makes, cost_model.seconds(node, rate),
         expression(cost_model.scratch_bytes(node)),
-        lies=not op_traits.is_fused(node) or not all(map(op_traits.is_fused, node.users)),
-        forward=forward, again=not op_traits.is_random(node.target),
+        materialized=not op_traits.is_fused(node) or not all(map(op_traits.is_fused, node.users)),
+        forward=forward, recomputable=not op_traits.is_random(node.target),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from fastft.compat.symbolic import evaluate
 from fastft.rewriter.memory.device_rates import Rates
 from fastft.rewriter.memory.joint_graph import EXACT, Joint
 
-COPY_SLOWDOWN = 0.1  # of the time of a copy that work beside it takes longer, measured on an H100 (docs/performance.md)
+COPY_SLOWDOWN = 0.1  # compute slows by this share of an overlapping copy's time; H100, docs/performance.md
 LEAST_OFFLOAD = 2**20  # bytes of a tensor that is worth a copy of its own
 
 
@@ -50,7 +50,11 @@ def choices(joint: Joint, rate: Rates, private: Set[int], *, offload: bool) -> l
 def _combinations(joint: Joint) -> Iterator[tuple[int, ...]]:
     """Sets of ops that may be kept: all of them, or where they are many, each smaller than the one before."""
     _, again = joint.closure(())
-    ops = [at for at in sorted(again) if joint.ops[at].lies and any(_size(joint, one) for one in joint.ops[at].makes)]
+    ops = [
+        at
+        for at in sorted(again)
+        if joint.ops[at].materialized and any(_size(joint, one) for one in joint.ops[at].makes)
+    ]
     if len(ops) <= EXACT:
         for count in range(len(ops), -1, -1):
             yield from combinations(ops, count)

@@ -1,9 +1,10 @@
 """Plan: which layer keeps what, so that a step's simulated peak of memory fits a budget and takes the least time.
 
-A graph is a row of stages, its pieces.  Memory is simulated over their forward in order, their backward in reverse, and
-the optimizer's step.  Every stage has choices from fast to lean (frontier.py); the plan goes from all at their fastest
-towards all at their leanest by the step that frees a byte in the least time, early layers first, since what they need
-to run again is needed when the later ones have been freed.  It stops at the first that fits.
+A graph is a sequence of stages, its pieces.  Memory is simulated over their forward in order, their backward in
+reverse, and the optimizer's step (simulate.py).  Every stage has choices from fast to lean (pareto.py); the plan goes
+from all at their fastest towards all at their leanest by the step that frees a byte in the least time, early layers
+first, since what they need to run again is needed when the later ones have been freed.  It stops at the first that
+fits.
 """
 
 from __future__ import annotations
@@ -27,26 +28,28 @@ class BudgetError(dynamo.ShortenTraceback, ValueError):
 
 
 def plan(
-    row: StageSequence, facts: Facts, budget_bytes: int | None, sizes: Sizes | None = None, *, graphs: bool = True
+    sequence: StageSequence, facts: Facts, budget_bytes: int | None, sizes: Sizes | None = None, *, graphs: bool = True
 ) -> Plan:
     """The fastest plan within the budget, the leanest of all for 0, the fastest of all for None.
 
-    With CUDA graphs, where the row may have them, if any such plan fits: what launches cost without them is more than
-    what can be saved by having their memory.  sizes: of the batch, where they are not those of the example.  Raises
-    BudgetError where nothing fits.
+    With CUDA graphs, where the sequence may have them, if any such plan fits: what launches cost without them is
+    more than what can be saved by having their memory.  sizes: of the batch, where they are not those of the
+    example.  Raises BudgetError where nothing fits.
     """
-    sizes = row.hints | (sizes or {})
-    if graphs and row.graphed is not None and budget_bytes != 0:
+    sizes = sequence.hints | (sizes or {})
+    if graphs and sequence.graphed is not None and budget_bytes != 0:
         with suppress(BudgetError):
-            return _first(row, facts, budget_bytes, sizes, row.graphed)
-    return _first(row, facts, budget_bytes, sizes, None)
+            return _first(sequence, facts, budget_bytes, sizes, sequence.graphed)
+    return _first(sequence, facts, budget_bytes, sizes, None)
 
 
-def _first(row: StageSequence, facts: Facts, budget_bytes: int | None, sizes: Sizes, graphed: range | None) -> Plan:
+def _first(
+    sequence: StageSequence, facts: Facts, budget_bytes: int | None, sizes: Sizes, graphed: range | None
+) -> Plan:
     """The first plan of the walk that fits."""
     leanest: Plan | None = None
-    for chosen in _walk(row, facts):
-        found = simulate(row, chosen, facts, sizes, graphed)
+    for chosen in _walk(sequence, facts):
+        found = simulate(sequence, chosen, facts, sizes, graphed)
         if budget_bytes is None or found.peak_bytes <= budget_bytes:
             return found
         if leanest is None or found.peak_bytes < leanest.peak_bytes:
@@ -57,18 +60,18 @@ def _first(row: StageSequence, facts: Facts, budget_bytes: int | None, sizes: Si
     raise BudgetError(budget_error_message(leanest, budget_bytes or 0))
 
 
-def concatenate(rows: Sequence[StageSequence]) -> StageSequence:
+def concatenate(sequences: Sequence[StageSequence]) -> StageSequence:
     """Graphs that run one after another forward, and the other way round backward; one of them may run twice."""
-    if len(rows) == 1:
-        return rows[0]
+    if len(sequences) == 1:
+        return sequences[0]
     found, done = StageSequence([], {}, {}), 0
-    for at, row in enumerate(rows):
-        for stage in row.stages:
+    for at, sequence in enumerate(sequences):
+        for stage in sequence.stages:
             found.stages.append(replace(stage, inputs={place: (at, name) for place, name in stage.inputs.items()}))
-        found.values |= {(at, name): Value(value.bytes, value.made + done) for name, value in row.values.items()}
-        found.last |= {(at, name): last + done for name, last in row.last.items()}
-        found.hints |= row.hints
-        done += len(row.stages)
+        found.values |= {(at, name): Value(value.bytes, value.made + done) for name, value in sequence.values.items()}
+        found.last |= {(at, name): last + done for name, last in sequence.last.items()}
+        found.hints |= sequence.hints
+        done += len(sequence.stages)
     return found
 
 
@@ -82,19 +85,19 @@ def budget_error_message(leanest: Plan, budget_bytes: int) -> str:
     )
 
 
-def _walk(row: StageSequence, facts: Facts) -> Iterator[tuple[Choice, ...]]:
+def _walk(sequence: StageSequence, facts: Facts) -> Iterator[tuple[Choice, ...]]:
     """From all stages at their fastest to all at their leanest."""
-    at = [0] * len(row.stages)
-    chosen = [stage.kind.choices[0] for stage in row.stages]
+    at = [0] * len(sequence.stages)
+    chosen = [stage.kind.choices[0] for stage in sequence.stages]
     host = 0
     yield tuple(chosen)
     steps = [
         (slope(one, other), number, place + 1)
-        for number, stage in enumerate(row.stages)
+        for number, stage in enumerate(sequence.stages)
         for place, (one, other) in enumerate(zip(stage.kind.choices, stage.kind.choices[1:], strict=False))
     ]
     for _, number, place in sorted(steps):
-        new = row.stages[number].kind.choices[place]
+        new = sequence.stages[number].kind.choices[place]
         more = new.offloaded_bytes - chosen[number].offloaded_bytes
         if place <= at[number] or host + more > facts.host:
             continue

@@ -121,10 +121,10 @@ class Plan:
 
 
 def simulate(
-    row: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes, graphed: range | None = None
+    sequence: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes, graphed: range | None = None
 ) -> Plan:
     """The step of these choices.  graphed: the stages that run as CUDA graphs."""
-    simulation = _Simulation(row, chosen, facts, sizes)
+    simulation = _Simulation(sequence, chosen, facts, sizes)
     moments = list(simulation.run())
     if graphed is not None:
         moments.append(simulation.beside(graphed, moments))
@@ -134,16 +134,16 @@ def simulate(
 class _Simulation:
     """Bytes by what they are for, stage by stage."""
 
-    def __init__(self, row: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes) -> None:
-        self.row, self.chosen, self.facts, self.sizes = row, chosen, facts, sizes
-        self.memories = [stage.kind.memory(one, sizes) for stage, one in zip(row.stages, chosen, strict=True)]
-        self.size = {name: evaluate(value.bytes, sizes) for name, value in row.values.items()}
+    def __init__(self, sequence: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes) -> None:
+        self.sequence, self.chosen, self.facts, self.sizes = sequence, chosen, facts, sizes
+        self.memories = [stage.kind.memory(one, sizes) for stage, one in zip(sequence.stages, chosen, strict=True)]
+        self.size = {name: evaluate(value.bytes, sizes) for name, value in sequence.values.items()}
         self.offloaded = [self._offloaded(number) for number in range(len(chosen))]
         self.readers = self._readers()
 
     def _offloaded(self, number: int) -> tuple[int, set[Name]]:
         """The bytes of a stage's own making that go to the host, and the values that do."""
-        stage, choice = self.row.stages[number], self.chosen[number]
+        stage, choice = self.sequence.stages[number], self.chosen[number]
         joint = stage.kind.joint
         own, values = 0, set[Name]()
         for storage in joint.storages if joint is not None and choice.offloaded else ():
@@ -157,7 +157,7 @@ class _Simulation:
     def _readers(self) -> dict[Name, int]:
         """Values that some backward reads on the device, and the first stage of those that do."""
         found: dict[Name, int] = {}
-        for number, (stage, choice) in enumerate(zip(self.row.stages, self.chosen, strict=True)):
+        for number, (stage, choice) in enumerate(zip(self.sequence.stages, self.chosen, strict=True)):
             if stage.kind.joint is not None:
                 for place in stage.kind.joint.saved_inputs(choice.ops):
                     value = stage.inputs.get(place)
@@ -166,7 +166,7 @@ class _Simulation:
         return found
 
     def run(self) -> Iterator[Moment]:
-        stages, kept = self.row.stages, 0
+        stages, kept = self.sequence.stages, 0
         for number, stage in enumerate(stages):
             pending = self._moved(number - 1) if number else 0
             held = self._between(number, forward=True)
@@ -188,17 +188,17 @@ class _Simulation:
 
         What goes in and out, and its gradients, is in buffers, and copied.
         """
-        count = len(self.row.stages)
+        count = len(self.sequence.stages)
         inside = [*(moments[at] for at in graphed), *(moments[2 * count - 1 - at] for at in graphed)]
         most = max(sum(moment.parts[name] for name in ACTIVATIONS) for moment in inside)
         work = max(moment.parts["at work"] for moment in inside)
         others = [memory for at, memory in enumerate(self.memories) if at not in graphed]
         crossing = [
-            self.size[name] for name, value in self.row.values.items()
-            if (value.made in graphed) != (self.row.last[name] in graphed)
+            self.size[name] for name, value in self.sequence.values.items()
+            if (value.made in graphed) != (self.sequence.last[name] in graphed)
         ]  # fmt: skip
         other_work = max((max(one.forward, one.backward + one.saved) for one in others), default=0)
-        gradients = sum(stage.gradient_bytes for stage in self.row.stages)
+        gradients = sum(stage.gradient_bytes for stage in self.sequence.stages)
         pool = int((1 + POOL_SHARE) * most + POOL_SHARE_OF_WORK * work) + gradients
         found = self._moment(OUTSIDE_CUDA_GRAPHS, 0, 3 * sum(crossing), other_work, gradients)
         return Moment(found.label, found.bytes + pool, {**found.parts, POOL: pool})
@@ -211,9 +211,9 @@ class _Simulation:
     def _between(self, number: int, *, forward: bool) -> int:
         """Values that live beside a stage: made before it, and read by it, later, or by a backward to come."""
         held = 0
-        for name, value in self.row.values.items():
+        for name, value in self.sequence.values.items():
             saved = name in self.readers and (forward or self.readers[name] <= number)
-            if value.made < number and (saved or (forward and self.row.last[name] >= number)):
+            if value.made < number and (saved or (forward and self.sequence.last[name] >= number)):
                 held += self.size[name]
         return held
 

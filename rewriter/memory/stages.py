@@ -25,23 +25,23 @@ def read(
     kinds: dict[Any, Kind] = {}
     number_of = {node: number for number, piece in enumerate(pieces) for node in piece.outputs}
     last_layer = max((number for number, piece in enumerate(pieces) if piece.layer), default=-1)
-    row = StageSequence([], {}, {})
+    sequence = StageSequence([], {}, {})
     for number, piece in enumerate(pieces):
         offload = piece.layer and number != last_layer  # whose activations are wanted again at once
         key = piece.key, offload
         if key not in kinds:
             kinds[key] = _kind(piece, probes[piece.key], rate, offload)
             found = kinds[key].joint
-            row.hints |= found.hints if found is not None else {}
+            sequence.hints |= found.hints if found is not None else {}
         inputs: dict[int, Name] = {place: id(node) for place, node in enumerate(piece.inputs) if node in number_of}
-        row.stages.append(Stage(kinds[key], _name(piece, number, len(pieces)), inputs))
+        sequence.stages.append(Stage(kinds[key], _name(piece, number, len(pieces)), inputs))
         for node in piece.outputs:
             for tensor in fake_tensors.tensors_in(value_of(node)):
-                row.values[id(node)] = Value(symbolic.expression(cost_model.tensor_bytes(tensor)), number)
-                row.hints |= symbolic.hints_of(tensor)
-    _lifetimes(gm, pieces, row)
-    _gradients(pieces, row)
-    return row
+                sequence.values[id(node)] = Value(symbolic.expression(cost_model.tensor_bytes(tensor)), number)
+                sequence.hints |= symbolic.hints_of(tensor)
+    _lifetimes(gm, pieces, sequence)
+    _gradients(pieces, sequence)
+    return sequence
 
 
 def _kind(piece: Piece, probe: JointGraphCapture | None, rate: device_rates.Rates, offload: bool) -> Kind:
@@ -62,22 +62,22 @@ def _name(piece: Piece, number: int, count: int) -> str:
     )
 
 
-def _lifetimes(gm: GraphModule, pieces: Sequence[Piece], row: StageSequence) -> None:
+def _lifetimes(gm: GraphModule, pieces: Sequence[Piece], sequence: StageSequence) -> None:
     for number, piece in enumerate(pieces):
         for node in piece.inputs:
-            if id(node) in row.values:
-                row.last[id(node)] = number
+            if id(node) in sequence.values:
+                sequence.last[id(node)] = number
     for node in gm.graph.output_node().all_input_nodes:
-        if id(node) in row.values:
-            row.last[id(node)] = len(pieces)
-    for name, value in row.values.items():
-        row.last.setdefault(name, value.made)
+        if id(node) in sequence.values:
+            sequence.last[id(node)] = len(pieces)
+    for name, value in sequence.values.items():
+        sequence.last.setdefault(name, value.made)
 
 
-def _gradients(pieces: Sequence[Piece], row: StageSequence) -> None:
+def _gradients(pieces: Sequence[Piece], sequence: StageSequence) -> None:
     """Backward goes from the last stage to the first: the last that reads a parameter makes its gradient."""
     seen: set[Node] = set()
-    for piece, stage in reversed(list(zip(pieces, row.stages, strict=True))):
+    for piece, stage in reversed(list(zip(pieces, sequence.stages, strict=True))):
         for node in piece.inputs:
             value = value_of(node)
             if node.op == "placeholder" and isinstance(value, Tensor) and value.requires_grad and node not in seen:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Declined
 from fastft.rewriter.fx.bodies import size
 from fastft.rewriter.fx.effects import is_transform, mutated_args, switches_mode
 from fastft.rewriter.fx.metadata import module_path, name_of
@@ -50,10 +51,6 @@ class Piece:
         return ".".join(names[0] for names in common) if self.layer else ""
 
 
-class DeclinedError(Exception):
-    """Why a graph is not cut in this way."""
-
-
 def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
     """Cut a graph into pieces; [] where it is better, or safer, compiled whole."""
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
@@ -61,8 +58,8 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
     for stretches in layer_detection.proposals(nodes):
         try:
             pieces = _cut(gm, nodes, stretches)
-        except DeclinedError as declined:
-            report.whole = str(declined)
+        except Declined as declined:
+            report.whole = declined.reason
             continue
         sizes = [size(gm, piece.nodes) for piece in pieces]
         once = dict(zip((piece.key for piece in pieces), sizes, strict=True))
@@ -73,7 +70,7 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
 
 
 def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> list[Piece]:
-    """The stretches and what lies before, between and after them, as pieces.  Raises DeclinedError."""
+    """The stretches and what lies before, between and after them, as pieces.  Raises Declined."""
     pieces, done = [], 0
     for stretch in (*stretches, range(len(nodes), len(nodes))):
         if done < stretch.start:
@@ -110,13 +107,13 @@ def _check_modes(piece: Piece) -> None:
     depth, grad = 0, torch.is_grad_enabled()
     for node in piece.nodes:
         if is_transform(node.target):
-            raise DeclinedError("the graph holds a torch.func transform")
+            raise Declined("the graph holds a torch.func transform")
         if switches_mode(node):
             name = name_of(node.target)
             depth += 1 if "enter" in name else -1 if "exit" in name else 0
             grad = bool(node.args[0]) if name == "_set_grad_enabled" else grad
     if depth or grad != torch.is_grad_enabled():
-        raise DeclinedError("autocast or gradients are switched on in one layer and off in another")
+        raise Declined("autocast or gradients are switched on in one layer and off in another", "mode.switched")
 
 
 def _check_values(piece: Piece) -> None:
@@ -124,7 +121,7 @@ def _check_values(piece: Piece) -> None:
     for node in piece.inputs:
         value = value_of(node)
         if node.op != "placeholder" and not fake_tensors.is_plain(value):
-            raise DeclinedError(f"{node.name}, a {type(value).__name__}, goes from one layer to another")
+            raise Declined(f"{node.name}, a {type(value).__name__}, goes from one layer to another")
 
 
 def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node, Piece]) -> None:
@@ -140,15 +137,15 @@ def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node,
         for node in piece.inputs:
             for tensor in fake_tensors.tensors_in(value_of(node)):
                 if fake_tensors.written_to(tensor) and fake_tensors.storage_key(tensor) not in counted:
-                    raise DeclinedError(f"{node.name}, which layers share, is written to in place")
+                    raise Declined(f"{node.name}, which layers share, is written to in place", "mutation")
 
 
 def _written_values(gm: GraphModule, node: Node, made: Mapping[int, Any], owner: Mapping[Node, Piece]) -> list[Tensor]:
-    """The tensors that this node writes to.  Raises DeclinedError where another piece made one of them."""
+    """The tensors that this node writes to.  Raises Declined where another piece made one of them."""
     tensors = [tensor for target in mutated_args(gm, node) for tensor in fake_tensors.tensors_in(value_of(target))]
     for tensor in tensors:
         if made.get(fake_tensors.storage_key(tensor)) is not owner.get(node):
-            raise DeclinedError(f"{node.name} writes in place to what another part of the graph made")
+            raise Declined(f"{node.name} writes in place to what another part of the graph made", "mutation")
     return tensors
 
 

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from fastft.compat import fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
+from fastft.reasons import Declined
 from fastft.rewriter.capture.normalize import arguments_of
 from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import check_mutation, only_reads
@@ -55,10 +56,6 @@ class FourBitLinear:
     bias: Node | None
 
 
-class NotOneError(Exception):
-    """Why something that de-quantises is no projection."""
-
-
 def lift(gm: GraphModule, report: GraphReport) -> None:
     """Replace every projection of a 4-bit weight in one graph; what nearly is one goes into ``report``."""
     unused: list[Node] = []
@@ -71,8 +68,8 @@ def lift(gm: GraphModule, report: GraphReport) -> None:
             _check(root, projection)
             _replace(gm, root, projection, unused)
             report.lifted.append(Lifted(RULE, *place))
-        except NotOneError as declined:
-            report.near_misses.append(NearMiss(RULE, *place, str(declined)))
+        except Declined as declined:
+            report.near_misses.append(NearMiss(RULE, *place, declined.reason))
         except Exception as error:  # a spelling that is not known must not cost the whole graph
             report.near_misses.append(NearMiss(RULE, *place, f"it could not be read: {describe(error)}"))
     _erase(gm, unused)
@@ -151,19 +148,19 @@ def _linear_above(node: Node, reader: _Reader) -> tuple[Node, FourBitLinear]:
     while True:
         users = list(at.users)
         if len(users) != 1:
-            raise NotOneError(f"the de-quantised weight is used {len(users)} times")
+            raise Declined(f"the de-quantised weight is used {len(users)} times", "weight.dequantized")
         at = users[0]
         if at.target is F.linear:
             return at, reader.projection(at)
         if at.op != "call_method" or at.target not in ("t", "to"):
-            raise NotOneError("the de-quantised weight goes elsewhere than into a linear layer")
+            raise Declined("the de-quantised weight goes elsewhere than into a linear layer", "weight.dequantized")
 
 
 def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, FourBitLinear]:
     given = list(node.args[2:])
     outside = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
     if not only_reads(gm, node):
-        raise NotOneError("its autograd.Function writes to what it is given")
+        raise Declined("its autograd.Function writes to what it is given")
     results, saved = _output(body)
     projection = _Reader(outside).projection(_first(results))
     for user in list(node.users):
@@ -171,7 +168,7 @@ def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphMod
             gm.graph.erase_node(user)
     users = list(node.users)
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in users) or len(users) != 1:
-        raise NotOneError("other results of its autograd.Function are used")
+        raise Declined("other results of its autograd.Function are used")
     placeholders = backward.graph.find_nodes(op="placeholder")
     kept = placeholders[len(placeholders) - len(saved) :]
     reader = _Reader(outside)
@@ -216,14 +213,14 @@ def _check_gradients(
             product = _through_casts(gradient, value_of(projection.x).dtype)
             right = product.target in (torch.matmul, operator.matmul) or product.target == "matmul"
             if not right or product.args[0] is not grad_output:
-                raise NotOneError("its backward is not the product of the gradient and the weight")
+                raise Declined("its backward is not the product of the gradient and the weight")
             if reader.weight(product.args[1]) != projection.weight:
-                raise NotOneError("its backward takes another weight than its forward")
+                raise Declined("its backward takes another weight than its forward")
         elif argument is projection.bias and (gradient is not None or value_of(argument).requires_grad):
             if gradient is None or gradient.target != "sum" or gradient.args[:2] != (grad_output, 0):
-                raise NotOneError("the bias's gradient is not a sum over rows")
+                raise Declined("the bias's gradient is not a sum over rows")
         elif gradient is not None:
-            raise NotOneError("something besides x and the bias gets a gradient")
+            raise Declined("something besides x and the bias gets a gradient")
 
 
 def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
@@ -248,7 +245,7 @@ class _Reader:
         """The node of the outer graph that this is."""
         found = self.known.get(node) if self.known else node
         if not isinstance(found, Node):
-            raise NotOneError(f"{node} is computed inside")
+            raise Declined(f"{node} is computed inside")
         return found
 
     def packed(self, node: Any) -> Node:
@@ -266,10 +263,10 @@ class _Reader:
             return self._gemm(node)
         node = _through_casts(node)
         if not isinstance(node, Node) or node.target is not F.linear:
-            raise NotOneError(f"{node} is not a linear layer")
+            raise Declined(f"{node} is not a linear layer")
         bound = arguments_of(node)
         if bound is None:
-            raise NotOneError(f"{node} is called in a way that is not known")
+            raise Declined(f"{node} is called in a way that is not known")
         x, weight, bias = [*bound[0], None][:3]
         read = self.outer(x)
         return FourBitLinear(
@@ -301,13 +298,13 @@ class _Reader:
             dtypes.append(value_of(node).dtype)
             node = node.args[0]
         if not _is_op(node, "dequantize_4bit") or node.kwargs:
-            raise NotOneError(f"{node} is not a de-quantised weight")
+            raise Declined(f"{node} is not a de-quantised weight", "weight.dequantized")
         packed, absmax, blocksize, quant_type, shape, dtype = node.args
         for one in (*dtypes, dtype):
             if narrowest is not None and not represents_exactly(one, narrowest):
-                raise NotOneError(f"the weight is rounded to {one} before {narrowest}")
+                raise Declined(f"the weight is rounded to {one} before {narrowest}")
         if turned:
-            raise NotOneError("the weight is transposed")
+            raise Declined("the weight is transposed")
         first, nested = self._absmax(absmax)
         rows, columns = shape
         return Weight(self.packed(packed), first, nested, rows, columns, blocksize, quant_type)
@@ -317,10 +314,10 @@ class _Reader:
             return self.outer(node), ()
         inner, offset = node.args
         if node.kwargs or not _is_op(inner, "dequantize_blockwise"):
-            raise NotOneError("the absmax are computed in a way that is not known")
+            raise Declined("the absmax are computed in a way that is not known")
         bits, absmax, code, block, dtype = inner.args
         if block != _NESTED_BLOCK or dtype != torch.float32:
-            raise NotOneError(f"the absmax are quantised in blocks of {block}")
+            raise Declined(f"the absmax are quantised in blocks of {block}")
         return self.outer(absmax), (self.outer(bits), self.outer(_through_casts(code)), self.outer(offset))
 
 
@@ -331,12 +328,12 @@ def _check(root: Node, projection: FourBitLinear) -> None:
     nodes = [projection.x, weight.packed, weight.absmax, *weight.nested, *biases, root]
     for node in nodes:
         if not isinstance(value_of(node), Tensor):
-            raise NotOneError(f"{node} is not a tensor")
+            raise Declined(f"{node} is not a tensor")
     if reason := check_mutation(nodes):
-        raise NotOneError(reason)
+        raise Declined(reason)
     for bias in map(value_of, biases):
         if bias.shape != (weight.rows,):
-            raise NotOneError(f"its bias is of shape {tuple(bias.shape)}")
+            raise Declined(f"its bias is of shape {tuple(bias.shape)}")
 
 
 def _replace(gm: GraphModule, root: Node, projection: FourBitLinear, unused: list[Node]) -> None:
@@ -356,7 +353,7 @@ def _replace(gm: GraphModule, root: Node, projection: FourBitLinear, unused: lis
         for node in (call, result):
             annotate_like(node, root)
         if not same_kind(value_of(result), value_of(root)):
-            raise NotOneError("the op's result would be laid out otherwise")
+            raise Declined("the op's result would be laid out otherwise")
     except Exception:
         gm.graph.erase_node(result)
         gm.graph.erase_node(call)

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastft.compat import fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
+from fastft.reasons import Declined
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.editing import annotate_like, between
 from fastft.rewriter.fx.effects import check_effects_between, check_mutation, may_alias, may_use_rng, maybe_mutated_args
@@ -38,10 +39,6 @@ _OF_LAYOUT = frozenset(
     ]
 )
 _OF_TORCH = ("aten", "prims", "fastft", "bitsandbytes")
-
-
-class DeclinedError(Exception):
-    """Why projections are not merged."""
 
 
 def group(gm: GraphModule, report: GraphReport) -> None:
@@ -78,8 +75,8 @@ def _try(
             one.follow(became)
         became.update(_merge(gm, siblings))
         yield siblings
-    except DeclinedError as declined:
-        miss(report, siblings[0].end, str(declined))
+    except Declined as declined:
+        miss(report, siblings[0].end, declined.reason)
         if len(siblings) > 1:
             for one in siblings:
                 if one.adapters:
@@ -87,7 +84,7 @@ def _try(
 
 
 def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> dict[Node, Node]:
-    """Put one call where the first sibling is; what each result became.  DeclinedError leaves the graph as it was."""
+    """Put one call where the first sibling is; what each result became.  Declined leaves the graph as it was."""
     _check(gm, siblings)
     graph, at = gm.graph, min(one.root if not one.quant_type else one.inner[0] for one in siblings)
     for node in _hoisted(siblings, at):
@@ -108,9 +105,9 @@ def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> dict[Node, Node]:
             fake_tensors.set_value(node, value)
         for node in reversed(made):
             graph.erase_node(node)
-        if isinstance(error, DeclinedError):
+        if isinstance(error, Declined):
             raise
-        raise DeclinedError(f"columns of one result do not serve: {describe(error)}") from error
+        raise Declined(f"columns of one result do not serve: {describe(error)}") from error
     for one in siblings:
         for node in (one.end, *reversed(one.inner), one.root):
             _erase(graph, node)
@@ -122,7 +119,7 @@ def _check(gm: GraphModule, siblings: Sequence[Projection]) -> None:
     ends = [node for one in siblings for node in (one.root, *one.inner, one.end)]
     nodes = ends + [node for one in siblings for given in one.given for node in Origin.of(given).nodes]
     if reason := check_effects_between(gm, nodes, min(ends), max(ends), "group"):
-        raise DeclinedError(reason)
+        raise Declined(reason)
 
 
 def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
@@ -135,14 +132,14 @@ def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
         if node < at or node in needed:
             continue
         if node in inside or node.op not in ("call_function", "call_method") or maybe_mutated_args(node):
-            raise DeclinedError(f"{node.name} is only known later")
+            raise Declined(f"{node.name} is only known later")
         if reason := check_mutation(node.all_input_nodes):  # they are read earlier now
-            raise DeclinedError(reason)
+            raise Declined(reason)
         needed.add(node)
         waiting += node.all_input_nodes
     last = max((node for node in needed if may_use_rng(node)), default=at)
     if overtaken := [node for node in between(at, last) if may_use_rng(node) and node not in needed]:
-        raise DeclinedError(f"{name_of(overtaken[0].target)} would take its random numbers later")
+        raise Declined(f"{name_of(overtaken[0].target)} would take its random numbers later")
     return sorted(needed)
 
 
@@ -181,7 +178,7 @@ def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> li
     for one, part in zip(siblings, parts, strict=True):
         mine, other = value_of(part), value_of(one.end)
         if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
-            raise DeclinedError("its result is of another kind")
+            raise Declined("its result is of another kind")
     return parts
 
 
@@ -289,10 +286,10 @@ def _spread(changed: Iterable[tuple[Projection, Node]], before: dict[Node, Any])
         if new.is_floating_point():
             fake_tensors.set_value(node, new.detach().requires_grad_(old.requires_grad))
         if new.shape != old.shape or new.dtype != old.dtype:
-            raise DeclinedError(f"{name_of(node.target)} gives something else then")
+            raise Declined(f"{name_of(node.target)} gives something else then")
         if new.stride() != old.stride():
             if any(user.op == "output" for user in node.users):
-                raise DeclinedError(f"{name_of(node.target)} would be returned in another layout")
+                raise Declined(f"{name_of(node.target)} would be returned in another layout")
             waiting.update(node.users)
 
 

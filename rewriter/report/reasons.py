@@ -1,10 +1,28 @@
-"""What a user can change, by the reason that a report gives."""
+"""What a user can change, by the code of fastft's reasons and by the words of Dynamo's."""
 
 from __future__ import annotations
 
 import re
 
-_ADVICE = (  # the first that is found in a reason
+from fastft.reasons import Reason
+
+ADVICE = {  # by code
+    "attention.dropout": "set attention_dropout before compiling, to one number for all layers",
+    "dtype.float64": "train in float32 or less: the ops round to float32 inside",
+    "logits.used": "take the loss from the model, by labels=..., or use the logits for the loss alone",
+    "lora.bias": "lora_bias=False in LoraConfig: the factors' bias is not fused",
+    "lora.variant": "use_dora=False in LoraConfig: plain LoRA is fused, DoRA is left to Inductor",
+    "mask.data": "pass the attention_mask with two axes, or position_ids, and let the model build its mask",
+    "mask.per_head": "ALiBi and trained masks are not fused: the model's own code runs",
+    "match.returned": (
+        "do not ask for hidden states or attentions, and take hooks that keep what a module computes off it"
+    ),
+    "mode.switched": "put autocast around the call of the whole model",
+    "mutation": "write x = x + y in place of x += y",
+    "number.item": "set it before compiling, to one number for all layers",
+    "weight.dequantized": "call a 4-bit layer by its forward alone, and do not shard its weights (ignored_params)",
+}
+_OF_DYNAMO = (  # graph breaks and recompilations, in torch's words; the first that is found
     (
         r"requires_grad_?\(\)|requires_grad` through",
         "gradient checkpointing asked for this: leave gradient_checkpointing off, as the memory budget recomputes what "
@@ -15,26 +33,6 @@ _ADVICE = (  # the first that is found in a reason
         r"Tensor\.item\(\)|data-dependent|Data-dependent",
         "keep the number on the device, by torch.where say, or compute it outside the model",
     ),
-    (
-        r"^dense: it is (data|an input)|^dense: .* is on ",
-        "pass the attention_mask with two axes, or position_ids, and let the model build its mask",
-    ),
-    (r"DoRA", "use_dora=False in LoraConfig: plain LoRA is fused, DoRA is left to Inductor"),
-    (r"second factor has a bias", "lora_bias=False in LoraConfig: the factors' bias is not fused"),
-    (
-        r"is also used by the graph's output",
-        "do not ask for hidden states or attentions, and take hooks that keep what a module computes off it",
-    ),
-    (r"^dropout is|is not a number but item", "set attention_dropout before compiling, to one number for all layers"),
-    (
-        r"logits are also used by|logits are an output in",
-        "take the loss from the model, by labels=..., or use the logits for the loss alone",
-    ),
-    (r"de-quantised weight", "call a 4-bit layer by its forward alone, and do not shard its weights (ignored_params)"),
-    (r"is float64", "train in float32 or less: the ops round to float32 inside"),
-    (r"writes? in place|is written to", "write x = x + y in place of x += y"),
-    (r"autocast or gradients are switched", "put autocast around the call of the whole model"),
-    (r"the mask is trained|differs between heads", "ALiBi and trained masks are not fused: the model's own code runs"),
     (
         r"size mismatch|shape mismatch",
         "pad to a few lengths, by pad_to_multiple_of say, or pack: two lengths make one graph for all",
@@ -48,7 +46,9 @@ _ADVICE = (  # the first that is found in a reason
 
 def advice(reason: str) -> str:
     """What to do about it, in words that end without a full stop; "" where nothing is known to help."""
-    return next((text for pattern, text in _ADVICE if re.search(pattern, reason)), "")
+    if isinstance(reason, Reason):
+        return ADVICE[reason.code]
+    return next((text for pattern, text in _OF_DYNAMO if re.search(pattern, reason)), "")
 
 
 def with_advice(reason: str) -> str:

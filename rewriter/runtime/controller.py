@@ -47,8 +47,8 @@ class MemoryController:
         self.references, self.facts, self.budget = [weakref.ref(one) for one in forwards], facts, budget
         self.device = forwards[0].device
         self.limit_bytes = device_budget.budget_bytes(budget, self.device)
-        self.rows = [one.row for one in forwards]
-        self.row = planner.concatenate(self.rows)
+        self.sequences = [one.sequence for one in forwards]
+        self.sequence = planner.concatenate(self.sequences)
         self.plans: dict[Any, Plan | None] = {}  # by sizes; None where rounded ones do not fit
         self.plan: Plan | None = None
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
@@ -83,10 +83,10 @@ class MemoryController:
             self.peak_before, self.peak = torch.cuda.max_memory_allocated(self.device), 0
             ooms.setdefault(self.device.index, _count_of_ooms(self.device))
         elif self.measuring:
-            self.look()
+            self.sample_peak()
         self.seen += 1
         if _count_of_ooms(self.device) > ooms[self.device.index]:  # in backward, say, where nobody asks us
-            self.give_way("the batch that failed may be repeated")
+            self.replan_after_oom("the batch that failed may be repeated")
             torch.cuda.empty_cache()
         elif self.seen == CHECK_AFTER_STEPS + 1:
             self._check()
@@ -96,7 +96,7 @@ class MemoryController:
         """Whether a step is under way whose peak is to be compared with the plan's."""
         return self.device.type == "cuda" and 0 < self.seen <= CHECK_AFTER_STEPS
 
-    def look(self) -> None:
+    def sample_peak(self) -> None:
         """Note the peak so far: who logs memory starts torch's count anew, where a step ends or begins."""
         self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
 
@@ -111,7 +111,7 @@ class MemoryController:
             while len(self.plans) >= MOST_PLANS:
                 del self.plans[next(iter(self.plans))]
             try:
-                self.plans[key] = planner.plan(self.row, self.facts, self.limit_bytes, rounded)
+                self.plans[key] = planner.plan(self.sequence, self.facts, self.limit_bytes, rounded)
             except BudgetError:
                 self.plans[key] = None
         if self.plans[key] is None:
@@ -120,24 +120,24 @@ class MemoryController:
         self.plan, done = self.plans[key], 0
         assert self.plan is not None
         self.choices.clear()
-        for row in self.rows:
-            end = done + len(row.stages)
+        for sequence in self.sequences:
+            end = done + len(sequence.stages)
             self.choices.append(self.plan.choices[done:end])
             done = end
         for one in self.members:
             self._follow(one, 0)
             budget, rate = str(self.budget or "whatever is free"), device_rates.rates(self.device)
-            describe(one.report, self.row, self.plan, budget, self.limit_bytes, rate)
+            describe(one.report, self.sequence, self.plan, budget, self.limit_bytes, rate)
 
     def _exact(self, *, strict: bool) -> Plan:
         """The plan for just these sizes."""
         try:
-            return planner.plan(self.row, self.facts, self.limit_bytes, self.sizes)
+            return planner.plan(self.sequence, self.facts, self.limit_bytes, self.sizes)
         except BudgetError as error:
             if strict and isinstance(self.budget, int):
                 raise
             log.info("%s", error)
-            return planner.plan(self.row, self.facts, 0, self.sizes)
+            return planner.plan(self.sequence, self.facts, 0, self.sizes)
 
     def _follow(self, member: Planned, before: int) -> None:
         """Let a graph do what the plan says for one of its forwards.  before: how many of them wait for backward."""
@@ -187,13 +187,13 @@ class MemoryController:
             return known
         return max(beside.bytes - beside.parts[POOL] - beside.parts[ERROR] + pool, known or 0)
 
-    def give_way(self, then: str) -> bool:
+    def replan_after_oom(self, then: str) -> bool:
         """Plan for less memory after it ran out; False if there is no leaner plan."""
         assert self.plan is not None
         ooms[self.device.index] = _count_of_ooms(self.device)
-        before, had_graphs = self.plan.peak_bytes, self.row.graphed is not None
+        before, had_graphs = self.plan.peak_bytes, self.sequence.graphed is not None
         within = min(before, device_budget.available_bytes(self.device))  # others may have taken some
-        self.limit_bytes, self.row.graphed = int(AFTER_OUT_OF_MEMORY * within), None
+        self.limit_bytes, self.sequence.graphed = int(AFTER_OUT_OF_MEMORY * within), None
         self.plans.clear()
         self.replan(strict=False)
         leaner = self.plan.peak_bytes < before or had_graphs
@@ -207,27 +207,27 @@ class MemoryController:
 
 
 def shared(member: Planned) -> MemoryController:
-    """The ledger of a forward and of all whose backward is still to come: the strictest of their budgets rules."""
+    """The controller of a forward and of all whose backward is still to come: the strictest of their budgets rules."""
     waiting = Counter({one: one.waiting() for one in alive if one.device == member.device})
     waiting[member] += 1
     wanted = Counter({one: min(count, MOST_WAITING) for one, count in waiting.items()})
-    forwards = member.ledger.forwards
+    forwards = member.controller.forwards
     known = Counter(one for one in forwards if one is not None)
     if wanted <= known and None not in forwards:
-        return member.ledger
+        return member.controller
     others = [one for one in wanted if wanted[one] and one is not member]
-    first = next((one for one in others if one.ledger.members[0] is one), member)
-    firsts = Counter(one for one in first.ledger.forwards if one is not None)
+    first = next((one for one in others if one.controller.members[0] is one), member)
+    firsts = Counter(one for one in first.controller.forwards if one is not None)
     together = list((firsts | Counter(others) | known | wanted).elements())
-    before = [one.ledger for one in together]
+    before = [one.controller for one in together]
     strictest = min(before, key=lambda one: float("inf") if one.limit_bytes is None else one.limit_bytes)
-    ledger = MemoryController(
+    controller = MemoryController(
         together, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget
     )
-    for one in ledger.members:
-        one.ledger = ledger
-    ledger.replan(strict=False)  # of this step a part has run already
-    return ledger
+    for one in controller.members:
+        one.controller = controller
+    controller.replan(strict=False)  # of this step a part has run already
+    return controller
 
 
 def set_memory_budget(budget: int | float | str | None) -> None:
@@ -236,12 +236,12 @@ def set_memory_budget(budget: int | float | str | None) -> None:
     budget: as the option memory_budget.  Raises OptionsError for what is none, and BudgetError for too little.
     """
     parsed = budget_of(budget)
-    for ledger in {id(one.ledger): one.ledger for one in alive}.values():
-        ledger.budget, ledger.limit_bytes = parsed, device_budget.budget_bytes(parsed, ledger.device)
-        ledger.seen = ledger.corrections = 0
-        ledger.facts = replace(ledger.facts, error=0)  # it was that of another plan
-        ledger.plans.clear()
-        ledger.replan()
+    for controller in {id(one.controller): one.controller for one in alive}.values():
+        controller.budget, controller.limit_bytes = parsed, device_budget.budget_bytes(parsed, controller.device)
+        controller.seen = controller.corrections = 0
+        controller.facts = replace(controller.facts, error=0)  # it was that of another plan
+        controller.plans.clear()
+        controller.replan()
 
 
 alive: weakref.WeakSet[Planned] = weakref.WeakSet()

@@ -58,9 +58,9 @@ class Graphed:
             capture = self._capture(shapes, inputs)
             if capture is None:
                 return self.call(*inputs)
-        ticket = Ticket()
-        self.waiting = weakref.ref(ticket)
-        return _Replay.apply(capture, ticket, inputs, *(inputs[place] for place in capture.trained))
+        token = ReplayToken()
+        self.waiting = weakref.ref(token)
+        return _Replay.apply(capture, token, inputs, *(inputs[place] for place in capture.trained))
 
     def reset(self, *, enabled: bool) -> None:
         """Let go of what was captured, and capture anew if enabled: the layers will do something else."""
@@ -108,7 +108,7 @@ class Graphed:
         return bool(moved)
 
 
-class Ticket:
+class ReplayToken:
     """Lives as long as a forward may be followed by its backward."""
 
 
@@ -206,11 +206,11 @@ class _Replay(torch.autograd.Function):
     """Replays a capture's forward, and its backward, once."""
 
     @staticmethod
-    def forward(ctx: Any, capture: Capture, ticket: Ticket, inputs: Sequence[Any], *trained: Tensor) -> tuple:
+    def forward(ctx: Any, capture: Capture, token: ReplayToken, inputs: Sequence[Any], *trained: Tensor) -> tuple:
         capture.load(inputs)
         capture.forward.replay()
         outputs = tuple(eager.clone_all(capture.outputs))
-        ctx.capture, ctx.ticket = capture, ticket
+        ctx.capture, ctx.token = capture, token
         ctx.inputs = inputs  # they are read again, at their addresses
         ctx.save_for_backward(*trained)  # so that one that changes before backward is an error, as ever
         ctx.mark_non_differentiable(
@@ -221,7 +221,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        if ctx.ticket is None:
+        if ctx.token is None:
             raise RuntimeError("a CUDA graph goes backward once; set cuda_graphs=False to use retain_graph=True.")
         capture, _ = ctx.capture, ctx.saved_tensors
         given = [one for one, grown in zip(grad_outputs, capture.differentiable, strict=True) if grown]
@@ -229,7 +229,7 @@ class _Replay(torch.autograd.Function):
             buffer.copy_(grad)
         capture.backward.replay()
         grads = iter(eager.clone_all([grad for grad in capture.grad_inputs if grad is not None]))
-        ctx.ticket = ctx.inputs = None
+        ctx.token = ctx.inputs = None
         return None, None, None, *(next(grads) if grad is not None else None for grad in capture.grad_inputs)
 
 

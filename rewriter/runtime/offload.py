@@ -5,8 +5,8 @@ come back while the layer above is at work, so that one layer's are on their way
 Host memory is taken from a bounded pool and given back as soon as nobody can read it any more; where the pool is full,
 or a tensor is not what was planned, it stays on the device.
 
-What autograd saves is a ticket, so that a forward that never goes backward, several forwards before one backward, and
-retain_graph need nothing more.
+What autograd saves is an OffloadedTensor, so that a forward that never goes backward, several forwards before one
+backward, and retain_graph need nothing more.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Pool:
 class OffloadedTensor:
     """A tensor that is on the host, or will be: what autograd saves in its place."""
 
-    def __init__(self, offloader: Offloader, flight: LayerTransfer, tensor: Tensor, buffer: Tensor) -> None:
-        self.flight, self.buffer = flight, buffer
+    def __init__(self, offloader: Offloader, transfer: LayerTransfer, tensor: Tensor, buffer: Tensor) -> None:
+        self.transfer, self.buffer = transfer, buffer
         self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
         self.outgoing: Tensor | None = tensor
         self.incoming: Tensor | None = None
@@ -74,11 +74,14 @@ class OffloadedTensor:
 
 
 class LayerTransfer:
-    """One layer's tickets in one forward.  below: that of the nearest layer before it, which comes back next."""
+    """One layer's tensors in one forward.
 
-    def __init__(self, below: LayerTransfer | None) -> None:
-        self.below = weakref.ref(below) if below is not None else None
-        self.tickets: list[weakref.ref[OffloadedTensor]] = []
+    previous_layer: that of the nearest layer before it, which comes back next.
+    """
+
+    def __init__(self, previous_layer: LayerTransfer | None) -> None:
+        self.previous_layer = weakref.ref(previous_layer) if previous_layer is not None else None
+        self.tensors: list[weakref.ref[OffloadedTensor]] = []
         self.arrived: Any = None
         self.departed: Any = None
         self.leaving: list[OffloadedTensor] = []
@@ -118,87 +121,89 @@ class Offloader:
         if not chosen or eager.has_saved_tensors_hooks():  # the user's own hooks: theirs is the say
             results = function(*inputs)
             if before is not None:
-                self._land(before)
+                self._finish_copy_out(before)
             return results
-        flight = LayerTransfer(self.last() if self.last is not None else None)
+        transfer = LayerTransfer(self.last() if self.last is not None else None)
         place = -1
 
         def pack(tensor: Tensor) -> Any:
             nonlocal place
             place += 1
-            return self._ticket(flight, tensor) if place in chosen else tensor
+            return self._offload(transfer, tensor) if place in chosen else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             results = function(*inputs)
-        self._depart(flight)
+        self._start_copy_out(transfer)
         if before is not None:
-            self._land(before)
-        self.last = weakref.ref(flight) if flight.tickets else self.last
+            self._finish_copy_out(before)
+        self.last = weakref.ref(transfer) if transfer.tensors else self.last
         return results
 
-    def _ticket(self, flight: LayerTransfer, tensor: Tensor) -> Any:
+    def _offload(self, transfer: LayerTransfer, tensor: Tensor) -> Any:
         size = _extent(tensor)
         buffer = self.pool.take(size) if size > 0 and tensor.device == self.device else None
         if buffer is None:
             return tensor
-        ticket = OffloadedTensor(self, flight, tensor, buffer)
-        flight.tickets.append(weakref.ref(ticket))
-        flight.leaving.append(ticket)
-        return ticket
+        offloaded = OffloadedTensor(self, transfer, tensor, buffer)
+        transfer.tensors.append(weakref.ref(offloaded))
+        transfer.leaving.append(offloaded)
+        return offloaded
 
-    def _depart(self, flight: LayerTransfer) -> None:
+    def _start_copy_out(self, transfer: LayerTransfer) -> None:
         """Copy a layer's tensors out behind what has been launched."""
-        if not flight.leaving:
+        if not transfer.leaving:
             return
-        with self._behind() as event:
-            for ticket in flight.leaving:
-                assert ticket.outgoing is not None
-                ticket.on_host().copy_(ticket.outgoing, non_blocking=True)
-        flight.departed = event()
-        self.leaving = flight
+        with self._on_copy_stream() as event:
+            for offloaded in transfer.leaving:
+                assert offloaded.outgoing is not None
+                offloaded.on_host().copy_(offloaded.outgoing, non_blocking=True)
+        transfer.departed = event()
+        self.leaving = transfer
 
-    def _land(self, flight: LayerTransfer) -> None:
+    def _finish_copy_out(self, transfer: LayerTransfer) -> None:
         """What is launched from now on may use the memory of what was copied out."""
-        self._wait_for(flight.departed)
-        for ticket in flight.leaving:
-            ticket.outgoing = None
-        flight.leaving = []
+        self._wait_for(transfer.departed)
+        for offloaded in transfer.leaving:
+            offloaded.outgoing = None
+        transfer.leaving = []
 
     def wait(self) -> None:
         """Nothing is on its way out any more."""
         if self.leaving is not None:
-            self._land(self.leaving)
+            self._finish_copy_out(self.leaving)
             self.leaving = None
 
     def _unpack(self, packed: Any) -> Tensor:
         if not isinstance(packed, OffloadedTensor):
             return packed
-        flight, tensor = packed.flight, packed.outgoing
+        transfer, tensor = packed.transfer, packed.outgoing
         if tensor is None:  # it has left
             if packed.incoming is None:
-                self._fetch(flight)
-            self._wait_for(flight.arrived)
+                self._fetch(transfer)
+            self._wait_for(transfer.arrived)
             tensor, packed.incoming = packed.incoming, None
-        below = flight.below() if flight.below is not None else None
-        if below is not None and below.arrived is None:
-            self._fetch(below)
+        previous = transfer.previous_layer() if transfer.previous_layer is not None else None
+        if previous is not None and previous.arrived is None:
+            self._fetch(previous)
         assert tensor is not None
         return tensor.detach()
 
-    def _fetch(self, flight: LayerTransfer) -> None:
+    def _fetch(self, transfer: LayerTransfer) -> None:
         """Copy a layer's tensors back, behind what has been launched."""
-        tickets = [ticket for reference in flight.tickets if (ticket := reference()) is not None]
-        coming = [ticket for ticket in tickets if ticket.incoming is None and ticket.outgoing is None]
-        for ticket in coming:  # made on the stream that will free them
-            ticket.incoming = torch.empty_strided(ticket.shape, ticket.stride, dtype=ticket.dtype, device=self.device)
-        with self._behind() as event:
-            for ticket in coming:
-                assert ticket.incoming is not None
-                ticket.incoming.copy_(ticket.on_host(), non_blocking=True)
-        flight.arrived = event()
+        tensors = [offloaded for reference in transfer.tensors if (offloaded := reference()) is not None]
+        coming = [offloaded for offloaded in tensors if offloaded.incoming is None and offloaded.outgoing is None]
+        for offloaded in coming:  # made on the stream that will free them
+            offloaded.incoming = torch.empty_strided(
+                offloaded.shape, offloaded.stride, dtype=offloaded.dtype, device=self.device
+            )
+        with self._on_copy_stream() as event:
+            for offloaded in coming:
+                assert offloaded.incoming is not None
+                offloaded.incoming.copy_(offloaded.on_host(), non_blocking=True)
+        transfer.arrived = event()
 
     @contextmanager
-    def _behind(self) -> Iterator[Callable[[], Any]]:
+    def _on_copy_stream(self) -> Iterator[Callable[[], Any]]:
         """On the stream of copies, behind what has been launched; gives what makes the event of their end."""
         if self.stream is None:
             yield lambda: True

@@ -83,8 +83,8 @@ class Planned:
     graphed: its CUDA graphs, if it has any.  sizes_of: its symbols' values by inputs.  choices: what its stages do now.
     """
 
-    def __init__(self, row: StageSequence, facts: Facts, budget: Any, device: torch.device) -> None:
-        self.row, self.device = row, device
+    def __init__(self, sequence: StageSequence, facts: Facts, budget: Any, device: torch.device) -> None:
+        self.sequence, self.device = sequence, device
         self.offloader = Offloader(device, facts.host)
         self.calls: list[Call] = []
         self.graphed: list[Graphed] = []
@@ -93,11 +93,11 @@ class Planned:
         self.report = PlanReport()
         self.sizes: Sizes = {}
         self.choices: tuple[Choice, ...] = ()
-        self.tickets: list[weakref.ref[_Ticket]] = []
+        self.pending: list[weakref.ref[_PendingBackward]] = []
         self.watched = False
-        self.ledger = MemoryController([self], facts, budget)
+        self.controller = MemoryController([self], facts, budget)
         alive.add(self)
-        self.ledger.replan(strict=not any(one.waiting() for one in alive))
+        self.controller.replan(strict=not any(one.waiting() for one in alive))
 
     def follow(self, choices: Sequence[Choice], *, graphs: bool) -> None:
         """Let every stage do what the plan says."""
@@ -111,16 +111,16 @@ class Planned:
 
     def waiting(self) -> int:
         """How many forwards have run whose backward is still to come."""
-        self.tickets = [one for one in self.tickets if (ticket := one()) is not None and not ticket.closed]
-        return len(self.tickets)
+        self.pending = [one for one in self.pending if (pending := one()) is not None and not pending.closed]
+        return len(self.pending)
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return self.run(*inputs)
         self._watch(inputs)
-        self.ledger = shared(self)
+        self.controller = shared(self)
         self.sizes = self.sizes_of(inputs)
-        self.ledger.begin(self)
+        self.controller.begin(self)
         return self._opened(self._run(inputs))
 
     def _watch(self, inputs: Sequence[Any]) -> None:
@@ -139,7 +139,7 @@ class Planned:
         try:
             return self.run(*inputs)
         except torch.OutOfMemoryError:
-            if not self.ledger.give_way("the step is run again"):
+            if not self.controller.replan_after_oom("the step is run again"):
                 raise
         torch.cuda.empty_cache()  # here, where what the failed one had made is gone
         torch.cuda.set_rng_state(state, self.device)
@@ -151,17 +151,17 @@ class Planned:
             (one.grad_fn for one in results if isinstance(one, torch.Tensor) and one.grad_fn is not None), None
         )
         if made is not None:
-            ticket = _Ticket()
-            made.metadata["fastft"] = ticket
-            made.register_hook(lambda *_: self._close(ticket))
-            self.tickets.append(weakref.ref(ticket))
+            pending = _PendingBackward()
+            made.metadata["fastft"] = pending
+            made.register_hook(lambda *_: self._close(pending))
+            self.pending.append(weakref.ref(pending))
         return results
 
-    def _close(self, ticket: _Ticket) -> None:
+    def _close(self, pending: _PendingBackward) -> None:
         """Its backward has begun."""
-        ticket.closed = True
-        if self.ledger.measuring:
-            eager.after_backward(self.ledger.look)
+        pending.closed = True
+        if self.controller.measuring:
+            eager.after_backward(self.controller.sample_peak)
 
 
 def _release(reference: weakref.ref[Planned]) -> None:
@@ -172,5 +172,5 @@ def _release(reference: weakref.ref[Planned]) -> None:
             graphed.reset(enabled=graphed.enabled)
 
 
-class _Ticket:
+class _PendingBackward:
     closed = False

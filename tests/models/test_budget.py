@@ -84,8 +84,8 @@ def large_batch(rows: int) -> dict[str, Tensor]:
 
 
 def peak_of(planned: Planned) -> int:
-    assert planned.ledger.plan is not None
-    return planned.ledger.plan.peak_bytes
+    assert planned.controller.plan is not None
+    return planned.controller.plan.peak_bytes
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -96,7 +96,7 @@ def test_bits_are_the_same_whatever_is_kept(device: str, monkeypatch: pytest.Mon
     call, made = compiled(model, "max-speed", device)
     fastest = gradients(call, model, device)
     (planned,) = made
-    low, high = planner.plan(planned.row, planned.ledger.facts, 0).peak_bytes, peak_of(planned)
+    low, high = planner.plan(planned.sequence, planned.controller.facts, 0).peak_bytes, peak_of(planned)
     plans, offloaded = {planned.choices}, 0
     graphs = len(fastft.compilations().graphs)
     for budget in ("min", (low + high) // 2):
@@ -168,17 +168,17 @@ def test_a_larger_budget_is_never_slower_and_never_exceeded() -> None:
     call, made = compiled(model, "max-speed")
     call(**batch(padded=False, length=64))
     (planned,) = made
-    book = planned.ledger
-    low = planner.plan(planned.row, book.facts, 0)
-    high = planner.plan(planned.row, book.facts, None)
+    book = planned.controller
+    low = planner.plan(planned.sequence, book.facts, 0)
+    high = planner.plan(planned.sequence, book.facts, None)
     budgets = [low.peak_bytes + (high.peak_bytes - low.peak_bytes) * share // 16 for share in range(17)]
-    plans = [planner.plan(planned.row, book.facts, budget) for budget in budgets]
+    plans = [planner.plan(planned.sequence, book.facts, budget) for budget in budgets]
     assert all(plan.peak_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
     assert all(one.seconds >= other.seconds for one, other in pairwise(plans))
     assert len({plan.choices for plan in plans}) > 6  # the trade is smooth
-    assert plans == [planner.plan(planned.row, book.facts, budget) for budget in budgets]
+    assert plans == [planner.plan(planned.sequence, book.facts, budget) for budget in budgets]
     with pytest.raises(fastft.BudgetError, match=r"at the least, in backward of .*held before .*use a smaller batch"):
-        planner.plan(planned.row, book.facts, low.peak_bytes - 1)
+        planner.plan(planned.sequence, book.facts, low.peak_bytes - 1)
 
 
 def test_what_is_saved_is_what_was_planned() -> None:
@@ -201,7 +201,7 @@ def test_what_is_saved_is_what_was_planned() -> None:
             out = call(**batch(padded=False, length=64))
         assert out.loss.requires_grad
         del out  # what waits for its backward would be planned for too
-        plan = planned.ledger.plan
+        plan = planned.controller.plan
         assert plan is not None
         parts = next(moment.parts for moment in plan.moments if moment.label.startswith("backward"))
         offloaded = sum(choice.offloaded_bytes for choice in plan.choices)
@@ -239,8 +239,8 @@ def test_forwards_before_backwards_share_a_ledger() -> None:
     alone, made = compiled(models[0], "max-speed")
     alone(**batch(padded=False, length=64)).loss.backward()
     (planned,) = made
-    twice = planner.plan(planner.concatenate([planned.row] * 2), planned.ledger.facts, None)
-    once = planned.ledger.plan.moments
+    twice = planner.plan(planner.concatenate([planned.sequence] * 2), planned.controller.facts, None)
+    once = planned.controller.plan.moments
     waiting = next(one.parts for one in once if one.label.startswith("backward"))  # what is there until then
     for name in ("kept activations", "between layers"):
         most = max(moment.parts[name] for moment in once)
@@ -253,7 +253,7 @@ def test_forwards_before_backwards_share_a_ledger() -> None:
         losses = [call(**batch(padded=False, length=64)).loss for call in calls]
         sum(losses).backward()
     (planned,) = all_made[0]
-    book = planned.ledger
+    book = planned.controller
     assert book.forwards == [planned, planned]
     assert book.plan is not None
     assert book.plan.peak_bytes <= budget
@@ -270,7 +270,7 @@ def test_of_two_budgets_at_once_the_strictest_rules() -> None:
     second, _ = compiled(lean, "min")
     second(**batch(padded=False, length=64)).loss.backward()
     waiting.backward()
-    (book,) = {id(one.ledger): one.ledger for one in made_first}.values()
+    (book,) = {id(one.controller): one.controller for one in made_first}.values()
     assert len(book.members) == 2
     assert book.limit_bytes == 0
 
@@ -312,7 +312,7 @@ def test_lengths_that_change_are_planned_for() -> None:
     symbol = max(planned.sizes, key=lambda one: planned.sizes[one])
 
     def least(length: int) -> int:
-        return planner.plan(planned.row, planned.ledger.facts, 0, planned.sizes | {symbol: length}).peak_bytes
+        return planner.plan(planned.sequence, planned.controller.facts, 0, planned.sizes | {symbol: length}).peak_bytes
 
     peaks = [least(length) for length in (64, 128, 4096)]
     assert peaks == sorted(set(peaks))
@@ -329,15 +329,15 @@ def test_after_memory_ran_out_a_plan_fits_what_there_is(monkeypatch: pytest.Monk
     call, made = compiled(model, "max-speed")
     expected = gradients(call, model, "cpu")
     (planned,) = made
-    least, most = planner.plan(planned.row, planned.ledger.facts, 0).peak_bytes, peak_of(planned)
+    least, most = planner.plan(planned.sequence, planned.controller.facts, 0).peak_bytes, peak_of(planned)
     monkeypatch.setattr(controller, "_count_of_ooms", lambda device: 1)
     monkeypatch.setattr(controller.device_budget, "available_bytes", lambda device: (least + most) // 2)
     with pytest.warns(RuntimeWarning, match="ran out of memory .* the batch may be repeated"):
-        assert planned.ledger.give_way("the batch may be repeated")
+        assert planned.controller.replan_after_oom("the batch may be repeated")
     assert peak_of(planned) <= 0.9 * (least + most) / 2
     assert all(torch.equal(one, other) for one, other in zip(gradients(call, model, "cpu"), expected, strict=True))
     fastft.set_memory_budget("min")
-    assert not planned.ledger.give_way("it cannot be run again")
+    assert not planned.controller.replan_after_oom("it cannot be run again")
 
 
 @pytest.mark.gpu
@@ -354,7 +354,7 @@ def test_memory_that_runs_out_leads_to_a_leaner_plan() -> None:
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     held = torch.cuda.memory_allocated()
-    kept = next(m.parts["kept activations"] for m in planned.ledger.plan.moments if m.label.startswith("backward"))
+    kept = next(m.parts["kept activations"] for m in planned.controller.plan.moments if m.label.startswith("backward"))
     torch.cuda.set_per_process_memory_fraction((held + 0.75 * kept) / total)
     try:
         with pytest.warns(RuntimeWarning, match="ran out of memory .* the step is run again"):

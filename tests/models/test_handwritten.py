@@ -96,7 +96,7 @@ def test_a_decoder_in_plain_pytorch(dtype: torch.dtype) -> None:
         "rms_norm.torch_rms_norm": 4 * LAYERS + 1,
         "rotary.half": 2 * LAYERS,
         "glu.silu_packed": LAYERS,
-        "attention.grouped": LAYERS,
+        "attention.grouped_query": LAYERS,
         "linear_cross_entropy.cross_entropy": 1,
     }
     assert fused == {"norm_rotary.normed_then_transposed": LAYERS, "add_rms_norm.before_a_block": LAYERS}

@@ -162,41 +162,43 @@ CASES: dict[str, Case] = {
         "dot_product_masked", lambda q, k, v, m: sdpa(q, k, v, m), exact, lambda dtype: [bias(dtype, (S, T))],
     ),
     "gqa": (
-        "grouped", lambda q, k, v: sdpa(q, k[:, :2], v[:, :2], is_causal=True, enable_gqa=True),
+        "grouped_query", lambda q, k, v: sdpa(q, k[:, :2], v[:, :2], is_causal=True, enable_gqa=True),
         lambda q, k, v: exact(q, k[:, :2], v[:, :2], causal=True), nothing,
     ),
     "gqa, bool": (
-        "grouped_masked", lambda q, k, v, m: sdpa(q, k[:, :2], v[:, :2], m > 0, 0.0, False, enable_gqa=True),
+        "grouped_query_masked", lambda q, k, v, m: sdpa(q, k[:, :2], v[:, :2], m > 0, 0.0, False, enable_gqa=True),
         lambda q, k, v, m: allowed(q, k[:, :2], v[:, :2], m), some_flags,
     ),
     "Falcon": (
-        "shared", lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], is_causal=True),
+        "multi_query", lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], is_causal=True),
         lambda q, k, v: exact(q, k[:, :1], v[:, :1], causal=True), nothing,
     ),
     "Falcon, bias": (
-        "shared_masked", lambda q, k, v, m: sdpa(q, k[:, :1], v[:, :1], attn_mask=m),
+        "multi_query_masked", lambda q, k, v, m: sdpa(q, k[:, :1], v[:, :1], attn_mask=m),
         lambda q, k, v, m: exact(q, k[:, :1], v[:, :1], m), a_bias,
     ),
-    "transformers": ("added", hf_eager, beside(scaled), a_bias),
+    "transformers": ("eager_additive_mask", hf_eager, beside(scaled), a_bias),
     "transformers, repeated heads": (
-        "added", lambda q, k, v, m: hf_eager(q, repeat_kv(k[:, :2], 2), repeat_kv(v[:, :2], 2), m),
+        "eager_additive_mask", lambda q, k, v, m: hf_eager(q, repeat_kv(k[:, :2], 2), repeat_kv(v[:, :2], 2), m),
         beside(lambda q, k, v, m: scaled(q, k[:, :2], v[:, :2], m)), a_bias,
     ),
-    "methods": ("added", by_methods, scaled, a_bias),
-    "transformers, unmasked": ("unmasked", hf_eager, beside(scaled), nothing),
-    "cast first": ("unmasked_widened", cast_first, scaled, nothing),
-    "cast first, bias": ("added_widened", cast_first, scaled, a_bias),
-    "Gemma 2": ("softcapped", gemma2, beside(exact, scale=0.3, softcap=0.7), a_bias),
-    "Gemma 2, unmasked": ("softcapped_unmasked", gemma2, beside(exact, scale=0.3, softcap=0.7), nothing),
-    "GPT-OSS": ("with_sinks", gpt_oss, beside(scaled), with_a_sink),
-    "Llama": ("added_divided", llama, joined(exact), a_bias),
-    "Llama, unmasked": ("unmasked_divided", llama, joined(exact), nothing),
-    "nanoGPT": ("filled", nano_gpt, joined(allowed), some_flags),
-    "Annotated Transformer": ("filled_divided", annotated, allowed, some_flags),
-    "plain": ("plain", lambda q, k, v: F.softmax(q @ k.transpose(-2, -1) * 0.3, dim=-1) @ v, scaled, nothing),
+    "methods": ("eager_additive_mask", by_methods, scaled, a_bias),
+    "transformers, unmasked": ("eager", hf_eager, beside(scaled), nothing),
+    "cast first": ("eager_widened", cast_first, scaled, nothing),
+    "cast first, bias": ("eager_additive_mask_widened", cast_first, scaled, a_bias),
+    "Gemma 2": ("eager_softcap_additive_mask", gemma2, beside(exact, scale=0.3, softcap=0.7), a_bias),
+    "Gemma 2, unmasked": ("eager_softcap", gemma2, beside(exact, scale=0.3, softcap=0.7), nothing),
+    "GPT-OSS": ("eager_sinks", gpt_oss, beside(scaled), with_a_sink),
+    "Llama": ("eager_additive_mask_divided", llama, joined(exact), a_bias),
+    "Llama, unmasked": ("eager_divided", llama, joined(exact), nothing),
+    "nanoGPT": ("eager_masked_fill", nano_gpt, joined(allowed), some_flags),
+    "Annotated Transformer": ("eager_masked_fill_divided", annotated, allowed, some_flags),
+    "plain": (
+        "softmax_in_input_dtype", lambda q, k, v: F.softmax(q @ k.transpose(-2, -1) * 0.3, dim=-1) @ v, scaled, nothing,
+    ),
     "plain, bias": (
-        "plain_added", lambda q, k, v, m: torch.softmax(m + 0.3 * torch.matmul(q, k.transpose(3, 2)), -1) @ v,
-        scaled, a_bias,
+        "softmax_in_input_dtype_additive_mask",
+        lambda q, k, v, m: torch.softmax(m + 0.3 * torch.matmul(q, k.transpose(3, 2)), -1) @ v, scaled, a_bias,
     ),
 }  # fmt: skip
 
@@ -216,7 +218,7 @@ def test_spellings(name: str, dtype: torch.dtype) -> None:
 
 
 def test_every_reference_has_a_spelling() -> None:
-    with_dropout = {"filled_dropped"}  # below
+    with_dropout = {"eager_masked_fill_dropout"}  # below
     assert {case[0] for case in CASES.values()} | with_dropout == {rule.reference.__name__ for rule in patterns.RULES}
 
 
@@ -296,7 +298,7 @@ def test_dropout(flash: bool) -> None:
     results = torch.stack([actual(x) for _ in range(400)]).detach()
     ((gm, report),) = captures
     assert (ops(gm), reasons(report)) == (["attention"], [])
-    assert rules(report)[0] == ["attention.dot_product" if flash else "attention.filled_dropped"]
+    assert rules(report)[0] == ["attention.dot_product" if flash else "attention.eager_masked_fill_dropout"]
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.attention)
     assert node.args[9] is not None
     assert node.args[-2] == 0.25

@@ -130,7 +130,7 @@ class Decoder(nn.Module):
 
 
 Counts = dict[str, int]
-ATTENTION = {"attention.grouped": LAYERS}
+ATTENTION = {"attention.grouped_query": LAYERS}
 PLANS: dict[type[nn.Module], tuple[Counts, Counts]] = {  # lifted, and merged of it
     PreNorm: (
         {"rms_norm.llama": 4 * LAYERS + 1, "rotary.half": 2 * LAYERS, "glu.silu": LAYERS, **ATTENTION},

@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
-from fastft.rewriter.attention.masks.reader import NotReadError, steady
+from fastft.reasons import Declined
+from fastft.rewriter.attention.masks.reader import steady
 from fastft.rewriter.attention.masks.terms import (
     Abs,
     And,
@@ -93,7 +94,7 @@ class Writer:
                 axes = [axis for axis, length in enumerate(value.shape) if str(length) == size.spelling]
                 with_axis = (node, axes[0]) if axes else None
         if with_axis is None:
-            raise NotReadError(f"nothing has the size {size.spelling}")
+            raise Declined(f"nothing has the size {size.spelling}")
         return self.call("size", *with_axis)
 
     def whole(self, term: Sum, dtype: torch.dtype = torch.int64) -> Node:
@@ -153,7 +154,7 @@ class Writer:
         """Elements of a tensor: the tensor itself, a part of it, or what is gathered from it."""
         value = value_of(leaf.node)
         if value.device != self._like.device:
-            raise NotReadError(f"{leaf.node} is on {value.device}")
+            raise Declined(f"{leaf.node} is on {value.device}", "mask.data")
         variables = [self._axis(one, length) for one, length in zip(leaf.index, value.shape, strict=True)]
         simple = all(name or one.literal is not None for name, one in zip(variables, leaf.index, strict=True))
         names = [name for name in variables if name]

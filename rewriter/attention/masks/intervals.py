@@ -12,8 +12,8 @@ import torch
 from torch.fx import Node
 
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Declined
 from fastft.rewriter.attention.masks.reader import (
-    NotReadError,
     Reader,
     as_condition,
     as_sum,
@@ -129,7 +129,7 @@ class _Solver:
         """Sort a part in."""
         names = variables(one)
         if "h" in names:
-            raise NotReadError("it differs between heads")
+            raise Declined("it differs between heads", "mask.per_head")
         pair = self._equal_leaves(one)
         if pair and never_decreases(pair[0].node, self.reader):
             self.parts.documents.append(pair)
@@ -149,7 +149,7 @@ class _Solver:
         elif isinstance(one, Zero):
             self._equal(one)
         else:
-            raise NotReadError(self._why_not(one))
+            raise Declined(self._why_not(one))
 
     def _note(self, kind: str) -> None:
         self.parts.kinds[kind] = None
@@ -232,9 +232,9 @@ class _Solver:
         """Something of the query equals something of the key."""
         keys = [(part, times) for part, times in one.term.parts if "j" in variables(atom(part))]
         if any("q" in variables(atom(part)) for part, _ in keys):
-            raise NotReadError(self._why_not(one))
+            raise Declined(self._why_not(one))
         if self.parts.ids is not None:
-            raise NotReadError("two equalities of which neither is known to be of ranges")
+            raise Declined("two equalities of which neither is known to be of ranges")
         side = Sum(tuple(keys), 0)
         self.parts.ids = one.term - side, side * -1
         self._note("ids")

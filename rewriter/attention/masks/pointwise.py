@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Declined
 from fastft.rewriter.attention.masks.reader import (
     INTEGERS,
     Cases,
     Index,
-    NotReadError,
     Reader,
     Value,
     are_exact,
@@ -181,7 +181,7 @@ def _of_numbers(function: Callable, node: Node, operands: Sequence[Any], values:
         return None
     known = _numbers(values, operands, dtype)
     if known is not None and function in (torch.div, torch.floor_divide) and 0 in dict(known[1].numbers):
-        raise NotReadError("it is divided by zero")  # zeros have signs, which are not told apart
+        raise Declined("it is divided by zero")  # zeros have signs, which are not told apart
     tensors = [dtype_of(operand) is not None for operand in operands]
 
     def apply(*numbers: float) -> float | int:

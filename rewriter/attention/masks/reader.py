@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from fastft.compat import symbolic
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Declined
 from fastft.rewriter.attention.masks.substitution import substitute
 from fastft.rewriter.attention.masks.terms import (
     MOST_CHOICES,
@@ -49,10 +50,6 @@ from fastft.rewriter.fx.metadata import name_of, source_line
 
 MOST_NUMBERS = 8  # that a tensor which is no integer may take
 INTEGERS = (torch.int32, torch.int64)
-
-
-class NotReadError(Exception):
-    """Why a mask is not known to be what the op takes."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def size_of(length: Any) -> Sum:
     if isinstance(value, int) and not isinstance(value, bool):
         return whole(value)
     if not isinstance(value, torch.SymInt):
-        raise NotReadError(f"{length} is not a size")
+        raise Declined(f"{length} is not a size")
     spelling = str(value)
     if spelling.lstrip("-").isdigit():
         return whole(int(spelling))
@@ -147,7 +144,7 @@ class Reader:
         """The element of node at this index."""
         tensor = value_of(node)
         if not isinstance(tensor, Tensor) or tensor.dim() != len(index):
-            raise NotReadError(f"{node} is not a tensor of {len(index)} axes")
+            raise Declined(f"{node} is not a tensor of {len(index)} axes")
         at = tuple(whole(0) if steady(size == 1) else one for size, one in zip(tensor.shape, index, strict=True))
         if (node, at) not in self._known:
             self.visited[node] = None
@@ -199,11 +196,11 @@ class Reader:
             return literal(argument)
         shape = value_of(node).shape
         if value.dim() > len(shape):
-            raise NotReadError(f"{name_of(node.target)} reads more axes than it has")
+            raise Declined(f"{name_of(node.target)} reads more axes than it has")
         start = len(shape) - value.dim()
         for size, mine in zip(value.shape, shape[start:], strict=True):
             if not steady(size == 1) and not steady(size == mine):
-                raise NotReadError(f"{name_of(node.target)} of sizes {size} and {mine}")
+                raise Declined(f"{name_of(node.target)} of sizes {size} and {mine}")
         return self.value(argument, index[start:])
 
     def opaque(self, node: Node, index: Index, *values: Value) -> Value:
@@ -227,7 +224,7 @@ def literal(argument: Any) -> Value:
         return Cases(((value, True),))
     if isinstance(value, (int, torch.SymInt)):
         return size_of(argument)
-    raise NotReadError(f"the number {argument} is not known")
+    raise Declined(f"the number {argument} is not known")
 
 
 def as_condition(value: Value) -> Condition | None:

@@ -19,10 +19,11 @@ from torch.fx import Node
 from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
+from fastft.reasons import Declined, Reason
 from fastft.rewriter.attention.masks import indexing, pointwise
 from fastft.rewriter.attention.masks.emit import Writer
 from fastft.rewriter.attention.masks.intervals import Parts, take_apart
-from fastft.rewriter.attention.masks.reader import Cases, Depends, NotReadError, Reader, Value, size_of, steady
+from fastft.rewriter.attention.masks.reader import Cases, Depends, Reader, Value, size_of, steady
 from fastft.rewriter.attention.masks.terms import Condition, Leaf, Sum, atoms, every, extreme, variable, whole
 from fastft.rewriter.fx.effects import may_alias, maybe_mutated_args, mutated_args
 from fastft.rewriter.fx.metadata import name_of
@@ -65,8 +66,8 @@ def recognize(mask: Node, rows: Any = None, columns: Any = None) -> Mask | str:
     """
     try:
         return _recognize(mask, rows, columns)
-    except NotReadError as declined:
-        return str(declined)
+    except Declined as declined:
+        return declined.reason
     except Exception as error:  # a spelling that is not known must not cost the whole graph
         return f"it could not be read: {describe(error)}"
 
@@ -74,7 +75,7 @@ def recognize(mask: Node, rows: Any = None, columns: Any = None) -> Mask | str:
 def _recognize(mask: Node, rows: Any, columns: Any) -> Mask:
     tensor = value_of(mask)
     if not isinstance(tensor, Tensor) or not 2 <= tensor.dim() <= 4:
-        raise NotReadError("the mask has not 2 to 4 axes")
+        raise Declined("the mask has not 2 to 4 axes")
     names = _AXES[4 - tensor.dim() :]
     axes = [variable(name, size_of(length)) for name, length in zip(names, tensor.shape, strict=True)]
     queries, keys = _length(tensor.shape[-2], rows), _length(tensor.shape[-1], columns)
@@ -82,12 +83,12 @@ def _recognize(mask: Node, rows: Any, columns: Any) -> Mask:
     condition, masked = _condition(reader, mask, reader.value(mask, axes), tensor.dtype)
     parts = take_apart(condition, queries, keys, axes[-2], axes[-1], reader)
     if reason := _disturbed(reader, mask, condition):
-        raise NotReadError(reason)
+        raise Declined(reason)
     alike = "lowest" in masked and not parts.never_empty
     if alike and len(masked) > 1:
-        raise NotReadError("rows may be masked throughout, by -inf and by a finite number")
+        raise Declined("rows may be masked throughout, by -inf and by a finite number")
     if alike and parts.ids is not None:
-        raise NotReadError("rows may be masked throughout, among ids that are no ranges")
+        raise Declined("rows may be masked throughout, among ids that are no ranges")
     return Mask(parts.kind, mask, parts, queries, keys, alike)
 
 
@@ -96,26 +97,26 @@ def _length(length: Any, given: Any) -> Sum:
     if given is None:
         return size_of(length)
     if not steady(length == 1) and not steady(length == value_of(given)):
-        raise NotReadError(f"the mask's size {length} is not {value_of(given)}")
+        raise Declined(f"the mask's size {length} is not {value_of(given)}")
     return size_of(given)
 
 
 def _condition(reader: Reader, mask: Node, value: Value, dtype: torch.dtype) -> tuple[Condition, set[str]]:
     """Under which a query may attend to a key, and what the others are masked by: ``lowest``, ``infinite``."""
     if isinstance(value, (Depends, Sum)):
-        raise NotReadError(reader.unknown(mask) or "it is data")
+        raise Declined(reader.unknown(mask) or Reason("it is data", "mask.data"))
     if not isinstance(value, Cases):
         return value, set()
     if not dtype.is_floating_point:
-        raise NotReadError(f"a mask of {dtype}")
+        raise Declined(f"a mask of {dtype}")
     found: dict[str, Condition] = {}
     for number, condition in value.numbers:
         kind = _KINDS.get(number) or ("lowest" if number == torch.finfo(dtype).min else "")
         if not kind:
-            raise NotReadError(f"it adds {number}, which is not the lowest {dtype}")
+            raise Declined(f"it adds {number}, which is not the lowest {dtype}")
         found[kind] = condition
     if "lowest" in found and dtype == torch.float16:
-        raise NotReadError("the lowest float16 does not outweigh every score")
+        raise Declined("the lowest float16 does not outweigh every score")
     return found.get("zero", False), found.keys() - {"zero"}
 
 
@@ -135,7 +136,7 @@ def _disturbed(reader: Reader, mask: Node, condition: Condition) -> str | None:
             explained.update(met)
     for one in reader.visited:
         if one not in explained and any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(one)))):
-            return f"{one} is written to in place"
+            return Reason(f"{one} is written to in place", "mutation")
     return None
 
 

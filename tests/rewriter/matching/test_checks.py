@@ -46,7 +46,7 @@ def rule(reference: Callable = gated, replacement: Callable = becomes, **given: 
     return Rule(reference, replacement, torch.sigmoid, shapes=shapes, **given)
 
 
-GATED = rule(cast=("x",))
+GATED = rule(dtype_from=("x",))
 Change = Callable[[GraphModule], None]
 
 
@@ -241,7 +241,7 @@ def test_what_was_found_for_frozen_weights_is_not_said_of_others() -> None:
 def test_named_dimensions_are_equal() -> None:
     square = Rule(gated, becomes, torch.sigmoid, {"x": "D D", "w": "D"})
     assert refused("x has size 4 in dimension D and x has 3", gated, X, W, rules=[square])
-    declining = rule(unless=lambda x, w: "no weight" if w is not None else None)
+    declining = rule(decline_if=lambda x, w: "no weight" if w is not None else None)
     assert refused("no weight", gated, X, W, rules=[declining])
 
 

@@ -84,9 +84,9 @@ def test_the_product_of_a_gated_activation_is_computed_again(packed: bool) -> No
             a, b = x @ gate, x @ up
         return (torch.nn.functional.silu(a) * b) @ down
 
-    rows, hidden, inner = 5, 6, 14
+    sequences, hidden, inner = 5, 6, 14
     weights = [torch.randn(*size, requires_grad=True) for size in ((hidden, inner), (hidden, inner), (inner, hidden))]
-    x = torch.randn(rows, hidden, requires_grad=True)
+    x = torch.randn(sequences, hidden, requires_grad=True)
     kept: dict[bool, list[tuple[int, ...]]] = {}
     for ours in (False, True):
         torch._dynamo.reset()
@@ -106,7 +106,9 @@ def test_the_product_of_a_gated_activation_is_computed_again(packed: bool) -> No
         expected = torch.autograd.grad(mlp(x, *weights).square().sum(), [x, *weights])
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    products = {ours: sum(sorted(shape) == [rows, inner] for shape in kept[ours]) for ours in kept}  # or transposed
+    products = {
+        ours: sum(sorted(shape) == [sequences, inner] for shape in kept[ours]) for ours in kept
+    }  # or transposed
     assert products == ({False: 1, True: 0} if packed else {False: 3, True: 2})
 
 

@@ -1,4 +1,4 @@
-"""Plans of rows that are made up: they fit, are as fast as can be told, and say why not; and what a layer may keep."""
+"""Plans of made-up stages: they fit, are as fast as can be told, and say why not; and what a layer may keep."""
 
 from itertools import pairwise, product
 
@@ -22,7 +22,7 @@ def test_backward_finds_all_that_it_reads(joint: Joint, data: st.DataObject) -> 
     kept = data.draw(st.sets(st.sampled_from(forward)))
     saved, again = joint.closure(kept)
     assert not kept.intersection(again)
-    assert all(joint.ops[at].again for at in again)
+    assert all(joint.ops[at].recomputable for at in again)
     there = {*saved, *(at for at, one in enumerate(joint.storages) if one.tangent)}
     order = list(joint._backward_order(set(saved)))
     assert sorted(op.node for op in order if op.forward) == sorted(joint.ops[at].node for at in again)
@@ -78,17 +78,17 @@ def kind_of(curve: list[tuple[int, int]]) -> Kind:
 @given(st.lists(curves, min_size=1, max_size=4), st.integers(0, 200))
 def test_a_plan_is_within_a_step_of_the_best(layers: list[list[tuple[int, int]]], budget: int) -> None:
     kinds = [kind_of(curve) for curve in layers]
-    row = StageSequence([Stage(kind, str(number), {}) for number, kind in enumerate(kinds)], {}, {})
+    sequence = StageSequence([Stage(kind, str(number), {}) for number, kind in enumerate(kinds)], {}, {})
     fitting = [
         sum(choice.seconds for choice in chosen)
         for chosen in product(*(kind.choices for kind in kinds))
-        if simulate.simulate(row, chosen, Facts(5), {}).peak_bytes <= budget
+        if simulate.simulate(sequence, chosen, Facts(5), {}).peak_bytes <= budget
     ]
     if not fitting:
         with pytest.raises(BudgetError, match="at the least"):
-            planner.plan(row, Facts(5), budget or -1, {})
+            planner.plan(sequence, Facts(5), budget or -1, {})
         return
-    found = planner.plan(row, Facts(5), budget, {})
+    found = planner.plan(sequence, Facts(5), budget, {})
     assert found.peak_bytes <= budget
     steps = [other.seconds - one.seconds for kind in kinds for one, other in pairwise(kind.choices)]
     assert min(fitting) <= found.seconds <= min(fitting) + max(steps)
@@ -98,10 +98,10 @@ def test_what_goes_between_stages_lives_until_it_was_read() -> None:
     """Three stages that keep nothing hand a value of 7 on; the first one's is read by the last as well."""
     plain = Kind("", None, [Choice(())])
     stages = [Stage(plain, "a", {}), Stage(plain, "b", {0: "a"}), Stage(plain, "c", {0: "b", 1: "a"})]
-    row = StageSequence(stages, {"a": Value(7, 0), "b": Value(7, 1)}, {"a": 2, "b": 2})
-    held = [moment.parts["between layers"] for moment in planner.plan(row, Facts(1), None).moments]
+    sequence = StageSequence(stages, {"a": Value(7, 0), "b": Value(7, 1)}, {"a": 2, "b": 2})
+    held = [moment.parts["between layers"] for moment in planner.plan(sequence, Facts(1), None).moments]
     assert held == [0, 7, 14, 0, 0, 0, 0]
-    twice = planner.plan(planner.concatenate([row, row]), Facts(1), None)
+    twice = planner.plan(planner.concatenate([sequence, sequence]), Facts(1), None)
     assert [moment.parts["between layers"] for moment in twice.moments[:6]] == [0, 7, 14, 0, 7, 14]
 
 
@@ -110,10 +110,10 @@ def test_the_host_is_bounded() -> None:
     again = Choice((), (), 0, 0, 5.0, (2,))
     kind = Kind("", Joint([Storage("x", 6, "f", "")]), [Choice(("x",), (), 10, 0, 0.0, (0,)), moved, again])
     kind.memories = {((0,), ()): Memory(10, 0, 0), ((1,), ()): Memory(10, 0, 0), ((2,), ()): Memory(0, 0, 0)}
-    row = StageSequence([Stage(kind, str(number), {}) for number in range(3)], {}, {})
+    sequence = StageSequence([Stage(kind, str(number), {}) for number in range(3)], {}, {})
     for host in (18, 17, 5):
         walked = [
-            sum(choice.offloaded_bytes for choice in chosen) for chosen in planner._walk(row, Facts(0, host=host))
+            sum(choice.offloaded_bytes for choice in chosen) for chosen in planner._walk(sequence, Facts(0, host=host))
         ]
         assert max(walked) == host // 6 * 6
-        assert [choice.seconds for choice in planner.plan(row, Facts(0, host=host), 0).choices] == [5.0, 5.0, 5.0]
+        assert [choice.seconds for choice in planner.plan(sequence, Facts(0, host=host), 0).choices] == [5.0, 5.0, 5.0]

@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_strategies import MIB, Made, joints, made_rows, most_alive, peaks
+from plan_strategies import MIB, Made, joints, made_sequences, most_alive, peaks
 
 from fastft.rewriter.memory import pareto, planner, simulate
 from fastft.rewriter.memory.device_rates import Rates
@@ -31,21 +31,21 @@ def test_a_layer_takes_what_lives_in_it(joint: Joint, data: st.DataObject) -> No
 
 
 @MANY
-@given(made_rows(), st.builds(Facts, *[st.integers(0, 9)] * 3, st.just(0), st.integers(-3, 3)))
+@given(made_sequences(), st.builds(Facts, *[st.integers(0, 9)] * 3, st.just(0), st.integers(-3, 3)))
 def test_a_step_takes_what_lives_in_it(drawn: tuple[list[Made], StageSequence], facts: Facts) -> None:
-    stages, row = drawn
-    found = simulate.simulate(row, [one.choice for one in stages], facts, {})
+    stages, sequence = drawn
+    found = simulate.simulate(sequence, [one.choice for one in stages], facts, {})
     assert [moment.bytes for moment in found.moments] == peaks(stages, facts)
     assert all(sum(moment.parts.values()) == moment.bytes for moment in found.moments)
     assert found.peak_bytes == max(peaks(stages, facts))
 
 
 @MANY
-@given(made_rows(), made_rows(), st.builds(Facts, *[st.integers(0, 9)] * 3))
+@given(made_sequences(), made_sequences(), st.builds(Facts, *[st.integers(0, 9)] * 3))
 def test_rows_that_run_one_after_another(
     one: tuple[list[Made], StageSequence], other: tuple[list[Made], StageSequence], facts: Facts
 ) -> None:
-    """As one row would, whose later stages read nothing of the earlier ones."""
+    """As one sequence would, whose later stages read nothing of the earlier ones."""
     both = [*one[0], *(_moved(made, len(one[0])) for made in other[0])]
     found = simulate.simulate(planner.concatenate([one[1], other[1]]), [made.choice for made in both], facts, {})
     assert [moment.bytes for moment in found.moments] == peaks(both, facts)
@@ -117,9 +117,9 @@ def test_the_budget_is_kept_to_the_byte() -> None:
     fast, lean = Choice(("all",), (), 9, 0, 0.0, (0,)), Choice((), (), 2, 0, 1.0, (1,))
     kind = simulate.Kind("", Joint(), [fast, lean])
     kind.memories = {(one.ops, ()): Memory(one.saved_bytes, 0, 0) for one in (fast, lean)}
-    row = StageSequence([simulate.Stage(kind, str(number), {}) for number in range(2)], {}, {})
+    sequence = StageSequence([simulate.Stage(kind, str(number), {}) for number in range(2)], {}, {})
     facts = Facts(5, 3, 2)
     for budget, expected in ((None, 28), (28, 28), (27, 21), (21, 21), (20, 14), (14, 14), (0, 14)):
-        assert planner.plan(row, facts, budget).peak_bytes == expected
-    first, second = planner.plan(row, facts, 27).choices
+        assert planner.plan(sequence, facts, budget).peak_bytes == expected
+    first, second = planner.plan(sequence, facts, 27).choices
     assert (first.seconds, second.seconds) == (1.0, 0.0)  # early layers first

@@ -14,10 +14,11 @@ from recording import Recording, record
 from torch import Tensor
 from torch.fx import Node
 
+from fastft.reasons import Declined
 from fastft.rewriter.attention.masks import indexing, pointwise  # noqa: F401  # what they tell the reader
 from fastft.rewriter.attention.masks import terms as terms
 from fastft.rewriter.attention.masks.intervals import never_decreases, take_apart
-from fastft.rewriter.attention.masks.reader import NotReadError, Reader
+from fastft.rewriter.attention.masks.reader import Reader
 from fastft.rewriter.attention.masks.terms import Condition, Leaf, atom, whole
 
 MANY = settings(max_examples=200)
@@ -76,7 +77,7 @@ def taken(space: Space, world: World, condition: Condition) -> Taken | None:
     """The parts, held to the condition; None where they are declined."""
     try:
         found = Taken(space, world, condition)
-    except NotReadError:
+    except Declined:
         return None
     found.check()
     return found
@@ -244,5 +245,5 @@ def test_kinds(kind: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_declined(condition: Condition, reason: str) -> None:
-    with pytest.raises(NotReadError, match=reason):
+    with pytest.raises(Declined, match=reason):
         Taken(SQUARE, World.of(SQUARE, 0), condition)

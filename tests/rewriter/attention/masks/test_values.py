@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Declined
 from fastft.rewriter.attention.masks import indexing, pointwise  # noqa: F401  # what they tell the reader
-from fastft.rewriter.attention.masks.reader import Cases, Depends, NotReadError, Reader
+from fastft.rewriter.attention.masks.reader import Cases, Depends, Reader
 from fastft.rewriter.attention.masks.terms import Leaf, Sum, atoms, variable, whole
 
 NAMES = "bhqj"
@@ -77,7 +78,7 @@ def read(function: Callable[[dict[str, Tensor]], Any]) -> list[bool]:
         assert value_of(node).dtype == actual.dtype
         try:
             value = Reader().value(node, index)
-        except NotReadError:
+        except Declined:
             continue
         known.append(not isinstance(value, Depends) and all(one.node is not node for one in leaves(value)))
         try:
