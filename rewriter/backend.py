@@ -15,9 +15,10 @@ from fastft.errors import describe
 from fastft.rewriter.capture import constant_scalars, dynamic_shapes, inline_checkpoints
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.loss.losses import Deferred
-from fastft.rewriter.lowering import cache_dirs, plan_builder
+from fastft.rewriter.lowering import cache_dirs
 from fastft.rewriter.lowering.inductor import compile_graph
 from fastft.rewriter.lowering.lower import WholeError, lower
+from fastft.rewriter.lowering.plan_builder import should_plan
 from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.passes import rewrite
@@ -68,10 +69,11 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
             raise CutError("torch cut it at the buckets of DistributedDataParallel (optimize_ddp)")
         constant_scalars.inline_constant_scalars(gm)
         try:
-            return _rewritten(gm, example_inputs, options, inline=plan_builder.should_plan(gm, options))
+            plan = should_plan(gm, options)
+            return _rewritten(gm, example_inputs, options, plan=plan, inline=plan)
         except WholeError:  # the user's checkpoints are all that saves memory
             original.restore()
-            return _rewritten(gm, example_inputs, options, inline=False)
+            return _rewritten(gm, example_inputs, options, plan=plan, inline=False)
     except (BudgetError, dynamo.RestartAnalysis):  # the user's, and Dynamo's to trace again with a number it now knows
         raise
     except Exception as error:
@@ -98,9 +100,9 @@ def _as_it_was(
 
 
 def _rewritten(
-    gm: GraphModule, example_inputs: list[Any], options: Options, *, inline: bool
+    gm: GraphModule, example_inputs: list[Any], options: Options, *, plan: bool, inline: bool
 ) -> tuple[Callable, GraphReport]:
-    """inline: whether the budget is to decide about what the user checkpointed."""
+    """Rewrite and lower.  inline: whether the plan is to decide about what the user checkpointed."""
     inlined = inline_checkpoints.inline(gm) if inline else []
     count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     deferred: list[Deferred] = []
@@ -109,7 +111,7 @@ def _rewritten(
         deferred=deferred if options.lazy_logits else None,
     )  # fmt: skip
     report.inlined = inlined
-    compiled = lower(gm, example_inputs, options, report, planned_only=bool(inlined))
+    compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(inlined))
     return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 

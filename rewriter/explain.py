@@ -17,7 +17,8 @@ from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.rewriter.capture import constant_scalars
 from fastft.rewriter.fx.bodies import Snapshot
-from fastft.rewriter.lowering import plan_builder
+from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
+from fastft.rewriter.lowering.region import RegionCompiler, by_kind
 from fastft.rewriter.memory import stages
 from fastft.rewriter.options import Options
 from fastft.rewriter.outline.partition import outline
@@ -74,12 +75,15 @@ def _planned(gm: GraphModule, pieces: Any, example_inputs: list[Tensor]) -> Any:
     """The plan's report; None where nothing is to be planned, or where it cannot be."""
     if not pieces or not torch.is_grad_enabled():
         return None
+    given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     try:
-        planned = plan_builder.build_planned_graph(gm, pieces, example_inputs, PLANNED, lambda text: None)
+        regions = {key: RegionCompiler(gm, alike[0], given, PLANNED) for key, alike in by_kind(pieces).items()}
+        graphed = cuda_graph_policy.capturable(pieces, PLANNED.cuda_graphs)
+        planned = plan_builder.plan_graph(gm, pieces, regions, PLANNED, graphed, lambda text: None)
     except Exception as error:
         log.info("no plan to explain: %s", describe(error))
         return None
-    return planned.report if planned is not None else None
+    return planned.describe() if planned is not None else None
 
 
 class _Grown(torch.autograd.Function):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import GraphModule
 
-from fastft.compat import aot
 from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.inductor import compile_graph
+from fastft.rewriter.lowering.plan_builder import GraphPlan
+from fastft.rewriter.lowering.region import RegionCompiler, by_kind
 from fastft.rewriter.options import Options
 from fastft.rewriter.outline import partition, stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.report import compile_progress
 from fastft.rewriter.report.data import GraphReport
-from fastft.rewriter.runtime import cuda_graphs
-from fastft.rewriter.runtime.planned_graph import Planned
+from fastft.rewriter.runtime.cuda_graphs import Graphed
+from fastft.rewriter.runtime.offload import Offloader
+from fastft.rewriter.runtime.planned_graph import Call, Planned
 
 
 class WholeError(Exception):
@@ -25,11 +27,17 @@ class WholeError(Exception):
 
 
 def lower(
-    gm: GraphModule, example_inputs: list[Any], options: Options, report: GraphReport, *, planned_only: bool = False
+    gm: GraphModule,
+    example_inputs: list[Any],
+    options: Options,
+    report: GraphReport,
+    *,
+    plan: bool,
+    planned_only: bool = False,
 ) -> Callable:
     """Compile a graph in regions where it has layers, else whole; what was done goes into ``report``.
 
-    planned_only: raise WholeError where no plan can be made.
+    plan: whether to plan its memory.  planned_only: raise WholeError where no plan can be made.
     """
     pieces = partition.outline(gm, report) if options.outline else []
     if planned_only and not pieces:
@@ -40,52 +48,69 @@ def lower(
         if not pieces:
             say(f"compiling a graph of {report.nodes_after} nodes")
             return compile_graph(gm, example_inputs, options)
-        planned = plan_builder.build_planned_graph(gm, pieces, example_inputs, options, say)
-        calls = _compile_regions(gm, pieces, example_inputs, options, report, say, planned)
-    offloader = planned.offloader if planned is not None else None
-    layers = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
-    if layers is not None:
-        pieces = cuda_graph_policy.graph_layers(pieces, calls, layers, offloader)
-    stitched = stitch.stitch(gm, pieces, calls)
-    if planned is None:
-        return stitched
-    planned.run, report.plan = stitched, planned.report
-    planned.graphed = [one for one in calls.values() if isinstance(one, cuda_graphs.Graphed)]
-    planned.controller.replan(strict=False)
-    return planned
+        return _lower_pieces(gm, pieces, example_inputs, options, report, say, plan=plan)
 
 
-def _compile_regions(
+def _lower_pieces(
     gm: GraphModule,
     pieces: Sequence[Piece],
     example_inputs: list[Any],
     options: Options,
     report: GraphReport,
     say: Callable[[str], None],
-    planned: Planned | None,
+    *,
+    plan: bool,
+) -> Callable:
+    """Compile each region, in the ways that a plan wants if there is one, and call the pieces one after another."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    given = dict(zip(placeholders, example_inputs, strict=True))
+    regions = {key: RegionCompiler(gm, alike[0], given, options) for key, alike in by_kind(pieces).items()}
+    graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
+    planned = plan_builder.plan_graph(gm, pieces, regions, options, graphed, say) if plan else None
+    offloader = Offloader(planned.device, planned.facts.host) if planned is not None else None
+    calls = _compile_regions(pieces, regions, report, say, planned, offloader)
+    running, called = pieces, dict(calls)
+    if graphed is not None:
+        running = cuda_graph_policy.graph_layers(pieces, called, graphed, offloader)
+    run = stitch.stitch(gm, running, called)
+    if planned is None or offloader is None:
+        return run
+    result = Planned(
+        planned.sequence, planned.facts, planned.budget, planned.device, planned.plan,
+        run=run, calls=[call for call in calls.values() if isinstance(call, Call)], offloader=offloader,
+        graphed=[call for call in called.values() if isinstance(call, Graphed)],
+        sizes_of=plan_builder.sizes_of(placeholders),
+    )  # fmt: skip
+    report.plan = result.report
+    return result
+
+
+def _compile_regions(
+    pieces: Sequence[Piece],
+    regions: Mapping[Any, RegionCompiler],
+    report: GraphReport,
+    say: Callable[[str], None],
+    planned: GraphPlan | None,
+    offloader: Offloader | None,
 ) -> dict[Piece, Callable]:
-    """What each piece calls, each region compiled once for all it may be asked to keep, in the order of the report."""
-    given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    calls: dict[Piece, Callable] = {}
-    compiled: dict[Any, Callable] = {}
-    number_of = {key: number for number, key in enumerate(dict.fromkeys(piece.key for piece in pieces))}
-    for at, piece in enumerate(pieces):
-        wanted = piece.key, planned.choices[at].kept if planned is not None else ()
-        if wanted not in compiled:
-            region = report.regions[number_of[piece.key]]
-            say(f"compiling region {number_of[piece.key] + 1} of {len(report.regions)}, {region}")
-            began = time.perf_counter()
-            if planned is None:
-                compiled[wanted] = _compile_piece(gm, piece, given, options)
-            else:
-                planned.calls[at].prepare()
-                compiled[wanted] = planned.calls[at]
-            region.seconds += time.perf_counter() - began
-        calls[piece] = compiled[wanted] if planned is None else planned.calls[at]
+    """What each piece calls, in the order of the graph; regions are compiled in the order of the report."""
+    calls: dict[Piece, Callable] = dict.fromkeys(pieces, _not_yet)
+    if planned is not None and offloader is not None:
+        calls |= plan_builder.planned_calls(pieces, regions, planned, offloader)
+    stages = dict(zip(pieces, planned.sequence.stages, strict=True)) if planned is not None else {}
+    for number, (key, alike) in enumerate(by_kind(pieces).items()):
+        region = report.regions[number]
+        say(f"compiling region {number + 1} of {len(report.regions)}, {region}")
+        began = time.perf_counter()
+        if planned is None:
+            calls |= dict.fromkeys(alike, regions[key].compile())
+        for piece in alike:
+            call = calls[piece]
+            if isinstance(call, Call):  # and where sizes change, all that another size may want
+                call.prepare(stages[piece].kind.choices if planned and planned.sequence.hints else ())
+        region.seconds += time.perf_counter() - began
     return calls
 
 
-def _compile_piece(gm: GraphModule, piece: Piece, given: dict[Any, Any], options: Options) -> Callable:
-    part = stitch.extract(gm, piece)
-    with aot.isolated_tracing_context(given.values()) as mode:
-        return compile_graph(part, stitch.example_inputs(piece, given, mode), options)
+def _not_yet(*inputs: Any) -> Any:
+    raise AssertionError("a region is called before it is compiled")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from fastft.compat.symbolic import evaluate
+from fastft.rewriter.memory import device_rates
 from fastft.rewriter.memory.device_rates import Rates
 from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.memory.simulate import Plan, Stage, StageSequence
@@ -14,13 +18,14 @@ LEAST_SHOWN = 2**10  # bytes of a tensor
 
 
 def describe(
-    report: PlanReport, sequence: StageSequence, plan: Plan, budget: str, limit_bytes: int | None, rate: Rates
+    report: PlanReport, sequence: StageSequence, plan: Plan, budget: Any, limit_bytes: int | None, device: torch.device
 ) -> None:
     """Fill in a report with this plan.
 
-    budget: the user's word.  limit_bytes: what it came to.  rate: of the device, for the microseconds of each tensor.
+    budget: as the user gave it.  limit_bytes: what it came to.  device: whose rates the microseconds follow from.
     """
-    report.budget, report.limit_bytes = budget, limit_bytes
+    report.budget, report.limit_bytes = str(budget or "whatever is free"), limit_bytes
+    rate = device_rates.rates(device)
     report.peak_bytes, report.peak_at, report.host_bytes = plan.peak_bytes, plan.peak.label, plan.host_bytes
     report.seconds, report.graphed = plan.seconds, plan.graphed
     report.moments = [(moment.label, dict(moment.parts)) for moment in plan.moments]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastft.compat.symbolic import Sizes
-from fastft.rewriter.memory import device_budget, device_rates, planner
+from fastft.rewriter.memory import device_budget, planner
 from fastft.rewriter.memory.describe import describe
 from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.memory.planner import BudgetError
-from fastft.rewriter.memory.simulate import OUTSIDE_CUDA_GRAPHS, POOL, Facts, Plan
+from fastft.rewriter.memory.simulate import OUTSIDE_CUDA_GRAPHS, POOL, Facts, Plan, StageSequence
 from fastft.rewriter.options import budget_of
 from fastft.rewriter.report.plan import ERROR
 from fastft.units import GIB, format_bytes
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from fastft.rewriter.runtime.planned_graph import Planned
 
 log = logging.getLogger("fastft")
-CHECK_AFTER_STEPS = (
-    3  # calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated
-)
+# Calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated.
+CHECK_AFTER_STEPS = 3
 MOST_CORRECTIONS = 2  # the second only of a plan that is above its budget
 TOLERANCE = 0.02  # of the planned peak: less is not worth another plan
 AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took, or of what there is: the next has to do with that
@@ -117,8 +116,17 @@ class MemoryController:
         if self.plans[key] is None:
             key = tuple(self.sizes.values())
             self.plans[key] = self.plans.get(key) or self._exact(strict=strict)
-        self.plan, done = self.plans[key], 0
-        assert self.plan is not None
+        plan = self.plans[key]
+        assert plan is not None
+        self._follow_all(plan)
+
+    def adopt(self, plan: Plan) -> None:
+        """Follow a plan that was made for the sizes at hand."""
+        self.plans[tuple(self.sizes.values())] = plan
+        self._follow_all(plan)
+
+    def _follow_all(self, plan: Plan) -> None:
+        self.plan, done = plan, 0
         self.choices.clear()
         for sequence in self.sequences:
             end = done + len(sequence.stages)
@@ -126,18 +134,12 @@ class MemoryController:
             done = end
         for one in self.members:
             self._follow(one, 0)
-            budget, rate = str(self.budget or "whatever is free"), device_rates.rates(self.device)
-            describe(one.report, self.sequence, self.plan, budget, self.limit_bytes, rate)
+            describe(one.report, self.sequence, plan, self.budget, self.limit_bytes, self.device)
 
     def _exact(self, *, strict: bool) -> Plan:
-        """The plan for just these sizes."""
-        try:
-            return planner.plan(self.sequence, self.facts, self.limit_bytes, self.sizes)
-        except BudgetError as error:
-            if strict and isinstance(self.budget, int):
-                raise
-            log.info("%s", error)
-            return planner.plan(self.sequence, self.facts, 0, self.sizes)
+        """Plan for just these sizes."""
+        strict = strict and isinstance(self.budget, int)
+        return plan_or_leanest(self.sequence, self.facts, self.limit_bytes, self.sizes, strict=strict)
 
     def _follow(self, member: Planned, before: int) -> None:
         """Let a graph do what the plan says for one of its forwards.  before: how many of them wait for backward."""
@@ -204,6 +206,19 @@ class MemoryController:
             )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return leaner
+
+
+def plan_or_leanest(
+    sequence: StageSequence, facts: Facts, limit_bytes: int | None, sizes: Sizes, *, strict: bool
+) -> Plan:
+    """Plan for these sizes; if none fits, raise BudgetError where that is strict, else take the leanest of all."""
+    try:
+        return planner.plan(sequence, facts, limit_bytes, sizes)
+    except BudgetError as error:
+        if strict:
+            raise
+        log.info("%s", error)
+        return planner.plan(sequence, facts, 0, sizes)
 
 
 def shared(member: Planned) -> MemoryController:

@@ -14,9 +14,9 @@ from fastft.compat import eager
 from fastft.compat.symbolic import Sizes
 from fastft.errors import describe
 from fastft.rewriter.memory.pareto import Choice
-from fastft.rewriter.memory.simulate import Facts, StageSequence
+from fastft.rewriter.memory.simulate import Facts, Plan, StageSequence
 from fastft.rewriter.report.plan import PlanReport
-from fastft.rewriter.runtime.controller import MemoryController, alive, shared
+from fastft.rewriter.runtime import controller
 from fastft.rewriter.runtime.cuda_graphs import Graphed
 from fastft.rewriter.runtime.offload import Offloader
 
@@ -80,30 +80,33 @@ class Call:
 class Planned:
     """A graph that runs by a plan: a function of the graph's inputs.
 
-    graphed: its CUDA graphs, if it has any.  sizes_of: its symbols' values by inputs.  choices: what its stages do now.
+    plan: for the sizes of the example.  run: calls the pieces one after another; calls: those of its pieces, in order;
+    graphed: its CUDA graphs, if it has any.  sizes_of: gives its symbols' values by inputs.  choices: what its stages
+    do now.
     """
 
-    def __init__(self, sequence: StageSequence, facts: Facts, budget: Any, device: torch.device) -> None:
+    def __init__(
+        self, sequence: StageSequence, facts: Facts, budget: Any, device: torch.device, plan: Plan, *,
+        run: Callable, calls: Sequence[Call], graphed: Sequence[Graphed], offloader: Offloader,
+        sizes_of: Callable[[Sequence[Any]], Sizes],
+    ) -> None:  # fmt: skip
         self.sequence, self.device = sequence, device
-        self.offloader = Offloader(device, facts.host)
-        self.calls: list[Call] = []
-        self.graphed: list[Graphed] = []
-        self.run: Callable = lambda *inputs: None
-        self.sizes_of: Callable[[Sequence[Any]], Sizes] = lambda inputs: {}
+        self.run, self.calls, self.graphed, self.offloader = run, calls, graphed, offloader
+        self.sizes_of = sizes_of
         self.report = PlanReport()
         self.sizes: Sizes = {}
-        self.choices: tuple[Choice, ...] = ()
+        self.choices = plan.choices
         self.pending: list[weakref.ref[_PendingBackward]] = []
         self.watched = False
-        self.controller = MemoryController([self], facts, budget)
-        alive.add(self)
-        self.controller.replan(strict=not any(one.waiting() for one in alive))
+        self.controller = controller.MemoryController([self], facts, budget)
+        self.controller.adopt(plan)
+        controller.alive.add(self)
 
     def follow(self, choices: Sequence[Choice], *, graphs: bool) -> None:
         """Let every stage do what the plan says."""
         changed = self.choices != tuple(choices)
         self.choices = tuple(choices)
-        for call, choice in zip(self.calls, choices, strict=False):
+        for call, choice in zip(self.calls, choices, strict=True):
             call.choice = choice
         for graphed in self.graphed:
             if changed or graphed.enabled != graphs:
@@ -118,7 +121,7 @@ class Planned:
         if not torch.is_grad_enabled() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return self.run(*inputs)
         self._watch(inputs)
-        self.controller = shared(self)
+        self.controller = controller.shared(self)
         self.sizes = self.sizes_of(inputs)
         self.controller.begin(self)
         return self._opened(self._run(inputs))

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from fastft.compat import aot
 from fastft.rewriter.lowering.lower import lower
+from fastft.rewriter.lowering.plan_builder import should_plan
 from fastft.rewriter.options import Options
 from fastft.rewriter.passes import rewrite
 from fastft.rewriter.report.data import GraphReport
@@ -36,7 +37,8 @@ def backend(reports: list[GraphReport], **options: Any) -> Callable:
 
     def compile_graph(gm: GraphModule, example_inputs: list[Any]) -> Callable:
         reports.append(rewrite(gm))
-        return lower(gm, example_inputs, Options(**{"lower": "eager", **options}), reports[-1])
+        chosen = Options(**{"lower": "eager", **options})
+        return lower(gm, example_inputs, chosen, reports[-1], plan=should_plan(gm, chosen))
 
     return compile_graph
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft.compat import aot
 from fastft.rewriter.lowering import lower
+from fastft.rewriter.lowering.plan_builder import should_plan
 from fastft.rewriter.options import Options
 from fastft.rewriter.outline import partition
 from fastft.rewriter.report.data import GraphReport
@@ -284,7 +285,8 @@ def captured(reports: list[GraphReport], **options: Any) -> Callable:
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable:
         reports.append(GraphReport())
-        return lower.lower(gm, example_inputs, Options(**{"lower": "eager", **options}), reports[-1])
+        chosen = Options(**{"lower": "eager", **options})
+        return lower.lower(gm, example_inputs, chosen, reports[-1], plan=should_plan(gm, chosen))
 
     return backend
 

@@ -1,0 +1,79 @@
+"""A region: one kind of piece as a graph of its own, traced for a plan and compiled in whichever ways it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fastft.compat import aot, dynamo, fake_tensors
+from fastft.compat.fake_tensors import value_of
+from fastft.rewriter.lowering.inductor import compile_graph
+from fastft.rewriter.memory.joint_graph import Joint
+from fastft.rewriter.memory.pareto import Choice
+from fastft.rewriter.memory.partitioner import JointGraphCapture, Partitioner
+from fastft.rewriter.options import Options
+from fastft.rewriter.outline import stitch
+from fastft.rewriter.outline.partition import Piece
+
+
+class RegionCompiler:
+    """Compiles one kind of piece, also when Dynamo has long forgotten the graph that it is from.
+
+    given: the graph's placeholders and the example inputs that Dynamo gave for them.
+    """
+
+    def __init__(self, gm: GraphModule, piece: Piece, given: Mapping[Node, Any], options: Options) -> None:
+        self.options, self.name = options, piece.module or "the rest"
+        self.part = stitch.extract(gm, piece)
+        with aot.isolated_tracing_context(given.values()) as mode:
+            self.inputs = stitch.example_inputs(piece, given, mode)
+        values = [tensor for node in piece.outputs for tensor in fake_tensors.tensors_in(value_of(node))]
+        self.trained = any(value.requires_grad for value in values)
+        self.capture: JointGraphCapture | None = None
+
+    def trace(self) -> None:
+        """Get the joint graph of forward and backward, where a result needs a gradient."""
+        if self.trained:
+            capture = JointGraphCapture()
+            try:
+                self._compile(capture)
+            except Exception:  # how the capture ends a compilation
+                if capture.joint is None:
+                    raise
+            self.capture = capture
+
+    def compile(self, kept: tuple[str, ...] = ()) -> Callable:
+        """Compile a function of the piece's inputs.
+
+        kept: the ops whose results forward keeps for backward; without a joint graph torch's partitioner decides.
+        """
+        return self._compile(Partitioner(kept) if self.capture is not None else None)
+
+    def _compile(self, partitioner: aot.CustomPartitionerFn | None) -> Callable:
+        part = GraphModule(self.part, dynamo.copy_graph(self.part.graph))
+        with aot.isolated_tracing_context(self.inputs):
+            return compile_graph(
+                dynamo.inherit_capture_metadata(part, self.part), self.inputs, self.options, partitioner
+            )
+
+    def saved_places(self, joint: Joint | None) -> Callable[[Choice], frozenset[int]]:
+        """Return a function that says which of the tensors that autograd saves a choice offloads, by their places."""
+
+        def find(choice: Choice) -> frozenset[int]:
+            assert self.capture is not None
+            assert joint is not None
+            going = [number for number, storage in enumerate(joint.storages) if storage.name in choice.offloaded]
+            names = {joint.nodes[number] for number in going if number in joint.nodes}
+            return frozenset(place for place, name in enumerate(self.capture.saved(choice.kept)) if name in names)
+
+        return find
+
+
+def by_kind(pieces: Sequence[Piece]) -> dict[Any, list[Piece]]:
+    """Group the pieces of each kind, kinds in the order in which they are first met."""
+    kinds: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        kinds.setdefault(piece.key, []).append(piece)
+    return kinds
