@@ -15,7 +15,7 @@ def _of(kind: str, tests: str, *changes: tuple[str, str, str, str]) -> tuple[Mut
 ENGINE = (
     *_of(
         CHECKS, "matching/checks",
-        ("not traced again", "matching/checks._by_value", "or check_retrace(found, values)", "or None"),
+        ("not traced again", "matching/checks._by_value", "or check_retrace(match, values)", "or None"),
         ("inner dtypes not compared", "matching/checks.check_retrace", "want.dtype != got.dtype or ", ""),
         ("inner shapes not compared", "matching/checks.check_retrace", " or not same_sizes(want.shape, got.shape)", ""),
         ("use by the output overlooked", "matching/checks.check_escapes", "if user not in calls:", 'if user not in calls and user.op != "output":'),
@@ -24,13 +24,13 @@ ENGINE = (
         ("writes in between overlooked", "fx/effects.check_effects_between", "in mutated_args(gm, node) for", "in () for"),
         ("modes overlooked", "fx/effects.check_effects_between", "if switches_mode(node):", "if node is None:"),
         ("transforms overlooked", "fx/effects.transformed", "any(is_transform", "all(is_transform"),
-        ("dtypes of results not compared", "matching/checks.check_replacement", "result.dtype != one.dtype or ", ""),
-        ("strides of results not compared", "matching/checks.check_replacement", " or not same_strides(result, one)", ""),
-        ("shapes of results not compared", "matching/checks.check_replacement", "not same_sizes(result.shape, one.shape) or ", ""),
+        ("dtypes of results not compared", "matching/checks.check_replacement", "result.dtype != root.dtype or ", ""),
+        ("strides of results not compared", "matching/checks.check_replacement", " or not same_strides(result, root)", ""),
+        ("shapes of results not compared", "matching/checks.check_replacement", "not same_sizes(result.shape, root.shape) or ", ""),
         ("gradients not asked for", "matching/checks.check_replacement", "_without_gradient(results, wanted) if", "None if"),
         ("a verdict for any need of gradients", "matching/checks._key", ", value.requires_grad)", ")"),
-        ("an argument that is not known yet", "matching/checks.check_placement", "max(given) < placement(found)", "max(given) <= placement(found)"),
-        ("put behind a use", "matching/checks.placement", "min([max(found.roots), *users])", "max(found.roots)"),
+        ("an argument that is not known yet", "matching/checks.check_placement", "max(inputs) < placement(match)", "max(inputs) <= placement(match)"),
+        ("put behind a use", "matching/checks.placement", "min([max(match.roots), *users])", "max(match.roots)"),
         ("the rule's own conditions left out", "matching/checks._by_value", "check_conditions(rule, values)", "None"),
     ),
     *_of(
