@@ -28,7 +28,7 @@ def inline_constant_scalars(gm: GraphModule) -> None:
     except Exception as error:  # called without Dynamo, or by another torch: then numbers stay as they are
         log.debug("numbers are left to torch: %s", error)
         return
-    _settle(gm, [node for node in gm.graph.find_nodes(op="placeholder") if _has_one_value(node, remembered)], {})
+    _inline(gm, [node for node in gm.graph.find_nodes(op="placeholder") if _has_one_value(node, remembered)], {})
 
 
 def _has_one_value(placeholder: Node, remembered: Mapping[str, SizeEntry]) -> bool:
@@ -36,7 +36,7 @@ def _has_one_value(placeholder: Node, remembered: Mapping[str, SizeEntry]) -> bo
     return entry is not None and isinstance(entry.scalar, float)
 
 
-def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, float]) -> None:
+def _inline(gm: GraphModule, holders: Collection[Node], constants: dict[Node, float]) -> None:
     """Replace scalars by constants in one graph and its bodies.
 
     holders: inputs that are tensors of one number, which ``item`` takes out; constants: inputs that are numbers.
@@ -51,7 +51,7 @@ def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, fl
             placeholders = body.graph.find_nodes(op="placeholder")
             pairs = list(zip(placeholders, node.args[len(node.args) - len(placeholders) :], strict=True))
             inner = [placeholder for placeholder, argument in pairs if argument in holders]
-            _settle(
+            _inline(
                 body,
                 inner,
                 {placeholder: constants[argument] for placeholder, argument in pairs if argument in constants},

@@ -50,7 +50,7 @@ def check_mutation(nodes: Iterable[Node]) -> str | None:
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE.split())
-_KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of operator whose names would be Python's own
+_KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of ``operator`` whose underscore avoids a Python keyword
 _RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
 _TRANSFORM = re.compile(
     r"_(grad|vmap|jvp|func)_(increment|decrement)_nesting|_add_batch_dim|_make_dual|enter_dual_level"
@@ -74,7 +74,7 @@ def maybe_mutated_args(node: Node) -> list[Any]:
     if names_a_write(name) or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
         target = node.args[0] if node.args else node.all_input_nodes
         return [*(target if isinstance(target, (tuple, list)) else [target]), *out]
-    if operators.is_mutable(node.target) or operators.is_higher_order(node.target):  # its body is not looked into
+    if operators.is_mutable(node.target) or operators.is_higher_order(node.target):  # its body is not inspected
         return list(node.all_input_nodes)
     return out
 

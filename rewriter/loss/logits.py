@@ -222,7 +222,7 @@ def consume(
         or logits.is_log_probs != (name == "nll_loss")
         or (logits.rank > 2 and not logits.classes_second)
     ):
-        return None  # the second axis has the classes
+        return None  # here the classes have to be the second axis
     loss = _asked(name, args, kwargs)
     if loss is None or not _fits(logits, value_of(loss.labels), logits.rows):
         return None

@@ -14,7 +14,7 @@ from fastft.units import GIB
 
 MARGIN = 0.06  # of a card, left free by default: fragments, and what the simulation does not know
 HOST_SHARE = 0.5  # of the memory that the host has free, for offloaded activations
-CUBLAS_BYTES = {9: 2**25, 10: 2**25}  # its workspace by the card's generation
+CUBLAS_BYTES = {9: 2**25, 10: 2**25}  # of its workspace, by the major compute capability
 OTHER_CUBLAS_BYTES = 2**23
 
 

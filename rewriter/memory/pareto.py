@@ -32,7 +32,7 @@ class Choice:
     saved_bytes: int = 0
     offloaded_bytes: int = 0
     seconds: float = 0.0
-    ops: tuple[int, ...] = field(default=(), repr=False)  # kept, by number
+    ops: tuple[int, ...] = field(default=(), repr=False)  # the kept ops, by number
 
 
 def choices(joint: Joint, rate: Rates, private: Set[int], *, offload: bool) -> list[Choice]:
@@ -94,7 +94,7 @@ def _offloading(joint: Joint, choice: Choice, rate: Rates, private: Set[int]) ->
     forward = sum(op.seconds for op in joint.ops if op.forward)
     backward = sum(op.seconds for op in joint.ops if not op.forward) + choice.seconds
     for sign in (-1, 1):
-        order = sorted(large, key=lambda storage, sign=sign: (sign * _size(joint, storage), storage))  # type: ignore[misc]
+        order = sorted(large, key=lambda item, sign=sign: (sign * _size(joint, item), item))  # type: ignore[misc]
         for going in accumulate(([storage] for storage in order), lambda chosen, more: chosen + more):
             size = sum(_size(joint, storage) for storage in going)
             away, back = size / rate.to_host, size / rate.from_host

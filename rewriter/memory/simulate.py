@@ -14,7 +14,7 @@ from fastft.rewriter.report.plan import ACTIVATIONS, ERROR
 POOL = "CUDA graphs"
 # Of a CUDA graph's pool beyond its peak of live bytes, for fragmentation: measured on an H100 (docs/performance.md).
 POOL_SHARE, POOL_SHARE_OF_WORK = 0.05, 0.5
-Name = Hashable  # of a value between stages
+Name = Hashable  # of a value that goes between stages
 OUTSIDE_CUDA_GRAPHS = "what is beside the CUDA graphs"
 
 

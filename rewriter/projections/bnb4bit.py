@@ -70,7 +70,7 @@ def lift(gm: GraphModule, report: GraphReport) -> None:
             report.lifted.append(Lifted(RULE, *place))
         except Declined as declined:
             report.near_misses.append(NearMiss(RULE, *place, declined.reason))
-        except Exception as error:  # a spelling that is not known must not cost the whole graph
+        except Exception as error:  # an unknown form must not cost the whole graph
             report.near_misses.append(NearMiss(RULE, *place, f"it could not be read: {describe(error)}"))
     _erase(gm, unused)
 
@@ -165,7 +165,7 @@ def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphMod
     results, saved = _output(body)
     projection = _Reader(outside).projection(_first(results))
     for user in list(node.users):
-        if user.target is operator.getitem and not user.users:  # torch 2.11 takes out every result in a checkpoint
+        if user.target is operator.getitem and not user.users:  # torch 2.11 unpacks every result in a checkpoint
             gm.graph.erase_node(user)
     users = list(node.users)
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in users) or len(users) != 1:

@@ -51,7 +51,10 @@ def _view(reader: Reader, node: Node, index: Index, source: Node, *size: Any, di
     kept = [position for length, position in zip(new, index, strict=True) if not steady(length == 1)]
     before = [axis for axis, length in enumerate(old) if not steady(length == 1)]
     after = [axis for axis, length in enumerate(new) if not steady(length == 1)]
-    if len(before) != len(after) or not all(steady(old[left] == new[right]) for left, right in zip(before, after)):  # noqa: B905
+    if len(before) != len(after) or not all(
+        steady(old[left] == new[right])
+        for left, right in zip(before, after)  # noqa: B905
+    ):
         reader.strange[node] = f"{call_name(node)} that joins or parts axes"
         return reader.data(node, index)
     positions = dict(zip(before, kept, strict=True))
