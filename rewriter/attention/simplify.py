@@ -1,7 +1,7 @@
-"""Attention that was lifted, made simpler: what its mask means, whose key heads it reads, in which order it writes.
+"""Simplify lifted attention: masks to ranges and ids, repeated K/V heads to the originals, transposed output.
 
-A mask is read once, however many layers take it, and what it means is computed once, where the mask was; then nothing
-needs the mask itself.  What is not proven about a mask leaves it as it is, and the report says why.
+A mask is read once, however many layers take it, and its ranges and ids are computed once, where the mask was; then
+nothing needs the mask itself.  A mask whose meaning is not proven stays as it is, and the report says why.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fastft.rewriter.report.data import GraphReport, Lifted
 
 PARAMETERS = REGISTRY["fastft::attention"].parameters
 MEANING = ("start", "end", "query_ids", "key_ids")
-Found = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, and its kind; or why that is not known
+Meaning = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, and its kind; or None and the reason
 
 
 def simplify(gm: GraphModule, report: GraphReport) -> None:
-    """Every attention of ``gm`` and its bodies."""
+    """Simplify every attention of ``gm`` and its bodies."""
     masks = _Masks(gm)
     for body in bodies(gm):
         targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
@@ -49,15 +49,15 @@ def simplify(gm: GraphModule, report: GraphReport) -> None:
 
 
 class _Masks:
-    """What the masks of a graph and its bodies mean, each read once."""
+    """The meanings of the masks of a graph and its bodies, each mask read once."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
-        self.meanings: dict[tuple[Node, bool], Found] = {}
+        self.meanings: dict[tuple[Node, bool], Meaning] = {}
         self.rows: dict[Node, dict[str, Any]] = {}
 
     def read(self, body: GraphModule, call: dict[str, Any]) -> str:
-        """Put what the mask means in its place, and return the kind of mask."""
+        """Replace a call's mask by what it means, and return the kind of mask."""
         mask, sinks = call["mask"], call["sinks"] is not None
         if mask is None:
             return "causal" if call["causal"] else "full"
@@ -83,18 +83,22 @@ class _Masks:
         return self.rows[mask]
 
 
-def _meaning(mask: Node, rows: Any, columns: Any, sinks: bool) -> Found:
-    found = recognize(mask, rows, columns)
-    if isinstance(found, str):
-        return None, found
+def _meaning(mask: Node, rows: Any, columns: Any, sinks: bool) -> Meaning:
+    """Compute what a mask means before its node, or say why that is not known."""
+    recognized = recognize(mask, rows, columns)
+    if isinstance(recognized, str):
+        return None, recognized
     try:
-        return found.arguments(mask, sinks=sinks), found.kind
+        return recognized.arguments(mask, sinks=sinks), recognized.kind
     except Exception as error:  # a size that no node computes
         return None, str(error)
 
 
 def _rows_without_keys(mask: Node) -> dict[str, Any]:
-    """start, of a mask that is added: -1 in rows that it masks throughout by numbers in which scores vanish."""
+    """Return ``start`` for a mask that is added: -1 in rows that finite numbers mask throughout.
+
+    These numbers are so low that scores vanish in them.
+    """
     tensor = value_of(mask)
     if not tensor.is_floating_point():
         return {}
@@ -117,31 +121,31 @@ def _rows_without_keys(mask: Node) -> dict[str, Any]:
 
 
 def _outside(gm: GraphModule, body: GraphModule, mask: Node) -> tuple[Node, Node | None]:
-    """Where the mask is made: in this graph, or in the one around a checkpointed layer, with the call of that layer."""
+    """Return the node that makes the mask, here or around a checkpointed layer, and that layer's call or None."""
     around = calls_of(gm, body) if mask.op == "placeholder" else []
     if len(around) != 1 or not _is_checkpoint(around[0]):
         return mask, None
-    given = list(body.graph.find_nodes(op="placeholder"))
+    placeholders = list(body.graph.find_nodes(op="placeholder"))
     operands = around[0].args[1:]
-    outer = operands[given.index(mask)] if len(given) == len(operands) else mask
+    outer = operands[placeholders.index(mask)] if len(placeholders) == len(operands) else mask
     return (outer, around[0]) if isinstance(outer, Node) and outer is not mask else (mask, None)
 
 
 def _is_checkpoint(call: Node) -> bool:
-    """Whether this runs its first argument, and that graph is run by nothing else, on the others."""
+    """Tell whether this is a checkpoint of its first argument, a graph that nothing else runs."""
     body = call.args[0]
     once = isinstance(body, Node) and len(body.users) == 1
     return once and operators.is_higher_order(call.target) and name_of(call.target) == "tag_activation_checkpoint"
 
 
 def _passed_in(body: GraphModule, call: Node, value: Any) -> Any:
-    """A node of the graph around a layer, as the layer sees it."""
+    """Return the placeholder by which a layer reads a node of the graph around it, adding one if need be."""
     if not isinstance(value, Node):
         return value
-    given = list(body.graph.find_nodes(op="placeholder"))
+    placeholders = list(body.graph.find_nodes(op="placeholder"))
     if value in call.args[1:]:
-        return given[call.args.index(value) - 1]
-    with body.graph.inserting_after(given[-1]):
+        return placeholders[call.args.index(value) - 1]
+    with body.graph.inserting_after(placeholders[-1]):
         placeholder = body.graph.placeholder(f"{value.name}_of_mask")
     fake_tensors.set_value(placeholder, value_of(value))
     call.args = (*call.args, value)
@@ -149,14 +153,14 @@ def _passed_in(body: GraphModule, call: Node, value: Any) -> Any:
 
 
 def _drop(gm: GraphModule, body: GraphModule, mask: Node) -> None:
-    """Take out a mask that nothing uses any more, and what only it was made of."""
+    """Remove a mask that nothing uses any more, and what only it was computed from."""
     if mask.users:
         return
     outer, around = _outside(gm, body, mask)
     if around is not None:
-        at = list(body.graph.find_nodes(op="placeholder")).index(mask) + 1
+        position = list(body.graph.find_nodes(op="placeholder")).index(mask) + 1
         body.graph.erase_node(mask)
-        around.args = (*around.args[:at], *around.args[at + 1 :])
+        around.args = (*around.args[:position], *around.args[position + 1 :])
     pending = [outer]
     while pending:
         node = pending.pop()
@@ -165,30 +169,32 @@ def _drop(gm: GraphModule, body: GraphModule, mask: Node) -> None:
             continue
         pending += node.all_input_nodes
         node.graph.erase_node(node)
-        pending = [one for one in dict.fromkeys(pending) if one is not node]
+        pending = [other for other in dict.fromkeys(pending) if other is not node]
 
 
 def _read_heads(call: dict[str, Any], targets: Iterable[Any]) -> None:
-    """Let it read key and value heads where they were before they were repeated or copied into a cache."""
+    """Make the call read key and value heads from before they were repeated or copied into a cache."""
     key, value = _source(call["key"], targets), _source(call["value"], targets)
-    heads = [value_of(one).shape for one in (key, value)]
+    heads = [value_of(tensor).shape for tensor in (key, value)]
     if same_sizes(*heads):
         call["key"], call["value"] = key, value
 
 
 def _source(node: Node, targets: Iterable[Any]) -> Node:
-    """What repeats, copies and empty caches were made of, as far as nothing of it is written to or detached."""
-    at = node
-    while (before := _copied(at)) is not None:
-        trained = [value_of(one).requires_grad for one in (at, before)]
-        if trained[0] != trained[1] or any(may_alias(target, one) for target in targets for one in (at, before)):
+    """Return what repeats, copies and empty caches were made of, as far as nothing of it is mutated or detached."""
+    current = node
+    while (before := _copied(current)) is not None:
+        trained = [value_of(candidate).requires_grad for candidate in (current, before)]
+        if trained[0] != trained[1] or any(
+            may_alias(target, candidate) for target in targets for candidate in (current, before)
+        ):
             break
-        at = before
-    return at
+        current = before
+    return current
 
 
 def _copied(node: Node) -> Node | None:
-    """What this call only copies, or repeats along the heads as the op would read them."""
+    """Return what this call only copies, or repeats along the heads as the op itself would read them, or None."""
     name = name_of(node.target)
     if node.op not in ("call_function", "call_method") or value_of(node).dim() != 4:
         return None
@@ -202,21 +208,22 @@ def _copied(node: Node) -> Node | None:
 
 
 def _like(node: Node, source: Any) -> Node | None:
+    """Return ``source`` if it has the dtype and shape of ``node``, or None."""
     alike = isinstance(source, Node) and value_of(source).dtype == value_of(node).dtype
     return source if alike and same_sizes(value_of(source).shape, value_of(node).shape) else None
 
 
 def _with_nothing(node: Node) -> Node | None:
-    """cat((an empty cache, k)): empty tensors of one axis are skipped."""
+    """Return k of cat((empty cache, k)), or None: torch skips empty tensors of one axis."""
     tensors = node.args[0] if node.args else None
     if not isinstance(tensors, (tuple, list)):
         return None
-    full = [one for one in tensors if not isinstance(one, Node) or tuple(value_of(one).shape) != (0,)]
+    full = [tensor for tensor in tensors if not isinstance(tensor, Node) or tuple(value_of(tensor).shape) != (0,)]
     return _like(node, full[0]) if len(full) == 1 else None
 
 
 def _repeated(node: Node) -> Node | None:
-    """x[:, :, None].expand(B, G, n, T, D).reshape(B, G * n, T, D)"""
+    """Return x of x[:, :, None].expand(B, G, n, T, D).reshape(B, G * n, T, D), or None."""
     expanded = node.args[0]
     if not isinstance(expanded, Node) or name_of(expanded.target) != "expand" or value_of(expanded).dim() != 5:
         return None
@@ -235,15 +242,15 @@ def _repeated(node: Node) -> Node | None:
 
 
 def _trimmed(index: Any) -> Any:
-    """An index without the whole axes at its end."""
-    found = list(index) if isinstance(index, tuple) else [index]
-    while found and (found[-1] == slice(None) or found[-1] is Ellipsis):
-        found.pop()
-    return tuple(found)
+    """Return an index without the full slices at its end."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    while items and (items[-1] == slice(None) or items[-1] is Ellipsis):
+        items.pop()
+    return tuple(items)
 
 
 def _interleaved(node: Node) -> Node | None:
-    """x.repeat_interleave(n, dim=1)"""
+    """Return x of x.repeat_interleave(n, dim=1), or None."""
     source, *rest = node.args
     times = rest[0] if rest else node.kwargs.get("repeats")
     dim = rest[1] if len(rest) > 1 else node.kwargs.get("dim")
@@ -252,7 +259,7 @@ def _interleaved(node: Node) -> Node | None:
 
 
 def _transpose_late(node: Node, call: dict[str, Any]) -> None:
-    """Attention whose heads are put beside each other afterwards writes them so: its copy is saved."""
+    """Let attention write its output transposed where heads are then put next to each other: this saves a copy."""
     out = _only_user(node)
     turned = _only_user(out)
     copied = _only_user(turned)
@@ -260,15 +267,15 @@ def _transpose_late(node: Node, call: dict[str, Any]) -> None:
         return
     by_axes = name_of(turned.target) == "transpose" and {*turned.args[1:]} in ({1, 2}, {-3, -2}) and not turned.kwargs
     copies = name_of(copied.target) == "contiguous" and not copied.args[1:] and not copied.kwargs
-    if not by_axes or not copies or len({value_of(one).requires_grad for one in (out, turned, copied)}) > 1:
+    if not by_axes or not copies or len({value_of(output).requires_grad for output in (out, turned, copied)}) > 1:
         return
     call["contiguous"] = False
     node.args = tuple(call.values())
-    for one in (node, out, turned):
-        trained = any(tensor.requires_grad for tensor in fake_tensors.tensors_in(value_of(one)))
-        fake_tensors.infer_example_value(one)
-        if trained and one is not node:
-            fake_tensors.set_value(one, value_of(one).detach().requires_grad_())
+    for output in (node, out, turned):
+        trained = any(tensor.requires_grad for tensor in fake_tensors.tensors_in(value_of(output)))
+        fake_tensors.infer_example_value(output)
+        if trained and output is not node:
+            fake_tensors.set_value(output, value_of(output).detach().requires_grad_())
     copied.replace_all_uses_with(turned)
     copied.graph.erase_node(copied)
 

@@ -1,7 +1,7 @@
-"""Numbers of the model, such as eps and LoRA's scale, under ``torch.compile(dynamic=True)``.
+"""Inline the model's float constants, such as eps and LoRA's scale, under ``torch.compile(dynamic=True)``.
 
-Dynamo then makes inputs of them, as of sizes, and no rule knows a norm whose eps is any number.  Here they are what
-they are without dynamic=True: constants that Dynamo guards, until one was seen to change.
+Dynamo then lifts them to graph inputs, like sizes, and no rule matches a norm whose eps may be any number.  Here they
+become constants guarded by Dynamo, as without dynamic=True, until one of them is seen to change.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ log = logging.getLogger("fastft")
 
 
 def inline_constant_scalars(gm: GraphModule) -> None:
-    """Write numbers that had one value so far into the calls that use them, those in nested graphs too."""
+    """Replace numbers that had a single value so far by constants, in nested graphs too."""
     try:
         remembered = dynamo.remembered_sizes()
     except Exception as error:  # called without Dynamo, or by another torch: then numbers stay as they are
         log.debug("numbers are left to torch: %s", error)
         return
-    _settle(gm, [node for node in gm.graph.find_nodes(op="placeholder") if _has_one_value(node, remembered)], {})
+    _inline(gm, [node for node in gm.graph.find_nodes(op="placeholder") if _has_one_value(node, remembered)], {})
 
 
 def _has_one_value(placeholder: Node, remembered: Mapping[str, SizeEntry]) -> bool:
@@ -36,8 +36,11 @@ def _has_one_value(placeholder: Node, remembered: Mapping[str, SizeEntry]) -> bo
     return entry is not None and isinstance(entry.scalar, float)
 
 
-def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, float]) -> None:
-    """holders: inputs that are tensors of one number, which ``item`` takes out; constants: inputs that are numbers."""
+def _inline(gm: GraphModule, holders: Collection[Node], constants: dict[Node, float]) -> None:
+    """Replace scalars by constants in one graph and its bodies.
+
+    holders: inputs that are tensors of one number, which ``item`` takes out; constants: inputs that are numbers.
+    """
     items = [node for node in gm.graph.find_nodes(op="call_method", target="item") if node.args[0] in holders]
     items = [node for node in items if isinstance(value_of(node), SymFloat)]
     constants = constants | {node: float(value_of(node)) for node in items}  # this is what makes Dynamo guard them
@@ -47,8 +50,12 @@ def _settle(gm: GraphModule, holders: Collection[Node], constants: dict[Node, fl
         if (body := body_of(gm, node)) is not None:
             placeholders = body.graph.find_nodes(op="placeholder")
             pairs = list(zip(placeholders, node.args[len(node.args) - len(placeholders) :], strict=True))
-            inner = [placeholder for placeholder, given in pairs if given in holders]
-            _settle(body, inner, {one: constants[given] for one, given in pairs if given in constants})
+            inner = [placeholder for placeholder, argument in pairs if argument in holders]
+            _inline(
+                body,
+                inner,
+                {placeholder: constants[argument] for placeholder, argument in pairs if argument in constants},
+            )
     for node, value in constants.items():
         replace_by_value(node, value)
     for node in items:

@@ -1,8 +1,9 @@
-"""Two compilations of a graph, whatever the batches: one for the sizes of the first, one for any.
+"""Limit a graph to two compilations, whatever the batches: one for the sizes of the first, one for any sizes.
 
-Dynamo makes dynamic those sizes of an input that it saw change, so that lengths that change first and batch sizes that
-change later cost three compilations.  Here it is told what changes together: once a size of one of the batch's tensors
-is another, all are dynamic.  Until then what is compiled again for other reasons (eval, no_grad) stays static.
+Dynamo makes only those sizes of an input dynamic that it saw change, so that sequence lengths that change first and
+batch sizes that change later cost three compilations.  Here it learns which sizes change together: once a size of one
+of the batch's tensors differs, all are dynamic.  Until then, recompilations for other reasons (eval, no_grad) stay
+static.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ log = logging.getLogger("fastft")
 
 
 def watch(gm: GraphModule) -> None:
-    """Let Dynamo conclude from one size of the batch that changes that all may."""
+    """Make Dynamo treat all sizes of the batch as dynamic once one of them changes."""
     try:
         remembered, backend = dynamo.remembered_sizes(), dynamo.current_backend()
         nodes = {dynamo.source_name(node): node for node in gm.graph.find_nodes(op="placeholder") if _moves(node)}
@@ -37,10 +38,10 @@ def watch(gm: GraphModule) -> None:
 
 
 class Batch(SizeEntry):
-    """What Dynamo remembers of the sizes of one of the batch's tensors.
+    """Dynamo's record of the sizes of one of the batch's tensors.
 
     ends: the sizes before this position change together.  names: of all the batch's tensors.  backend: the one that
-    these apply to; others that compile the same code learn as they always do.
+    this applies to; others that compile the same code keep Dynamo's own behaviour.
     """
 
     def __init__(self, known: SizeEntry, ends: int, names: Collection[str], backend: Any) -> None:
@@ -48,7 +49,7 @@ class Batch(SizeEntry):
         self.ends, self.names, self.backend = ends, names, backend
 
     def __ior__(self, other: Any) -> Batch:
-        """Dynamo's own update with the sizes that it compiles for now, and then ours."""
+        """Merge in this compilation's sizes as Dynamo does; make all dynamic if one of the batch's changed."""
         before = self.size
         super().__ior__(other)
         if self.backend != dynamo.current_backend():
@@ -56,16 +57,16 @@ class Batch(SizeEntry):
         ddp.keep_whole()  # before torch cuts it: known this early, Dynamo need not trace twice
         changes = _differ(before, other.size) or self._another_differs()
         if changes and isinstance(self.size, tuple):
-            self.size = tuple(DYNAMIC if at < self.ends else size for at, size in enumerate(self.size))
+            self.size = tuple(DYNAMIC if dim < self.ends else size for dim, size in enumerate(self.size))
         return self
 
     def _another_differs(self) -> bool:
-        """Whether Dynamo compiles again because of the size of another tensor of the batch."""
-        found = re.search(r"tensor '(.+)' size mismatch at index", dynamo.recompile_reason())
-        return found is not None and found.group(1) in map(without_scope, self.names)
+        """Tell whether Dynamo recompiles because of the size of another tensor of the batch."""
+        mismatch = re.search(r"tensor '(.+)' size mismatch at index", dynamo.recompile_reason())
+        return mismatch is not None and mismatch.group(1) in map(without_scope, self.names)
 
     def __reduce__(self) -> tuple:
-        """A copy, or what goes into a profile on disk, is Dynamo's own class."""
+        """Copy and pickle as Dynamo's own class, which is what goes into a profile on disk."""
         return SizeEntry, _values(self)
 
 
@@ -74,17 +75,20 @@ def _values(entry: SizeEntry) -> tuple:
 
 
 def _moves(node: Node) -> bool:
-    """Whether an input is a tensor of the batch: neither a parameter nor a buffer."""
+    """Tell whether an input is a tensor of the batch: neither a parameter nor a buffer."""
     value = value_of(node)
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not fake_tensors.stays_in_place(node)
 
 
 def _open_ends(tensor: Tensor) -> int:
-    """Ids and masks have no other sizes than the batch's and lengths; the features of others come after these two."""
+    """Return how many leading sizes may change.
+
+    Ids and masks have only batch sizes and lengths; other tensors have features after the first two.
+    """
     return 2 if tensor.is_floating_point() else tensor.dim()
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """Whether a size that was known is another now; marks for sizes that the user calls dynamic are neither."""
+    """Tell whether a static size changed; a dimension that the user marked as dynamic does not count."""
     pairs = zip(before, now, strict=False) if isinstance(before, tuple) and isinstance(now, tuple) else ()
-    return any(type(one) is int and type(other) is int and one != other for one, other in pairs)
+    return any(type(old) is int and type(new) is int and old != new for old, new in pairs)

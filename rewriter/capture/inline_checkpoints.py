@@ -1,7 +1,7 @@
-"""Activation checkpoints that the user asked for become part of the graph around them: the budget decides instead.
+"""Inline the user's activation checkpoints into the graph around them, so that the memory budget decides instead.
 
-What a checkpoint computes is what its body computes, once.  What is kept of it for backward is the planner's to say, as
-of any other layer (planner.py).
+A checkpoint computes what its body computes, once.  What is saved of it for backward is the planner's decision, as for
+any other layer (memory/planner.py).
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from fastft.rewriter.fx.metadata import is_result_of_many, module_path
 
 
 def inline(gm: GraphModule) -> list[str]:
-    """Put the bodies of a graph's checkpoints in their places; the modules that they were around.
+    """Replace a graph's checkpoint calls by their bodies; return the paths of the modules that they were around.
 
-    One with a context_fn, which says itself what is kept, stays as it is, and so does what is not understood.
+    A checkpoint with a context_fn, which decides itself what is saved, stays as it is, and so does one that is not
+    understood.
     """
-    found = []
+    modules = []
     while call := next((node for node in gm.graph.nodes if _body(gm, node) is not None), None):
-        found.append(module_path(call))
+        modules.append(module_path(call))
         body = _body(gm, call)
         assert body is not None
         _inline(gm, call, body)
-    if found:
+    if modules:
         gm.graph.lint()
         gm.recompile()
-    return found
+    return modules
 
 
 def _body(gm: GraphModule, node: Node) -> GraphModule | None:
-    """What a checkpoint runs, if it can be put in its place."""
+    """Return the body of a checkpoint that can be inlined, or None."""
     if node.target is not operators.CHECKPOINT or not isinstance(node.args[0], Node) or node.args[0].op != "get_attr":
         return None
     body = getattr(gm, str(node.args[0].target), None)
@@ -66,7 +67,7 @@ def _inline(gm: GraphModule, call: Node, body: GraphModule) -> None:
 
 
 def _attribute(gm: GraphModule, body: GraphModule, name: str) -> str:
-    """The name by which the graph around a body has what the body calls by this one."""
+    """Return the name under which ``gm`` has what the body calls ``name``, after adding it if need be."""
     owner: Any = body
     for part in name.split("."):
         owner = getattr(owner, part)

@@ -1,11 +1,11 @@
-"""One spelling for each computation: every call of a graph in its canonical form.
+"""Bring every call of a graph into one canonical form.
 
 Methods, operators and functions become one call; arguments become positional with defaults dropped; dimensions count
 from the end; casts and dropouts that change nothing are dropped.  Models and the patterns' references go through the
-same function, which is what makes them comparable.  What the table does not know stays as it is.
+same function, so that they can be compared.  A call that the table does not list stays as it is.
 
-A model is normalised in a copy that is only looked at: what is not lifted runs as the user wrote it.  The bits of a
-canonical form are those of the spelling it stands for, forward and backward, wherever nothing overflows.
+A model is normalised in a copy that is only matched against: what is not lifted runs as the user wrote it.  The
+canonical form is bitwise equal to the original spelling, forward and backward, wherever nothing overflows.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ ALIASES: dict[Callable, Callable] = {
 }
 _RENAMED_METHODS = [function for function in ALIASES if getattr(torch, function.__name__, None) is function]
 _METHODS = {function.__name__: function for function in [*SIGNATURES, *_RENAMED_METHODS]}
-_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # numpy's words, which torch accepts too
+_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # NumPy's argument names, which torch accepts too
 
 COMMUTATIVE = frozenset({torch.add, torch.mul})
 _CASTS = ("float", "half", "bfloat16", "double", "to", "type", "type_as")
 
 
 def view(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """A normalised copy of ``graph``, and for each of its nodes the node that it stands for."""
+    """Return a normalised copy of ``graph``, and the original node of each of its nodes."""
     copy = Graph()
     copies: dict[Node, Node] = {}
     copy.output(copy.graph_copy(graph, copies))
@@ -101,7 +101,7 @@ def view(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
 
 
 def normalize(graph: Graph) -> None:
-    """Bring every call of ``graph`` into its canonical form, in place.  It can be compared then, and no longer run."""
+    """Bring every call of ``graph`` into its canonical form, in place; it can then be compared, but not run."""
     for node in list(graph.nodes):
         if isinstance(value_of(node), Tensor):
             _normalize_node(node)
@@ -145,7 +145,7 @@ def _normalize_call(node: Node, function: Callable) -> None:
 
 
 def _is_square(function: Callable, args: tuple) -> bool:
-    """x * x, x.square(), x ** 2 and x ** 2.0, of a floating-point x."""
+    """Tell whether this is x * x, x.square(), x ** 2 or x ** 2.0, of a floating-point x."""
     if not _is_float(args[0]):
         return False
     by_itself = function is torch.mul and args[0] is args[1]
@@ -153,46 +153,46 @@ def _is_square(function: Callable, args: tuple) -> bool:
 
 
 def _completed(args: tuple, defaults: tuple, required: int) -> tuple[Any, ...]:
-    """args with the defaults of those left out; so many of them have none."""
+    """Append the defaults of the arguments that were left out; the first ``required`` have none."""
     return args + defaults[len(args) - required :]
 
 
 def _drops_nothing(args: tuple) -> bool:
-    """A dropout that returns its own input."""
+    """Tell whether a dropout returns its input unchanged."""
     _, p, training, inplace = _completed(args, (0.5, True, False), 1)
     return (p == 0 or training is False) and not inplace
 
 
 def _rms_norm_form(args: tuple, node: Node) -> tuple:
-    """The default eps spelt out: the machine epsilon of the dtype that it computes in."""
+    """Write out the default eps: the machine epsilon of the dtype that it computes in."""
     computed_in = torch.promote_types(value_of(args[0]).dtype, torch.float32)
     return args if len(args) == 4 else (*args, *(None,) * (3 - len(args)), torch.finfo(computed_in).eps)
 
 
 def _layer_norm_form(args: tuple, node: Node) -> tuple:
-    """All five spelt out."""
+    """Write out all five arguments."""
     return _completed(args, (None, None, 1e-5), 2)
 
 
 def _dropout_form(args: tuple, node: Node) -> tuple:
-    """The default share spelt out."""
+    """Write out the default probability."""
     return _completed(args, (0.5,), 1)
 
 
 def _softmax_form(args: tuple, node: Node) -> tuple:
-    """Without the dtype that it has anyway."""
+    """Drop the dtype where it is the input's."""
     source, dim, dtype = _completed(args, (None,), 2)
     dim = _from_end(dim, value_of(source).dim())
     return (source, dim) if dtype in (None, value_of(source).dtype) else (source, dim, dtype)
 
 
 def _attention_form(args: tuple, node: Node) -> tuple:
-    """All eight spelt out, the scale too."""
-    *given, scale, grouped = _completed(args, (None, 0.0, False, None, False), 3)
+    """Write out all eight arguments, the scale too."""
+    *others, scale, grouped = _completed(args, (None, 0.0, False, None, False), 3)
     head_dim = value_of(args[0]).shape[-1]
     if scale is None and isinstance(head_dim, int):
         scale = 1.0 / math.sqrt(head_dim)
-    return (*given, scale, grouped)
+    return (*others, scale, grouped)
 
 
 def _mean_form(args: tuple, node: Node) -> tuple:
@@ -200,7 +200,7 @@ def _mean_form(args: tuple, node: Node) -> tuple:
 
 
 def _join_form(args: tuple, node: Node) -> tuple:
-    """cat and stack: the tensors one by one, then the dimension of the result."""
+    """Put the tensors of cat or stack first, one by one, and then the dimension of the result."""
     tensors, dim = (*args, 0)[:2]
     return (*tensors, _from_end(dim, value_of(node).dim()))
 
@@ -229,7 +229,7 @@ _FORMS: dict[Callable, Callable[[tuple, Node], tuple]] = {
 
 
 def _normalize_index(node: Node) -> None:
-    """x[..., a:b], whatever the spelling, where all is taken of every axis but the last; equal parts by name too."""
+    """Write slices of the last axis as x[..., a:b], and the parts of chunk and split too."""
     source, index = node.args
     if isinstance(source, Node) and isinstance(index, int):
         part = _part(source, index)
@@ -242,7 +242,7 @@ def _normalize_index(node: Node) -> None:
     *others, last = index
     if rank is None or not reaches_last or not isinstance(last, slice):
         return
-    if all(one is Ellipsis or one == slice(None) for one in others):
+    if all(item is Ellipsis or item == slice(None) for item in others):
         step = None if last.step == 1 else last.step
         _take(node, source, slice(None if _is_zero(last.start) else last.start, last.stop, step))
 
@@ -253,7 +253,7 @@ def _take(node: Node, source: Any, part: slice) -> None:
 
 
 def _part(source: Node, index: int) -> slice | None:
-    """What part of the last axis this is, of a tensor in equal parts along it."""
+    """Return the slice of the last axis that result ``index`` of a chunk or split is, or None."""
     form = _split_form(source)
     whole = value_of(source.args[0]) if source.args else None
     if form is None or not isinstance(whole, Tensor):
@@ -270,7 +270,7 @@ def _part(source: Node, index: int) -> slice | None:
 
 
 def splits(node: Node) -> bool:
-    """Whether this call makes views of parts of its argument, and nothing else."""
+    """Tell whether this call only makes views of parts of its argument."""
     return node.op in ("call_function", "call_method") and _split_form(node) is not None
 
 
@@ -288,13 +288,15 @@ def _is_zero(value: Any) -> bool:
 
 
 def arguments_of(node: Node) -> tuple[tuple, dict[str, Any]] | None:
-    """A call's positional arguments, without defaults at the end, and the others; None if it is not known."""
+    """Return a call's positional arguments, without trailing defaults, and its keyword-only ones; None if the call
+    is not known.
+    """
     form = SIGNATURES.get(node.target) if callable(node.target) else None
     return None if form is None else _bind(form, node)
 
 
 def _bind(form: Signature, node: Node) -> tuple[tuple, dict[str, Any]] | None:
-    """Positional arguments with trailing defaults dropped, and the keyword-only ones that are not the default."""
+    """Return positional arguments without trailing defaults, and keyword-only ones that differ from the default."""
     named = {_RENAMED.get(name, name): argument for name, argument in node.kwargs.items()}
     try:
         bound = form.bind(*node.args, **named)
@@ -318,9 +320,9 @@ def _is_default(argument: Any, default: Any) -> bool:
 
 
 def _from_end(dim: Any, rank: int) -> Any:
-    """A dimension, or a list of one, as a negative number; longer lists as a sorted tuple of them."""
-    if isinstance(dim, (tuple, list)) and all(isinstance(one, int) for one in dim):
-        dims = tuple(sorted(one - rank if one >= 0 else one for one in dim))
+    """Return a dimension, or a list of one, as a negative number; a longer list as a sorted tuple of them."""
+    if isinstance(dim, (tuple, list)) and all(isinstance(axis, int) for axis in dim):
+        dims = tuple(sorted(axis - rank if axis >= 0 else axis for axis in dim))
         return dims[0] if len(dims) == 1 else dims
     return dim - rank if isinstance(dim, int) and dim >= 0 else dim
 
@@ -330,7 +332,7 @@ def _is_float(node: Any) -> bool:
 
 
 def cast_dtype(node: Node) -> torch.dtype | None:
-    """The dtype this node casts to, if all that it does is to cast its first argument."""
+    """Return the dtype this node casts to, if all that it does is to cast its first argument, or None."""
     if node.op != "call_method" or node.target not in _CASTS:
         return None
     source, result = value_of(node.args[0]), value_of(node)
@@ -350,7 +352,7 @@ def _normalize_cast(node: Node, dtype: torch.dtype) -> None:
 
 
 def _erase(node: Node) -> None:
-    """Take out a call that returns its first argument."""
+    """Remove a call that returns its first argument."""
     source = node.args[0]
     assert isinstance(source, Node)
     node.replace_all_uses_with(source)

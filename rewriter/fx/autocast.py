@@ -1,4 +1,4 @@
-"""Autocast as it is where a node computes: as around the compiled call, or as the graph itself switches it.
+"""Reproduce the autocast state at a node: that around the compiled call, or that which the graph itself sets.
 
 accelerate and Trainer wrap a model's forward in autocast before it is compiled, so that the graph enters and leaves it.
 """
@@ -25,7 +25,7 @@ State = tuple[torch.dtype | None, ...]
 
 @contextmanager
 def at(node: Node) -> Iterator[None]:
-    """What the graph has entered and not left at this node."""
+    """Enter the autocast contexts that the graph has entered and not yet left at this node."""
     with ExitStack() as stack:
         for entered in _entered(node):
             stack.enter_context(_context(*entered.args))
@@ -33,8 +33,9 @@ def at(node: Node) -> Iterator[None]:
 
 
 def _entered(node: Node) -> list[Node]:
+    """List the calls that enter autocast before ``node`` and are not left before it."""
     entries = node.graph.find_nodes(op="call_function", target=operators.ENTER_AUTOCAST)
-    return [one for one in entries if one < node and not any(left < node for left in one.users)]
+    return [entry for entry in entries if entry < node and not any(exit_ < node for exit_ in entry.users)]
 
 
 def _context(kind: Any, dtype: Any = None, enabled: Any = True, cache: Any = None) -> AbstractContextManager:
@@ -43,7 +44,7 @@ def _context(kind: Any, dtype: Any = None, enabled: Any = True, cache: Any = Non
 
 @contextmanager
 def around(gm: GraphModule, body: GraphModule) -> Iterator[None]:
-    """What the graphs around a nested body have entered where it is run."""
+    """Enter the autocast contexts in which the graphs around a nested body run it."""
     with ExitStack() as stack:
         for call in bodies.calls_of(gm, body):
             stack.enter_context(at(call))
@@ -51,20 +52,20 @@ def around(gm: GraphModule, body: GraphModule) -> Iterator[None]:
 
 
 def state() -> State:
-    """What autocast makes of matrices now, for each kind of device; None where it is off."""
+    """Return autocast's dtype now for each device type in _KINDS, None where autocast is off."""
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in _KINDS)
 
 
 @contextmanager
 def reproduced_on_cpu(wanted: State) -> Iterator[None]:
-    """Autocast for tensors on a CPU as it is in that state for whichever device."""
-    dtype = next((one for one in wanted if one is not None), None)
+    """Give tensors on the CPU the autocast dtype that ``wanted`` has for whichever device."""
+    dtype = next((automatic for automatic in wanted if automatic is not None), None)
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         yield
 
 
 def dtype_at(node: Node) -> torch.dtype | None:
-    """What autocast makes of matrices where this node computes, on its device; None where it is off."""
+    """Return autocast's dtype at this node, on the device of its value, or None where autocast is off."""
     value = value_of(node)
     assert isinstance(value, Tensor)
     kind = value.device.type
@@ -83,6 +84,6 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @functools.cache
 def dtype_of_loss(name: str, device: str, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:
-    """Try which dtype a loss of logits gets: which functions are widened differs from device to device."""
+    """Return the dtype that a loss of logits has under autocast, by trying: it differs between devices."""
     with torch.autocast(device, dtype=automatic), torch.no_grad():
         return LOSSES[name](torch.zeros(1, 1, dtype=dtype, device=device)).dtype

@@ -1,4 +1,4 @@
-"""Graphs that are nested in a graph, and how to take back what was done to all of them."""
+"""The graphs nested in a graph (its bodies), and a snapshot that restores all of them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from torch.fx import GraphModule, Node
 
 from fastft.compat import dynamo, operators
 
-# Operators whose body is an ordinary graph run in place of a call: what is equal inside is equal outside.
+# Higher-order operators that run a body as an ordinary graph: a rewrite that is valid inside is valid outside.
 _BODIES = ("tag_activation_checkpoint", "autograd_function_apply", "invoke_subgraph", "wrap")
 
 
 def bodies(gm: GraphModule) -> list[GraphModule]:
-    """``gm`` and every graph nested in it that may be rewritten: checkpointed regions, autograd.Functions."""
-    found = {id(gm): gm}
+    """List ``gm`` and every nested graph that may be rewritten: checkpointed regions, autograd.Functions."""
+    by_id = {id(gm): gm}
     for node in gm.graph.nodes:
         if runs_bodies(node):
             for body in nested_graphs(gm, node):
-                found.update((id(inner), inner) for inner in bodies(body))
-    return list(found.values())
+                by_id.update((id(inner), inner) for inner in bodies(body))
+    return list(by_id.values())
 
 
 def calls_of(gm: GraphModule, body: GraphModule) -> list[Node]:
-    """The nodes that run this body: one of gm, then one of the body that it runs, and so on; none for gm itself."""
+    """List the nodes that run this body, from outermost to innermost: the call in gm, then the call inside its body,
+    and so on; empty for gm itself.
+    """
     for node in gm.graph.nodes if body is not gm else ():
         if runs_bodies(node):
             for inner in nested_graphs(gm, node):
@@ -34,32 +36,36 @@ def calls_of(gm: GraphModule, body: GraphModule) -> list[Node]:
 
 
 def body_of(gm: GraphModule, node: Node) -> GraphModule | None:
-    """The graph that a node runs in place of a call: of an autograd.Function, its forward."""
+    """Return the graph that a node runs, or None; for an autograd.Function, its forward."""
     return next(iter(nested_graphs(gm, node)), None) if runs_bodies(node) else None
 
 
 def nested_graphs(gm: GraphModule, node: Node) -> list[GraphModule]:
-    """The graphs that a node is given."""
-    attributes = [getattr(gm, str(one.target), None) for one in node.all_input_nodes if one.op == "get_attr"]
+    """List the graphs among a node's arguments."""
+    attributes = [
+        getattr(gm, str(argument.target), None) for argument in node.all_input_nodes if argument.op == "get_attr"
+    ]
     return [attribute for attribute in attributes if isinstance(attribute, GraphModule)]
 
 
 def size(gm: GraphModule, nodes: Iterable[Node]) -> int:
-    """How many nodes these are with those of the graphs that they run."""
+    """Count these nodes and those of the graphs that they run."""
     return sum(1 + sum(size(body, body.graph.nodes) for body in nested_graphs(gm, node)) for node in nodes)
 
 
 class Snapshot:
-    """The graphs of ``gm`` and its bodies as they are now; ``restore`` puts them back, once."""
+    """The graphs of ``gm`` and its bodies as they are now; ``restore`` puts them back and may be called once."""
 
     def __init__(self, gm: GraphModule):
         self._saved = [(body, dynamo.copy_graph(body.graph)) for body in bodies(gm)]
 
     def restore(self) -> None:
+        """Put the saved graphs back."""
         for body, graph in self._saved:
             body.graph = graph
 
 
 def runs_bodies(node: Node) -> bool:
+    """Tell whether this node is a higher-order operator whose body is run as an ordinary graph."""
     target: Any = node.target
     return node.op == "call_function" and operators.is_higher_order(target) and target.name() in _BODIES

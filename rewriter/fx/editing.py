@@ -1,4 +1,4 @@
-"""Edit a captured graph: new nodes with their metadata, values in place of nodes."""
+"""Edit a captured graph: annotate new nodes, replace nodes by constants."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fastft.compat.fake_tensors import value_of
 
 
 def annotate_like(node: Node, like: Node) -> None:
-    """Record what a new call computes, and that it belongs to the module and the source line of another."""
+    """Infer a new node's example value, and copy the other metadata (module stack, stack trace) from ``like``."""
     node.meta |= {key: value for key, value in like.meta.items() if key != "example_value"}
     fake_tensors.infer_example_value(node)
 
 
 def infer_requires_grad(node: Node) -> None:
-    """A new call's result needs a gradient if one of its arguments does."""
-    given = [one for argument in node.all_input_nodes for one in fake_tensors.tensors_in(value_of(argument))]
+    """Mark the example value of a new call as requiring grad if one of its arguments does."""
+    inputs = [tensor for argument in node.all_input_nodes for tensor in fake_tensors.tensors_in(value_of(argument))]
     value = value_of(node)
-    if isinstance(value, Tensor) and value.is_floating_point() and any(one.requires_grad for one in given):
+    if isinstance(value, Tensor) and value.is_floating_point() and any(tensor.requires_grad for tensor in inputs):
         fake_tensors.set_value(node, value.detach().requires_grad_())
 
 
 def replace_by_value(node: Node, value: Any) -> None:
-    """A value that is no node, in place of this one wherever it is used."""
+    """Replace every use of this node by a value that is not a node."""
 
-    def value_for(one: Node) -> Any:
-        return value if one is node else one
+    def value_for(argument: Node) -> Any:
+        return value if argument is node else argument
 
     for user in list(node.users):
         arguments: Any = map_arg((user.args, user.kwargs), value_for)
@@ -38,7 +38,7 @@ def replace_by_value(node: Node, value: Any) -> None:
 
 
 def between(first: Node, last: Node) -> Iterator[Node]:
-    """The nodes strictly after ``first`` and before ``last``, in graph order; none if they are the same."""
+    """Iterate over the nodes strictly between ``first`` and ``last``, in graph order; none if they are the same."""
     node = first.next if first is not last else last
     while node is not last and node.op != "root":
         yield node

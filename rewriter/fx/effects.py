@@ -1,4 +1,4 @@
-"""Side effects of nodes: what they write to, alias, draw, or switch on and off."""
+"""Side effects of nodes: mutation, aliasing, RNG use, and switches of grad or autocast mode."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from fastft.rewriter.fx.metadata import name_of
 
 
 def transformed(graph: Graph) -> bool:
-    """Whether torch.func transforms or forward-mode differentiation are at work, of which the ops know nothing."""
+    """Tell whether a torch.func transform or forward-mode AD is active; the custom ops support neither."""
     return eager.in_forward_mode() or any(is_transform(node.target) for node in graph.nodes)
 
 
 def check_effects_between(gm: GraphModule, values: Sequence[Node], first: Node, last: Node, whole: str) -> str | None:
-    """The same of any values that calls from ``first`` to ``last`` are made of; whole: what they are together."""
+    """Return why the values of the calls from ``first`` to ``last`` do not stay as they are, or None.
+
+    That is a write to one of them anywhere in the graph, or a mode switch between the two calls.  whole: what the calls
+    are together, for the message.
+    """
     if reason := check_mutation(values):
         return reason
     for node in between(first, last):
@@ -36,7 +40,7 @@ def check_effects_between(gm: GraphModule, values: Sequence[Node], first: Node, 
 
 
 def check_mutation(nodes: Iterable[Node]) -> str | None:
-    """Which of these is written to anywhere in the graph."""
+    """Return which of these nodes is written to in place anywhere in the graph, or None."""
     for node in nodes:
         if any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(node)))):
             return Reason(f"{node.name} is written to in place", "mutation")
@@ -46,7 +50,7 @@ def check_mutation(nodes: Iterable[Node]) -> str | None:
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem"
 _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE.split())
-_KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of operator whose names would be Python's own
+_KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of ``operator`` whose underscore avoids a Python keyword
 _RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
 _TRANSFORM = re.compile(
     r"_(grad|vmap|jvp|func)_(increment|decrement)_nesting|_add_batch_dim|_make_dual|enter_dual_level"
@@ -61,7 +65,7 @@ _MODE_SWITCHES = (
 
 
 def maybe_mutated_args(node: Node) -> list[Any]:
-    """The arguments that this node may write to."""
+    """List the arguments that this node may write to; the bodies of higher-order operators are not inspected."""
     named = node.kwargs.get("out")
     out = list(named) if isinstance(named, (tuple, list)) else [] if named is None else [named]
     if node.op not in ("call_function", "call_method") or not (node.args or node.kwargs):
@@ -70,50 +74,50 @@ def maybe_mutated_args(node: Node) -> list[Any]:
     if names_a_write(name) or node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
         target = node.args[0] if node.args else node.all_input_nodes
         return [*(target if isinstance(target, (tuple, list)) else [target]), *out]
-    if operators.is_mutable(node.target) or operators.is_higher_order(node.target):  # its body is not looked into
+    if operators.is_mutable(node.target) or operators.is_higher_order(node.target):  # its body is not inspected
         return list(node.all_input_nodes)
     return out
 
 
 def names_a_write(name: str) -> bool:
-    """Whether a method of this name, or a function named like one, writes to its first argument."""
+    """Tell whether a method or function of this name writes to its first argument."""
     in_place = name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS
     return in_place or name in _IN_PLACE_METHODS
 
 
 def only_reads(gm: GraphModule, node: Node) -> bool:
-    """Whether this node runs nested graphs, all of them known, that write to none of what they are given."""
+    """Tell whether this node runs known nested graphs, none of which writes to an input."""
     return runs_bodies(node) and not any(map(_writes_to_inputs, nested_graphs(gm, node)))
 
 
 def mutated_args(gm: GraphModule, node: Node) -> list[Any]:
-    """The arguments that this node may write to, where it runs nested graphs as far as these write to any."""
+    """List the arguments that this node may write to, after inspecting the nested graphs that it runs."""
     return [] if only_reads(gm, node) else maybe_mutated_args(node)
 
 
 def _writes_to_inputs(body: GraphModule) -> bool:
-    given = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
+    inputs = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
     targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
-    return any(may_alias(target, one) for target in targets for one in given)
+    return any(may_alias(target, placeholder) for target in targets for placeholder in inputs)
 
 
 def may_use_rng(node: Node) -> bool:
-    """Whether this node may take random numbers, whose order is part of what a graph computes."""
+    """Tell whether this node may advance the RNG state, whose order a rewrite has to keep."""
     return operators.is_higher_order(node.target) or _RANDOM.search(name_of(node.target)) is not None
 
 
 def switches_mode(node: Node) -> bool:
-    """Whether this node turns gradients or autocast on or off for those after it."""
+    """Tell whether this node switches grad, inference or autocast mode for the nodes after it."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_SWITCHES
 
 
 def is_transform(target: Any) -> bool:
-    """Whether a node's target begins, ends or is part of a torch.func transform or forward-mode differentiation."""
+    """Tell whether a node's target belongs to a torch.func transform or to forward-mode AD."""
     return _TRANSFORM.search(getattr(target, "__name__", "")) is not None
 
 
 def may_alias(left: Any, right: Any) -> bool:
-    """Whether writing to one value may change the other; what is unknown may."""
+    """Tell whether a write to one value may change the other: they share storage, or one has no example value."""
     left, right = value_of(left), value_of(right)
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return left is None or right is None

@@ -1,4 +1,4 @@
-"""What nodes of a captured graph say of themselves: name, module, source line, layer; and whether values are alike."""
+"""Metadata of captured nodes (name, module path, source line, layer), and comparisons of example values."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from fastft.compat import operators, symbolic
 
 
 def same_kind(left: Tensor, right: Tensor) -> bool:
-    """Whether two fake tensors have one dtype, device, shape and memory layout."""
+    """Tell whether two fake tensors have the same dtype, device, shape and strides."""
     alike = left.dtype == right.dtype and left.device == right.device
     return alike and same_sizes(left.shape, right.shape) and same_strides(left, right)
 
 
 def same_strides(left: Tensor, right: Tensor) -> bool:
-    """But for axes of one element, which have none."""
+    """Tell whether two tensors have the same strides, except in axes of size 1."""
     pairs = zip(left.shape, left.stride(), right.stride(), strict=True)
     return all(
-        symbolic.statically_known_true(size == 1) or symbolic.statically_known_true(one == other)
-        for size, one, other in pairs
+        symbolic.statically_known_true(size == 1) or symbolic.statically_known_true(stride == other_stride)
+        for size, stride, other_stride in pairs
     )
 
 
 def same_sizes(left: Any, right: Any) -> bool:
-    """Whether two shapes are known to be equal."""
+    """Tell whether two shapes are statically known to be equal."""
     return len(left) == len(right) and all(
-        symbolic.statically_known_true(one == other) for one, other in zip(left, right, strict=True)
+        symbolic.statically_known_true(size == other_size) for size, other_size in zip(left, right, strict=True)
     )
 
 
 def layer_of(path: str) -> str:
-    """The numbered module that a module's path lies in: ``layers.7`` of ``layers.7.mlp``; "" if there is none."""
-    found = re.match(r"(?:^|.*?\.)\d+(?=\.|$)", path)
-    return found.group() if found else ""
+    """Return the numbered module that contains a module's path: ``layers.7`` for ``layers.7.mlp``; "" without one."""
+    prefix = re.match(r"(?:^|.*?\.)\d+(?=\.|$)", path)
+    return prefix.group() if prefix else ""
 
 
 def is_result_of_many(node: Node) -> bool:
-    """Whether a node takes one of the results of another."""
+    """Tell whether a node selects one of the results of another."""
     return node.target is operator.getitem
 
 
 def represents_exactly(outer: torch.dtype, inner: torch.dtype) -> bool:
-    """Whether one dtype has all numbers of the other."""
+    """Tell whether dtype ``outer`` represents every number of dtype ``inner`` exactly."""
     return torch.promote_types(outer, inner) == outer
 
 
 def name_of(target: Any) -> str:
-    """An op's name for people: ``rsqrt``, ``fastft.rms_norm``."""
+    """Return an op's name as reports show it: ``rsqrt``, ``fastft.rms_norm``."""
     if isinstance(target, str):
         return target
     if operators.is_operator(target):
@@ -61,7 +61,7 @@ def name_of(target: Any) -> str:
 
 
 def module_path(node: Node) -> str:
-    """The dotted path of the module that made this node, as ``named_modules`` spells it; "" at the top."""
+    """Return the dotted path of the module that made this node, as in ``named_modules``; "" for the root module."""
     stack = node.meta.get("nn_module_stack") or {}
     raw = list(stack.values())[-1][0] if stack else ""
     # A forward behind a decorator's ``wrapper(*args, **kwargs)`` has the model at args[0].
@@ -72,11 +72,11 @@ def module_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """``file:line`` of the user's or the model's line that made this node; "" where Dynamo kept none."""
+    """Return ``file:line`` of the user's or the model's line that made this node; "" where Dynamo kept none."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return ":".join(frames[-1]) if frames else ""
 
 
 def without_scope(source: str) -> str:
-    """``L['batch']['labels']`` as Dynamo spells it when it tells why it compiles again: ``batch['labels']``."""
+    """Strip Dynamo's local scope from a source name: ``L['batch']['labels']`` becomes ``batch['labels']``."""
     return re.sub(r"^L\['(\w+)'\]", r"\1", source)

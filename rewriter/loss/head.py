@@ -1,7 +1,7 @@
-"""A head and its logits by what they are made of: hidden states, a weight, and what was done to each number since.
+"""A head and its logits, described by what they are computed from: hidden states, a weight, elementwise steps.
 
-In a graph (losses.py) the values are nodes, and a call is written down; at run time (outputs.py) they are tensors, and
-it is made.
+In a graph (losses.py) the values are nodes, and calls are added to the graph; at run time
+(runtime/lazy_logits.py) they are tensors, and calls are executed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Step = tuple[str, Any]  # ("mul", 2.0), ("div", 30.0), ("tanh", None), ("to", to
 
 
 class Call(Protocol):
-    """Makes a call, or writes it down: a function, or a method by its name."""
+    """Executes a call, or adds it to a graph: a function, or a method by its name."""
 
     def __call__(self, function: Callable | str, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def run(function: Callable | str, *args: Any, **kwargs: Any) -> Any:
-    """The Call that makes it."""
+    """Execute a call; this is the Call for tensors."""
     if isinstance(function, str):
         return getattr(args[0], function)(*args[1:], **kwargs)
     return function(*args, **kwargs)
@@ -57,28 +57,28 @@ class Head:
 
     @property
     def values(self) -> list[Any]:
-        """All tensors that it is made of."""
+        """All tensors that it is computed from."""
         optional = [] if self.bias is None else [self.bias]
         return [self.weight, *optional, *self.statistics, *self.lora_a, *self.lora_b]
 
     def with_values(self, values: Sequence[Any]) -> Head:
-        """The same of other values, in the order of ``values``."""
-        given = iter(values)
+        """Return the same head with other values, in the order of ``values``."""
+        remaining = iter(values)
         return replace(
             self,
-            weight=next(given),
-            bias=None if self.bias is None else next(given),
-            statistics=tuple(next(given) for _ in self.statistics),
-            lora_a=tuple(next(given) for _ in self.lora_a),
-            lora_b=tuple(next(given) for _ in self.lora_b),
+            weight=next(remaining),
+            bias=None if self.bias is None else next(remaining),
+            statistics=tuple(next(remaining) for _ in self.statistics),
+            lora_a=tuple(next(remaining) for _ in self.lora_a),
+            lora_b=tuple(next(remaining) for _ in self.lora_b),
         )
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits, as the user's own call gives them."""
+        """Compute the logits as the user's own call does."""
         dtype = self.dtype
         if self.plain:
-            return F.linear(*(cast(one, dtype, run) for one in (hidden, self.weight, self.bias)))
-        statistics = [[one] for one in self.statistics] + [[]] * (4 - len(self.statistics))
+            return F.linear(*(cast(operand, dtype, run) for operand in (hidden, self.weight, self.bias)))
+        statistics = [[tensor] for tensor in self.statistics] + [[]] * (4 - len(self.statistics))
         biases = [] if self.bias is None else [self.bias]
         return torch.ops.fastft.lora_linear(
             cast(hidden, dtype, run), [self.weight], *statistics, biases,
@@ -87,7 +87,7 @@ class Head:
         )[0]  # fmt: skip
 
     def dense_weight(self, call: Call) -> Any:
-        """[V, H] in the product's dtype."""
+        """Return the weight [V, H] in the product's dtype."""
         if not self.quant_type:
             return cast(self.weight, self.dtype, call)
         statistics = [*self.statistics, *[None] * (4 - len(self.statistics))]
@@ -95,7 +95,7 @@ class Head:
         return call(torch.ops.fastft.dequantize_4bit, self.weight, *statistics, *sizes)
 
     def adapter(self, hidden: Any, call: Call) -> tuple[Any, Any]:
-        """lora_s and lora_b as linear_cross_entropy takes them, None without adapters."""
+        """Return lora_s and lora_b as linear_cross_entropy takes them, None without adapters."""
         products = []
         for a, scale in zip(self.lora_a, self.scales, strict=True):
             product = call(F.linear, cast(hidden, value_of(a).dtype, call), a)
@@ -107,10 +107,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Logits:
-    """[..., V] of hidden states [..., H]; steps: what was done to each number, in order.
+    """Logits [..., V] of hidden states [..., H]; steps: the elementwise operations on them, in order.
 
-    trained: whether hidden, weight, bias and the adapters' two factors need a gradient.  classes_second: the last two
-    axes are exchanged, as F.cross_entropy wants them of sequences.
+    trained: whether hidden, weight, bias and the adapters' two factors require grad.  classes_second: the last two axes
+    are transposed, as F.cross_entropy wants them of sequences.
     """
 
     hidden: Any
@@ -127,48 +127,48 @@ class Logits:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """As torch counts axes."""
+        """The shape that torch gives them."""
         *others, last = self.rows if self.classes_second else (*self.rows, self.head.classes)
         return (*others, self.head.classes, last) if self.classes_second else (*others, last)
 
     @property
     def rank(self) -> int:
-        """How many axes there are."""
+        """The number of axes."""
         return len(self.rows) + 1
 
     @property
     def is_log_probs(self) -> bool:
-        """Whether these are log-probabilities by now."""
+        """Whether the last step made log-probabilities of them."""
         return self.steps[-1:] == (("log_softmax", None),)
 
     @property
     def is_kl_terms(self) -> bool:
-        """Whether these are the summands of a divergence from others."""
+        """Whether they are the summands of a KL divergence."""
         return self.steps[-1:] != () and self.steps[-1][0] == "kl_div"
 
     def with_step(self, name: str, operand: Any = None, dtype: torch.dtype | None = None) -> Logits:
-        """One step more."""
+        """Return these logits with one more step."""
         return replace(self, steps=(*self.steps, (name, operand)), dtype=dtype or self.dtype)
 
     @property
     def values(self) -> list[Any]:
-        """All tensors that they are made of."""
+        """All tensors that they are computed from."""
         return [self.hidden, *self.head.values]
 
     def with_values(self, values: Sequence[Any]) -> Logits:
-        """The same of other values, in the order of ``values``."""
+        """Return the same logits with other values, in the order of ``values``."""
         hidden, *others = values
         return replace(self, hidden=hidden, head=self.head.with_values(others))
 
     def compute(self) -> torch.Tensor:
-        """The numbers themselves, by the user's own steps."""
+        """Compute the logits with the user's own steps."""
         y = self.head.product(self.hidden)
         for name, operand in self.steps:
             y = run(_STEPS[name], y, *(() if operand is None else (operand,)))
         return y.transpose(-1, -2) if self.classes_second else y
 
     def softmax_form(self) -> tuple[float, float] | None:
-        """The steps as scale and softcap of linear_cross_entropy; None if they are something else."""
+        """Return the steps as scale and softcap of linear_cross_entropy, or None if they are something else."""
         inner, outer, capped = 1.0, 1.0, False
         for name, operand in self.steps:
             if name == "tanh":
@@ -194,5 +194,5 @@ _STEPS: dict[str, Callable | str] = {
 
 
 def cast(value: Any, dtype: torch.dtype, call: Call) -> Any:
-    """The value in this dtype; None stays None."""
+    """Cast a value to this dtype if it has another; None stays None."""
     return value if value is None or value_of(value).dtype == dtype else call("to", value, dtype)

@@ -1,7 +1,7 @@
-"""Logits followed to their loss: an operation on their rows is the same operation on the hidden states.
+"""Follow logits to their loss: an operation on their rows is the same operation on the rows of the hidden states.
 
 They are followed through casts, scales, a softcap, slices along tokens and reshapes that keep the vocabulary whole; a
-loss then needs no logits.  A graph (losses.py) and tensors (outputs.py) are followed by the same functions.
+loss then needs no logits.  The same functions follow a graph (losses.py) and tensors (runtime/lazy_logits.py).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastft.rewriter.loss.head import Call, Logits, cast
 
 NEVER = -(2**62)  # an ignore_index that no label has
 _NAMED_CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
-_TOLD_CASTS = ("to", "type", "type_as")  # whose arguments say to what
-CASTS = frozenset((*_NAMED_CASTS, *_TOLD_CASTS))
+_CASTS_BY_ARGUMENT = ("to", "type", "type_as")  # the dtype is among their arguments
+CASTS = frozenset((*_NAMED_CASTS, *_CASTS_BY_ARGUMENT))
 _NUMBERS = {"mul": "mul", "__mul__": "mul", "__rmul__": "mul", "multiply": "mul", "div": "div", "truediv": "div"}
 _NUMBERS |= {"__truediv__": "div", "divide": "div", "true_divide": "div"}
-_LEADING: dict[str, tuple[str, ...]] = {  # functions of leading axes, which those of their arguments named dim are
+_LEADING: dict[str, tuple[str, ...]] = {  # functions of leading axes, which are their arguments named dim*
     "flatten": ("dim_start", "dim_end"),
     "select": ("dim", "index"),
     "narrow": ("dim", "start", "length"),
@@ -41,7 +41,7 @@ def follow(
     name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call,
     dtype: torch.dtype | None = None,
 ) -> Logits | None:  # fmt: skip
-    """What a call of this name makes of logits, its first argument; None if that is none any more.
+    """Return the logits that a call of this name makes of ``logits``, its first argument; None if its result is none.
 
     args: after the first.  dtype: of the result, where it is known.
     """
@@ -69,13 +69,13 @@ def follow(
 def _log_softmax(
     logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Logits | None:
-    """torch.log_softmax, the function of torch.nn.functional and the method."""
+    """Follow torch.log_softmax, the function of torch.nn.functional or the method."""
     if len(args) > 3 or not set(kwargs) <= {"dim", "dtype", "_stacklevel"} or logits.classes_second:
         return None
     if (args[0] if args else kwargs.get("dim")) not in (-1, logits.rank - 1):
         return None
-    asked = [one for one in (*args[1:], kwargs.get("dtype")) if isinstance(one, torch.dtype)]
-    wide = dtype or (asked or [logits.dtype])[0]  # autocast widens too
+    dtypes = [argument for argument in (*args[1:], kwargs.get("dtype")) if isinstance(argument, torch.dtype)]
+    wide = dtype or (dtypes or [logits.dtype])[0]  # autocast widens too
     wider = logits if wide == logits.dtype else logits.with_step("to", wide, wide)
     return wider.with_step("log_softmax") if wider.softmax_form() is not None else None
 
@@ -83,6 +83,7 @@ def _log_softmax(
 def _elementwise(
     name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
 ) -> Logits | None:
+    """Follow tanh, a cast, or a multiplication or division by a number."""
     if name == "tanh":
         return logits.with_step("tanh") if not args and not kwargs else None
     if name in _NUMBERS:
@@ -91,14 +92,14 @@ def _elementwise(
         if not is_number or (kind == "div" and args[0] == 0):
             return None
         return logits.with_step(kind, float(args[0]))
-    if name in _TOLD_CASTS and not args and not kwargs:
+    if name in _CASTS_BY_ARGUMENT and not args and not kwargs:
         return None
     wanted = dtype or _cast_of(name, logits, args, kwargs)
     return logits.with_step("to", wanted, wanted) if wanted is not None and wanted.is_floating_point else None
 
 
 def _cast_of(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that a cast asks for; None where it asks for another device, or for anything else."""
+    """Return the dtype that a cast asks for; None if it asks for another device, or for anything else."""
     dtype, device = _NAMED_CASTS.get(name, logits.dtype), value_of(logits.hidden).device
     if not set(kwargs) <= {"dtype", "device", "other", "non_blocking", "copy"}:
         return None
@@ -117,13 +118,13 @@ def _cast_of(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str
 
 
 def _exchanges_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int) -> bool:
-    """Whether a call exchanges the last two of three axes."""
+    """Tell whether a call transposes the last two of three axes."""
     if rank != 3 or kwargs:
         return False
     if name in ("transpose", "swapaxes", "swapdims"):
-        return all(type(one) is int for one in args) and sorted(one % rank for one in args) == [1, 2]
+        return all(type(dim) is int for dim in args) and sorted(dim % rank for dim in args) == [1, 2]
     dims = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
-    return name == "permute" and [one % rank for one in dims if type(one) is int] == [0, 2, 1]
+    return name == "permute" and [dim % rank for dim in dims if type(dim) is int] == [0, 2, 1]
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -141,7 +142,7 @@ Moved = tuple["Callable | str", Sequence[Any]]
 
 
 def _on_rows(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moved | None:
-    """The call on hidden states that does to their rows what this call does to those of the logits."""
+    """Return the call on hidden states that does to their rows what this call does to those of the logits, or None."""
     if name in ("getitem", "__getitem__"):
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
         return (operator.getitem, (index,)) if _keeps_last(index, logits.rank) else None
@@ -150,41 +151,41 @@ def _on_rows(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str
     names = _LEADING.get(name)
     if names is None or len(args) > len(names):
         return None
-    given = {"dim_start": 0, "dim_end": -1} if name == "flatten" else {}
-    given |= dict(zip(names, args, strict=False)) | {_RENAMED.get(key, key): value for key, value in kwargs.items()}
-    if set(given) != set(names):
+    options = {"dim_start": 0, "dim_end": -1} if name == "flatten" else {}
+    options |= dict(zip(names, args, strict=False)) | {_RENAMED.get(key, key): value for key, value in kwargs.items()}
+    if set(options) != set(names):
         return None
     axes = logits.rank + (name == "unsqueeze")
-    for key in [one for one in names if one.startswith("dim")]:
-        dim = given[key]
+    for key in [parameter for parameter in names if parameter.startswith("dim")]:
+        dim = options[key]
         if type(dim) is not int or not -axes <= dim < axes or dim % axes == axes - 1:
             return None
-        given[key] = dim % axes
-    return getattr(torch, name), [given[one] for one in names]
+        options[key] = dim % axes
+    return getattr(torch, name), [options[parameter] for parameter in names]
 
 
 def _keeps_last(index: tuple[Any, ...], rank: int) -> bool:
-    """Whether all of the last axis is taken as it is, whatever else is."""
+    """Tell whether an index takes all of the last axis, unchanged."""
     taken = 0
-    for one in index:
-        if isinstance(one, bool):
+    for item in index:
+        if isinstance(item, bool):
             return False
-        value = value_of(one)
+        value = value_of(item)
         mask = isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
-        taken += 0 if one is None or one is Ellipsis else value.dim() if mask else 1
-    if taken >= rank or any(one is Ellipsis for one in index[:-1]):
+        taken += 0 if item is None or item is Ellipsis else value.dim() if mask else 1
+    if taken >= rank or any(item is Ellipsis for item in index[:-1]):
         return type(index[-1]) is slice and index[-1] == slice(None)
     return index[-1] is not None or taken + 1 < rank
 
 
 def _reshape(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moved | None:
-    """view and reshape.  Hidden states may lie so that only a copy has that shape."""
+    """Follow view and reshape, both as a reshape: the strides of the hidden states may require a copy."""
     sizes = list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
-    if kwargs or not sizes or not all(isinstance(value_of(one), (int, torch.SymInt)) for one in sizes):
+    if kwargs or not sizes or not all(isinstance(value_of(size), (int, torch.SymInt)) for size in sizes):
         return None
     *leading, last = sizes
     if type(last) is int and last == -1:  # the whole of the last axis, if the others have as many elements as before
-        counts = [math.prod(value_of(one) for one in some) for some in (leading, logits.rows)]
+        counts = [math.prod(value_of(size) for size in shape) for shape in (leading, logits.rows)]
         if not statically_known_true(counts[0] == counts[1]):
             return None
     elif not statically_known_true(value_of(last) == logits.head.classes):
@@ -194,7 +195,7 @@ def _reshape(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a cross entropy is asked for; labels have the shape of the logits without the vocabulary."""
+    """The arguments of a cross entropy; labels have the shape of the logits without the vocabulary."""
 
     labels: Any
     ignore_index: int = -100
@@ -206,7 +207,7 @@ def consume(
     name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int,
     dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
-    """The result of a call that needs no logits, made without them; None if this is no such call.
+    """Compute the result of a call that needs no logits without them; None if this is no such call.
 
     dtype: of the result, where it is known.
     """
@@ -221,7 +222,7 @@ def consume(
         or logits.is_log_probs != (name == "nll_loss")
         or (logits.rank > 2 and not logits.classes_second)
     ):
-        return None  # the second axis has the classes
+        return None  # here the classes have to be the second axis
     loss = _asked(name, args, kwargs)
     if loss is None or not _fits(logits, value_of(loss.labels), logits.rows):
         return None
@@ -229,36 +230,36 @@ def consume(
 
 
 def _fits(logits: Logits, labels: Any, shape: Sequence[Any]) -> bool:
-    """Whether these are class numbers, one for each row."""
+    """Tell whether these are int64 class numbers, one for each row."""
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
         return False
     return same_sizes(labels.shape, shape) and labels.device == value_of(logits.hidden).device
 
 
 def _asked(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss | None:
-    """A call's arguments after the logits; None where linear_cross_entropy has no such option."""
+    """Return a call's arguments after the logits, or None where linear_cross_entropy has no such option."""
     names = ("target", *_LOSSES[name])
-    given = {**_LOSSES[name], **dict(zip(names, args, strict=False)), **kwargs}
-    if len(args) > len(names) or set(given) != set(names):
+    options = {**_LOSSES[name], **dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or set(options) != set(names):
         return None
-    if any(given[one] is not None for one in ("weight", "size_average", "reduce")):
+    if any(options[option] is not None for option in ("weight", "size_average", "reduce")):
         return None
-    smoothing = given.get("label_smoothing", 0.0)
-    numbers = type(given["ignore_index"]) is int and type(smoothing) in (int, float) and 0.0 <= smoothing <= 1.0
-    if not numbers or given["reduction"] not in ("none", "sum", "mean"):
+    smoothing = options.get("label_smoothing", 0.0)
+    numbers = type(options["ignore_index"]) is int and type(smoothing) in (int, float) and 0.0 <= smoothing <= 1.0
+    if not numbers or options["reduction"] not in ("none", "sum", "mean"):
         return None
-    return Loss(given["target"], given["ignore_index"], float(smoothing), given["reduction"])
+    return Loss(options["target"], options["ignore_index"], float(smoothing), options["reduction"])
 
 
 def _gather(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int) -> Any:
-    """The log-probability of one class a row."""
+    """Compute the log-probability of one class per row."""
     try:
-        given = signature(lambda dim, index: ...).bind(*args, **kwargs).arguments
+        options = signature(lambda dim, index: ...).bind(*args, **kwargs).arguments
     except TypeError:
         return None
-    if given["dim"] not in (-1, logits.rank - 1) or not _fits(logits, value_of(given["index"]), (*logits.rows, 1)):
+    if options["dim"] not in (-1, logits.rank - 1) or not _fits(logits, value_of(options["index"]), (*logits.rows, 1)):
         return None
-    labels = call(torch.squeeze, given["index"], -1)
+    labels = call(torch.squeeze, options["index"], -1)
     value = _loss(logits, Loss(labels, NEVER, 0.0, "none"), call, chunk_bytes)
     if value is None:
         return None
@@ -269,35 +270,39 @@ _KL_DIV = ("target", "size_average", "reduce", "reduction", "log_target")
 
 
 def _target(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str] | None:
-    """A divergence's log-probabilities to compare with, which need no gradient, and its reduction."""
-    given: dict[str, Any] = {"size_average": None, "reduce": None, "reduction": "mean", "log_target": False}
-    given |= {**dict(zip(_KL_DIV, args, strict=False)), **kwargs}
+    """Return a KL divergence's target, log-probabilities that require no grad, and its reduction, or None."""
+    options: dict[str, Any] = {"size_average": None, "reduce": None, "reduction": "mean", "log_target": False}
+    options |= {**dict(zip(_KL_DIV, args, strict=False)), **kwargs}
     if (
         not logits.is_log_probs
         or logits.classes_second
-        or set(given) != set(_KL_DIV)
-        or given["log_target"] is not True
+        or set(options) != set(_KL_DIV)
+        or options["log_target"] is not True
     ):
         return None
-    target, hidden = value_of(given["target"]), value_of(logits.hidden)
+    target, hidden = value_of(options["target"]), value_of(logits.hidden)
     plain = isinstance(target, torch.Tensor) and target.is_floating_point() and not target.requires_grad
     if not plain or not same_sizes(target.shape, logits.shape) or target.device != hidden.device:
         return None
-    told = given["size_average"] is None and given["reduce"] is None
-    return (given["target"], given["reduction"]) if told else None
+    no_deprecated = options["size_average"] is None and options["reduce"] is None
+    return (options["target"], options["reduction"]) if no_deprecated else None
 
 
 def _each_divergence(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Logits | None:
-    """The summands of all classes, for whoever adds them up row by row."""
-    found = _target(logits, args, kwargs)
-    same = found is not None and value_of(found[0]).dtype == logits.dtype
-    return logits.with_step("kl_div", found[0]) if found is not None and same and found[1] == "none" else None
+    """Follow an unreduced KL divergence, whose summands may be summed row by row later."""
+    divergence = _target(logits, args, kwargs)
+    same = divergence is not None and value_of(divergence[0]).dtype == logits.dtype
+    return (
+        logits.with_step("kl_div", divergence[0])
+        if divergence is not None and same and divergence[1] == "none"
+        else None
+    )
 
 
 def _divergences(
     name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int
 ) -> Any:
-    """Their sum over the classes."""
+    """Compute the sum of unreduced KL terms over the classes."""
     dims = args[0] if args else kwargs.get("dim")
     last = dims[0] if isinstance(dims, (tuple, list)) and len(dims) == 1 else dims
     if name != "sum" or len(args) + len(kwargs) != 1 or last not in (-1, logits.rank - 1):
@@ -308,11 +313,11 @@ def _divergences(
 
 
 def _divergence(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any], call: Call, chunk_bytes: int) -> Any:
-    """Summed over everything, and divided by a size if that is asked for."""
-    found = _target(logits, args, kwargs)
-    if found is None or found[1] not in ("sum", "batchmean", "mean"):
+    """Compute a KL divergence summed over everything, and divided by a size for batchmean and mean."""
+    divergence = _target(logits, args, kwargs)
+    if divergence is None or divergence[1] not in ("sum", "batchmean", "mean"):
         return None
-    target, reduction = found
+    target, reduction = divergence
     value = _kl_div(logits, target, call, chunk_bytes, reduce=True)
     if value is not None and reduction == "batchmean":
         value = call(torch.div, value, call("size", target, 0))
@@ -331,20 +336,20 @@ def _kl_div(logits: Logits, target: Any, call: Call, chunk_bytes: int, *, reduce
 
 
 def _inputs(logits: Logits, compared: Any, call: Call) -> tuple[Any, ...]:
-    """The tensors that an op of a head's loss takes."""
+    """Return the tensors that a loss op of a head takes."""
     head = logits.head
     hidden, weight = cast(logits.hidden, head.dtype, call), head.dense_weight(call)
     return hidden, weight, compared, cast(head.bias, head.dtype, call), *head.adapter(logits.hidden, call)
 
 
 def _ahead(logits: Logits, *, by_row: bool) -> list[bool]:
-    """Which gradients forward computes: sums over rows cannot be scaled by row afterwards."""
+    """Return which gradients forward computes: a gradient summed over rows cannot be scaled by row afterwards."""
     summed = any(mark and not row for mark, row in zip(logits.trained, BY_ROW, strict=True))
     return [False] * 5 if by_row and summed else list(logits.trained)
 
 
 def _loss(logits: Logits, loss: Loss, call: Call, chunk_bytes: int) -> Any:
-    """By linear_cross_entropy; None if the steps are not what it can do."""
+    """Compute a cross entropy by linear_cross_entropy; None if it cannot express the steps."""
     form = logits.softmax_form()
     if form is None:
         return None

@@ -1,8 +1,8 @@
-"""Lift a head with its loss, and let logits that leave the graph be computed by whoever reads them.
+"""Lift a head with its loss, and defer logits that leave the graph until they are read.
 
 From a product with a vocabulary on, every use of its logits is followed (logits.py).  Where all of them end in losses
 and in outputs of the graph, the losses become ``fastft::linear_cross_entropy``, and the outputs hidden states, of which
-outputs.py makes tensors that compute themselves when they are read.
+runtime/lazy_logits.py makes tensors that compute themselves when they are read.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss
 RULE = "linear_cross_entropy"
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _TRANSPOSES: dict[str, list[Any]] = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
-_NAMES = {"gather": "log_probability"}  # of losses, where a function's own says little
+_NAMES = {"gather": "log_probability"}  # of losses, where the function's own name says little
 
 
 @dataclass(frozen=True)
 class Deferred:
     """An output that is computed when it is read.
 
-    position: among the graph's outputs, where its hidden states are now.  logits: with numbers in the place of tensors.
+    position: of its hidden states among the graph's outputs.  logits: with numbers in the place of tensors.
     values: where the head's tensors are: ("input", number) or ("output", number).
     """
 
@@ -50,9 +50,9 @@ class Deferred:
 
 
 def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[Deferred] | None = None) -> None:
-    """Replace the losses of one graph, and take logits out of its outputs; what nearly was one goes into ``report``.
+    """Replace the losses of one graph, and take logits out of its outputs; near misses go into ``report``.
 
-    deferred: where outputs that are left to whoever reads them go; none is without it.
+    deferred: receives the outputs to be computed when they are read; None allows no such outputs.
     """
     graph = gm.graph
     if transformed(graph):
@@ -64,7 +64,7 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
         known = logits.head.classes in vocabularies
         lifting = _Lifting(gm, root, logits, chunk_bytes)
         try:
-            found = lifting.run(lazy=deferred is not None, known=known)
+            outputs = lifting.run(lazy=deferred is not None, known=known)
         except Declined as declined:
             lifting.undo()
             last = root is heads[-1][0]
@@ -73,8 +73,8 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
             continue
         report.lifted += [Lifted(f"{RULE}.{name}", *_place(node)) for node, name in lifting.losses]
         if deferred is not None:
-            deferred += found
-        report.deferred += [one.module for one in found]
+            deferred += outputs
+        report.deferred += [output.module for output in outputs]
 
 
 def _place(node: Node) -> tuple[str, str]:
@@ -82,7 +82,7 @@ def _place(node: Node) -> tuple[str, str]:
 
 
 def _embeddings(graph: Graph) -> Iterator[int]:
-    """The numbers of rows of the tables that tokens are looked up in."""
+    """Iterate over the numbers of rows of the graph's embedding tables."""
     for node in graph.find_nodes(op="call_function", target=F.embedding):
         table = value_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
         if isinstance(table, Tensor) and isinstance(table.shape[0], int):
@@ -90,33 +90,34 @@ def _embeddings(graph: Graph) -> Iterator[int]:
 
 
 def _embeddings_of_the_model() -> list[int]:
-    """The same of the module whose code is being compiled: where its graph breaks, the lookup is in another part."""
+    """List the embedding sizes of the module being compiled: after a graph break the lookup is in another graph."""
     try:
         _, owner = dynamo.current_code()
     except Exception:  # called without Dynamo
         return []
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
-    return [one.num_embeddings for one in modules if isinstance(one, nn.Embedding)]
+    return [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
 
 
 def _heads(graph: Graph) -> Iterator[tuple[Node, Logits]]:
-    """Products with more results than features, and the logits that they are."""
+    """Iterate over products with more results than features, and the logits that they make."""
     for node in graph.nodes:
-        found = _linear(node) or _transposed(node) or _group(node)
-        if found is None:
+        product = _linear(node) or _transposed(node) or _group(node)
+        if product is None:
             continue
-        hidden, head = found
-        values = [value_of(one) for one in (hidden, node, *head.values)]
+        hidden, head = product
+        values = [value_of(operand) for operand in (hidden, node, *head.values)]
         plain = all(
-            isinstance(one, Tensor) and type(one) is not Tensor and fake_tensors.is_plain(one) for one in values
+            isinstance(operand, Tensor) and type(operand) is not Tensor and fake_tensors.is_plain(operand)
+            for operand in values
         )
         if plain and value_of(hidden).dtype in _FLOATING and values[1].dim() == values[0].dim() > 1:
             yield node, Logits(hidden, head, values[1].dtype, _trained(node, hidden, head))
 
 
 def _trained(node: Node, hidden: Node, head: Head) -> tuple[bool, ...]:
-    """Of hidden, weight, bias, lora_s and lora_b: which need a gradient."""
-    needs = lambda one: isinstance(value := value_of(one), Tensor) and value.requires_grad  # noqa: E731
+    """Tell which of hidden, weight, bias, lora_s and lora_b require grad."""
+    needs = lambda operand: isinstance(value := value_of(operand), Tensor) and value.requires_grad  # noqa: E731
     if not needs(node):
         return (False,) * 5
     adapted = len(head.lora_a) > 0
@@ -125,6 +126,7 @@ def _trained(node: Node, hidden: Node, head: Head) -> tuple[bool, ...]:
 
 
 def _linear(node: Node) -> tuple[Node, Head] | None:
+    """Return hidden states and head of F.linear, or None."""
     bound = arguments_of(node) if node.target is F.linear else None
     if bound is None or bound[1]:
         return None
@@ -133,7 +135,7 @@ def _linear(node: Node) -> tuple[Node, Head] | None:
 
 
 def _transposed(node: Node) -> tuple[Node, Head] | None:
-    """hidden @ weight.T"""
+    """Return hidden states and head of hidden @ weight.T, or None."""
     if name_of(node.target) not in ("matmul", "linear") or len(node.args) != 2 or node.kwargs:
         return None
     hidden, turned = node.args
@@ -147,6 +149,7 @@ def _transposed(node: Node) -> tuple[Node, Head] | None:
 
 
 def _of_weight(node: Node, hidden: Any, weight: Any, bias: Any) -> tuple[Node, Head] | None:
+    """Return hidden states and head if the weight has more rows than columns, or None."""
     shape: Any = getattr(value_of(weight), "shape", ())
     if not isinstance(hidden, Node) or not isinstance(weight, Node) or len(shape) != 2 or value_of(node) is None:
         return None
@@ -158,40 +161,40 @@ def _of_weight(node: Node, hidden: Any, weight: Any, bias: Any) -> tuple[Node, H
 
 
 def _group(node: Node) -> tuple[Node, Head] | None:
-    """A layer of 4-bit weights, or with adapters, as quantized.py and merge.py make them."""
+    """Return hidden states and head of a lora_linear of one layer, as projections/ makes them, or None."""
     if node.target is not operator.getitem or not isinstance(node.args[0], Node) or node.args[1] != 0:
         return None
     call = node.args[0]
     if call.target is not torch.ops.fastft.lora_linear or len(call.users) != 1:
         return None
-    given: Any = Group(*call.args)  # type: ignore[arg-type]  # nodes in the places of tensors
-    features = value_of(given.x).shape[-1]
-    if len(given.features) != 1 or given.inputs or type(features) is not int or given.features[0] <= features:
+    layer: Any = Group(*call.args)  # type: ignore[arg-type]  # nodes in the places of tensors
+    features = value_of(layer.x).shape[-1]
+    if len(layer.features) != 1 or layer.inputs or type(features) is not int or layer.features[0] <= features:
         return None
-    nested = (given.absmax, given.absmax_8bit, given.absmax_code, given.absmax_offset)
-    statistics = tuple(one[0] for one in nested if one)
-    return given.x, Head(
-        given.weights[0], next(iter(given.biases), None), given.features[0], features, value_of(given.x).dtype,
-        value_of(node).dtype, statistics, tuple(given.lora_a), tuple(given.lora_b), tuple(given.scales),
-        given.blocksize, given.quant_type, plain=False,
+    nested = (layer.absmax, layer.absmax_8bit, layer.absmax_code, layer.absmax_offset)
+    statistics = tuple(tensors[0] for tensors in nested if tensors)
+    return layer.x, Head(
+        layer.weights[0], next(iter(layer.biases), None), layer.features[0], features, value_of(layer.x).dtype,
+        value_of(node).dtype, statistics, tuple(layer.lora_a), tuple(layer.lora_b), tuple(layer.scales),
+        layer.blocksize, layer.quant_type, plain=False,
     )  # fmt: skip
 
 
 class _Lifting:
-    """One head: its logits followed to all of their ends."""
+    """One head, whose logits are followed to all of their uses."""
 
     def __init__(self, gm: GraphModule, root: Node, logits: Logits, chunk_bytes: int) -> None:
         self.gm, self.graph, self.root, self.chunk_bytes = gm, gm.graph, root, chunk_bytes
         self.states = {root: logits}
         self.losses: list[tuple[Node, str]] = []  # the user's calls
-        self.results: dict[Node, Node] = {}  # what stands for them
+        self.results: dict[Node, Node] = {}  # what replaces them
         self.made: list[Node] = []
         self.head = logits.head
 
     def run(self, *, lazy: bool, known: bool) -> list[Deferred]:
-        """Follow, check, replace.  Raises Declined; undo then takes back what was made.
+        """Follow, check and replace.  Raises Declined; ``undo`` then removes the nodes that were added.
 
-        lazy: whether logits may leave the graph uncomputed.  known: whether tokens have as many embeddings as classes.
+        lazy: whether logits may leave the graph uncomputed.  known: whether there are as many embeddings as classes.
         """
         output, last = self.graph.output_node(), self.root
         for node in self.graph.nodes:
@@ -218,6 +221,7 @@ class _Lifting:
         return deferred
 
     def undo(self) -> None:
+        """Remove the nodes that were added."""
         for node in reversed(self.made):
             self.graph.erase_node(node)
 
@@ -226,7 +230,7 @@ class _Lifting:
         if name == "mul" and len(args) == 2 and isinstance(args[1], Node):
             args.reverse()  # a number may come first
         first, value = args[0] if args else None, value_of(node)
-        others = [one for one in node.all_input_nodes if one in self.states and one is not first]
+        others = [argument for argument in node.all_input_nodes if argument in self.states and argument is not first]
         if others or not isinstance(first, Node) or first not in self.states or not isinstance(value, Tensor):
             raise Declined(f"its logits are also used by {name} ({source_line(node)})", "logits.used")
         logits = self.states[first]
@@ -256,7 +260,7 @@ class _Lifting:
         return node
 
     def _check(self, last: Node) -> None:
-        """Nothing that is read is written to, and gradients are not switched on the way.  Autocast may be."""
+        """Check that nothing read is mutated and grad mode is not switched midway; autocast may.  Raises Declined."""
         values = [*self.states, *self.head.values, *(state.hidden for state in self.states.values())]
         if reason := check_mutation(values):
             raise Declined(reason)
@@ -267,15 +271,15 @@ class _Lifting:
                 raise Declined(f"{name_of(node.target)} writes to what it is made of")
 
     def _defer(self, left: Sequence[Node]) -> list[Deferred]:
-        """Put hidden states in the places of logits among the outputs, and what else the logits are made of behind."""
+        """Replace logits among the outputs by hidden states, and append what else the logits are computed from."""
         node = self.graph.output_node()
         outputs = list(node.args[0])  # type: ignore[arg-type]
-        inputs = {one: at for at, one in enumerate(self.graph.find_nodes(op="placeholder"))}
+        inputs = {placeholder: number for number, placeholder in enumerate(self.graph.find_nodes(op="placeholder"))}
         deferred = []
-        for position, one in enumerate(list(outputs)):
-            if one not in left:
+        for position, output in enumerate(list(outputs)):
+            if output not in left:
                 continue
-            logits = self.states[one]
+            logits = self.states[output]
             outputs[position] = logits.hidden
             values = []
             for value in self.head.values:

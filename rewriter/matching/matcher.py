@@ -1,4 +1,4 @@
-"""Find a pattern in a graph: structure first, with captures and either order of commuting operands."""
+"""Find a pattern in a graph by its structure; commuting operands may come in either order."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Mismatch:
 
 
 def find(pattern: Pattern, anchor: Node) -> Match | Mismatch:
-    """The match in which ``anchor`` is the pattern's anchor, or why there is none."""
+    """Return the match in which ``anchor`` is the pattern's anchor, or why there is none."""
     if anchor.target != pattern.anchor.target or not _literals_agree(pattern.anchor, anchor):
         return Mismatch(pattern.rule, 0)
     unreached = f"the result of {name_of(anchor.target)} does not reach {name_of(pattern.roots[0].target)}"
@@ -85,7 +85,7 @@ def match(pattern: Pattern, root: Node) -> Match | Mismatch:
 
 
 def _roots(pattern: Pattern, anchor: Node) -> Iterator[Node]:
-    """Nodes above ``anchor`` that could be the pattern's root, nearest first."""
+    """Iterate over the nodes above ``anchor`` that could be the pattern's root, nearest first."""
     reach = pattern.height + 1  # one further than needed, so that a near miss with an extra call is still explained
     queue, seen = deque([(anchor, 0)]), {anchor}
     while queue:
@@ -99,13 +99,14 @@ def _roots(pattern: Pattern, anchor: Node) -> Iterator[Node]:
 
 
 def _literals_agree(expected: Node, actual: Node) -> bool:
+    """Tell whether the arguments that are literals in the pattern are the same in the graph."""
     return len(expected.args) == len(actual.args) and all(
         isinstance(want, Node) or _same(want, got) for want, got in zip(expected.args, actual.args, strict=True)
     )
 
 
 def _same(expected: Any, actual: Any) -> bool:
-    """Whether two literals are the same; a node that holds a size counts as that size."""
+    """Tell whether two literals are the same; a node that holds a size counts as that size."""
     actual = value_of(actual)
     if isinstance(expected, slice) and isinstance(actual, slice):
         return all(_same(getattr(expected, name), getattr(actual, name)) for name in ("start", "stop", "step"))
@@ -128,20 +129,20 @@ class _Matcher:
         self.matched, self.reason = -1, ""
 
     def unify_roots(self, actual: list[Node]) -> Iterator[Bindings]:
-        """Bindings of all roots; those after the given ones are looked for among the users of what is bound by then."""
+        """Iterate over bindings of all roots; those beyond ``actual`` are searched for among users of bound nodes."""
         pending: list[tuple[int, Bindings]] = [(0, {})]
         while pending:
-            at, bound = pending.pop()
-            if at == len(self.pattern.roots):
+            position, bound = pending.pop()
+            if position == len(self.pattern.roots):
                 yield bound
                 return
-            root = self.pattern.roots[at]
-            candidates = [actual[at]] if at < len(actual) else self._candidates(root, bound)
-            found = [extended for node in candidates for extended in self.unify(root, node, bound)]
-            pending += [(at + 1, extended) for extended in reversed(found)]
+            root = self.pattern.roots[position]
+            candidates = [actual[position]] if position < len(actual) else self._candidates(root, bound)
+            extensions = [extended for node in candidates for extended in self.unify(root, node, bound)]
+            pending += [(position + 1, extended) for extended in reversed(extensions)]
 
     def _candidates(self, root: Node, bound: Bindings) -> list[Node]:
-        """What another root may be: itself if it is bound already, else a later call that shares an argument."""
+        """List what another root may be: its node if already bound, else later calls that share an argument."""
         if root in bound:
             return [bound[root]]
         shared = [bound[argument] for argument in root.all_input_nodes if argument in bound]
@@ -149,7 +150,7 @@ class _Matcher:
         return sorted(user for user in shared[0].users if user > first) if shared else []
 
     def unify(self, expected: Any, actual: Any, bound: Bindings) -> Iterator[Bindings]:
-        """Every extension of ``bound`` under which ``expected`` is ``actual``."""
+        """Iterate over the extensions of ``bound`` under which ``expected`` is ``actual``."""
         reason = self._differs(expected, actual, bound)
         if reason:
             self._note(bound, reason, actual)
@@ -177,7 +178,7 @@ class _Matcher:
             yield from self._unify_all(pairs[1:], extended)
 
     def _differs(self, expected: Any, actual: Any, bound: Bindings) -> str:
-        """Why ``actual`` cannot be ``expected``, by itself; "" if it can."""
+        """Return why ``actual`` cannot be ``expected``, its operands aside, or ""."""
         if not isinstance(expected, Node):
             return "" if _same(expected, actual) else f"expected {_literal(expected)}, found {_show(actual)}"
         if expected in bound:
@@ -194,7 +195,7 @@ class _Matcher:
         return ""
 
     def _not_parameter(self, expected: Node, actual: Any) -> str:
-        """Why ``actual`` cannot be bound to this parameter of the reference."""
+        """Return why ``actual`` cannot be bound to this parameter of the reference, or ""."""
         name, example, value = self.names[expected], value_of(expected), value_of(actual)
         if isinstance(example, bool):
             return "" if isinstance(actual, bool) else f"{name} is not a bool but {_show(actual)}"
@@ -213,7 +214,7 @@ class _Matcher:
         return "" if of_dtype else f"{name} is {value.dtype}, not {example.dtype}: {_show(actual)}"
 
     def _spell(self, node: Node) -> str:
-        """The pattern's call, as far as it is known, in the reference's words."""
+        """Format the pattern's call with the reference's parameter names, one level deep."""
         return f"{name_of(node.target)}({', '.join(map(self._spell_argument, node.args))})"
 
     def _spell_argument(self, argument: Any) -> str:
@@ -221,9 +222,10 @@ class _Matcher:
             return _literal(argument)
         return self.names.get(argument) or f"{name_of(argument.target)}(…)"
 
-    def _note(self, bound: Bindings, reason: str, at: Any) -> None:
+    def _note(self, bound: Bindings, reason: str, actual: Any) -> None:
+        """Remember why the attempt that matched the most nodes so far failed."""
         if len(bound) > self.matched:
-            line = source_line(at) if isinstance(at, Node) else ""
+            line = source_line(actual) if isinstance(actual, Node) else ""
             self.matched, self.reason = len(bound), reason + (f" ({line})" if line else "")
 
 
@@ -234,7 +236,7 @@ def _no_number(name: str, actual: Any) -> str:
 
 
 def _literal(expected: Any) -> str:
-    """A pattern's literal for people; n is a size that is open."""
+    """Format a pattern's literal; n stands for an open size."""
     if isinstance(expected, slice):
         parts = (expected.start, expected.stop, expected.step)
         return ":".join("" if part is None else _literal(part) for part in parts)
@@ -244,7 +246,7 @@ def _literal(expected: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """A node of the user's graph for people: its call, one level deep."""
+    """Format a node of the user's graph: its call, one level deep."""
     if not isinstance(value, Node):
         return str(value)
     if value.op in ("placeholder", "get_attr"):

@@ -1,4 +1,4 @@
-"""A rule's reference as a graph: traced, given values, and normalised like the user's own graph."""
+"""Trace a rule's reference to a graph, propagate example values, and normalise it like the user's own graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SIZES = ((64, 2), (96, 3))  # two choices of the first named size, halved for e
 class Pattern:
     """A normalised trace of ``rule.reference`` at given dtypes and shapes.
 
-    roots: the nodes that it returns; the first is above the anchor.
+    roots: the nodes that it returns; the anchor is below the first.
     """
 
     rule: Rule
@@ -45,7 +45,7 @@ class Pattern:
 
     @functools.cached_property
     def height(self) -> int:
-        """How many calls lie above the anchor on the longest way to the first root."""
+        """How many calls are above the anchor on the longest path to the first root."""
         heights = {self.anchor: 0}
         for node in self.graph.nodes:
             below = [heights[argument] for argument in node.all_input_nodes if argument in heights]
@@ -55,7 +55,7 @@ class Pattern:
 
 
 def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
-    """Trace ``rule.reference`` at these values: fake tensors and numbers."""
+    """Trace ``rule.reference`` with these values: fake tensors and numbers."""
     graph = capture(rule.reference, *(values[name] for name in inspect.signature(rule.reference).parameters)).graph
     normalize(graph)
     graph.eliminate_dead_code()  # chunks whose parts became slices
@@ -70,10 +70,10 @@ def trace(rule: Rule, values: Mapping[str, Any]) -> Pattern:
 
 @functools.cache
 def template(rule: Rule, dtypes: tuple[torch.dtype, ...], state: autocast.State) -> Pattern | None:
-    """The pattern that finds candidates: open sizes, one dtype for each tensor that the reference casts.
+    """Return the pattern that finds candidates: sizes left open, one dtype for each tensor that the reference casts.
 
-    Traced at two choices of sizes: a number that is not the same in both depends on them.  None for dtypes that the
-    reference does not take together.
+    It is traced at two choices of sizes: a number that differs between them depends on the sizes.  None for dtypes that
+    the reference does not take together.
     """
     try:
         with autocast.reproduced_on_cpu(state):
@@ -86,7 +86,7 @@ def template(rule: Rule, dtypes: tuple[torch.dtype, ...], state: autocast.State)
 
 
 def _opened(first: Any, second: Any) -> Any:
-    """The first, with ANY_SIZE where the second differs."""
+    """Return the first value, with ANY_SIZE wherever the second differs."""
     if isinstance(first, slice):
         return slice(*(_opened(getattr(first, name), getattr(second, name)) for name in ("start", "stop", "step")))
     if isinstance(first, dict):
@@ -97,7 +97,7 @@ def _opened(first: Any, second: Any) -> Any:
 
 
 def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: int) -> dict[str, Any]:
-    """Fake tensors of the rule's shapes and a number for each other parameter."""
+    """Make fake tensors of the rule's shapes, and a number for each other parameter."""
     sizes: dict[str, int] = {}
     for spec in rule.shapes.values():
         for name in dims(spec)[1]:
@@ -106,28 +106,28 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
     of_dtype |= {name: of_dtype[other] for name, other in rule.same_dtype_as.items()}
     of_dtype |= dict.fromkeys(rule.booleans, torch.bool)
     values: dict[str, Any] = {}
-    for parameter, given in inspect.signature(rule.reference).parameters.items():
+    for parameter, declared in inspect.signature(rule.reference).parameters.items():
         if parameter in rule.shapes:
             spec = rule.shapes[parameter]
-            some, names = dims(spec)
-            shape = (1 if spec.startswith("*") else leading,) * some + tuple(sizes[name] for name in names)
+            has_leading, names = dims(spec)
+            shape = (1 if spec.startswith("*") else leading,) * has_leading + tuple(sizes[name] for name in names)
             values[parameter] = fake_tensors.fake_tensor(shape, of_dtype.get(parameter, torch.float32))
         else:
-            values[parameter] = _EXAMPLES.get(str(getattr(given.annotation, "__name__", given.annotation)), 0.5)
+            values[parameter] = _EXAMPLES.get(str(getattr(declared.annotation, "__name__", declared.annotation)), 0.5)
     return values
 
 
 def templates(rule: Rule, present: frozenset[torch.dtype]) -> Iterator[Pattern]:
-    """One template for each assignment of the dtypes that occur in a graph, under autocast as it is now."""
+    """Iterate over the templates for every choice of dtypes that occur in a graph, under autocast as it is now."""
     for dtypes in itertools.product(sorted(present, key=str), repeat=len(rule.dtype_from)):
-        if (found := template(rule, dtypes, autocast.state())) is not None:
-            yield found
+        if (pattern := template(rule, dtypes, autocast.state())) is not None:
+            yield pattern
 
 
 def capture(function: Callable, *values: Any) -> GraphModule:
-    """A straight-line function at these values, as Dynamo would give it: every node knows what it computes."""
+    """Trace a straight-line function with these values, as Dynamo would: every node has its example value."""
     graph = Graph()
-    # Not torch.fx.Tracer, which for as long as it traces catches what other threads ask of modules, too.
+    # Not torch.fx.Tracer: while it traces, it patches module calls and attributes in all threads.
     tracer = GraphAppendingTracer(graph)
     names = itertools.islice(inspect.signature(function).parameters, len(values))
     returned = function(*(Proxy(graph.placeholder(name), tracer) for name in names))
@@ -142,13 +142,16 @@ def capture(function: Callable, *values: Any) -> GraphModule:
 
 class _Propagate(Interpreter):
     def run_node(self, n: Node) -> Any:
+        """Run one node and record its example value."""
         result = super().run_node(n)
         fake_tensors.set_value(n, result)
         return result
 
 
 def fold(graph: Graph, nodes: Sequence[Node]) -> None:
-    """Write dtypes, sizes and other values that are not tensors into the calls that use them, as Dynamo does."""
+    """Replace dtypes, sizes and other values that are not tensors by constants in the calls that use them, as Dynamo
+    does.
+    """
     for node in nodes:
         if node.op not in ("placeholder", "output") and not fake_tensors.tensors_in(value_of(node)):
             replace_by_value(node, value_of(node))

@@ -1,4 +1,4 @@
-"""A rule: the PyTorch function that is recognised, and what is put in its place."""
+"""A rule: the PyTorch function to recognise, and its replacement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 class Rule:
     """Where ``reference`` occurs in a graph, ``replacement`` is called instead.  Either may return several tensors.
 
-    reference: a straight-line PyTorch function.  It is the pattern, the specification and the tests' oracle at once.
+    reference: a straight-line PyTorch function.  It is at once the pattern, the specification and the tests' oracle.
         Parameters annotated ``Tensor`` match any tensor, those annotated ``float``, ``int``, ``bool`` or
         ``str`` a literal.
     replacement: a function of the same parameters, made of ``torch.ops.fastft`` calls; None declines what matches.
@@ -23,8 +23,8 @@ class Rule:
         product.
     same_dtype_as: tensor parameters, and that of dtype_from whose dtype they have.
     booleans: the tensor parameters that are bool.
-    report_misses: whether a call of the anchor that is not part of a match is worth telling.
-    decline_if: called with the bound values, says why the rule does not apply, or None.
+    report_misses: whether a call of the anchor that is not part of a match is worth reporting.
+    decline_if: called with the bound values, returns why the rule does not apply, or None.
     decline_reason: for a rule without replacement, the reason it gives.
     """
 
@@ -46,7 +46,7 @@ class Rule:
 
 
 def table(rules: Iterable[Rule]) -> str:
-    """The rules as a Markdown table, for README.md; those of one reference are one line."""
+    """Format the rules as a Markdown table, for README.md; those of one reference share a row."""
     lines = {"| rule | what it recognises | becomes |": None, "|---|---|---|": None}
     for rule in rules:
         function = getattr(rule.replacement, "func", rule.replacement)  # a partial's own function
@@ -56,20 +56,23 @@ def table(rules: Iterable[Rule]) -> str:
 
 
 def dims(spec: str) -> tuple[bool, list[str]]:
-    """``"... S D"`` as (leading dimensions allowed, names of the others)."""
+    """Parse ``"... S D"`` into (leading dimensions allowed, names of the others)."""
     names = spec.split()
     leading = bool(names) and names[0] in ("...", "*")
     return leading, names[1:] if leading else names
 
 
 def rank_fits(spec: str, rank: int) -> bool:
-    """Whether a tensor of so many dimensions can have these."""
+    """Tell whether a tensor of ``rank`` dimensions can have the shape ``spec``."""
     leading, names = dims(spec)
     return rank >= len(names) if leading else rank == len(names)
 
 
 def shape_reason(shapes: Mapping[str, str], sizes: Mapping[str, Any], equal: Callable[[Any, Any], bool]) -> str | None:
-    """Why these sizes do not fit the rule's shapes; a dimension of one name has one size everywhere."""
+    """Return why these sizes do not fit the rule's shapes, or None.
+
+    A dimension of one name has the same size everywhere.
+    """
     known: dict[str, tuple[str, Any]] = {}
     for parameter, spec in shapes.items():
         _, names = dims(spec)

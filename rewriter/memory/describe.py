@@ -1,4 +1,4 @@
-"""Describe a plan for the report: the simulated step, and what each kind of layer does with each tensor."""
+"""Describe a plan for the report: the simulated step, and what happens to each tensor of each kind of layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def describe(
 ) -> None:
     """Fill in a report with this plan.
 
-    budget: as the user gave it.  limit_bytes: what it came to.  device: whose rates the microseconds follow from.
+    budget: as the user wrote it.  limit_bytes: the same in bytes.  device: whose rates the microseconds follow from.
     """
     report.budget, report.limit_bytes = str(budget or "whatever is free"), limit_bytes
     rate = device_rates.rates(device)
@@ -35,7 +35,7 @@ def describe(
 
 
 def _alike(sequence: StageSequence, plan: Plan) -> list[tuple[str, Stage, Choice]]:
-    """Stages of one structure and choice together, with what to call them."""
+    """Group stages of the same structure and choice, each group with its name."""
     groups: dict[tuple[int, Choice], list[Stage]] = {}
     for stage, choice in zip(sequence.stages, plan.choices, strict=True):
         if stage.kind.joint is not None:
@@ -49,7 +49,7 @@ def _names(stages: Sequence[Stage]) -> str:
 
 
 def _within(stage: Stage, module: str) -> str:
-    """A module's path inside its layer: mlp.down_proj."""
+    """Return a module's path inside its layer, such as mlp.down_proj."""
     stack = stage.name.rpartition(".")[0]
     return module.removeprefix(f"{stack}.").partition(".")[2] if stack and module.startswith(stack) else module
 
@@ -57,26 +57,26 @@ def _within(stage: Stage, module: str) -> str:
 def _items(layers: str, stage: Stage, choice: Choice, rate: Rates) -> list[Item]:
     joint = stage.kind.joint
     assert joint is not None
-    saved, again = joint.closure(choice.ops)
+    saved, recomputed = joint.closure(choice.ops)
     there_and_back = 1e6 / rate.to_host + 1e6 / rate.from_host
-    found = []
-    for at, op in enumerate(joint.ops):
+    items = []
+    for index, op in enumerate(joint.ops):
         scratch = evaluate(op.scratch, joint.hints)
         if op.forward and "lora_linear" in op.label and scratch >= LEAST_SHOWN:
             taken = 1.25 * scratch / rate.bytes * 1e6  # 16 bits written of 4 read
-            found.append(Item(layers, "de-quantised", f"weights of {_within(stage, op.module)}", "", scratch, taken))
+            items.append(Item(layers, "de-quantised", f"weights of {_within(stage, op.module)}", "", scratch, taken))
         for made in op.makes if op.forward else ():
             storage = joint.storages[made]
             size = evaluate(storage.bytes, joint.hints)
-            fate = "recomputed" if at in again else "offloaded" if storage.name in choice.offloaded else "kept"
-            if size >= LEAST_SHOWN and (at in again or made in saved) and op.materialized:
+            fate = "recomputed" if index in recomputed else "offloaded" if storage.name in choice.offloaded else "kept"
+            if size >= LEAST_SHOWN and (index in recomputed or made in saved) and op.materialized:
                 name = f"{_within(stage, op.module)} {op.label.removeprefix('fastft.')}".strip()
                 taken = size * there_and_back if fate == "offloaded" else op.seconds * 1e6
-                found.append(Item(layers, fate, name, f"{storage.dtype} {storage.shape}", size, taken))
-    for one in saved:
-        storage = joint.storages[one]
+                items.append(Item(layers, fate, name, f"{storage.dtype} {storage.shape}", size, taken))
+    for number in saved:
+        storage = joint.storages[number]
         if storage.input is not None and storage.name in choice.offloaded:
             size = evaluate(storage.bytes, joint.hints)
             shape, taken = f"{storage.dtype} {storage.shape}", size * there_and_back
-            found.append(Item(layers, "offloaded", "hidden_states, its input", shape, size, taken))
-    return found
+            items.append(Item(layers, "offloaded", "hidden_states, its input", shape, size, taken))
+    return items

@@ -1,4 +1,4 @@
-"""What a device does in a second, measured once for each kind of card and kept beside torch's caches."""
+"""The throughput of a device, measured once for each kind of card and cached beside torch's caches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from fastft.compat import aot
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: FLOPs of a 16-bit matrix product, bytes read or written, bytes to and from pinned
-    host memory while it computes."""
+    """The throughput of a device per second.
+
+    flops: of a 16-bit matrix product.  bytes: read or written.  to_host, from_host: bytes copied to and from pinned
+    host memory while it computes.
+    """
 
     flops: float
     bytes: float
@@ -25,13 +28,13 @@ class Rates:
     from_host: float
 
 
-# For devices that are not measured, CPUs among them: ratios like those of an H100, so that plans look alike.
+# For devices that are not measured, CPUs among them: ratios like those of an H100, so that plans are similar.
 TYPICAL = Rates(flops=6.5e14, bytes=2.9e12, to_host=4.5e10, from_host=4.5e10)
 _STEPS = 8  # for each doubling: a measured rate is rounded to one of them, which hides most of its noise
 
 
 def rates(device: torch.device) -> Rates:
-    """Of this device; measured in a tenth of a second if this kind of card never was."""
+    """Return a device's rates; a kind of card without stored rates is measured in a tenth of a second."""
     return _rates(device.index or 0) if device.type == "cuda" else TYPICAL
 
 
@@ -42,13 +45,13 @@ def _rates(index: int) -> Rates:
     try:
         return Rates(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        found = _measure(index)
+        measured = _measure(index)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(found)))
+        path.write_text(json.dumps(asdict(measured)))
     except OSError:
-        pass  # a folder that cannot be written: measured again in every process
-    return found
+        pass  # the folder is read-only: every process measures for itself
+    return measured
 
 
 def _measure(index: int) -> Rates:
@@ -67,7 +70,7 @@ def _measure(index: int) -> Rates:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The fastest of a few repetitions."""
+    """Return the time in seconds of the fastest of 6 repetitions."""
     work()
     times = []
     for _ in range(6):
@@ -81,5 +84,6 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _rounded(rate: float) -> float:
+    """Round a rate to the nearest of _STEPS steps per doubling."""
     exponent = round(_STEPS * torch.tensor(rate, dtype=torch.float64).log2().item())
     return 2.0 ** (exponent / _STEPS)

@@ -1,8 +1,8 @@
-"""A layer's forward and backward as storages and ops: what backward may find kept, and what it costs to make it again.
+"""A layer's forward and backward as storages and ops: what may be saved for backward, and what recomputing it costs.
 
 Read from the joint graph that AOTAutograd traces.  Views share the storage of what they are views of; every other node
-is an op.  What is decided is which forward ops are *kept*: their results that backward or a repeated op reads stay in
-memory.  All others are run again where their results are needed, from what is kept.
+is an op.  A choice is a set of forward ops that are *kept*: their results stay in memory if backward or a recomputed op
+reads them.  All other ops are recomputed where their results are needed, from what is kept.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastft.rewriter.fx.metadata import module_path
 from fastft.rewriter.memory import cost_model, op_traits
 from fastft.rewriter.memory.device_rates import Rates
 
-EXACT = 10  # ops whose every combination is tried
+EXACT = 10  # up to so many ops, every combination is tried
 
 
 @dataclass(frozen=True)
 class Storage:
     """Memory of a tensor and its views.
 
-    bytes: a number, or an expression of the graph's symbols.  input: its place among the inputs, if it is one.
+    bytes: an int, or an expression of the graph's symbols.  input: its index among the inputs, if it is one.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Storage:
 class Op:
     """A node that computes.
 
-    reads, makes: storages.  seconds: at the example's sizes.  scratch: bytes beside the results.  materialized: its
-    results lie in memory; those of others are fused into what reads them.  recomputable: may be run again.
+    reads, makes: storages.  seconds: at the example's sizes.  scratch: bytes besides the results.  materialized: its
+    results are in memory; those of others are fused into their users.  recomputable: may be run a second time.
     """
 
     node: str
@@ -61,10 +61,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a layer at some sizes, beyond what lives before it runs.
+    """Bytes of a layer at given sizes, beyond what is allocated before it runs.
 
-    saved: what it keeps for backward of its own making.  forward, backward: the most while it runs; what it keeps and
-    its results are in forward, its results and the gradients that come in in backward, what it kept is not.
+    saved: results of its own that it keeps for backward.  forward, backward: the peak while it runs; forward includes
+    what it keeps and its results, backward its results and the incoming gradients, but not what it kept.
     """
 
     saved: int
@@ -74,10 +74,10 @@ class Memory:
 
 @dataclass
 class Joint:
-    """storages and ops in the order of the graph; the storages that forward and backward return.
+    """The storages and ops of a joint graph, in its order, and the storages that forward and backward return.
 
     hints: the symbols of its sizes, with their values in the example.
-    nodes: what storages are called in the graph.
+    nodes: the names of storages in the graph.
     """
 
     storages: list[Storage] = field(default_factory=list)
@@ -89,54 +89,57 @@ class Joint:
 
     @cached_property
     def maker(self) -> dict[int, int]:
-        return {storage: at for at, op in enumerate(self.ops) for storage in op.makes}
+        """The op that makes each storage, both by number."""
+        return {storage: number for number, op in enumerate(self.ops) for storage in op.makes}
 
     @cached_property
     def needed(self) -> list[int]:
-        """What backward reads of forward and of the inputs."""
-        made = {one for op in self.ops if not op.forward for one in op.makes}
-        reads = dict.fromkeys(one for op in self.ops if not op.forward for one in op.reads)
+        """The storages of forward and of the inputs that backward reads."""
+        made = {storage for op in self.ops if not op.forward for storage in op.makes}
+        reads = dict.fromkeys(storage for op in self.ops if not op.forward for storage in op.reads)
         reads |= dict.fromkeys(self.backward_outputs)
-        return [one for one in reads if one not in made and not self.storages[one].tangent]
+        return [storage for storage in reads if storage not in made and not self.storages[storage].tangent]
 
     def closure(self, kept: Iterable[int]) -> tuple[list[int], list[int]]:
-        """The storages that stay in memory, inputs among them, and the ops that run again."""
-        kept, saved, again = set(kept), [], []
+        """Return the storages that stay in memory, inputs included, and the ops that are recomputed."""
+        kept, saved, recomputed = set(kept), [], []
         waiting, seen = list(self.needed), set(self.needed)
         while waiting:
-            one = waiting.pop()
-            made_by = self.maker.get(one)
+            storage = waiting.pop()
+            made_by = self.maker.get(storage)
             if made_by is None or made_by in kept or not self.ops[made_by].recomputable:
-                saved.append(one)
-            elif made_by not in again:
-                again.append(made_by)
+                saved.append(storage)
+            elif made_by not in recomputed:
+                recomputed.append(made_by)
                 new = [read for read in self.ops[made_by].reads if read not in seen]
                 waiting += new
                 seen.update(new)
-        return saved, again
+        return saved, recomputed
 
     def saved_inputs(self, kept: Iterable[int]) -> list[int]:
-        """Places of the inputs that backward reads."""
-        places = [self.storages[one].input for one in self.closure(kept)[0]]
+        """List the indices of the inputs that are saved for backward."""
+        places = [self.storages[storage].input for storage in self.closure(kept)[0]]
         return [place for place in places if place is not None]
 
     def memory(self, kept: Iterable[int], sizes: Sizes | None = None) -> Memory:
-        """Replay forward and backward and count what lives.
+        """Replay forward and backward and count the live bytes.
 
-        What was kept is freed as soon as backward no longer reads it, as are gradients that came in.
+        What was kept is freed as soon as backward no longer reads it, and so are the incoming gradients.
         """
         saved, _ = self.closure(kept)
         sizes = self.hints | (sizes or {})
-        sizes_of = [evaluate(one.bytes, sizes) for one in self.storages]
-        made = [one for one in saved if one in self.maker]
+        sizes_of = [evaluate(storage.bytes, sizes) for storage in self.storages]
+        made = [storage for storage in saved if storage in self.maker]
         forward = self._peak([op for op in self.ops if op.forward], [*made, *self.forward_outputs], [], sizes_of, sizes)
         order = list(self._backward_order(set(saved)))
-        tangents = [at for at, one in enumerate(self.storages) if one.tangent]
+        tangents = [number for number, storage in enumerate(self.storages) if storage.tangent]
         backward = self._peak(order, self.backward_outputs, [*made, *tangents], sizes_of, sizes)
-        return Memory(sum(sizes_of[one] for one in made), forward, backward - sum(sizes_of[one] for one in made))
+        return Memory(
+            sum(sizes_of[storage] for storage in made), forward, backward - sum(sizes_of[storage] for storage in made)
+        )
 
     def _backward_order(self, saved: set[int]) -> Iterator[Op]:
-        """Backward's ops, each behind those that have to run again for it."""
+        """Iterate over backward's ops, each after the ops that are recomputed for it."""
         done: set[int] = set()
 
         def needs(op: Op) -> Iterator[Op]:
@@ -155,27 +158,31 @@ class Joint:
     def _peak(
         self, order: Sequence[Op], stays: Sequence[int], before: Sequence[int], sizes_of: Sequence[int], sizes: Any
     ) -> int:
-        """The most bytes that live while these ops run; before: those that live at the start."""
-        last = {one: at for at, op in enumerate(order) for one in (*op.reads, *op.makes)}
+        """Return the peak of live bytes while these ops run; before: the storages that are live at the start."""
+        last = {storage: step for step, op in enumerate(order) for storage in (*op.reads, *op.makes)}
         last |= dict.fromkeys(stays, len(order))
-        live = sum(sizes_of[one] for one in before)
+        live = sum(sizes_of[storage] for storage in before)
         peak = live
         counted = set(before)
-        for at, op in enumerate(order):
-            made = [one for one in op.makes if one not in counted and (op.materialized or last[one] == len(order))]
-            live += sum(sizes_of[one] for one in made)
+        for step, op in enumerate(order):
+            made = [
+                storage
+                for storage in op.makes
+                if storage not in counted and (op.materialized or last[storage] == len(order))
+            ]
+            live += sum(sizes_of[storage] for storage in made)
             counted.update(made)
             peak = max(peak, live + evaluate(op.scratch, sizes))
-            dead = [one for one in {*op.reads, *op.makes} if one in counted and last[one] == at]
-            live -= sum(sizes_of[one] for one in dead)
+            dead = [storage for storage in {*op.reads, *op.makes} if storage in counted and last[storage] == step]
+            live -= sum(sizes_of[storage] for storage in dead)
             counted.difference_update(dead)
         return peak
 
 
 def read(graph: Graph, forward_outputs: int, rate: Rates) -> Joint:
-    """The joint graph of a layer, whose first outputs are those of forward.
+    """Read a layer's joint graph, whose first ``forward_outputs`` outputs are those of forward.
 
-    Names are those of its nodes, which are the same whenever it is traced.
+    Storages are named after nodes, whose names are the same whenever the layer is traced.
     """
     joint, storage_of, places = Joint(), dict[Node, list[int]](), 0
     gradient: set[Node] = set()
@@ -197,7 +204,9 @@ def read(graph: Graph, forward_outputs: int, rate: Rates) -> Joint:
                 joint.nodes[storage_of[node][0]] = node.name
             places += not tangent
         elif node.op == "call_function":
-            reads = dict.fromkeys(one for given in node.all_input_nodes for one in storage_of.get(given, ()))
+            reads = dict.fromkeys(
+                storage for argument in node.all_input_nodes for storage in storage_of.get(argument, ())
+            )
             if node.target is operator.getitem:
                 parent, place = node.args
                 whole = storage_of.get(parent, [])
@@ -208,15 +217,16 @@ def read(graph: Graph, forward_outputs: int, rate: Rates) -> Joint:
             else:
                 values = fake_tensors.tensors_in(value)
                 made = [
-                    new(f"{node.name}.{at}" if len(values) > 1 else node.name, one) for at, one in enumerate(values)
+                    new(f"{node.name}.{index}" if len(values) > 1 else node.name, tensor)
+                    for index, tensor in enumerate(values)
                 ]
                 storage_of[node] = made
                 joint.nodes |= dict.fromkeys(made, node.name)
                 joint.ops.append(_op(node, tuple(reads), tuple(made), node not in gradient, rate))
     results: Any = graph.output_node().args[0]
     outputs = [storage_of.get(node, []) if isinstance(node, Node) else [] for node in results]
-    joint.forward_outputs = [one for some in outputs[:forward_outputs] for one in some]
-    joint.backward_outputs = [one for some in outputs[forward_outputs:] for one in some]
+    joint.forward_outputs = [storage for storages in outputs[:forward_outputs] for storage in storages]
+    joint.backward_outputs = [storage for storages in outputs[forward_outputs:] for storage in storages]
     return joint
 
 

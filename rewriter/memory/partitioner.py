@@ -1,4 +1,4 @@
-"""What forward keeps for backward, where torch's partitioner is to be told."""
+"""Tell torch's partitioner which forward results to save for backward."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _CHEAP = ("fastft.glu.default", "fastft.glu_packed.default")  # one pass over in
 
 
 class Partitioner(aot.CustomPartitionerFn):
-    """Torch's partitioner, told what it should keep.
+    """Torch's partitioner with instructions about what to save.
 
-    Torch takes an op that it does not know for one that is dear: it would keep the product of a gated activation, the
-    largest tensor of a layer, beside gate and up, which are enough to make it again.
+    Torch assumes that an op it does not know is expensive: it would save the product of a gated activation, the largest
+    tensor of a layer, besides gate and up, from which it can be recomputed.
 
-    kept: names of the forward ops whose results stay as far as they are read again, all others run again (joint.py);
-    None leaves it to torch, but for gated activations.
+    kept: names of the forward ops whose results are saved where backward or a recomputed op reads them; all others are
+    recomputed (joint_graph.py).  None leaves the choice to torch, except for gated activations.
     """
 
     def __init__(self, kept: Sequence[str] | None = None) -> None:
@@ -36,12 +36,12 @@ class Partitioner(aot.CustomPartitionerFn):
         return aot.min_cut_rematerialization_partition(gm, joint_inputs, **settings)
 
     def uuid(self) -> str:
-        """For torch's caches: what is kept follows from the tags, and these from more than this file."""
+        """Return a key for torch's caches: what is saved follows from fastft's sources and ``kept``."""
         return f"{sources()}-{self.kept}"
 
 
 class JointGraphCapture(aot.CustomPartitionerFn):
-    """Takes the joint graph, with the settings it was to be divided by, and ends the compilation there."""
+    """Captures the joint graph and the settings for partitioning it, and stops the compilation there."""
 
     def __init__(self) -> None:
         self.joint: GraphModule | None = None
@@ -53,15 +53,15 @@ class JointGraphCapture(aot.CustomPartitionerFn):
         raise ProbedError
 
     def uuid(self) -> None:
-        """None: what is never completed is not to be looked for in torch's caches."""
+        """Return None, so that torch's caches are not searched: this compilation is never completed."""
 
     @property
     def forward_outputs(self) -> int:
-        """How many of the joint graph's outputs are those of forward."""
+        """The number of the joint graph's outputs that are those of forward."""
         return self.settings["num_fwd_outputs"]
 
     def saved(self, kept: Sequence[str]) -> list[str]:
-        """The names of the tensors that autograd will save, in their order."""
+        """List the names of the tensors that autograd will save, in its order."""
         assert self.joint is not None
         copy = GraphModule(self.joint, dynamo.copy_graph(self.joint.graph))
         forward, _ = Partitioner(kept)(copy, [], **self.settings)
@@ -69,13 +69,13 @@ class JointGraphCapture(aot.CustomPartitionerFn):
 
 
 class ProbedError(Exception):
-    """The joint graph was all that was wanted."""
+    """Raised to end a compilation of which only the joint graph was wanted."""
 
 
 def tag_forward(joint: Graph, kept: Sequence[str] | None) -> None:
-    """Tag untagged nodes that depend on no gradient: to be kept or to be run again, or only the cheap ones for None.
+    """Tag untagged forward nodes as saved or recomputed; for ``kept`` None only the cheap ones, as recomputed.
 
-    Nobody is told to repeat what is random: Inductor keeps its seeds, others keep their numbers.
+    Random nodes are not tagged for recomputation: Inductor saves its seeds, others save their results.
     """
     groups = [node.meta["ac_graph_id"] for node in joint.nodes if "ac_graph_id" in node.meta]
     group = max(groups, default=0)
@@ -93,6 +93,6 @@ def tag_forward(joint: Graph, kept: Sequence[str] | None) -> None:
 def _policy(node: Node, kept: Sequence[str] | None) -> CheckpointPolicy | None:
     if kept is None:
         return CheckpointPolicy.PREFER_RECOMPUTE if str(node.target) in _CHEAP else None
-    if is_result_of_many(node):  # follows the op
+    if is_result_of_many(node):  # it follows its op
         return None
     return CheckpointPolicy.MUST_SAVE if node.name in kept else CheckpointPolicy.PREFER_RECOMPUTE

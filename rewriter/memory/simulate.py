@@ -1,4 +1,4 @@
-"""Simulate a training step: how many bytes are allocated at which moment if layers do what a plan says."""
+"""Simulate a training step: how many bytes are allocated at each moment if the layers follow a plan."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.report.plan import ACTIVATIONS, ERROR
 
 POOL = "CUDA graphs"
-# Of a graph's pool beyond the most that lives in it, for what lies between: measured on an H100 (docs/performance.md).
+# Of a CUDA graph's pool beyond its peak of live bytes, for fragmentation: measured on an H100 (docs/performance.md).
 POOL_SHARE, POOL_SHARE_OF_WORK = 0.05, 0.5
-Name = Hashable  # of a value between stages
+Name = Hashable  # of a value that goes between stages
 OUTSIDE_CUDA_GRAPHS = "what is beside the CUDA graphs"
 
 
 @dataclass(eq=False)
 class Kind:
-    """What is known of pieces of one structure.  joint: None for what has no backward."""
+    """What is known of pieces of one structure.  joint: None for a piece without backward."""
 
     label: str
     joint: Joint | None
@@ -28,6 +28,7 @@ class Kind:
     memories: dict[Any, Memory] = field(default_factory=dict)
 
     def memory(self, choice: Choice, sizes: Sizes) -> Memory:
+        """Return the memory of a choice at these sizes, from the cache if it was computed before."""
         if self.joint is None:
             return Memory(0, 0, 0)
         key = choice.ops, tuple(sizes.values())
@@ -38,7 +39,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor that goes from stage to stage: expression of its bytes, and the stage that makes it."""
+    """A tensor that goes from stage to stage: the expression of its bytes, and the stage that makes it."""
 
     bytes: Any
     made: int
@@ -48,7 +49,7 @@ class Value:
 class Stage:
     """A piece at its place in a graph.
 
-    inputs: by their place among the inputs of its kind, the values that other stages made.  gradient_bytes: of the
+    inputs: values that other stages made, by their index among the inputs of its kind.  gradient_bytes: of the
     parameters whose gradients its backward is the first to make.
     """
 
@@ -62,8 +63,8 @@ class Stage:
 class StageSequence:
     """The stages of a graph, and the values that go between them.
 
-    last: the last stage that reads a value in forward, one more than there are if the graph returns it.
-    graphed: the stages that may run as CUDA graphs, whose memory is theirs for good.
+    last: the last stage that reads a value in forward; the number of stages if the graph returns it.
+    graphed: the stages that may run as CUDA graphs, whose memory pool is never shared.
     """
 
     stages: list[Stage]
@@ -75,10 +76,10 @@ class StageSequence:
 
 @dataclass(frozen=True)
 class Facts:
-    """Bytes on the device beside activations.
+    """Bytes on the device besides activations.
 
     before: allocated before the step.  optimizer: what the first step of the optimizer will allocate.  workspace: of
-    libraries.  host: what may be offloaded in all.  error: what a measurement found beyond the simulation, or less.
+    libraries.  host: what may be offloaded in all.  error: by how much a measurement exceeded the simulation.
     """
 
     before: int
@@ -90,7 +91,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Moment:
-    """A time of the step, and the most bytes that are allocated then; parts: what holds them."""
+    """A moment of the step, and the peak of allocated bytes in it; parts: what they are for."""
 
     label: str
     bytes: int
@@ -99,7 +100,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice for every stage, and the step as it was simulated.  graphed: with CUDA graphs."""
+    """A choice for every stage, and the step that was simulated with them.  graphed: with CUDA graphs."""
 
     choices: tuple[Choice, ...]
     moments: tuple[Moment, ...]
@@ -108,41 +109,45 @@ class Plan:
 
     @property
     def peak(self) -> Moment:
+        """The moment with the most bytes."""
         return max(self.moments, key=lambda moment: moment.bytes)
 
     @property
     def peak_bytes(self) -> int:
+        """The bytes of that moment."""
         return self.peak.bytes
 
     @property
     def host_bytes(self) -> int:
-        """What is offloaded."""
+        """The bytes that are offloaded."""
         return sum(choice.offloaded_bytes for choice in self.choices)
 
 
 def simulate(
     sequence: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes, graphed: range | None = None
 ) -> Plan:
-    """The step of these choices.  graphed: the stages that run as CUDA graphs."""
+    """Simulate the step with these choices.  graphed: the stages that run as CUDA graphs."""
     simulation = _Simulation(sequence, chosen, facts, sizes)
     moments = list(simulation.run())
     if graphed is not None:
         moments.append(simulation.beside(graphed, moments))
-    return Plan(tuple(chosen), tuple(moments), sum(one.seconds for one in chosen), graphed is not None)
+    return Plan(tuple(chosen), tuple(moments), sum(choice.seconds for choice in chosen), graphed is not None)
 
 
 class _Simulation:
-    """Bytes by what they are for, stage by stage."""
+    """Bytes by their purpose, stage by stage."""
 
     def __init__(self, sequence: StageSequence, chosen: Sequence[Choice], facts: Facts, sizes: Sizes) -> None:
         self.sequence, self.chosen, self.facts, self.sizes = sequence, chosen, facts, sizes
-        self.memories = [stage.kind.memory(one, sizes) for stage, one in zip(sequence.stages, chosen, strict=True)]
+        self.memories = [
+            stage.kind.memory(choice, sizes) for stage, choice in zip(sequence.stages, chosen, strict=True)
+        ]
         self.size = {name: evaluate(value.bytes, sizes) for name, value in sequence.values.items()}
         self.offloaded = [self._offloaded(number) for number in range(len(chosen))]
         self.readers = self._readers()
 
     def _offloaded(self, number: int) -> tuple[int, set[Name]]:
-        """The bytes of a stage's own making that go to the host, and the values that do."""
+        """Return the bytes of a stage's own results that go to the host, and the values between stages that do."""
         stage, choice = self.sequence.stages[number], self.chosen[number]
         joint = stage.kind.joint
         own, values = 0, set[Name]()
@@ -155,17 +160,18 @@ class _Simulation:
         return own, values
 
     def _readers(self) -> dict[Name, int]:
-        """Values that some backward reads on the device, and the first stage of those that do."""
-        found: dict[Name, int] = {}
+        """Map the values that some backward reads on the device to the first stage whose backward does."""
+        readers: dict[Name, int] = {}
         for number, (stage, choice) in enumerate(zip(self.sequence.stages, self.chosen, strict=True)):
             if stage.kind.joint is not None:
                 for place in stage.kind.joint.saved_inputs(choice.ops):
                     value = stage.inputs.get(place)
                     if value is not None and value not in self.offloaded[number][1]:
-                        found.setdefault(value, number)
-        return found
+                        readers.setdefault(value, number)
+        return readers
 
     def run(self) -> Iterator[Moment]:
+        """Iterate over the moments of the step: forward of each stage, backward in reverse, the optimizer's step."""
         stages, kept = self.sequence.stages, 0
         for number, stage in enumerate(stages):
             pending = self._moved(number - 1) if number else 0
@@ -184,32 +190,32 @@ class _Simulation:
         yield self._moment("the optimizer's step", 0, 0, 0, gradients)
 
     def beside(self, graphed: range, moments: Sequence[Moment]) -> Moment:
-        """The other stages at work, while the memory of CUDA graphs lies there: it is nobody else's.
+        """Simulate the other stages at work while the CUDA graphs' memory pool stays allocated, for them alone.
 
-        What goes in and out, and its gradients, is in buffers, and copied.
+        What goes in and out of the graphs, and its gradients, is copied to and from buffers.
         """
         count = len(self.sequence.stages)
-        inside = [*(moments[at] for at in graphed), *(moments[2 * count - 1 - at] for at in graphed)]
+        inside = [*(moments[number] for number in graphed), *(moments[2 * count - 1 - number] for number in graphed)]
         most = max(sum(moment.parts[name] for name in ACTIVATIONS) for moment in inside)
         work = max(moment.parts["at work"] for moment in inside)
-        others = [memory for at, memory in enumerate(self.memories) if at not in graphed]
+        others = [memory for number, memory in enumerate(self.memories) if number not in graphed]
         crossing = [
             self.size[name] for name, value in self.sequence.values.items()
             if (value.made in graphed) != (self.sequence.last[name] in graphed)
         ]  # fmt: skip
-        other_work = max((max(one.forward, one.backward + one.saved) for one in others), default=0)
+        other_work = max((max(memory.forward, memory.backward + memory.saved) for memory in others), default=0)
         gradients = sum(stage.gradient_bytes for stage in self.sequence.stages)
         pool = int((1 + POOL_SHARE) * most + POOL_SHARE_OF_WORK * work) + gradients
-        found = self._moment(OUTSIDE_CUDA_GRAPHS, 0, 3 * sum(crossing), other_work, gradients)
-        return Moment(found.label, found.bytes + pool, {**found.parts, POOL: pool})
+        outside = self._moment(OUTSIDE_CUDA_GRAPHS, 0, 3 * sum(crossing), other_work, gradients)
+        return Moment(outside.label, outside.bytes + pool, {**outside.parts, POOL: pool})
 
     def _moved(self, number: int) -> int:
-        """What a stage has on its way to the host, or back."""
+        """Return the bytes of a stage that are being copied to the host, or back."""
         own, values = self.offloaded[number]
         return own + sum(self.size[value] for value in values)
 
     def _between(self, number: int, *, forward: bool) -> int:
-        """Values that live beside a stage: made before it, and read by it, later, or by a backward to come."""
+        """Count the bytes of values made before a stage that it, a later one or a coming backward reads."""
         held = 0
         for name, value in self.sequence.values.items():
             saved = name in self.readers and (forward or self.readers[name] <= number)

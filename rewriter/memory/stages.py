@@ -1,4 +1,4 @@
-"""A graph's pieces as the planner's stages: which values go between them, and what each kind may keep."""
+"""Make the planner's stages from a graph's pieces: the values between them, and the choices of each kind."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastft.rewriter.outline.partition import Piece
 def read(
     gm: GraphModule, pieces: Sequence[Piece], probes: Mapping[Any, JointGraphCapture | None], rate: device_rates.Rates
 ) -> StageSequence:
-    """The stages of a graph.  probes: the joint graph of each kind of piece, by key; None where none is."""
+    """Return the stages of a graph.  probes: the joint graph of each kind of piece, by key; None without backward."""
     kinds: dict[Any, Kind] = {}
     number_of = {node: number for number, piece in enumerate(pieces) for node in piece.outputs}
     last_layer = max((number for number, piece in enumerate(pieces) if piece.layer), default=-1)
     sequence = StageSequence([], {}, {})
     for number, piece in enumerate(pieces):
-        offload = piece.layer and number != last_layer  # whose activations are wanted again at once
+        offload = piece.layer and number != last_layer  # the last layer's activations are needed at once
         key = piece.key, offload
         if key not in kinds:
             kinds[key] = _kind(piece, probes[piece.key], rate, offload)
-            found = kinds[key].joint
-            sequence.hints |= found.hints if found is not None else {}
+            joint = kinds[key].joint
+            sequence.hints |= joint.hints if joint is not None else {}
         inputs: dict[int, Name] = {place: id(node) for place, node in enumerate(piece.inputs) if node in number_of}
         sequence.stages.append(Stage(kinds[key], _name(piece, number, len(pieces)), inputs))
         for node in piece.outputs:
@@ -47,11 +47,11 @@ def read(
 def _kind(piece: Piece, probe: JointGraphCapture | None, rate: device_rates.Rates, offload: bool) -> Kind:
     if probe is None or probe.joint is None:
         return Kind(piece.module, None, [pareto.Choice(())])
-    found = joint_graph.read(probe.joint.graph, probe.forward_outputs, rate)
+    joint = joint_graph.read(probe.joint.graph, probe.forward_outputs, rate)
     inside = set(piece.nodes)
     made = {place for place, node in enumerate(piece.inputs) if node.op != "placeholder"}
     private = {place for place in made if inside.issuperset(piece.inputs[place].users)}
-    return Kind(piece.module, found, pareto.choices(found, rate, private, offload=offload))
+    return Kind(piece.module, joint, pareto.choices(joint, rate, private, offload=offload))
 
 
 def _name(piece: Piece, number: int, count: int) -> str:
@@ -75,7 +75,7 @@ def _lifetimes(gm: GraphModule, pieces: Sequence[Piece], sequence: StageSequence
 
 
 def _gradients(pieces: Sequence[Piece], sequence: StageSequence) -> None:
-    """Backward goes from the last stage to the first: the last that reads a parameter makes its gradient."""
+    """Assign each parameter's gradient to the last stage that reads it: backward starts with the last stage."""
     seen: set[Node] = set()
     for piece, stage in reversed(list(zip(pieces, sequence.stages, strict=True))):
         for node in piece.inputs:
@@ -86,13 +86,13 @@ def _gradients(pieces: Sequence[Piece], sequence: StageSequence) -> None:
 
 
 def device_of(gm: GraphModule) -> torch.device:
-    """Where most of a graph's inputs are."""
+    """Return the device of most of a graph's inputs."""
     values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
-    found = Counter(value.device for value in values if isinstance(value, Tensor))
-    return found.most_common(1)[0][0] if found else torch.device("cpu")
+    devices = Counter(value.device for value in values if isinstance(value, Tensor))
+    return devices.most_common(1)[0][0] if devices else torch.device("cpu")
 
 
 def input_bytes(gm: GraphModule) -> int:
-    """What a graph's inputs take."""
+    """Count the bytes of a graph's inputs."""
     values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
     return sum(symbolic.hint(cost_model.tensor_bytes(value)) for value in values if isinstance(value, Tensor))

@@ -1,7 +1,7 @@
-"""Where a model's layers begin and end in its graph: proposals, which regions.py holds against each other.
+"""Propose where a model's layers begin and end in its graph; partition.py chooses among the proposals.
 
 A proposal is a list of stretches of nodes, in graph order.  None has to be right: stretches that turn out to differ are
-compiled apart, so that a wrong cut costs time and never correctness.
+compiled separately, so that a wrong cut costs time and never correctness.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.fx.metadata import module_path
 
 Stretch = range  # of positions in the list of a graph's nodes
-_DEPTH = 3  # lists of modules within lists of modules that are looked into
+_DEPTH = 3  # levels of nested module lists that are considered
 
 
 def proposals(nodes: Sequence[Node]) -> Iterator[list[Stretch]]:
-    """Ways to cut ``nodes`` into layers, the likeliest first; the nodes between stretches belong to no layer."""
+    """Propose ways to cut ``nodes`` into layers, the likeliest first; nodes between stretches belong to no layer."""
     paths = [module_path(node) for node in nodes]
     seen: list[list[Stretch]] = []
     for depth in range(1, _DEPTH + 1):
@@ -36,13 +36,13 @@ def proposals(nodes: Sequence[Node]) -> Iterator[list[Stretch]]:
 
 
 def by_module(paths: Sequence[str], depth: int) -> list[Stretch]:
-    """One stretch for each numbered module: ``layers.7`` is one at depth 1, ``stages.0.layers.7`` at depth 2.
+    """Return one stretch for each numbered module: ``layers.7`` at depth 1, ``stages.0.layers.7`` at depth 2.
 
     What a model does between two layers belongs to the first of them.
     """
     numbered = re.compile(rf"(?:(?:^|.*?\.)\d+(?=\.|$)){{{depth}}}")
-    labels = [found.group() if (found := numbered.match(path)) else "" for path in paths]
-    runs = [(label, [at for at, _ in run]) for label, run in groupby(enumerate(labels), key=lambda pair: pair[1])]
+    labels = [prefix.group() if (prefix := numbered.match(path)) else "" for path in paths]
+    runs = [(label, [index for index, _ in run]) for label, run in groupby(enumerate(labels), key=lambda pair: pair[1])]
     layers = [(re.sub(r"\d+$", "", label), run[0], run[-1] + 1) for label, run in runs if label]
     if not layers:
         return []
@@ -51,7 +51,7 @@ def by_module(paths: Sequence[str], depth: int) -> list[Stretch]:
 
 
 def by_period(nodes: Sequence[Node]) -> list[Stretch]:
-    """The longest part of the graph that repeats itself, cut where the fewest values go from one turn to the next."""
+    """Cut the longest repeating part of the graph where the fewest values cross from one repetition to the next."""
     kinds: dict[Any, int] = {}
     tokens = torch.tensor([kinds.setdefault(_token(node), len(kinds)) for node in nodes])
     runs = [(*_run(tokens, period), period) for period in range(1, len(nodes) // 2 + 1)]
@@ -60,12 +60,14 @@ def by_period(nodes: Sequence[Node]) -> list[Stretch]:
     if length < period:
         return []
     end = start + length + period
-    first = min(range(start, start + period), key=lambda at: (_crossing(nodes, start, at + period), at))
-    return [range(at, at + period) for at in range(first, end - period + 1, period)]
+    first = min(
+        range(start, start + period), key=lambda position: (_crossing(nodes, start, position + period), position)
+    )
+    return [range(position, position + period) for position in range(first, end - period + 1, period)]
 
 
 def _run(tokens: Tensor, period: int) -> tuple[int, int]:
-    """Where the longest run of tokens that equal those one period later begins, and its length."""
+    """Return the start and length of the longest run of tokens that equal those one period later."""
     different = (tokens[:-period] != tokens[period:]).nonzero().flatten().tolist()
     edges = [-1, *different, len(tokens) - period]
     length, begin = max((right - left - 1, -(left + 1)) for left, right in pairwise(edges))
@@ -73,13 +75,13 @@ def _run(tokens: Tensor, period: int) -> tuple[int, int]:
 
 
 def _token(node: Node) -> Any:
-    """What a node does, whatever it does it to."""
+    """Describe what a node computes, regardless of which nodes it reads."""
     value = value_of(node)
     metadata = (value.dtype, tuple(map(str, value.shape))) if isinstance(value, Tensor) else type(value)
     return node.op, node.target, metadata, repr(map_arg((node.args, node.kwargs), lambda _: None))
 
 
 def _crossing(nodes: Sequence[Node], start: int, cut: int) -> int:
-    """How many values made from ``start`` on are still needed at ``cut``."""
+    """Count the values made from ``start`` on that are still needed at ``cut``."""
     after = set(nodes[cut:])
     return sum(any(user in after or user.op == "output" for user in node.users) for node in nodes[start:cut])

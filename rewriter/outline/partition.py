@@ -1,7 +1,7 @@
-"""Outline: a graph becomes pieces that run one after another, and pieces of the same structure are compiled once.
+"""Cut a graph into pieces that run one after another, so that pieces of the same structure are compiled once.
 
-A piece gets everything that it reads as an input, parameters too, so that one compiled region serves every layer of its
-kind.  PyTorch's DDPOptimizer splits graphs in the same way (torch/_dynamo/backends/distributed.py).
+Everything that a piece reads is one of its inputs, parameters too, so that one compiled region serves every layer of
+its kind.  PyTorch's DDPOptimizer splits graphs in the same way (torch/_dynamo/backends/distributed.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece:
     """A stretch of the graph that runs as one call.
 
     inputs: nodes of the graph that it reads, sizes included.  outputs: those of its nodes that others read.  layer:
-    whether it is one of a stack.  key: equal for pieces of the same structure.
+    whether it is one of a stack of layers.  key: equal for pieces of the same structure.
     """
 
     nodes: list[Node]
@@ -52,7 +52,7 @@ class Piece:
 
 
 def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
-    """Cut a graph into pieces; [] where it is better, or safer, compiled whole."""
+    """Cut a graph into pieces; return [] where it is faster, or safer, compiled as a whole."""
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     report.whole = "nothing in it repeats"
     for stretches in layer_detection.proposals(nodes):
@@ -70,7 +70,7 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
 
 
 def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> list[Piece]:
-    """The stretches and what lies before, between and after them, as pieces.  Raises Declined."""
+    """Make pieces of the stretches and of what is before, between and after them.  Raises Declined."""
     pieces, done = [], 0
     for stretch in (*stretches, range(len(nodes), len(nodes))):
         if done < stretch.start:
@@ -90,11 +90,16 @@ def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> 
 
 
 def _connect(gm: GraphModule, pieces: Sequence[Piece]) -> None:
-    """Find what each piece reads and what it is read for."""
+    """Set the inputs and outputs of each piece."""
     sizes = symbolic.size_inputs(gm.graph)
     for piece in pieces:
         own = set(piece.nodes)
-        reads = [one for node in piece.nodes for one in node.all_input_nodes if one.op != "get_attr" and one not in own]
+        reads = [
+            argument
+            for node in piece.nodes
+            for argument in node.all_input_nodes
+            if argument.op != "get_attr" and argument not in own
+        ]
         symbols = [sizes[symbol] for node in reads for symbol in symbolic.symbols_of(value_of(node)) if symbol in sizes]
         piece.inputs = list(dict.fromkeys([*(node for node in symbols if node not in own), *reads]))
     needed = {node for piece in pieces for node in piece.inputs} | set(gm.graph.output_node().all_input_nodes)
@@ -103,7 +108,7 @@ def _connect(gm: GraphModule, pieces: Sequence[Piece]) -> None:
 
 
 def _check_modes(piece: Piece) -> None:
-    """What a piece switches, it switches back."""
+    """Check that a piece leaves grad and autocast mode as it found them.  Raises Declined."""
     depth, grad = 0, torch.is_grad_enabled()
     for node in piece.nodes:
         if is_transform(node.target):
@@ -117,7 +122,7 @@ def _check_modes(piece: Piece) -> None:
 
 
 def _check_values(piece: Piece) -> None:
-    """Only plain tensors and sizes go from piece to piece."""
+    """Check that only plain tensors and sizes go from piece to piece.  Raises Declined."""
     for node in piece.inputs:
         value = value_of(node)
         if node.op != "placeholder" and not fake_tensors.is_plain(value):
@@ -125,7 +130,7 @@ def _check_values(piece: Piece) -> None:
 
 
 def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node, Piece]) -> None:
-    """Nothing is written to in place but by the piece that made it, and before any other reads it."""
+    """Check that a storage is only mutated by the piece that made it, before another reads it.  Raises Declined."""
     made: dict[int, Any] = {}  # by storage: the piece in which it first occurs, None for the graph's inputs
     for node in gm.graph.nodes:
         for tensor in fake_tensors.tensors_in(value_of(node)):
@@ -141,7 +146,7 @@ def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node,
 
 
 def _written_values(gm: GraphModule, node: Node, made: Mapping[int, Any], owner: Mapping[Node, Piece]) -> list[Tensor]:
-    """The tensors that this node writes to.  Raises Declined where another piece made one of them."""
+    """List the tensors that this node mutates.  Raises Declined where another piece made one of them."""
     tensors = [tensor for target in mutated_args(gm, node) for tensor in fake_tensors.tensors_in(value_of(target))]
     for tensor in tensors:
         if made.get(fake_tensors.storage_key(tensor)) is not owner.get(node):
@@ -150,7 +155,7 @@ def _written_values(gm: GraphModule, node: Node, made: Mapping[int, Any], owner:
 
 
 def _key(gm: GraphModule, piece: Piece) -> tuple:
-    """Equal for pieces that compute the same, given the same kind of inputs."""
+    """Return a key that is equal for pieces that compute the same, given the same kind of inputs."""
     numbers = {node: number for number, node in enumerate([*piece.inputs, *piece.nodes])}
     inputs = tuple(fake_tensors.kind_of_input(node) for node in piece.inputs)
     outputs = tuple(numbers[node] for node in piece.outputs)
@@ -158,6 +163,8 @@ def _key(gm: GraphModule, piece: Piece) -> tuple:
 
 
 def _structure(gm: GraphModule, nodes: Sequence[Node], numbers: dict[Node, int]) -> tuple:
+    """Describe nodes by what they compute, with ``numbers`` in the place of nodes."""
+
     def spelled(argument: Any) -> Any:
         if isinstance(argument, Node):
             return _attribute(gm, argument) if argument.op == "get_attr" else ("node", numbers[argument])
@@ -175,7 +182,7 @@ def _structure(gm: GraphModule, nodes: Sequence[Node], numbers: dict[Node, int])
 
 
 def _attribute(gm: GraphModule, node: Node) -> tuple:
-    """A nested graph by its structure, anything else by its identity."""
+    """Describe a nested graph by its structure, any other attribute by its identity."""
     attribute = operator.attrgetter(str(node.target))(gm)
     if not isinstance(attribute, GraphModule):
         return "object", id(attribute)
@@ -189,7 +196,7 @@ def _attribute(gm: GraphModule, node: Node) -> tuple:
 
 
 def _described(pieces: Sequence[Piece], sizes: Sequence[int]) -> list[Region]:
-    """The regions, in the order in which they are first called."""
+    """Describe the regions for the report, in the order in which they are first called."""
     calls = Counter(piece.key for piece in pieces)
     first: dict[Any, Region] = {}
     for piece, nodes in zip(pieces, sizes, strict=True):

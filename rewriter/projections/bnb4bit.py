@@ -1,9 +1,9 @@
 """Find projections of 4-bit weights, as bitsandbytes writes them, and make each a ``fastft::lora_linear``.
 
-bitsandbytes is not imported: its ops are known by their names, and their arguments say all there is to know.  A
-projection is ``gemm_4bit`` (0.50 and newer), or a linear of what ``dequantize_4bit`` returned (before), by itself or in
-the body of an autograd.Function.  There the backward body must be the gradient of the forward one: the upstream
-gradient times the same weight, and the bias's its sum.
+bitsandbytes is not imported: its ops are recognised by name, and their arguments give all that is needed.  A
+projection is ``gemm_4bit`` (0.50 and newer), or a linear of the result of ``dequantize_4bit`` (before), either in the
+graph itself or in the body of an autograd.Function.  In a Function, the backward body must be the gradient of the
+forward one: the upstream gradient times the same weight, and for the bias its sum.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class FourBitLinear:
 
 
 def lift(gm: GraphModule, report: GraphReport) -> None:
-    """Replace every projection of a 4-bit weight in one graph; what nearly is one goes into ``report``."""
+    """Replace every projection of a 4-bit weight in one graph; near misses go into ``report``."""
     unused: list[Node] = []
     for node in list(gm.graph.nodes):
-        if not any(_is_op(one, "gemm_4bit", "dequantize_4bit") for one in _calls(gm, node)):
+        if not any(_is_op(call, "gemm_4bit", "dequantize_4bit") for call in _calls(gm, node)):
             continue
         place = module_path(node), source_line(node)
         try:
@@ -70,13 +70,13 @@ def lift(gm: GraphModule, report: GraphReport) -> None:
             report.lifted.append(Lifted(RULE, *place))
         except Declined as declined:
             report.near_misses.append(NearMiss(RULE, *place, declined.reason))
-        except Exception as error:  # a spelling that is not known must not cost the whole graph
+        except Exception as error:  # an unknown form must not cost the whole graph
             report.near_misses.append(NearMiss(RULE, *place, f"it could not be read: {describe(error)}"))
     _erase(gm, unused)
 
 
 def _erase(gm: GraphModule, unused: list[Node]) -> None:
-    """Take out what only served the projections that were replaced: views of their bytes, de-quantisation."""
+    """Remove what only served the replaced projections: views of their bytes, de-quantisation."""
     erased: set[Node] = set()
     while unused:
         node = unused.pop()
@@ -87,25 +87,25 @@ def _erase(gm: GraphModule, unused: list[Node]) -> None:
 
 
 def _only_serves(node: Node) -> bool:
-    """Whether this has no effect but its value."""
+    """Tell whether this node has no side effects."""
     if node.op in ("get_attr", "call_method"):
         return node.op == "get_attr" or node.target in (*_VIEWS, "to")
     if _of_bitsandbytes(node):
         return not operators.is_mutable(node.target)
     added = node.target in _ADD and all(
-        _of_bitsandbytes(one) or one.op == "placeholder" for one in node.all_input_nodes
+        _of_bitsandbytes(argument) or argument.op == "placeholder" for argument in node.all_input_nodes
     )
     return added or _is_function(node)
 
 
 def _calls(gm: GraphModule, node: Node) -> Iterator[Node]:
-    """The node itself, or those of the forward body that it runs."""
+    """Iterate over the nodes of the forward body that this node runs, or over the node alone."""
     body = _body(gm, node, 0)
     yield from [node] if body is None else body.graph.nodes
 
 
 def _body(gm: GraphModule, node: Node, number: int) -> GraphModule | None:
-    """An autograd.Function's forward body, 0, or its backward body, 1."""
+    """Return an autograd.Function's forward body (number 0) or backward body (number 1), or None."""
     if not _is_function(node):
         return None
     body: Any = node.args[number]
@@ -130,7 +130,7 @@ def _is_op(node: Any, *names: str) -> bool:
 
 
 def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, FourBitLinear]:
-    """The node whose value a projection is, and what it is of."""
+    """Return the node whose value is the projection, and the projection.  Raises Declined."""
     body = _body(gm, node, 0)
     if body is None:
         reader = _Reader({})
@@ -143,28 +143,29 @@ def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, FourBitLinear]:
 
 
 def _linear_above(node: Node, reader: _Reader) -> tuple[Node, FourBitLinear]:
-    """The linear that a de-quantised weight goes to; it may pass a cast that changes nothing and a transposition."""
-    at = node
+    """Return the linear that a de-quantised weight goes to, through no-op casts and transposes.  Raises Declined."""
+    current = node
     while True:
-        users = list(at.users)
+        users = list(current.users)
         if len(users) != 1:
             raise Declined(f"the de-quantised weight is used {len(users)} times", "weight.dequantized")
-        at = users[0]
-        if at.target is F.linear:
-            return at, reader.projection(at)
-        if at.op != "call_method" or at.target not in ("t", "to"):
+        current = users[0]
+        if current.target is F.linear:
+            return current, reader.projection(current)
+        if current.op != "call_method" or current.target not in ("t", "to"):
             raise Declined("the de-quantised weight goes elsewhere than into a linear layer", "weight.dequantized")
 
 
 def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphModule) -> tuple[Node, FourBitLinear]:
-    given = list(node.args[2:])
-    outside = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
+    """Read a projection from an autograd.Function, and check its backward.  Raises Declined."""
+    arguments = list(node.args[2:])
+    outside = dict(zip(body.graph.find_nodes(op="placeholder"), arguments, strict=True))
     if not only_reads(gm, node):
         raise Declined("its autograd.Function writes to what it is given")
     results, saved = _output(body)
     projection = _Reader(outside).projection(_first(results))
     for user in list(node.users):
-        if user.target is operator.getitem and not user.users:  # torch 2.11 takes out every result in a checkpoint
+        if user.target is operator.getitem and not user.users:  # torch 2.11 unpacks every result in a checkpoint
             gm.graph.erase_node(user)
     users = list(node.users)
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in users) or len(users) != 1:
@@ -173,23 +174,23 @@ def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphMod
     kept = placeholders[len(placeholders) - len(saved) :]
     reader = _Reader(outside)
     known = {
-        one: outside[source] if source in outside else reader.packed(source)
-        for one, source in zip(kept, saved, strict=True)
+        placeholder: outside[source] if source in outside else reader.packed(source)
+        for placeholder, source in zip(kept, saved, strict=True)
     }
-    _check_gradients(_Reader(known), placeholders[0], _output_list(backward), given, projection)
+    _check_gradients(_Reader(known), placeholders[0], _output_list(backward), arguments, projection)
     return users[0], projection
 
 
 def _output(body: GraphModule) -> tuple[Any, Sequence[Any]]:
-    """What a forward body returns, and what it keeps for backward."""
+    """Return what a forward body returns, and what it saves for backward."""
     returned: Any = body.graph.output_node().args[0]
     results, saved = returned
     return results, saved
 
 
 def _output_list(backward: GraphModule) -> Sequence[Any]:
-    found: Any = backward.graph.output_node().args[0]
-    return found if isinstance(found, (tuple, list)) else (found,)
+    returned: Any = backward.graph.output_node().args[0]
+    return returned if isinstance(returned, (tuple, list)) else (returned,)
 
 
 def _first(results: Any) -> Any:
@@ -197,18 +198,21 @@ def _first(results: Any) -> Any:
 
 
 def _is_view(node: Any) -> bool:
-    """Whether this has the bytes of its argument in their order: a transposition has where one axis is all there is."""
+    """Tell whether this has the bytes of its argument in their order; a transpose has if one axis has size 1."""
     if not isinstance(node, Node) or node.op != "call_method" or node.target not in _VIEWS:
         return False
-    typed = any(isinstance(one, torch.dtype) for one in node.args)
+    typed = any(isinstance(argument, torch.dtype) for argument in node.args)
     return not typed and (node.target != "t" or 1 in value_of(node).shape)
 
 
 def _check_gradients(
-    reader: _Reader, grad_output: Node, gradients: Sequence[Any], given: Sequence[Any], projection: FourBitLinear
+    reader: _Reader, grad_output: Node, gradients: Sequence[Any], arguments: Sequence[Any], projection: FourBitLinear
 ) -> None:
-    """x's gradient is grad_output W, the bias's the sum of grad_output over rows, and nothing else gets one."""
-    for gradient, argument in zip(gradients, given, strict=True):
+    """Check that x's gradient is grad_output W, the bias's the sum of grad_output over rows, and there is no other.
+
+    Raises Declined.
+    """
+    for gradient, argument in zip(gradients, arguments, strict=True):
         if argument is projection.x:
             product = _through_casts(gradient, value_of(projection.x).dtype)
             right = product.target in (torch.matmul, operator.matmul) or product.target == "matmul"
@@ -224,12 +228,12 @@ def _check_gradients(
 
 
 def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
-    """What this is cast from, if the casts lose nothing; the last one may round to ``dtype``."""
+    """Return what this is cast from, if the casts lose nothing; the last one may round to ``dtype``."""
     last = True
     while isinstance(node, Node) and node.op == "call_method" and node.target == "to":
-        given, result = value_of(node.args[0]).dtype, value_of(node).dtype
-        widens = given.is_floating_point and result.is_floating_point and represents_exactly(result, given)
-        if not widens and not (last and result == dtype and given.is_floating_point):
+        source, result = value_of(node.args[0]).dtype, value_of(node).dtype
+        widens = source.is_floating_point and result.is_floating_point and represents_exactly(result, source)
+        if not widens and not (last and result == dtype and source.is_floating_point):
             break
         node, last = node.args[0], False
     return node
@@ -237,28 +241,28 @@ def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads expressions of a body whose placeholders stand for nodes of the graph around it."""
+    """Reads expressions of a body whose placeholders stand for nodes of the outer graph."""
 
     known: Mapping[Node, Any]
 
     def outer(self, node: Any) -> Node:
-        """The node of the outer graph that this is."""
-        found = self.known.get(node) if self.known else node
-        if not isinstance(found, Node):
+        """Return the node of the outer graph that this stands for.  Raises Declined."""
+        outer_node = self.known.get(node) if self.known else node
+        if not isinstance(outer_node, Node):
             raise Declined(f"{node} is computed inside")
-        return found
+        return outer_node
 
     def packed(self, node: Any) -> Node:
-        """Bytes, whatever shape they are seen in."""
+        """Return the packed bytes, behind any views of them.  Raises Declined."""
         while _is_view(node):
             node = node.args[0]
-        found = self.outer(node)
-        while _is_view(found):
-            found = found.args[0]  # type: ignore[assignment]
-        return found
+        outer_node = self.outer(node)
+        while _is_view(outer_node):
+            outer_node = outer_node.args[0]  # type: ignore[assignment]
+        return outer_node
 
     def projection(self, node: Any) -> FourBitLinear:
-        """The projection that this call computes."""
+        """Return the projection that this call computes.  Raises Declined."""
         if _is_op(node, "gemm_4bit"):
             return self._gemm(node)
         node = _through_casts(node)
@@ -277,7 +281,7 @@ class _Reader:
         names = ("x", "packed", "shape", "absmax", "blocksize", "quant_type", "bias", "absmax_8bit", "absmax_code")
         values: dict[str, Any] = {**dict(zip((*names, "absmax_offset"), node.args, strict=False)), **node.kwargs}
         nested = [values.get(name) for name in ("absmax_8bit", "absmax_code", "absmax_offset")]
-        present = tuple(self.outer(one) for one in nested if one is not None)
+        present = tuple(self.outer(statistic) for statistic in nested if statistic is not None)
         rows, columns = values["shape"]
         weight = Weight(
             self.packed(values["packed"]), self.outer(values["absmax"]), present, rows, columns, values["blocksize"],
@@ -287,10 +291,10 @@ class _Reader:
         return FourBitLinear(self.outer(values["x"]), weight, None if bias is None else self.outer(bias))
 
     def weight(self, node: Any, narrowest: torch.dtype | None = None) -> Weight:
-        """The weight [rows, columns] that this de-quantises, transposed an even number of times.
+        """Return the weight [rows, columns] that this de-quantises, transposed an even number of times.
 
-        narrowest: the dtype it may be rounded to on the way, at the most.  Backward has none: the weight remembers the
-        dtype that it was made from, and bitsandbytes rounds it to that in backward alone.
+        narrowest: the narrowest dtype that it may be rounded to on the way.  None in backward: the weight remembers the
+        dtype that it was made from, and only in backward does bitsandbytes round it to that.  Raises Declined.
         """
         turned, dtypes = False, []
         while isinstance(node, Node) and node.op == "call_method" and node.target in ("t", "to"):
@@ -300,9 +304,9 @@ class _Reader:
         if not _is_op(node, "dequantize_4bit") or node.kwargs:
             raise Declined(f"{node} is not a de-quantised weight", "weight.dequantized")
         packed, absmax, blocksize, quant_type, shape, dtype = node.args
-        for one in (*dtypes, dtype):
-            if narrowest is not None and not represents_exactly(one, narrowest):
-                raise Declined(f"the weight is rounded to {one} before {narrowest}")
+        for rounded_to in (*dtypes, dtype):
+            if narrowest is not None and not represents_exactly(rounded_to, narrowest):
+                raise Declined(f"the weight is rounded to {rounded_to} before {narrowest}")
         if turned:
             raise Declined("the weight is transposed")
         first, nested = self._absmax(absmax)
@@ -322,7 +326,7 @@ class _Reader:
 
 
 def _check(root: Node, projection: FourBitLinear) -> None:
-    """Nothing that the projection reads is written to, and all is plain enough for the op."""
+    """Check that nothing the projection reads is mutated, and that the op supports it.  Raises Declined."""
     weight = projection.weight
     biases = [] if projection.bias is None else [projection.bias]
     nodes = [projection.x, weight.packed, weight.absmax, *weight.nested, *biases, root]
@@ -337,9 +341,9 @@ def _check(root: Node, projection: FourBitLinear) -> None:
 
 
 def _replace(gm: GraphModule, root: Node, projection: FourBitLinear, unused: list[Node]) -> None:
-    """Put the op where the root is, if it gives the same kind of tensor; what the root read goes into ``unused``."""
+    """Replace the root by the op; the root's inputs go into ``unused``.  Raises Declined if the results are unlike."""
     weight = projection.weight
-    lists: list[list[Node]] = [[weight.packed], [weight.absmax], *([one] for one in weight.nested)]
+    lists: list[list[Node]] = [[weight.packed], [weight.absmax], *([statistic] for statistic in weight.nested)]
     lists += [[]] * (5 - len(lists))
     biases = [] if projection.bias is None else [projection.bias]
     arguments: Any = (

@@ -1,4 +1,4 @@
-"""Merge projections of one input: one call of ``fastft::lora_linear``, and columns of its result for each sibling."""
+"""Merge projections of one input: one call of ``fastft::lora_linear``, and a slice of its columns for each sibling."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _OF_TORCH = ("aten", "prims", "fastft", "bitsandbytes")
 
 
 def group(gm: GraphModule, report: GraphReport) -> None:
-    """Merge all projections of one graph; those that stay apart for a reason go into ``report``.
+    """Merge the projections of one graph; near misses go into ``report`` with the reason.
 
     A linear layer without an adapter is left alone unless a sibling has one.
     """
     became: dict[Node, Node] = {}
     for siblings in itertools.chain.from_iterable(map(_of_one_dtype, find(gm.graph, report))):
-        if not any(one.adapters for one in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
+        if not any(sibling.adapters for sibling in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
             continue
         for part in _try(gm, siblings, became, report):
             places = module_path(part[0].end), source_line(part[0].end)
@@ -56,11 +56,11 @@ def group(gm: GraphModule, report: GraphReport) -> None:
 
 
 def _of_one_dtype(siblings: Sequence[Projection]) -> Iterator[list[Projection]]:
-    """Those whose results have one dtype, with their adapters: some may have float32 sums."""
+    """Group siblings whose results, with adapters, have the same dtype: some may have float32 sums."""
     left = list(siblings)
-    for dtype in dict.fromkeys(value_of(one.end).dtype for one in siblings if one.adapters):
-        part = [one for one in left if value_of(one.end).dtype == dtype or one.cast_to(dtype)]
-        left = [one for one in left if one not in part]
+    for dtype in dict.fromkeys(value_of(sibling.end).dtype for sibling in siblings if sibling.adapters):
+        part = [sibling for sibling in left if value_of(sibling.end).dtype == dtype or sibling.cast_to(dtype)]
+        left = [sibling for sibling in left if sibling not in part]
         yield part
     if left:
         yield left
@@ -69,38 +69,38 @@ def _of_one_dtype(siblings: Sequence[Projection]) -> Iterator[list[Projection]]:
 def _try(
     gm: GraphModule, siblings: list[Projection], became: dict[Node, Node], report: GraphReport
 ) -> Iterator[list[Projection]]:
-    """Merge siblings, or where that is not possible each by itself; what was merged."""
+    """Merge siblings, or where that fails each by itself; iterate over what was merged."""
     try:
-        for one in siblings:
-            one.follow(became)
+        for sibling in siblings:
+            sibling.follow(became)
         became.update(_merge(gm, siblings))
         yield siblings
     except Declined as declined:
         miss(report, siblings[0].end, declined.reason)
         if len(siblings) > 1:
-            for one in siblings:
-                if one.adapters:
-                    yield from _try(gm, [one], became, report)
+            for sibling in siblings:
+                if sibling.adapters:
+                    yield from _try(gm, [sibling], became, report)
 
 
 def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> dict[Node, Node]:
-    """Put one call where the first sibling is; what each result became.  Declined leaves the graph as it was."""
+    """Insert one call at the first sibling; return what each result became.  Raises Declined, the graph unchanged."""
     _check(gm, siblings)
-    graph, at = gm.graph, min(one.root if not one.quant_type else one.inner[0] for one in siblings)
-    for node in _hoisted(siblings, at):
-        at.prepend(node)
+    graph, first = gm.graph, min(sibling.root if not sibling.quant_type else sibling.inner[0] for sibling in siblings)
+    for node in _hoisted(siblings, first):
+        first.prepend(node)
     made: list[Node] = []
     parts: list[Node] = []
     before: dict[Node, Any] = {}
     try:
-        with graph.inserting_before(at):
+        with graph.inserting_before(first):
             parts += _calls(graph, siblings, made)
-        for one, part in zip(siblings, parts, strict=True):
-            one.end.replace_all_uses_with(part)
+        for sibling, part in zip(siblings, parts, strict=True):
+            sibling.end.replace_all_uses_with(part)
         _spread([pair for pair in zip(siblings, parts, strict=True) if _moved(*pair)], before)
-    except Exception as error:  # a spelling that is not known must not cost the whole graph
-        for one, part in zip(siblings, parts, strict=bool(parts)):
-            part.replace_all_uses_with(one.end)
+    except Exception as error:  # an unknown form must not cost the whole graph
+        for sibling, part in zip(siblings, parts, strict=bool(parts)):
+            part.replace_all_uses_with(sibling.end)
         for node, value in before.items():
             fake_tensors.set_value(node, value)
         for node in reversed(made):
@@ -108,28 +108,31 @@ def _merge(gm: GraphModule, siblings: Sequence[Projection]) -> dict[Node, Node]:
         if isinstance(error, Declined):
             raise
         raise Declined(f"columns of one result do not serve: {describe(error)}") from error
-    for one in siblings:
-        for node in (one.end, *reversed(one.inner), one.root):
+    for sibling in siblings:
+        for node in (sibling.end, *reversed(sibling.inner), sibling.root):
             _erase(graph, node)
-    return {one.end: part for one, part in zip(siblings, parts, strict=True)}
+    return {sibling.end: part for sibling, part in zip(siblings, parts, strict=True)}
 
 
 def _check(gm: GraphModule, siblings: Sequence[Projection]) -> None:
-    """Nothing that is read is written to, and no mode is switched on the way."""
-    ends = [node for one in siblings for node in (one.root, *one.inner, one.end)]
-    nodes = ends + [node for one in siblings for given in one.given for node in Origin.of(given).nodes]
+    """Check that nothing read is mutated and no mode is switched between the siblings.  Raises Declined."""
+    ends = [node for sibling in siblings for node in (sibling.root, *sibling.inner, sibling.end)]
+    nodes = ends + [node for sibling in siblings for argument in sibling.given for node in Origin.of(argument).nodes]
     if reason := check_effects_between(gm, nodes, min(ends), max(ends), "group"):
         raise Declined(reason)
 
 
-def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
-    """What has to be computed before ``at`` and is not yet, in graph order: what adapters of later siblings read."""
-    inside = {node for one in siblings for node in (one.root, *one.inner, one.end)}
+def _hoisted(siblings: Sequence[Projection], first: Node) -> list[Node]:
+    """List, in graph order, the nodes to move before ``first``: what adapters of later siblings read.
+
+    Raises Declined where a node cannot be moved.
+    """
+    inside = {node for sibling in siblings for node in (sibling.root, *sibling.inner, sibling.end)}
     needed: set[Node] = set()
-    waiting = [node for one in siblings for node in one.given]
+    waiting = [node for sibling in siblings for node in sibling.given]
     while waiting:
         node = waiting.pop()
-        if node < at or node in needed:
+        if node < first or node in needed:
             continue
         if node in inside or node.op not in ("call_function", "call_method") or maybe_mutated_args(node):
             raise Declined(f"{node.name} is only known later")
@@ -137,14 +140,14 @@ def _hoisted(siblings: Sequence[Projection], at: Node) -> list[Node]:
             raise Declined(reason)
         needed.add(node)
         waiting += node.all_input_nodes
-    last = max((node for node in needed if may_use_rng(node)), default=at)
-    if overtaken := [node for node in between(at, last) if may_use_rng(node) and node not in needed]:
+    last = max((node for node in needed if may_use_rng(node)), default=first)
+    if overtaken := [node for node in between(first, last) if may_use_rng(node) and node not in needed]:
         raise Declined(f"{name_of(overtaken[0].target)} would take its random numbers later")
     return sorted(needed)
 
 
 def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> list[Node]:
-    """The call and each sibling's columns of its result; what is made goes into ``made``."""
+    """Add the call and each sibling's columns of its result; the nodes that are added go into ``made``."""
     first = siblings[0].end
 
     def add(node: Node, like: Any = None) -> Node:
@@ -162,28 +165,28 @@ def _calls(graph: Graph, siblings: Sequence[Projection], made: list[Node]) -> li
     if len(siblings) == 1:
         parts = [whole]
     else:
-        ends = itertools.accumulate(one.features for one in siblings)
+        ends = itertools.accumulate(sibling.features for sibling in siblings)
         cuts: list[Any] = [
-            (..., slice(end - one.features or None, end)) for one, end in zip(siblings, ends, strict=True)
+            (..., slice(end - sibling.features or None, end)) for sibling, end in zip(siblings, ends, strict=True)
         ]
         cuts[-1] = (..., slice(cuts[-1][1].start, None))
         parts = [
-            add(graph.call_function(operator.getitem, (whole, cut)), one.end)
-            for one, cut in zip(siblings, cuts, strict=True)
+            add(graph.call_function(operator.getitem, (whole, cut)), sibling.end)
+            for sibling, cut in zip(siblings, cuts, strict=True)
         ]
         parts = [
-            add(graph.call_method("contiguous", (part,)), one.end) if _is_exposed(one.end) else part
-            for one, part in zip(siblings, parts, strict=True)
+            add(graph.call_method("contiguous", (part,)), sibling.end) if _is_exposed(sibling.end) else part
+            for sibling, part in zip(siblings, parts, strict=True)
         ]
-    for one, part in zip(siblings, parts, strict=True):
-        mine, other = value_of(part), value_of(one.end)
+    for sibling, part in zip(siblings, parts, strict=True):
+        mine, other = value_of(part), value_of(sibling.end)
         if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
             raise Declined("its result is of another kind")
     return parts
 
 
 def _arguments(graph: Graph, siblings: Sequence[Projection], add: Any) -> tuple[Any, ...]:
-    """Of the call; casts that autocast makes are written out."""
+    """Return the call's arguments, with autocast's casts written out."""
     first, dtype = siblings[0], siblings[0].dtype
 
     @functools.cache
@@ -193,11 +196,13 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], add: Any) -> tuple[
         return add(graph.call_method("to", (node, wanted)), node)
 
     x = cast(first.x, dtype)
-    weights = [[one for sibling in siblings for one in sibling.weights[at]] for at in range(len(LISTS))]
+    weights = [[weight for sibling in siblings for weight in sibling.weights[index]] for index in range(len(LISTS))]
     if not first.quant_type:
-        weights[0] = [cast(one, dtype) for one in weights[0]]
-    biased = [(at, cast(one.bias, dtype)) for at, one in enumerate(siblings) if one.bias is not None]
-    owned = [(at, adapter) for at, one in enumerate(siblings) for adapter in one.adapters]
+        weights[0] = [cast(weight, dtype) for weight in weights[0]]
+    biased = [
+        (number, cast(sibling.bias, dtype)) for number, sibling in enumerate(siblings) if sibling.bias is not None
+    ]
+    owned = [(number, adapter) for number, sibling in enumerate(siblings) for adapter in sibling.adapters]
     automatic = _automatic(first)
     factors = [(cast(own.a, automatic), cast(own.b, automatic)) for _, own in owned]
     apart = any(not _reads(adapter.x, x, automatic) for _, adapter in owned)
@@ -205,30 +210,30 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], add: Any) -> tuple[
     inputs = inputs[:1] if len(set(inputs)) == 1 else inputs
     return (
         x, *weights, [bias for _, bias in biased], [a for a, _ in factors], [b for _, b in factors], inputs,
-        [one.features for one in siblings], [at for at, _ in biased], [at for at, _ in owned],
+        [sibling.features for sibling in siblings], [number for number, _ in biased], [number for number, _ in owned],
         [float(own.scale) for _, own in owned], first.blocksize, first.quant_type, _is_widened(siblings),
     )  # fmt: skip
 
 
 def _automatic(projection: Projection) -> torch.dtype | None:
-    """What autocast makes of the operands of products; it leaves float64 alone."""
+    """Return the dtype to which autocast casts the operands of products, or None; it leaves float64 alone."""
     return autocast.dtype_at(projection.root) if projection.dtype != torch.float64 else None
 
 
 def _is_widened(siblings: Sequence[Projection]) -> bool:
-    """Whether the sum with the adapters needs more than the layers' own dtype.
+    """Tell whether the sum with the adapters needs a wider dtype than the layers' own.
 
-    Under autocast bfloat16 will do: the products are all rounded to it, and it has float32's range.
+    Under autocast bfloat16 is enough: all products are rounded to it, and it has float32's range.
     """
-    first, adapted = siblings[0], any(one.adapters for one in siblings)
+    first, adapted = siblings[0], any(sibling.adapters for sibling in siblings)
     kept = _automatic(first) is not None and first.dtype == torch.bfloat16
     return adapted and value_of(first.end).dtype != first.dtype and not kept
 
 
 def _reads(node: Node, x: Node, automatic: torch.dtype | None) -> bool:
-    """Whether an adapter reads the group's input: itself, or in a dtype that holds all of it.
+    """Tell whether an adapter reads the group's input: itself, or a cast of it that loses nothing.
 
-    automatic: what autocast casts both to, if it is on.
+    automatic: the dtype to which autocast casts both, if it is on.
     """
     own, other = Origin.of(node), Origin.of(x)
     if own.source is not other.source:
@@ -240,10 +245,10 @@ def _reads(node: Node, x: Node, automatic: torch.dtype | None) -> bool:
 
 
 def _is_exposed(end: Node) -> bool:
-    """Whether anything may see how a result lies in memory or that others lie beside it.
+    """Tell whether a result's strides may be seen, or that it shares its storage with others.
 
-    That is what leaves the graph or goes to a nested one, a write, a call that asks for strides, and custom ops, which
-    may expect what they were written for.
+    That is so where it leaves the graph, is passed to a nested one, is written to, is read by a call that asks for
+    strides or by a custom op, which may expect the layout that it was written for.
     """
     seen, waiting = {end}, [end]
     while waiting:
@@ -251,19 +256,20 @@ def _is_exposed(end: Node) -> bool:
         for user in node.users:
             if user.op == "output" or node in maybe_mutated_args(user) or _looks(user):
                 return True
-            if user not in seen and any(may_alias(one, end) for one in fake_tensors.tensors_in(value_of(user))):
+            if user not in seen and any(may_alias(tensor, end) for tensor in fake_tensors.tensors_in(value_of(user))):
                 seen.add(user)
                 waiting.append(user)
     return False
 
 
 def _looks(user: Node) -> bool:
+    """Tell whether this call may depend on the strides or the storage of its arguments."""
     target: Any = user.target
     if operators.is_higher_order(target) or name_of(target) in _OF_LAYOUT:
         return True
     if operators.is_operator(target):
         return name_of(target).split(".")[0] not in _OF_TORCH
-    return any(isinstance(one, torch.dtype) for one in user.args) and name_of(target) == "view"
+    return any(isinstance(argument, torch.dtype) for argument in user.args) and name_of(target) == "view"
 
 
 def _moved(projection: Projection, part: Node) -> bool:
@@ -271,7 +277,7 @@ def _moved(projection: Projection, part: Node) -> bool:
 
 
 def _spread(changed: Iterable[tuple[Projection, Node]], before: dict[Node, Any]) -> None:
-    """Compute again what depends on these columns, as far as the memory layout changes."""
+    """Infer the example values of what depends on these columns, as far as strides change.  Raises Declined."""
     waiting = {user for _, part in changed for user in part.users}
     while waiting:
         node = min(waiting)

@@ -1,6 +1,6 @@
-"""Find projections that merge.py can make one ``fastft::lora_linear`` of: those of one input, with their adapters.
+"""Find projections that merge.py can merge into one ``fastft::lora_linear``: those of one input, with their adapters.
 
-A projection is a 4-bit one (quantized.py) or a linear layer, and the LoRA layers (patterns/lora.py) added to it.
+A projection is a 4-bit one (bnb4bit.py) or a linear layer, and the LoRA layers (patterns/lora.py) added to it.
 Siblings read the same input: q, k and v; gate and up.
 """
 
@@ -45,7 +45,7 @@ class Adapter:
 class Projection:
     """A linear layer and what is added to its result.
 
-    root: where its value is, without adapters; end: with them.  inner: the nodes from root to end, but for end.
+    root: the node of its value without adapters; end: with them.  inner: the nodes from root to end, without end.
     """
 
     root: Node
@@ -61,25 +61,25 @@ class Projection:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its result without adapters, and of the products."""
+        """The dtype of its result without adapters, and of the products."""
         return value_of(self.root).dtype
 
     @property
     def given(self) -> list[Node]:
-        """All that it reads."""
+        """All nodes that it reads."""
         own = [self.x, *itertools.chain(*self.weights), *([] if self.bias is None else [self.bias])]
-        return own + [node for one in self.adapters for node in (one.x, one.a, one.b)]
+        return own + [node for adapter in self.adapters for node in (adapter.x, adapter.a, adapter.b)]
 
     def follow(self, became: Mapping[Node, Node]) -> None:
-        """Read what the results of groups that are merged by now became."""
+        """Replace the results of groups that have been merged by what they became."""
         self.x = became.get(self.x, self.x)
-        self.weights = [[became.get(one, one) for one in some] for some in self.weights]
+        self.weights = [[became.get(weight, weight) for weight in weights] for weights in self.weights]
         self.bias = became.get(self.bias, self.bias) if self.bias is not None else None
-        for one in self.adapters:
-            one.x, one.a, one.b = (became.get(node, node) for node in (one.x, one.a, one.b))
+        for adapter in self.adapters:
+            adapter.x, adapter.a, adapter.b = (became.get(node, node) for node in (adapter.x, adapter.a, adapter.b))
 
     def cast_to(self, dtype: torch.dtype) -> bool:
-        """Take in a cast of the result, if there are no adapters and it is all that the result is for."""
+        """Take in a cast of the result to ``dtype`` if there are no adapters and it is the only user."""
         users = list(self.end.users)
         if self.adapters or len(users) != 1 or not _keeps_value(users[0], self.end, self.dtype):
             return False
@@ -91,7 +91,7 @@ class Projection:
 
 
 def find(graph: Graph, report: GraphReport) -> list[list[Projection]]:
-    """All projections of a graph, siblings together; adapters that they cannot take go into ``report``."""
+    """Find all projections of a graph, siblings together; adapters that they cannot take go into ``report``."""
     groups: dict[Any, list[Projection]] = {}
     for projection in _projections(graph, report):
         groups.setdefault(_key(projection), []).append(projection)
@@ -99,12 +99,12 @@ def find(graph: Graph, report: GraphReport) -> list[list[Projection]]:
 
 
 def miss(report: GraphReport, node: Node, reason: str) -> None:
-    """Say why this node stays apart."""
+    """Report why this node is not merged."""
     report.near_misses.append(NearMiss(RULE, module_path(node), source_line(node), reason))
 
 
 def _key(projection: Projection) -> Any:
-    """Equal for siblings.  One that needs no gradient must not get one from another."""
+    """Return a key that is equal for siblings; one that needs no gradient must not get one from another."""
     x, end = value_of(projection.x), value_of(projection.end)
     kind = (projection.blocksize, projection.quant_type, *map(len, projection.weights), projection.dtype)
     layer = layer_of(module_path(projection.root))
@@ -113,120 +113,123 @@ def _key(projection: Projection) -> Any:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a node is a cast of, and so on: from the node itself to what all that was rounded at most once."""
+    """A node and the nodes that it is a chain of casts of, as long as no value was rounded more than once."""
 
     nodes: tuple[Node, ...]
 
     @property
     def source(self) -> Node:
-        """The last one."""
+        """The last node of the chain."""
         return self.nodes[-1]
 
     @property
     def exact(self) -> bool:
-        """Whether the first has the value of the last."""
+        """Whether the node has exactly the value of its source."""
         return represents_exactly(value_of(self.nodes[0]).dtype, value_of(self.source).dtype)
 
     @classmethod
     def of(cls, node: Node) -> Origin:
-        """Only a rounding that is the last step is looked through: a wider dtype after it hides it."""
+        """Follow casts; a rounding only as the last step, since a wider dtype after it hides it."""
         nodes, rounded, widened = [node], False, False
-        while (given := _cast_of(nodes[-1])) is not None:
-            outer, inner = value_of(nodes[-1]).dtype, value_of(given).dtype
+        while (source := _cast_of(nodes[-1])) is not None:
+            outer, inner = value_of(nodes[-1]).dtype, value_of(source).dtype
             if not represents_exactly(outer, inner) and (rounded or widened):
                 break
             rounded |= not represents_exactly(outer, inner)
             widened |= represents_exactly(outer, inner) and outer != inner
-            nodes.append(given)
+            nodes.append(source)
         return cls(tuple(nodes))
 
 
 def _cast_of(node: Node) -> Node | None:
-    """What this casts from one floating-point dtype to another, gradients and all."""
-    if cast_dtype(node) is None or not isinstance(given := node.args[0], Node):
+    """Return what this casts from one floating-point dtype to another with its gradient, or None."""
+    if cast_dtype(node) is None or not isinstance(source := node.args[0], Node):
         return None
-    before, after = value_of(given), value_of(node)
+    before, after = value_of(source), value_of(node)
     plain = {before.dtype, after.dtype} <= _FLOATING and before.requires_grad == after.requires_grad
-    return given if plain else None
+    return source if plain else None
 
 
 def _projections(graph: Graph, report: GraphReport) -> Iterator[Projection]:
-    """In graph order, each with the adapters that it can take; none whose result nothing learns from."""
+    """Iterate over projections in graph order, each with its adapters, whose results may need a gradient."""
     teaching = _reaching_a_gradient(graph)
     for node in graph.nodes:
-        found = _four_bit(node) or _plain(node)
-        if found is not None:
-            _add_adapters(found, report)
-            if found.end in teaching:
-                yield found
+        projection = _four_bit(node) or _plain(node)
+        if projection is not None:
+            _add_adapters(projection, report)
+            if projection.end in teaching:
+                yield projection
 
 
 def _reaching_a_gradient(graph: Graph) -> set[Node]:
-    """What a result of the graph may owe a gradient to; for the rest torch gives None and a group would give zeros."""
-    found: set[Node] = set()
+    """Return the nodes that a result may send a gradient to; for others torch gives None, but a group zeros."""
+    reaching: set[Node] = set()
     for node in reversed(graph.nodes):
         ends = node.op == "output" or maybe_mutated_args(node) or operators.is_higher_order(node.target)
-        if ends or any(user in found and name_of(user.target) != "detach" for user in node.users):
-            found.add(node)
-    return found
+        if ends or any(user in reaching and name_of(user.target) != "detach" for user in node.users):
+            reaching.add(node)
+    return reaching
 
 
 def _four_bit(node: Node) -> Projection | None:
-    """A lora_linear as quantized.py makes them."""
+    """Return the projection of a lora_linear as bnb4bit.py makes it, or None."""
     if node.target is not operator.getitem or not isinstance(node.args[0], Node):
         return None
     call = node.args[0]
     if call.target is not torch.ops.fastft.lora_linear or node.args[1] != 0:
         return None
-    given: Any = Group(*call.args)  # type: ignore[arg-type]  # nodes in the places of tensors
-    weights = [list(getattr(given, name)) for name in LISTS]
-    bias = next(iter(given.biases), None)
+    group: Any = Group(*call.args)  # type: ignore[arg-type]  # nodes in the places of tensors
+    weights = [list(getattr(group, name)) for name in LISTS]
+    bias = next(iter(group.biases), None)
     return Projection(
-        node, given.x, weights, bias, given.features[0], given.blocksize, given.quant_type, node, inner=[call]
+        node, group.x, weights, bias, group.features[0], group.blocksize, group.quant_type, node, inner=[call]
     )
 
 
 def _plain(node: Node) -> Projection | None:
-    """A linear layer of plain tensors."""
+    """Return the projection of a linear layer of plain tensors, or None."""
     bound = arguments_of(node) if node.target is F.linear else None
     if bound is None or bound[1]:
         return None
     x, weight, bias = [*bound[0], None][:3]
-    given = [value_of(one) for one in (x, weight, node)]
-    if not all(type(one) is Tensor or fake_tensors.is_plain(one) for one in given) or given[0].dtype not in _FLOATING:
+    values = [value_of(operand) for operand in (x, weight, node)]
+    if (
+        not all(type(value) is Tensor or fake_tensors.is_plain(value) for value in values)
+        or values[0].dtype not in _FLOATING
+    ):
         return None
-    features = given[1].shape[0]
-    if given[1].dim() != 2 or (bias is not None and value_of(bias).shape != (features,)):
+    features = values[1].shape[0]
+    if values[1].dim() != 2 or (bias is not None and value_of(bias).shape != (features,)):
         return None
     return Projection(node, x, [[weight], [], [], [], []], bias, features, 0, "", node)
 
 
 def _add_adapters(projection: Projection, report: GraphReport) -> None:
-    """Take in the adapters that are added to the projection's result, up to the last value that the op can give."""
-    at, chain, adapters, ends = projection.root, [projection.root], [], [(0, 0)]
+    """Take in the adapters added to the projection's result, up to the last value that the op can return."""
+    current, chain, adapters, ends = projection.root, [projection.root], [], [(0, 0)]
     own, summed = projection.dtype, projection.dtype
-    while len(at.users) == 1:
-        (user,) = at.users
-        if user.target is torch.ops.fastft.lora_add and user.args[0] is at:
+    while len(current.users) == 1:
+        (user,) = current.users
+        if user.target is torch.ops.fastft.lora_add and user.args[0] is current:
             _, x, a, b, scale = user.args
             adapters.append(Adapter(x, a, b, scale))  # type: ignore[arg-type]
             summed = value_of(user).dtype
-        elif not _keeps_value(user, at, own):
+        elif not _keeps_value(user, current, own):
             break
-        at = user
+        current = user
         chain.append(user)
-        if adapters and value_of(at).dtype in {own, summed} & {own, wide(own)}:
+        if adapters and value_of(current).dtype in {own, summed} & {own, wide(own)}:
             ends.append((len(chain) - 1, len(adapters)))
     last, taken = ends[-1]
     if taken:
         projection.adapters, projection.end = adapters[:taken], chain[last]
         projection.inner += chain[:last]
-    for one in chain[last + 1 :]:
-        if one.target is torch.ops.fastft.lora_add:
-            miss(report, one, f"its result is {value_of(one).dtype} beside a layer in {own}")
+    for node in chain[last + 1 :]:
+        if node.target is torch.ops.fastft.lora_add:
+            miss(report, node, f"its result is {value_of(node).dtype} beside a layer in {own}")
 
 
-def _keeps_value(node: Node, given: Node, dtype: torch.dtype) -> bool:
-    """Whether this is a copy of ``given``, or a cast of it to a layer's dtype or the one that its sums may have."""
-    copied = node.op == "call_method" and node.target == "clone" and node.args == (given,) and not node.kwargs
-    return (copied or _cast_of(node) is given) and value_of(node).dtype in (dtype, wide(dtype))
+def _keeps_value(node: Node, source: Node, dtype: torch.dtype) -> bool:
+    """Tell whether this is a copy of ``source``, or a cast to a layer's dtype or that of its sums."""
+    copied = node.op == "call_method" and node.target == "clone" and node.args == (source,) and not node.kwargs
+    return (copied or _cast_of(node) is source) and value_of(node).dtype in (dtype, wide(dtype))

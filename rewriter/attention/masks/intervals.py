@@ -1,7 +1,7 @@
-"""From the condition under which a query may attend to a key to what the attention op takes.
+"""Translate the condition under which a query may attend to a key into what the attention op takes.
 
-The condition is a conjunction; each part of it bounds the keys of a query (a range), is about the key or the query
-alone, or says that something of the query equals something of the key.
+The condition is a conjunction; each part of it bounds the keys of a query (a range), depends on the key or the query
+alone, or says that a value of the query equals a value of the key.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from fastft.rewriter.attention.masks.terms import (
 
 @dataclass
 class Parts:
-    """A condition, taken apart.  Sums and conditions are of b and q, those in keys of b and j.
+    """The parts of a condition.  Sums and conditions are functions of b and q, those in ``keys`` of b and j.
 
-    documents: elements at q and at j of tensors that never decrease along their last axis, and are equal.
+    documents: equal elements at q and at j of tensors that never decrease along their last axis.
     """
 
     q: Sum
@@ -64,13 +64,13 @@ class Parts:
     keys: list[Condition] = field(default_factory=list)
     documents: list[tuple[Leaf, Leaf]] = field(default_factory=list)
     ids: tuple[Sum, Sum] | None = None
-    reached: bool = False  # there is a key of every query's own number
+    reached: bool = False  # every query's own index is that of a key
     never_empty: bool = False
     kinds: dict[str, None] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
-        """The names of all that was found, in the same order always."""
+        """The names of all parts, in a fixed order."""
         order = lambda kind: _KINDS.index(kind.split()[0])  # noqa: E731
         return ", ".join(sorted(self.kinds, key=order)) or "full"
 
@@ -80,39 +80,42 @@ Bound = tuple[str, Sum]  # "start" or "end", and where
 
 
 def take_apart(condition: Condition, queries: Sum, keys: Sum, q: Sum, j: Sum, reader: Reader) -> Parts:
-    """The parts of a condition; q and j: the indices in it, queries and keys: how many there are."""
+    """Split a condition into its parts.  Raises Declined.
+
+    q, j: the indices of query and key; queries, keys: how many there are.
+    """
     solver = _Solver(Parts(q, j), queries, keys, reader)
     condition = solver.within_documents(condition)
-    for one in conjuncts(condition):
-        solver.add(one)
+    for part in conjuncts(condition):
+        solver.add(part)
     return solver.finish(condition)
 
 
 class _Solver:
     def __init__(self, parts: Parts, queries: Sum, keys: Sum, reader: Reader) -> None:
         self.parts, self.queries, self.keys, self.reader = parts, queries, keys, reader
-        self.far_ends: list[Sum] = []  # behind every query's own number, so that causal implies them
+        self.far_ends: list[Sum] = []  # beyond every query's own index, so that causal implies them
 
     def within_documents(self, condition: Condition) -> Condition:
-        """Where documents are equal that begin wherever positions do not grow by 1, positions differ as indices do."""
-        for one in conjuncts(condition):
-            pair = self._equal_leaves(one)
+        """Replace position by index differences within documents that begin where positions do not grow by 1."""
+        for part in conjuncts(condition):
+            pair = self._equal_leaves(part)
             positions = pair and _positions(pair[1], self.parts.j, self.reader)
             if not pair or not positions:
                 continue
             here = substitute(atom(positions), self._to_query())
             known = {positions: here + self.parts.j - self.parts.q}
-            at_query, others = atoms(here)[0], [other for other in conjuncts(condition) if other is not one]
+            at_query, others = atoms(here)[0], [other for other in conjuncts(condition) if other is not part]
             both = [other for other in others if {positions, at_query} <= set(atoms(other))]
             kept = [other for other in others if other not in both]
-            condition = every([one, *kept, *(substitute(other, known) for other in both)])
+            condition = every([part, *kept, *(substitute(other, known) for other in both)])
         return condition
 
     def _to_query(self) -> dict[Var, Sum]:
-        return {one: self.parts.q for one in atoms(self.parts.j) if isinstance(one, Var)}
+        return {atom_: self.parts.q for atom_ in atoms(self.parts.j) if isinstance(atom_, Var)}
 
     def _equal_leaves(self, condition: Condition) -> tuple[Leaf, Leaf] | None:
-        """The elements at q and at j of one tensor, along its last axis, if the condition is that they are equal."""
+        """Return the elements at q and at j of one tensor, along its last axis, that the condition equates, or None."""
         if not isinstance(condition, Zero) or condition.term.constant or len(condition.term.parts) != 2:
             return None
         (first, times), (second, other) = condition.term.parts
@@ -125,86 +128,86 @@ class _Solver:
         same = first.node is second.node and first.index[:-1] == second.index[:-1]
         return (first, second) if last and same and variables(*first.index[:-1]) <= {"b"} else None
 
-    def add(self, one: Condition) -> None:
-        """Sort a part in."""
-        names = variables(one)
+    def add(self, part: Condition) -> None:
+        """Classify a part.  Raises Declined."""
+        names = variables(part)
         if "h" in names:
             raise Declined("it differs between heads", "mask.per_head")
-        pair = self._equal_leaves(one)
+        pair = self._equal_leaves(part)
         if pair and never_decreases(pair[0].node, self.reader):
             self.parts.documents.append(pair)
             self._note("documents")
-        elif (ranges := self._ranges(one)) is not None and ("j" in names):
-            self._bound(ranges, substitute(one, self._to_query()) is True)
-            if isinstance(one, Or):
+        elif (ranges := self._ranges(part)) is not None and ("j" in names):
+            self._bound(ranges, substitute(part, self._to_query()) is True)
+            if isinstance(part, Or):
                 self._note("prefix")
             elif not self._is_plain(ranges):
                 self._note(self._range_name(ranges))
         elif "q" not in names:
-            self.parts.keys.append(one)
+            self.parts.keys.append(part)
             self._note("padding")
         elif "j" not in names:
-            self.parts.rows.append(one)
+            self.parts.rows.append(part)
             self._note("rows")
-        elif isinstance(one, Zero):
-            self._equal(one)
+        elif isinstance(part, Zero):
+            self._equal(part)
         else:
-            raise Declined(self._why_not(one))
+            raise Declined(self._why_not(part))
 
     def _note(self, kind: str) -> None:
         self.parts.kinds[kind] = None
 
-    def _ranges(self, one: Condition) -> list[Bound] | None:
-        """The bounds that a part of the condition amounts to; all of them hold."""
-        if isinstance(one, NonNegative):
-            return self._linear(one.term)
-        if isinstance(one, Zero):
-            sides = [self._linear(one.term), self._linear(one.term * -1)]
+    def _ranges(self, condition: Condition) -> list[Bound] | None:
+        """Return the bounds whose conjunction this part of the condition is, or None."""
+        if isinstance(condition, NonNegative):
+            return self._linear(condition.term)
+        if isinstance(condition, Zero):
+            sides = [self._linear(condition.term), self._linear(condition.term * -1)]
             return None if sides[0] is None or sides[1] is None else sides[0] + sides[1]
-        if isinstance(one, Or):
-            return self._union(one)
-        if isinstance(one, And):
-            several = [self._ranges(part) for part in one.parts]
-            return None if None in several else [bound for some_ in several if some_ is not None for bound in some_]
+        if isinstance(condition, Or):
+            return self._union(condition)
+        if isinstance(condition, And):
+            several = [self._ranges(part) for part in condition.parts]
+            return None if None in several else [bound for ranges in several if ranges is not None for bound in ranges]
         return None
 
     def _linear(self, term: Sum) -> list[Bound] | None:
-        """term >= 0, where j is in one part of it: by itself, or in a quotient that is rounded down."""
-        inside = [(one, times) for one, times in term.parts if "j" in variables(atom(one))]
+        """Return the bounds for term >= 0 if j is in one atom, by itself or in a floor division, or None."""
+        inside = [(atom_, times) for atom_, times in term.parts if "j" in variables(atom(atom_))]
         if len(inside) != 1:
             return None
-        one, times = inside[0]
-        rest = term - atom(one) * times
-        if isinstance(one, Floor) and abs(times) == 1:
+        atom_, times = inside[0]
+        rest = term - atom(atom_) * times
+        if isinstance(atom_, Floor) and abs(times) == 1:
             # x // c >= n where x >= c * n; x // c <= n where x < c * (n + 1)
-            by = one.by
-            return self._linear(one.term + rest * by if times > 0 else rest * by + (by - 1) - one.term)
-        if not isinstance(one, Var):
+            by = atom_.by
+            return self._linear(atom_.term + rest * by if times > 0 else rest * by + (by - 1) - atom_.term)
+        if not isinstance(atom_, Var):
             return None
         return [("start", floor(rest, times) * -1) if times > 0 else ("end", floor(rest, -times) + 1)]
 
     def _union(self, condition: Or) -> list[Bound] | None:
-        """All of one kind: from the first start, or to the last end."""
-        found: list[list[Bound] | Condition] = []
-        for one in condition.parts:
-            bounds_ = self._ranges(one) if "j" in variables(one) else one
+        """Return the bound for a union of ranges, from the smallest start or to the largest end; None for a mixture."""
+        parts: list[list[Bound] | Condition] = []
+        for part in condition.parts:
+            bounds_ = self._ranges(part) if "j" in variables(part) else part
             if bounds_ is None:
                 return None
-            found.append(bounds_)
-        kinds = {kind for one in found if isinstance(one, list) for kind, _ in one}
+            parts.append(bounds_)
+        kinds = {kind for part in parts if isinstance(part, list) for kind, _ in part}
         if len(kinds) != 1:
             return None
         (kind,) = kinds
         inner, outer = ("minimum", "maximum") if kind == "end" else ("maximum", "minimum")
         all_of, none_of = (self.keys, whole(0)) if kind == "end" else (whole(0), self.keys)
         terms = [
-            extreme(inner, (term for _, term in one)) if isinstance(one, list) else select(one, all_of, none_of)
-            for one in found
+            extreme(inner, (term for _, term in part)) if isinstance(part, list) else select(part, all_of, none_of)
+            for part in parts
         ]
         return [(kind, extreme(outer, terms))]
 
     def _bound(self, ranges: list[Bound], beyond: bool) -> None:
-        """beyond: they hold where j is q, so that their ends are beyond it."""
+        """Add bounds.  beyond: they hold where j is q, so that the ends are beyond it."""
         for kind, term in ranges:
             behind = self._behind(term)
             if kind == "end" and behind == -1:
@@ -216,49 +219,49 @@ class _Solver:
                 (self.parts.starts if kind == "start" else self.far_ends if beyond else self.parts.ends).append(term)
 
     def _behind(self, term: Sum) -> int | None:
-        """How far before the query's own number a bound is, if that is known."""
+        """Return by how much a bound is below the query's own index, if that is known."""
         return (self.parts.q - term).literal if self.parts.q.parts else None
 
     def _is_plain(self, ranges: list[Bound]) -> bool:
-        """Whether causal and window say it all."""
+        """Tell whether causal and window express these bounds completely."""
         places = [(kind, self._behind(term)) for kind, term in ranges]
-        return all(at is not None and (at == -1 if kind == "end" else at >= 0) for kind, at in places)
+        return all(behind is not None and (behind == -1 if kind == "end" else behind >= 0) for kind, behind in places)
 
     def _range_name(self, ranges: list[Bound]) -> str:
-        divided = {one.by for _, term in ranges for one in atoms(term) if isinstance(one, Floor)}
+        divided = {atom_.by for _, term in ranges for atom_ in atoms(term) if isinstance(atom_, Floor)}
         return f"chunks of {min(divided)}" if len(ranges) == 2 and len(divided) == 1 else "range"
 
-    def _equal(self, one: Zero) -> None:
-        """Something of the query equals something of the key."""
-        keys = [(part, times) for part, times in one.term.parts if "j" in variables(atom(part))]
+    def _equal(self, equality: Zero) -> None:
+        """Make ids of a part that equates a value of the query and one of the key.  Raises Declined."""
+        keys = [(part, times) for part, times in equality.term.parts if "j" in variables(atom(part))]
         if any("q" in variables(atom(part)) for part, _ in keys):
-            raise Declined(self._why_not(one))
+            raise Declined(self._why_not(equality))
         if self.parts.ids is not None:
             raise Declined("two equalities of which neither is known to be of ranges")
         side = Sum(tuple(keys), 0)
-        self.parts.ids = one.term - side, side * -1
+        self.parts.ids = equality.term - side, side * -1
         self._note("ids")
 
-    def _why_not(self, one: Condition) -> str:
-        for leaf in atoms(one):
+    def _why_not(self, condition: Condition) -> str:
+        for leaf in atoms(condition):
             if isinstance(leaf, Leaf) and {"q", "j"} <= variables(atom(leaf)):
                 return self.reader.unknown(leaf.node) or f"{leaf.node} is data, of queries and keys"
-        if isinstance(one, Or):
+        if isinstance(condition, Or):
             return "a union that is no range"
-        if isinstance(one, Not):
+        if isinstance(condition, Not):
             return "an inequality that is no range"
         return "it compares data of queries and of keys"
 
     def finish(self, condition: Condition) -> Parts:
-        """Leave out what the rest implies."""
+        """Drop the bounds that the rest implies."""
         parts, q = self.parts, self.parts.q
         at_query = substitute(condition, self._to_query())
         parts.reached = non_negative(self.keys - 1 - q) is True
         parts.never_empty = parts.reached and at_query is True
         if not (parts.causal and parts.reached):
             parts.ends += self.far_ends
-        parts.starts = [one for one in parts.starts if non_negative(one * -1) is not True]
-        parts.ends = [one for one in parts.ends if non_negative(one - self.keys) is not True]
+        parts.starts = [bound for bound in parts.starts if non_negative(bound * -1) is not True]
+        parts.ends = [bound for bound in parts.ends if non_negative(bound - self.keys) is not True]
         if parts.window and non_negative(q * -1 + parts.window - 1) is True:
             parts.window = 0
         if parts.window:
@@ -267,7 +270,7 @@ class _Solver:
 
 
 def never_decreases(node: Node, reader: Reader) -> bool:
-    """Whether a tensor's rows never decrease: counts, and where growing numbers are found in a list."""
+    """Tell whether a tensor's rows never decrease: counts, and positions of growing numbers in a sorted list."""
     name, rank, args = call_name(node), value_of(node).dim(), node.args
     if name == "cumsum":
         dim = args[1] if len(args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
@@ -283,17 +286,17 @@ _SEARCHES = {"right", "side", "out_int32"}
 
 
 def _grows(node: Node, reader: Reader) -> bool:
-    """Whether every row of integers grows by the same number that is not negative."""
+    """Tell whether every row of integers grows by a constant that is not negative."""
     *lengths, last = (size_of(length) for length in value_of(node).shape)
     others = [variable(f"axis {axis}", length) for axis, length in enumerate(lengths)]
-    at = variable("k", last)
-    here, before = (as_sum(reader.value(node, (*others, at - back))) for back in (0, 1))
+    index = variable("k", last)
+    here, before = (as_sum(reader.value(node, (*others, index - back))) for back in (0, 1))
     change = (here - before).literal if here is not None and before is not None else None
     return change is not None and change >= 0
 
 
 def _positions(document: Leaf, j: Sum, reader: Reader) -> Leaf | None:
-    """Of documents counted where positions do not grow by 1: the position at j."""
+    """Return the position at j if documents are counted where positions do not grow by 1, or None."""
     if not never_decreases(document.node, reader):
         return None
     counted = document.node.args[0]
@@ -308,7 +311,7 @@ def _positions(document: Leaf, j: Sum, reader: Reader) -> Leaf | None:
 
 
 def _differences_of(leaf: Leaf, reader: Reader) -> Leaf | None:
-    """The element whose difference to the one before it this is."""
+    """Return the element whose difference from its predecessor this is, or None."""
     node, last = leaf.node, value_of(leaf.node).dim() - 1
     source, prepend = node.args[0], node.kwargs.get("prepend")
     dim = node.kwargs.get("dim", -1)
@@ -319,7 +322,12 @@ def _differences_of(leaf: Leaf, reader: Reader) -> Leaf | None:
     if not steady(value_of(prepend).shape[-1] == 1):
         return None
     value = reader.value(source, leaf.index)
-    one = value.parts[0][0] if isinstance(value, Sum) and len(value.parts) == 1 else None
-    if not isinstance(one, Leaf) or value != atom(one) or not one.index or one.index[-1] != leaf.index[-1]:
+    element = value.parts[0][0] if isinstance(value, Sum) and len(value.parts) == 1 else None
+    if (
+        not isinstance(element, Leaf)
+        or value != atom(element)
+        or not element.index
+        or element.index[-1] != leaf.index[-1]
+    ):
         return None
-    return one
+    return element

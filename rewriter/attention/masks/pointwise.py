@@ -1,6 +1,6 @@
-"""Calls that compute the elements of an attention mask: constants, casts, arithmetic, conditions, choices.
+"""Read calls that compute the elements of an attention mask: constants, casts, arithmetic, conditions, choices.
 
-A handler gets the reader, the node, the index of the element and the call's arguments; see mask_values.py.
+A handler takes the reader, the node, the index of the element and the call's arguments; see reader.py.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from fastft.rewriter.attention.masks.terms import (
 
 
 @reads("arange", form=lambda *limits, start=None, end=None, step=None, dtype=None, device=None, **_: ...)
-def _arange(reader: Reader, node: Node, index: Index, *limits: Any, **given: Any) -> Value:
-    alone = len(limits) == 1 and given["end"] is None
-    given |= dict(zip(("end",) if alone else ("start", "end", "step"), limits, strict=False))
-    if dtype_of(node) not in INTEGERS or given["end"] is None:
+def _arange(reader: Reader, node: Node, index: Index, *limits: Any, **named: Any) -> Value:
+    alone = len(limits) == 1 and named["end"] is None
+    named |= dict(zip(("end",) if alone else ("start", "end", "step"), limits, strict=False))
+    if dtype_of(node) not in INTEGERS or named["end"] is None:
         return reader.data(node, index)
     first, step = (
-        whole(otherwise) if given[name] is None else literal(given[name])
+        whole(otherwise) if named[name] is None else literal(named[name])
         for name, otherwise in (("start", 0), ("step", 1))
     )
     if not isinstance(first, Sum) or not isinstance(step, Sum) or step.literal is None:
@@ -65,7 +65,7 @@ def _arange(reader: Reader, node: Node, index: Index, *limits: Any, **given: Any
 
 
 def _constant(reader: Reader, node: Node, index: Index, number: Any) -> Value:
-    """Every element is this number."""
+    """Read an element of a tensor that is this number everywhere."""
     if isinstance(number, Node) and isinstance(value_of(number), Tensor):
         return reader.data(node, index, ())
     return _cast(reader, node, index, literal(number))
@@ -87,8 +87,8 @@ def _zeros(reader: Reader, node: Node, index: Index, *_: Any, **__: Any) -> Valu
 
 @reads("full", form=lambda size, fill_value, *, dtype=None, device=None, **_: ...)
 @reads("full_like", "new_full", form=lambda input, *rest, dtype=None, device=None, **_: ...)
-def _full(reader: Reader, node: Node, index: Index, *given: Any, fill_value: Any = None, **_: Any) -> Value:
-    number = given[-1] if fill_value is None else fill_value
+def _full(reader: Reader, node: Node, index: Index, *rest: Any, fill_value: Any = None, **_: Any) -> Value:
+    number = rest[-1] if fill_value is None else fill_value
     return reader.data(node, index, ()) if isinstance(number, (tuple, list)) else _constant(reader, node, index, number)
 
 
@@ -100,7 +100,7 @@ def _tensor(reader: Reader, node: Node, index: Index, data: Any, *_: Any, **__: 
 # Casts
 
 
-@reads("to", "type", "type_as", form=lambda input, *given, dtype=None, device=None, other=None, **_: ...)
+@reads("to", "type", "type_as", form=lambda input, *rest, dtype=None, device=None, other=None, **_: ...)
 @reads("float", "double", "half", "bfloat16", "int", "long", "bool", "cpu", "cuda", form=lambda input: ...)
 def _to(reader: Reader, node: Node, index: Index, source: Node, *_: Any, **__: Any) -> Value:
     value = reader.value(source, index)
@@ -108,17 +108,17 @@ def _to(reader: Reader, node: Node, index: Index, source: Node, *_: Any, **__: A
 
 
 def _cast(reader: Reader, node: Node, index: Index, value: Value) -> Value:
-    """A value as an element of node, of the dtype of that."""
+    """Convert a value to the dtype of node."""
     dtype = dtype_of(node)
     assert dtype is not None
-    found: Value | None
+    converted: Value | None
     if dtype == torch.bool:
-        found = as_condition(value)
+        converted = as_condition(value)
     elif dtype in INTEGERS:
-        found = as_sum(value)
+        converted = as_sum(value)
     else:
-        found = as_cases(value, dtype)
-    return reader.opaque(node, index, value) if found is None else found
+        converted = as_cases(value, dtype)
+    return reader.opaque(node, index, value) if converted is None else converted
 
 
 # Arithmetic
@@ -141,24 +141,24 @@ def _arithmetic(
     if name == "rsub":
         name, operands = "sub", operands[::-1]
     name = {"floor": "floor_divide", "trunc": "truncate"}.get(rounding_mode or "", name)
-    values = [reader.operand(one, node, index) for one in operands]
-    found: Value | None = None
+    values = [reader.operand(operand, node, index) for operand in operands]
+    result: Value | None = None
     if alpha == 1 and dtype_of(node) in INTEGERS:
-        found = _of_integers(name, [as_sum(one) for one in values])
+        result = _of_integers(name, [as_sum(value) for value in values])
     elif alpha == 1 and dtype_of(node) == torch.bool:
         joined = {"add": some, "mul": every, "maximum": some, "minimum": every}.get(name)
-        conditions = [as_condition(one) for one in values]
+        conditions = [as_condition(value) for value in values]
         if joined is not None and None not in conditions:
-            found = joined(one for one in conditions if one is not None)
+            result = joined(condition for condition in conditions if condition is not None)
     elif alpha == 1 and name in _FUNCTIONS:
-        found = _of_numbers(_FUNCTIONS[name], node, operands, values)
-    return reader.opaque(node, index, *values) if found is None else found
+        result = _of_numbers(_FUNCTIONS[name], node, operands, values)
+    return reader.opaque(node, index, *values) if result is None else result
 
 
 def _of_integers(name: str, terms: Sequence[Sum | None]) -> Sum | None:
-    if any(one is None for one in terms):
+    if any(term is None for term in terms):
         return None
-    first, second = (*(one for one in terms if one is not None), whole(0))[:2]
+    first, second = (*(term for term in terms if term is not None), whole(0))[:2]
     if name in ("add", "sub", "neg", "abs"):
         return {"add": first + second, "sub": first - second, "neg": first * -1}.get(name) or absolute(first)
     if name in ("minimum", "maximum"):
@@ -174,43 +174,46 @@ def _of_integers(name: str, terms: Sequence[Sum | None]) -> Sum | None:
 
 
 def _of_numbers(function: Callable, node: Node, operands: Sequence[Any], values: Sequence[Value]) -> Cases | None:
-    """As torch computes it: tensors of the result's dtype, and numbers as they are."""
+    """Compute with torch, tensors in the result's dtype and Python numbers as they are.  Raises Declined."""
     dtype = dtype_of(node)
     assert dtype is not None
-    if any(one is not None and one.is_floating_point and one != dtype for one in map(dtype_of, operands)):
+    if any(other is not None and other.is_floating_point and other != dtype for other in map(dtype_of, operands)):
         return None
     known = _numbers(values, operands, dtype)
     if known is not None and function in (torch.div, torch.floor_divide) and 0 in dict(known[1].numbers):
-        raise Declined("it is divided by zero")  # zeros have signs, which are not told apart
+        raise Declined("it is divided by zero")  # zeros have signs, which are not distinguished
     tensors = [dtype_of(operand) is not None for operand in operands]
 
     def apply(*numbers: float) -> float | int:
-        given = [scalar(one).to(dtype) if is_tensor else one for one, is_tensor in zip(numbers, tensors, strict=True)]
-        return function(*given).to(dtype).item()
+        arguments = [
+            scalar(number).to(dtype) if is_tensor else number
+            for number, is_tensor in zip(numbers, tensors, strict=True)
+        ]
+        return function(*arguments).to(dtype).item()
 
     return None if known is None else combined(apply, *known)
 
 
 def _numbers(values: Sequence[Value], operands: Sequence[Any], dtype: torch.dtype) -> list[Cases] | None:
-    """What they may be: elements of tensors in dtype, Python's numbers as they are."""
-    found = []
+    """Return the numbers that operands may be: elements of tensors in dtype, Python numbers as they are; or None."""
+    converted = []
     for value, operand in zip(values, operands, strict=True):
         python = torch.float64 if isinstance(value, Cases) else torch.int64
-        found.append(as_cases(value, dtype if dtype_of(operand) else python))
-    known = [one for one in found if one is not None]
-    return known if len(known) == len(found) else None
+        converted.append(as_cases(value, dtype if dtype_of(operand) else python))
+    known = [cases for cases in converted if cases is not None]
+    return known if len(known) == len(converted) else None
 
 
 @reads("clamp", "clip", form=lambda input, min=None, max=None: ...)
 @reads("clamp_min", form=lambda input, min: ...)
 def _clamp(reader: Reader, node: Node, index: Index, source: Node, low: Any, high: Any = None) -> Value:
-    given = [(name, one) for name, one in (("maximum", low), ("minimum", high)) if one is not None]
+    limits = [(name, limit) for name, limit in (("maximum", low), ("minimum", high)) if limit is not None]
     value = reader.operand(source, node, index)
-    others = [reader.operand(one, node, index) for _, one in given]
+    others = [reader.operand(limit, node, index) for _, limit in limits]
     result = as_sum(value)
     if dtype_of(source) not in INTEGERS or dtype_of(node) not in INTEGERS or result is None:
         return reader.opaque(node, index, value, *others)
-    for (name, _), other in zip(given, others, strict=True):
+    for (name, _), other in zip(limits, others, strict=True):
         if not isinstance(other, Sum):
             return reader.opaque(node, index, value, *others)
         result = extreme(name, (result, other))
@@ -231,28 +234,28 @@ _COMPARED: dict[str, Callable[[Sum, Sum], Condition]] = {
 
 @reads(*_COMPARED, form=lambda input, other: ...)
 def _compare(reader: Reader, node: Node, index: Index, *operands: Any) -> Value:
-    values = [reader.operand(one, node, index) for one in operands]
-    found: Value | None = None
-    dtypes = [one for one in map(dtype_of, operands) if one is not None]
-    if all(one in (*INTEGERS, torch.bool) for one in dtypes) and all(map(_small, values)):
+    values = [reader.operand(operand, node, index) for operand in operands]
+    result: Value | None = None
+    dtypes = [dtype for dtype in map(dtype_of, operands) if dtype is not None]
+    if all(dtype in (*INTEGERS, torch.bool) for dtype in dtypes) and all(map(_small, values)):
         left, right = map(as_sum, values)
         if left is not None and right is not None:
-            found = _COMPARED[call_name(node)](left, right)
-    if found is None:
-        found = _compare_numbers(call_name(node), operands, values)
-    if found is None:
+            result = _COMPARED[call_name(node)](left, right)
+    if result is None:
+        result = _compare_numbers(call_name(node), operands, values)
+    if result is None:
         return reader.opaque(node, index, *values)
-    return found if dtype_of(node) == torch.bool else _cast(reader, node, index, found)  # in place it keeps its dtype
+    return result if dtype_of(node) == torch.bool else _cast(reader, node, index, result)  # in place it keeps its dtype
 
 
 def _small(value: Value) -> bool:
-    """Whether a comparison of integers with it is a comparison of integers."""
+    """Tell whether comparing integers with this value is a comparison of integers."""
     return not isinstance(value, Cases) or are_exact(value)
 
 
 def _compare_numbers(name: str, operands: Sequence[Any], values: Sequence[Value]) -> Condition | None:
-    given = [dtype_of(operand) for operand in operands]
-    dtypes = {one for one in given if one is not None}
+    kinds = [dtype_of(operand) for operand in operands]
+    dtypes = {kind for kind in kinds if kind is not None}
     if len(dtypes) != 1:
         return None
     (dtype,) = dtypes
@@ -261,14 +264,14 @@ def _compare_numbers(name: str, operands: Sequence[Any], values: Sequence[Value]
         return None
 
     def apply(*numbers: float) -> int:
-        tensors = [scalar(one).to(dtype) if kind else one for one, kind in zip(numbers, given, strict=True)]
+        tensors = [scalar(number).to(dtype) if kind else number for number, kind in zip(numbers, kinds, strict=True)]
         left, right = tensors
         if not isinstance(left, Tensor):
             return int(getattr(torch, {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}.get(name, name))(right, left))
         return int(getattr(torch, name)(left, right))
 
-    found = combined(apply, *known)
-    return None if found is None else as_condition(found)
+    result = combined(apply, *known)
+    return None if result is None else as_condition(result)
 
 
 @reads("bitwise_and", "bitwise_or", "bitwise_xor", form=lambda input, other: ...)
@@ -276,12 +279,12 @@ def _compare_numbers(name: str, operands: Sequence[Any], values: Sequence[Value]
 @reads("bitwise_not", "logical_not", form=lambda input: ...)
 def _logical(reader: Reader, node: Node, index: Index, *operands: Any) -> Value:
     name = call_name(node)
-    values = [reader.operand(one, node, index) for one in operands]
+    values = [reader.operand(operand, node, index) for operand in operands]
     if name == "bitwise_not" and dtype_of(node) in INTEGERS and isinstance(values[0], Sum):
         return values[0] * -1 - 1
-    conditions = [as_condition(one) for one in values]
+    conditions = [as_condition(value) for value in values]
     bits = name.startswith("bitwise") and dtype_of(node) != torch.bool
-    known = [one for one in conditions if one is not None]
+    known = [condition for condition in conditions if condition is not None]
     if bits or len(known) < len(conditions) or dtype_of(node) != torch.bool:
         return reader.opaque(node, index, *values)
     kind = name.split("_")[1]
@@ -309,9 +312,9 @@ def _chosen(reader: Reader, node: Node, index: Index, condition: Any, then: Any,
     if _is_not_zero(condition, otherwise):  # what is chosen where a number is zero is zero
         options = [reader.operand(then, node, index), Cases(((0.0, True),))]
     else:
-        options = [reader.operand(one, node, index) for one in (then, otherwise)]
-    found = _option(test, dtype_of(node), options)
-    return reader.opaque(node, index, test, *options) if found is None else found
+        options = [reader.operand(branch, node, index) for branch in (then, otherwise)]
+    result = _option(test, dtype_of(node), options)
+    return reader.opaque(node, index, test, *options) if result is None else result
 
 
 def _option(test: Condition, dtype: torch.dtype | None, options: Sequence[Value]) -> Value | None:
@@ -323,15 +326,15 @@ def _option(test: Condition, dtype: torch.dtype | None, options: Sequence[Value]
     if dtype in INTEGERS:
         left, right = map(as_sum, options)
         return select(test, left, right) if left is not None and right is not None else None
-    one, two = (as_cases(option, dtype) for option in options)
-    if one is None or two is None:
+    then, otherwise = (as_cases(option, dtype) for option in options)
+    if then is None or otherwise is None:
         return None
-    pairs = [(number, every([test, condition])) for number, condition in one.numbers]
-    return merged(pairs + [(number, every([negate(test), condition])) for number, condition in two.numbers])
+    pairs = [(number, every([test, condition])) for number, condition in then.numbers]
+    return merged(pairs + [(number, every([negate(test), condition])) for number, condition in otherwise.numbers])
 
 
 def _is_not_zero(condition: Any, source: Any) -> bool:
-    """Whether a condition is that a tensor of numbers is not 0."""
+    """Tell whether a condition is that a tensor of numbers is not 0."""
     if not isinstance(condition, Node) or not isinstance(source, Node) or not isinstance(value_of(source), Tensor):
         return False
     name, same = call_name(condition), bool(condition.args) and condition.args[0] is source
@@ -346,8 +349,8 @@ def _triangle(reader: Reader, node: Node, index: Index, source: Node, diagonal: 
     value = reader.value(source, index)
     place = index[-2] + _offset(diagonal) - index[-1]
     kept = non_negative(place) if call_name(node) == "tril" else non_negative(place * -1)
-    found = _option(kept, dtype_of(node), [value, whole(0)])
-    return reader.opaque(node, index, kept, value) if found is None else found
+    result = _option(kept, dtype_of(node), [value, whole(0)])
+    return reader.opaque(node, index, kept, value) if result is None else result
 
 
 def _offset(number: Any) -> Sum:

@@ -1,9 +1,9 @@
-"""What one element of a node is, as a term of its indices: a graph read backwards from an attention mask.
+"""Read one element of a node as a term of its indices, going backwards through the graph from an attention mask.
 
 value(node, index) goes through broadcasting, indexing and pointwise calls to what they read.  A bool is a condition, an
-int32 or int64 a Sum; of other dtypes Cases are known, numbers under conditions, and of anything else what it Depends
-on.  A call that is not known is data: its elements are leaves.  How calls are read is in mask_calls.py and
-mask_indexing.py.
+int32 or int64 a Sum; of other dtypes Cases are known, numbers under conditions, and of anything else the variables that
+it Depends on.  An unknown call is data: its elements are leaves.  pointwise.py and indexing.py have the handlers that
+read calls.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from fastft.rewriter.attention.masks.terms import (
 from fastft.rewriter.attention.masks.terms import cases as cases_of
 from fastft.rewriter.fx.metadata import name_of, source_line
 
-MOST_NUMBERS = 8  # that a tensor which is no integer may take
+MOST_NUMBERS = 8  # that an element of a non-integer dtype may be, at the most
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -61,7 +61,7 @@ class Cases:
 
 @dataclass(frozen=True)
 class Depends:
-    """Anything, determined by these index variables."""
+    """An unknown value that these index variables determine."""
 
     names: frozenset[str]
 
@@ -70,7 +70,7 @@ Value = Union[Condition, Sum, Cases, Depends]  # noqa: UP007
 Index = tuple[Sum, ...]
 Handler = Callable[..., Value]
 _KNOWN: dict[str, tuple[Signature, Handler]] = {}
-_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # numpy's words, which torch accepts too
+_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # NumPy's argument names, which torch accepts too
 _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not", "inv": "bitwise_not",
     "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "iand": "bitwise_and", "ior": "bitwise_or",
@@ -83,7 +83,7 @@ _HOMES = (torch, operator, F, builtins)
 
 
 def reads(*names: str, form: Callable) -> Callable[[Handler], Handler]:
-    """Calls of these names, their arguments as in form, are read by this handler(reader, node, index, arguments...)."""
+    """Register handler(reader, node, index, arguments...) for calls of these names, with arguments as in ``form``."""
 
     def register(handler: Handler) -> Handler:
         _KNOWN.update((name, (signature(form), handler)) for name in names)
@@ -93,7 +93,7 @@ def reads(*names: str, form: Callable) -> Callable[[Handler], Handler]:
 
 
 def call_name(node: Node) -> str:
-    """One name for function, method and operator, "" for what may be anything else; in place or not is not told."""
+    """Return one name for function, method and operator, in place or not; "" for an ambiguous or unknown one."""
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
@@ -110,17 +110,21 @@ def call_name(node: Node) -> str:
 
 
 def dtype_of(argument: Any) -> torch.dtype | None:
-    """Of a tensor; None of a number."""
+    """Return a tensor's dtype, None for a number."""
     value = value_of(argument)
     return value.dtype if isinstance(value, Tensor) else None
 
 
 def steady(condition: bool | torch.SymBool) -> bool:
+    """Tell whether a condition on sizes is statically known to be true."""
     return symbolic.statically_known_true(condition)
 
 
 def size_of(length: Any) -> Sum:
-    """A size, or another number of the graph, as a term: a number, a SymInt, or a node that computes one."""
+    """Return a size, or another integer of the graph, as a term.  Raises Declined.
+
+    length: a number, a SymInt, or a node that computes one.
+    """
     value = value_of(length)
     if isinstance(value, int) and not isinstance(value, bool):
         return whole(value)
@@ -133,7 +137,7 @@ def size_of(length: Any) -> Sum:
 
 
 class Reader:
-    """Reads nodes of one graph; ``visited`` are those it looked at, ``strange`` the calls that it did not know."""
+    """Reads nodes of one graph; ``visited``: the nodes it read, ``strange``: the calls it did not know."""
 
     def __init__(self) -> None:
         self.visited: dict[Node, None] = {}
@@ -141,15 +145,17 @@ class Reader:
         self._known: dict[tuple[Node, Index], Value] = {}
 
     def value(self, node: Node, index: Sequence[Sum]) -> Value:
-        """The element of node at this index."""
+        """Return the element of a node at this index.  Raises Declined."""
         tensor = value_of(node)
         if not isinstance(tensor, Tensor) or tensor.dim() != len(index):
             raise Declined(f"{node} is not a tensor of {len(index)} axes")
-        at = tuple(whole(0) if steady(size == 1) else one for size, one in zip(tensor.shape, index, strict=True))
-        if (node, at) not in self._known:
+        reduced = tuple(
+            whole(0) if steady(size == 1) else position for size, position in zip(tensor.shape, index, strict=True)
+        )
+        if (node, reduced) not in self._known:
             self.visited[node] = None
-            self._known[node, at] = self._read(node, at)
-        return self._known[node, at]
+            self._known[node, reduced] = self._read(node, reduced)
+        return self._known[node, reduced]
 
     def _read(self, node: Node, index: Index) -> Value:
         known = _KNOWN.get(call_name(node))
@@ -168,21 +174,21 @@ class Reader:
         return handler(self, node, index, *bound.args, **bound.kwargs)
 
     def unknown(self, node: Node) -> str | None:
-        """The first call that was not known of those that a node is made of, and where it is."""
+        """Return the first unknown call that a node is computed from, with its source line, or None."""
         pending, met = [node], {node}
         while pending:
-            one = pending.pop()
-            if one in self.strange:
-                line = source_line(one)
-                return f"unknown: {self.strange[one]}" + (f" ({line})" if line else "")
-            pending += [source for source in one.all_input_nodes if source not in met]
-            met.update(one.all_input_nodes)
+            current = pending.pop()
+            if current in self.strange:
+                line = source_line(current)
+                return f"unknown: {self.strange[current]}" + (f" ({line})" if line else "")
+            pending += [source for source in current.all_input_nodes if source not in met]
+            met.update(current.all_input_nodes)
         return None
 
     def data(self, node: Node, index: Index, names: Iterable[str] | None = None) -> Value:
-        """An element as it is, where it depends on the index alone, or only on these of its variables."""
+        """Return an element as a leaf that depends on its index, or only on these of its variables."""
         if names is not None:
-            fixed = {one: whole(0) for one in atoms(*index) if isinstance(one, Var) and one.name not in names}
+            fixed = {var: whole(0) for var in atoms(*index) if isinstance(var, Var) and var.name not in names}
             index = tuple(substitute(term, fixed) for term in index)
         leaf, dtype = Leaf(node, index), value_of(node).dtype
         if dtype == torch.bool:
@@ -190,7 +196,7 @@ class Reader:
         return atom(leaf) if dtype in INTEGERS else Depends(frozenset(variables(*index)))
 
     def operand(self, argument: Any, node: Node, index: Index) -> Value:
-        """The element of an argument that a pointwise call reads for one of its own."""
+        """Return the element of an argument that a pointwise call reads for this element, after broadcasting."""
         value = value_of(argument)
         if not isinstance(value, Tensor):
             return literal(argument)
@@ -204,19 +210,19 @@ class Reader:
         return self.value(argument, index[start:])
 
     def opaque(self, node: Node, index: Index, *values: Value) -> Value:
-        """An element of a pointwise call of these, which is not understood but depends on nothing else."""
+        """Return an element of a pointwise call that is not understood: a leaf that depends on these values alone."""
         return self.data(node, index, set().union(*map(depends, values)))
 
 
 def depends(value: Value) -> set[str]:
-    """The names of the variables that determine a value."""
+    """Return the names of the variables that determine a value."""
     if isinstance(value, Depends):
         return set(value.names)
     return variables(*(condition for _, condition in value.numbers)) if isinstance(value, Cases) else variables(value)
 
 
 def literal(argument: Any) -> Value:
-    """A Python number, or a node that computes a size."""
+    """Return a Python number, or a node that computes a size, as a value.  Raises Declined."""
     value = value_of(argument)
     if isinstance(value, bool):
         return value
@@ -228,7 +234,7 @@ def literal(argument: Any) -> Value:
 
 
 def as_condition(value: Value) -> Condition | None:
-    """Whether a value is not 0, if that can be told."""
+    """Return the condition that a value is not 0, or None if it is unknown."""
     if isinstance(value, Sum):
         return negate(zero(value))
     if isinstance(value, Cases):
@@ -237,17 +243,17 @@ def as_condition(value: Value) -> Condition | None:
 
 
 def are_exact(cases: Cases) -> bool:
-    """Whether these are integers of which a comparison is the same as of floats.
+    """Tell whether these are integers that compare in the same way as floats.
 
     torch compares integers with a Python float in its default dtype: below this limit all integers, and the next after
-    each, are numbers of that, so that what is rounded to one of these is one of these.
+    each, are representable in it, so that only these integers themselves are rounded to them.
     """
     limit = 2 / torch.finfo(torch.get_default_dtype()).eps
     return all(float(number).is_integer() and abs(number) < limit for number, _ in cases.numbers)
 
 
 def as_sum(value: Value) -> Sum | None:
-    """An integer, if it is one and can be told."""
+    """Return a value as an integer term, or None if it is none or unknown."""
     if isinstance(value, Cases):
         if not are_exact(value):
             return None
@@ -259,6 +265,7 @@ def as_sum(value: Value) -> Sum | None:
 
 
 def sum_of(terms: Iterable[Sum], constant: int = 0) -> Sum:
+    """Return the sum of terms and a constant."""
     result = whole(constant)
     for term in terms:
         result = result + term
@@ -266,11 +273,11 @@ def sum_of(terms: Iterable[Sum], constant: int = 0) -> Sum:
 
 
 def as_cases(value: Value, dtype: torch.dtype) -> Cases | None:
-    """The numbers that a value may be once it is cast to dtype, if they are few."""
+    """Return the numbers that a value may be once cast to dtype, or None if they are many or unknown."""
     if isinstance(value, Depends):
         return None
     if isinstance(value, Sum):
-        if len(value.parts) > MOST_CHOICES or not all(isinstance(one, Indicator) for one, _ in value.parts):
+        if len(value.parts) > MOST_CHOICES or not all(isinstance(atom_, Indicator) for atom_, _ in value.parts):
             return None
         pairs: list[tuple[Any, Condition]] = [(number, condition) for condition, number in cases_of(value)]
     elif isinstance(value, Cases):
@@ -281,22 +288,22 @@ def as_cases(value: Value, dtype: torch.dtype) -> Cases | None:
 
 
 def scalar(number: float | int) -> Tensor:
-    """A number as a tensor that holds it exactly."""
+    """Return a number as a float64 or int64 tensor, which represents it exactly."""
     return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64)
 
 
 def merged(pairs: Iterable[tuple[float | int, Condition]]) -> Cases | None:
-    """Each number once, under all that it is found under; not a number is none that can be compared."""
-    found: dict[float | int, list[Condition]] = {}
+    """Return each number once, under all of its conditions, or None for too many numbers; NaNs count as one."""
+    by_number: dict[float | int, list[Condition]] = {}
     for number, condition in pairs:
         if condition is not False:
-            found.setdefault(number if number == number else float("nan"), []).append(condition)
-    result = [(number, some(conditions)) for number, conditions in found.items()]
+            by_number.setdefault(number if number == number else float("nan"), []).append(condition)
+    result = [(number, some(conditions)) for number, conditions in by_number.items()]
     return Cases(tuple(result)) if len(result) <= MOST_NUMBERS else None
 
 
 def combined(function: Callable[..., Any], *values: Cases) -> Cases | None:
-    """A function of numbers, of every combination of them that can be."""
+    """Apply a function to every possible combination of numbers, or return None for too many results."""
     pairs = []
     for chosen in itertools.product(*(value.numbers for value in values)):
         condition = every(condition for _, condition in chosen)
@@ -306,5 +313,6 @@ def combined(function: Callable[..., Any], *values: Cases) -> Cases | None:
 
 
 def not_negative(term: Sum) -> bool:
+    """Tell whether a term is known to be at least 0."""
     low, _ = bounds(term)
     return low is not None and low >= 0

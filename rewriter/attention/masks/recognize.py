@@ -1,9 +1,9 @@
-"""Attention masks recognised in a graph: what of a mask the attention op can be told without the mask itself.
+"""Recognise attention masks in a graph: what the attention op can be given in place of the mask itself.
 
-A mask is read backwards, element by element (mask_values.py, mask_calls.py, mask_indexing.py), into a condition on a
-query and a key (mask_terms.py).  The condition is taken apart into ranges of keys, keys that are padding and ids that
-must be equal (mask_ranges.py), and these are computed in the graph from what the mask was made of (mask_nodes.py).
-Nothing is known by its name; what is not certain is declined with the reason.
+A mask is read backwards, element by element (reader.py, pointwise.py, indexing.py), into a condition on a query and a
+key (terms.py).  The condition is split into ranges of keys, keys that are padding and ids that must be equal
+(intervals.py), and these are computed in the graph from what the mask was made of (emit.py).  No mask is recognised by
+its name; what is not certain is declined with the reason.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fastft.rewriter.fx.effects import may_alias, maybe_mutated_args, mutated_ar
 from fastft.rewriter.fx.metadata import name_of
 
 _AXES = "bhqj"
-_READ_BY = (pointwise, indexing)  # imported for what they tell the reader
+_READ_BY = (pointwise, indexing)  # imported because they register handlers with the reader
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What a mask says.  kind: for reports, the parts that were found, by name.
+    """What a mask means.  kind: the names of its parts, for reports.
 
     alike: a row that is masked throughout gives all keys the same weight.
     """
@@ -47,9 +47,10 @@ class Mask:
     _alike: bool
 
     def arguments(self, before: Node, *, sinks: bool = False) -> dict[str, Any]:
-        """start, end, query_ids, key_ids, causal and window of the attention op; nodes are put before ``before``.
+        """Return start, end, query_ids, key_ids, causal and window of the attention op, as nodes put before ``before``.
 
-        sinks: beside one a row that is masked throughout has no weight to give.
+        sinks: with attention sinks, a row that is masked throughout has no weight to give.  Raises Declined, and then
+        removes the nodes it added.
         """
         write = Writer(before, value_of(self._node))
         try:
@@ -60,15 +61,15 @@ class Mask:
 
 
 def recognize(mask: Node, rows: Any = None, columns: Any = None) -> Mask | str:
-    """What a mask [B or 1, H or 1, S or 1, T or 1], or of its last axes, says; or why that is not known.
+    """Return what a mask [B or 1, H or 1, S or 1, T or 1], or of its last axes, means; or why that is not known.
 
-    rows, columns: how many queries and keys there are, if the mask does not tell: numbers, SymInts or nodes.
+    rows, columns: numbers of queries and keys, if the mask does not have them: numbers, SymInts or nodes.
     """
     try:
         return _recognize(mask, rows, columns)
     except Declined as declined:
         return declined.reason
-    except Exception as error:  # a spelling that is not known must not cost the whole graph
+    except Exception as error:  # an unknown form must not cost the whole graph
         return f"it could not be read: {describe(error)}"
 
 
@@ -92,73 +93,77 @@ def _recognize(mask: Node, rows: Any, columns: Any) -> Mask:
     return Mask(parts.kind, mask, parts, queries, keys, alike)
 
 
-def _length(length: Any, given: Any) -> Sum:
-    """How many queries or keys there are: an axis of size 1 may stand for any number."""
-    if given is None:
+def _length(length: Any, expected: Any) -> Sum:
+    """Return the number of queries or keys; an axis of size 1 may stand for any number.  Raises Declined."""
+    if expected is None:
         return size_of(length)
-    if not steady(length == 1) and not steady(length == value_of(given)):
-        raise Declined(f"the mask's size {length} is not {value_of(given)}")
-    return size_of(given)
+    if not steady(length == 1) and not steady(length == value_of(expected)):
+        raise Declined(f"the mask's size {length} is not {value_of(expected)}")
+    return size_of(expected)
 
 
 def _condition(reader: Reader, mask: Node, value: Value, dtype: torch.dtype) -> tuple[Condition, set[str]]:
-    """Under which a query may attend to a key, and what the others are masked by: ``lowest``, ``infinite``."""
+    """Return when a query may attend to a key, and what masks others: ``lowest``, ``infinite``.  Raises Declined."""
     if isinstance(value, (Depends, Sum)):
         raise Declined(reader.unknown(mask) or Reason("it is data", "mask.data"))
     if not isinstance(value, Cases):
         return value, set()
     if not dtype.is_floating_point:
         raise Declined(f"a mask of {dtype}")
-    found: dict[str, Condition] = {}
+    conditions: dict[str, Condition] = {}
     for number, condition in value.numbers:
         kind = _KINDS.get(number) or ("lowest" if number == torch.finfo(dtype).min else "")
         if not kind:
             raise Declined(f"it adds {number}, which is not the lowest {dtype}")
-        found[kind] = condition
-    if "lowest" in found and dtype == torch.float16:
+        conditions[kind] = condition
+    if "lowest" in conditions and dtype == torch.float16:
         raise Declined("the lowest float16 does not outweigh every score")
-    return found.get("zero", False), found.keys() - {"zero"}
+    return conditions.get("zero", False), conditions.keys() - {"zero"}
 
 
 _KINDS = {0.0: "zero", float("-inf"): "infinite"}
 
 
 def _disturbed(reader: Reader, mask: Node, condition: Condition) -> str | None:
-    """Whether anything that was read is written to, but for tensors of the graph's own that are only read after it."""
-    leaves = {one.node for one in atoms(condition) if isinstance(one, Leaf)}
+    """Return why something that was read is mutated, or None.
+
+    Tensors that the graph itself makes may be written to if they are only read afterwards.
+    """
+    leaves = {atom.node for atom in atoms(condition) if isinstance(atom, Leaf)}
     gm, explained = mask.graph.owning_module, set()
     for node in mask.graph.nodes:
         for target in maybe_mutated_args(node) if gm is None else mutated_args(gm, node):
-            met = [one for one in reader.visited if may_alias(target, one)]
+            met = [visited for visited in reader.visited if may_alias(target, visited)]
             known = isinstance(target, Node) and node in reader.visited and _last_use(target, node)
             if met and (not known or not leaves.isdisjoint(met)):
                 return f"{name_of(node.target)} writes to what it is made of"
             explained.update(met)
-    for one in reader.visited:
-        if one not in explained and any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(one)))):
-            return Reason(f"{one} is written to in place", "mutation")
+    for visited in reader.visited:
+        if visited not in explained and any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(visited)))):
+            return Reason(f"{visited} is written to in place", "mutation")
     return None
 
 
 def _last_use(target: Node, write: Node) -> bool:
-    """Whether nothing reads a tensor of this graph's own after it was written to, but through the write."""
+    """Tell whether, after this write, a tensor made in this graph is read only through the write's result."""
     graph = write.graph
     for node in graph.nodes:
         if node is write:
             return True
-        given = node.op in ("placeholder", "get_attr")
-        if may_alias(node, target) and (given or any(user > write for user in node.users)):
+        is_input = node.op in ("placeholder", "get_attr")
+        if may_alias(node, target) and (is_input or any(user > write for user in node.users)):
             return False
     return False
 
 
 class _Arguments:
-    """Writes what the op takes of one mask."""
+    """Computes the op's arguments for one mask."""
 
     def __init__(self, write: Writer, parts: Parts, queries: Sum, keys: Sum) -> None:
         self.write, self.parts, self.queries, self.keys = write, parts, queries, keys
 
     def all(self, alike: bool) -> dict[str, Any]:
+        """Return the op's arguments; alike: rows without a key give all keys the same weight."""
         start, end = self._ranges()
         if alike:
             start, end = self._alike(start, end)
@@ -175,7 +180,7 @@ class _Arguments:
         starts = [] if first.literal == 0 else [write.sum(first)]
         ends = [write.sum(self._at_most_all(extreme("minimum", parts.ends)))] if parts.ends else []
         for at_query, at_key in parts.documents:
-            ids = [self._contiguous(one) for one in (at_key, at_query)]
+            ids = [self._contiguous(leaf) for leaf in (at_key, at_query)]
             starts.append(write.call(torch.searchsorted, *ids, out_int32=True))
             if not (parts.causal and parts.reached):
                 ends.append(write.call(torch.searchsorted, *ids, out_int32=True, right=True))
@@ -187,8 +192,8 @@ class _Arguments:
         return start, end
 
     def _at_most_all(self, term: Sum) -> Sum:
-        """A bound that fits 32 bits, where data may be larger, or less."""
-        if not any(isinstance(one, Leaf) for one in atoms(term)):
+        """Clamp a bound to 0 ... the number of keys where it depends on data, which may exceed 32 bits."""
+        if not any(isinstance(atom, Leaf) for atom in atoms(term)):
             return term
         return extreme("maximum", [whole(0), extreme("minimum", [term, self.keys])])
 
@@ -197,7 +202,7 @@ class _Arguments:
         return node if value_of(node).is_contiguous() else self.write.call("contiguous", node)
 
     def _alike(self, start: Node | None, end: Node | None) -> tuple[Node, Node | None]:
-        """Rows without a key start at -1 and end with the last."""
+        """Let rows without a key start at -1 and end with the last key."""
         write, last = self.write, self.write.whole(self.keys)
         empty = self._empty(start, end)
         none = write.whole(whole(-1))
@@ -205,7 +210,7 @@ class _Arguments:
         return start, None if end is None else write.call(torch.where, empty, last, end)
 
     def _empty(self, start: Node | None, end: Node | None) -> Node:
-        """Which rows have no key, [B or 1, S or 1]."""
+        """Return which rows have no key, [B or 1, S or 1]."""
         write, parts = self.write, self.parts
         low = [write.sum(whole(0)) if start is None else start]
         high = [write.whole(self.keys), *([] if end is None else [end])]
@@ -219,7 +224,7 @@ class _Arguments:
         return self._none_between(first, last)
 
     def _none_between(self, first: Node, last: Node) -> Node:
-        """Where no key counts of those from first, not negative, to last, not beyond the end."""
+        """Return where no key counts from ``first``, not negative, to ``last``, at most the number of keys."""
         write = self.write
         counts = write.row(write.condition(every(self.parts.keys)), self.keys, torch.int64)
         before = write.call(torch.nn.functional.pad, write.call(torch.cumsum, counts, -1), (1, 0))
@@ -227,8 +232,8 @@ class _Arguments:
         last = write.call(torch.maximum, last, first)
         batch = value_of(before).shape[0]
         rows: Any = 0 if steady(batch == 1) else self._batch(before)
-        found = [write.call(operator.getitem, before, (rows, one)) for one in (first, last)]
-        return write.call(torch.eq, *found)
+        sums = [write.call(operator.getitem, before, (rows, bound)) for bound in (first, last)]
+        return write.call(torch.eq, *sums)
 
     def _batch(self, node: Node) -> Node:
         size = size_of(value_of(node).shape[0])
@@ -243,10 +248,10 @@ class _Arguments:
             queries = write.factory(torch.zeros, (1, write.size(self.queries)), dtype=torch.int32)
             return queries, write.call(torch.sub, kept, 1)
         query, key = (
-            write.row(write.sum(one), length, torch.int64)
-            for one, length in zip(parts.ids, (self.queries, self.keys), strict=True)
+            write.row(write.sum(ids), length, torch.int64)
+            for ids, length in zip(parts.ids, (self.queries, self.keys), strict=True)
         )
         if kept is not None:  # keys that are padding are odd, and all queries are even
-            query, key = (write.call(torch.mul, one, 2) for one in (query, key))
+            query, key = (write.call(torch.mul, ids, 2) for ids in (query, key))
             key = write.call(torch.add, key, write.call(torch.sub, 1, kept))
         return query, key

@@ -1,4 +1,4 @@
-"""Terms of an attention mask with other terms in the place of some of their atoms."""
+"""Substitute sums for atoms in the terms of an attention mask."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from fastft.rewriter.attention.masks.terms import (
 
 
 def substitute(term: Any, known: Mapping[Any, Sum]) -> Any:
-    """A Sum or a condition with sums in the place of atoms."""
-    inside: Callable[[Any], Any] = lambda one: substitute(one, known)  # noqa: E731
+    """Return a Sum or a condition with sums in the place of some of its atoms."""
+    inside: Callable[[Any], Any] = lambda inner: substitute(inner, known)  # noqa: E731
     if isinstance(term, Sum):
         result = whole(term.constant)
-        for one, times in term.parts:
-            result = result + (known[one] if one in known else _rebuilt(one, inside)) * times
+        for atom_, times in term.parts:
+            result = result + (known[atom_] if atom_ in known else _rebuilt(atom_, inside)) * times
         return result
     if isinstance(term, NonNegative):
         return non_negative(inside(term.term))
@@ -57,17 +57,18 @@ def substitute(term: Any, known: Mapping[Any, Sum]) -> Any:
     return term
 
 
-def _rebuilt(one: Atom, inside: Callable[[Any], Any]) -> Sum:
-    if isinstance(one, Leaf):
-        return atom(Leaf(one.node, tuple(map(inside, one.index))))
-    if isinstance(one, Floor):
-        return floor(inside(one.term), one.by)
-    if isinstance(one, Abs):
-        return absolute(inside(one.term))
-    if isinstance(one, Indicator):
-        return indicator(inside(one.condition))
-    if isinstance(one, Select):
-        return select(inside(one.condition), inside(one.then), inside(one.otherwise))
-    if isinstance(one, Extreme):
-        return extreme(one.name, map(inside, one.terms))
-    return atom(one)
+def _rebuilt(atom_: Atom, inside: Callable[[Any], Any]) -> Sum:
+    """Rebuild an atom with ``inside`` applied to the terms in it."""
+    if isinstance(atom_, Leaf):
+        return atom(Leaf(atom_.node, tuple(map(inside, atom_.index))))
+    if isinstance(atom_, Floor):
+        return floor(inside(atom_.term), atom_.by)
+    if isinstance(atom_, Abs):
+        return absolute(inside(atom_.term))
+    if isinstance(atom_, Indicator):
+        return indicator(inside(atom_.condition))
+    if isinstance(atom_, Select):
+        return select(inside(atom_.condition), inside(atom_.then), inside(atom_.otherwise))
+    if isinstance(atom_, Extreme):
+        return extreme(atom_.name, map(inside, atom_.terms))
+    return atom(atom_)

@@ -1,9 +1,9 @@
-"""What an attention mask says of one query and one key, as terms: integers, and conditions on them.
+"""Terms that describe an attention mask for one query and one key: integers, and conditions on them.
 
 A Sum is an integer: a constant and atoms with factors.  Atoms are the index variables (b, h, q, j), sizes, elements of
-tensors at indices that are Sums, and what is not linear in those.  A condition is True, False, or one of Positive,
-Zero, Truth, Not, And, Or.  Only the functions in lower case make them: these fold what is certain, and two terms that
-they make equal are equal.  Integers are taken not to overflow.
+tensors at indices that are Sums, and what is not linear in those.  A condition is True, False, or one of NonNegative,
+Zero, Truth, Not, And, Or.  Only the functions in lower case construct them: these fold what is certain, and terms that
+they make equal are equal values.  Integers are assumed not to overflow.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Union
 
 from torch.fx import Node
 
-MOST_CHOICES = 3  # indicators in one comparison that are told apart case by case
+MOST_CHOICES = 3  # indicators in one comparison that are distinguished case by case
 
 
 @dataclass(frozen=True)
 class Var:
-    """An index: 0 <= name < size."""
+    """An index variable: 0 <= name < size."""
 
     name: str
     size: Sum
@@ -76,7 +76,7 @@ class Select:
 
 @dataclass(frozen=True)
 class Extreme:
-    """The smallest or the largest of terms; name: of torch's function of two."""
+    """The minimum or maximum of terms; name: of torch's binary function."""
 
     name: str
     terms: tuple[Sum, ...]
@@ -84,7 +84,7 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Sum:
-    """A constant and atoms with factors that are not 0, in the order of their spelling."""
+    """A constant and atoms with nonzero factors, sorted by their repr."""
 
     parts: tuple[tuple[Atom, int], ...]
     constant: int
@@ -97,11 +97,11 @@ class Sum:
         return self + whole(other) * -1
 
     def __mul__(self, factor: int) -> Sum:
-        return total(((one, factor * times) for one, times in self.parts), self.constant * factor)
+        return total(((atom_, factor * times) for atom_, times in self.parts), self.constant * factor)
 
     @property
     def literal(self) -> int | None:
-        """The number that this is, if it is one."""
+        """The constant, if there are no atoms."""
         return None if self.parts else self.constant
 
 
@@ -128,18 +128,22 @@ class Truth:
 
 @dataclass(frozen=True)
 class Not:
-    """Of a Zero or a Truth: everything else has its contrary."""
+    """The negation of a Zero or a Truth: other conditions have one of their own."""
 
     condition: Condition
 
 
 @dataclass(frozen=True)
 class And:
+    """All of two or more conditions."""
+
     parts: tuple[Condition, ...]
 
 
 @dataclass(frozen=True)
 class Or:
+    """At least one of two or more conditions."""
+
     parts: tuple[Condition, ...]
 
 
@@ -148,34 +152,38 @@ Condition = Union[bool, NonNegative, Zero, Truth, Not, And, Or]  # noqa: UP007
 
 
 def whole(value: Sum | int) -> Sum:
+    """Return a number as a Sum; a Sum as it is."""
     return value if isinstance(value, Sum) else Sum((), value)
 
 
-def atom(one: Atom) -> Sum:
-    return Sum(((one, 1),), 0)
+def atom(value: Atom) -> Sum:
+    """Return an atom as a Sum."""
+    return Sum(((value, 1),), 0)
 
 
 def total(parts: Iterable[tuple[Atom, int]], constant: int = 0) -> Sum:
-    """The sum of these, each atom once."""
-    found: dict[Atom, int] = {}
-    for one, times in parts:
-        found[one] = found.get(one, 0) + times
-    kept = [(one, times) for one, times in found.items() if times]
+    """Return the sum of these atoms with factors, each atom once."""
+    factors: dict[Atom, int] = {}
+    for atom_, times in parts:
+        factors[atom_] = factors.get(atom_, 0) + times
+    kept = [(atom_, times) for atom_, times in factors.items() if times]
     return Sum(tuple(sorted(kept, key=repr) if len(kept) > 1 else kept), constant)
 
 
 def variable(name: str, size: Sum) -> Sum:
+    """Return an index variable as a Sum; it is 0 in an axis of size 1."""
     return whole(0) if size.literal == 1 else atom(Var(name, size))
 
 
 def floor(term: Sum, by: int) -> Sum:
-    """term // by; what is divisible comes out."""
-    outside = total(((one, times // by) for one, times in term.parts if times % by == 0), term.constant // by)
-    inside = total(((one, times) for one, times in term.parts if times % by), term.constant % by)
+    """Return term // by, with what is divisible taken out."""
+    outside = total(((atom_, times // by) for atom_, times in term.parts if times % by == 0), term.constant // by)
+    inside = total(((atom_, times) for atom_, times in term.parts if times % by), term.constant % by)
     return outside + (atom(Floor(inside, by)) if inside.parts else 0)
 
 
 def absolute(term: Sum) -> Sum:
+    """Return |term|."""
     low, high = bounds(term)
     if low is not None and low >= 0:
         return term
@@ -183,10 +191,12 @@ def absolute(term: Sum) -> Sum:
 
 
 def indicator(condition: Condition) -> Sum:
+    """Return 1 where the condition holds, else 0."""
     return whole(int(condition)) if isinstance(condition, bool) else atom(Indicator(condition))
 
 
 def select(condition: Condition, then: Sum, otherwise: Sum) -> Sum:
+    """Return ``then`` where the condition holds, else ``otherwise``."""
     if isinstance(condition, bool) or then == otherwise:
         return then if condition else otherwise
     difference = (then - otherwise).literal
@@ -196,7 +206,7 @@ def select(condition: Condition, then: Sum, otherwise: Sum) -> Sum:
 
 
 def extreme(name: str, terms: Iterable[Sum]) -> Sum:
-    """The smallest or largest: ``minimum`` or ``maximum``; those that another one bounds for certain are left out."""
+    """Return the ``minimum`` or ``maximum`` of terms, without those that another is known to bound."""
     kept: list[Sum] = []
     sign = 1 if name == "minimum" else -1
     for term in terms:
@@ -207,18 +217,18 @@ def extreme(name: str, terms: Iterable[Sum]) -> Sum:
 
 
 def bounds(term: Sum) -> tuple[int | None, int | None]:
-    """Numbers that the term lies between for certain, None where there is none."""
+    """Return the smallest and largest known bound of a term, None where there is none."""
     return _low(term), None if (low := _low(term * -1)) is None else -low
 
 
 def _low(term: Sum) -> int | None:
-    """Variables take their first or last value; then every atom is as low as it gets."""
-    indices = [(one, times) for one, times in term.parts if isinstance(one, Var)]
+    """Return a lower bound: variables at their first or last value, every other atom at its own bound."""
+    indices = [(atom_, times) for atom_, times in term.parts if isinstance(atom_, Var)]
     for var, times in indices:
         term = term - atom(var) * times + ((var.size - 1) * times if times < 0 else 0)
     result = term.constant
-    for one, times in term.parts:
-        low, high = _range(one)
+    for atom_, times in term.parts:
+        low, high = _range(atom_)
         bound = low if times > 0 else high
         if bound is None:
             return None
@@ -226,43 +236,44 @@ def _low(term: Sum) -> int | None:
     return result
 
 
-def _range(one: Atom) -> tuple[int | None, int | None]:
-    if isinstance(one, Indicator):
+def _range(atom_: Atom) -> tuple[int | None, int | None]:
+    """Return the bounds of an atom."""
+    if isinstance(atom_, Indicator):
         return 0, 1
-    if isinstance(one, Abs):
+    if isinstance(atom_, Abs):
         return 0, None
-    if isinstance(one, Size):
-        return one.low, None
-    if isinstance(one, Floor):
-        low, high = bounds(one.term)
-        return None if low is None else low // one.by, None if high is None else high // one.by
-    if isinstance(one, (Select, Extreme)):
-        several = one.terms if isinstance(one, Extreme) else (one.then, one.otherwise)
+    if isinstance(atom_, Size):
+        return atom_.low, None
+    if isinstance(atom_, Floor):
+        low, high = bounds(atom_.term)
+        return None if low is None else low // atom_.by, None if high is None else high // atom_.by
+    if isinstance(atom_, (Select, Extreme)):
+        several = atom_.terms if isinstance(atom_, Extreme) else (atom_.then, atom_.otherwise)
         lows, highs = zip(*map(bounds, several), strict=True)
         return (None if None in lows else min(lows)), (None if None in highs else max(highs))
     return None, None
 
 
 def non_negative(term: Sum) -> Condition:
-    """term >= 0."""
+    """Return the condition term >= 0."""
     low, high = bounds(term)
     if low is not None and low >= 0:
         return True
     if high is not None and high < 0:
         return False
-    for one, times in term.parts:
-        if isinstance(one, Abs):
-            rest = term - atom(one) * times
-            either = [non_negative(rest + one.term * times), non_negative(rest - one.term * times)]
+    for atom_, times in term.parts:
+        if isinstance(atom_, Abs):
+            rest = term - atom(atom_) * times
+            either = [non_negative(rest + atom_.term * times), non_negative(rest - atom_.term * times)]
             return every(either) if times < 0 else some(either)
     if _by_cases(term):
         return some(condition for condition, number in cases(term) if number >= 0)
     divisor = math.gcd(*(times for _, times in term.parts))
-    return NonNegative(Sum(tuple((one, times // divisor) for one, times in term.parts), term.constant // divisor))
+    return NonNegative(Sum(tuple((atom_, times // divisor) for atom_, times in term.parts), term.constant // divisor))
 
 
 def zero(term: Sum) -> Condition:
-    """term == 0."""
+    """Return the condition term == 0."""
     low, high = bounds(term)
     if low == high == 0:
         return True
@@ -272,33 +283,35 @@ def zero(term: Sum) -> Condition:
     if _by_cases(term):
         return some(condition for condition, number in cases(term) if number == 0)
     divisor = divisor if term.parts[0][1] > 0 else -divisor
-    return Zero(Sum(tuple((one, times // divisor) for one, times in term.parts), term.constant // divisor))
+    return Zero(Sum(tuple((atom_, times // divisor) for atom_, times in term.parts), term.constant // divisor))
 
 
 def _by_cases(term: Sum) -> bool:
-    """Whether only conditions decide what this is, and they are better told one by one."""
-    few = len(term.parts) <= MOST_CHOICES and all(isinstance(one, Indicator) for one, _ in term.parts)
+    """Tell whether a term has only a few indicators, which are better compared case by case."""
+    few = len(term.parts) <= MOST_CHOICES and all(isinstance(atom_, Indicator) for atom_, _ in term.parts)
     return few and (len(term.parts) == 1 or not {"q", "j"} <= variables(term))
 
 
 def cases(term: Sum) -> list[tuple[Condition, int]]:
-    """Conditions that exclude each other, and the number under each, of a sum of indicators."""
-    conditions = [one.condition for one, _ in term.parts if isinstance(one, Indicator)]
+    """Return mutually exclusive conditions and the number under each, for a sum of indicators."""
+    conditions = [atom_.condition for atom_, _ in term.parts if isinstance(atom_, Indicator)]
     assert len(conditions) == len(term.parts)
     result: list[tuple[Condition, int]] = []
     for held in itertools.product((True, False), repeat=len(conditions)):
         number = term.constant + sum(times for (_, times), yes in zip(term.parts, held, strict=True) if yes)
-        all_of = every(one if yes else negate(one) for one, yes in zip(conditions, held, strict=True))
+        all_of = every(condition if yes else negate(condition) for condition, yes in zip(conditions, held, strict=True))
         if all_of is not False:
             result.append((all_of, number))
     return result
 
 
 def truth(leaf: Leaf) -> Condition:
+    """Return the condition that an element of a bool tensor is True."""
     return Truth(leaf)
 
 
 def negate(condition: Condition) -> Condition:
+    """Return the negation of a condition."""
     if isinstance(condition, bool):
         return not condition
     if isinstance(condition, NonNegative):
@@ -311,57 +324,57 @@ def negate(condition: Condition) -> Condition:
 
 
 def every(conditions: Iterable[Condition]) -> Condition:
-    """All of them."""
+    """Return the conjunction of conditions."""
     return _joined(And, conditions, True)
 
 
 def some(conditions: Iterable[Condition]) -> Condition:
-    """At least one of them."""
+    """Return the disjunction of conditions."""
     return _joined(Or, conditions, False)
 
 
 def _joined(kind: Any, conditions: Iterable[Condition], neutral: bool) -> Condition:
-    found: dict[Condition, None] = {}
-    for one in conditions:
-        if one is (not neutral):
-            return one
-        if one is not neutral:
-            found.update(dict.fromkeys(one.parts if isinstance(one, kind) else (one,)))
-    if any(negate(one) in found for one in found if not isinstance(one, (And, Or))):
+    distinct: dict[Condition, None] = {}
+    for condition in conditions:
+        if condition is (not neutral):
+            return condition
+        if condition is not neutral:
+            distinct.update(dict.fromkeys(condition.parts if isinstance(condition, kind) else (condition,)))
+    if any(negate(condition) in distinct for condition in distinct if not isinstance(condition, (And, Or))):
         return not neutral
-    parts = tuple(found)
+    parts = tuple(distinct)
     return neutral if not parts else parts[0] if len(parts) == 1 else kind(parts)
 
 
 def conjuncts(condition: Condition) -> tuple[Condition, ...]:
-    """The conditions that must all hold."""
+    """Return the conditions that must all hold."""
     return condition.parts if isinstance(condition, And) else () if condition is True else (condition,)
 
 
 def disjuncts(condition: Condition) -> tuple[Condition, ...]:
-    """The conditions one of which must hold."""
+    """Return the conditions of which one must hold."""
     return condition.parts if isinstance(condition, Or) else () if condition is False else (condition,)
 
 
 def variables(*terms: Any) -> set[str]:
-    """The names of the index variables in terms, atoms and conditions."""
-    return {one.name for one in atoms(*terms) if isinstance(one, Var)}
+    """Return the names of the index variables in terms, atoms and conditions."""
+    return {atom_.name for atom_ in atoms(*terms) if isinstance(atom_, Var)}
 
 
 def atoms(*terms: Any) -> list[Atom]:
-    """All atoms in these, those inside others too, but not the sizes of variables."""
-    found: dict[Any, None] = {}
+    """List all atoms in these, nested ones too, but not the sizes of variables."""
+    seen: dict[Any, None] = {}
     pending = list(terms)
     while pending:
         term = pending.pop()
         if isinstance(term, Sum):
-            pending += [one for one, _ in term.parts]
+            pending += [atom_ for atom_, _ in term.parts]
         elif isinstance(term, (And, Or)):
             pending += term.parts
-        elif term not in found and not isinstance(term, bool):
-            found[term] = None
+        elif term not in seen and not isinstance(term, bool):
+            seen[term] = None
             pending += _inside(term)
-    return [one for one in found if isinstance(one, (Var, Size, Leaf, Floor, Abs, Indicator, Select, Extreme))]
+    return [atom_ for atom_ in seen if isinstance(atom_, (Var, Size, Leaf, Floor, Abs, Indicator, Select, Extreme))]
 
 
 def _inside(term: Any) -> tuple[Any, ...]:

@@ -85,7 +85,7 @@ def test_a_failure_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         raise KeyError("a graph like no other")
 
-    monkeypatch.setattr(constant_scalars, "_settle", fail)
+    monkeypatch.setattr(constant_scalars, "_inline", fail)
     monkeypatch.setattr(backend, "_warned", set())
     compiled = torch.compile(Scaled(), backend="fastft", options={"lower": "eager"}, dynamic=True)
     with pytest.warns(RuntimeWarning, match="left a graph as it was"):
