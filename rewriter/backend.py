@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from fastft.compat import ddp, dynamo
 from fastft.errors import describe
-from fastft.rewriter.capture import constant_scalars, dynamic_shapes, inline_checkpoints
+from fastft.rewriter.capture import dynamic_shapes
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.lowering import cache_dirs
@@ -21,7 +21,7 @@ from fastft.rewriter.lowering.lower import WholeError, lower
 from fastft.rewriter.lowering.plan_builder import should_plan
 from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
-from fastft.rewriter.passes import rewrite
+from fastft.rewriter.passes import check_disabled, rewrite
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.history import Recording
 from fastft.rewriter.report.reasons import with_advice
@@ -48,11 +48,12 @@ def fastft(
     if mode not in (None, "default"):
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
+    check_disabled(parsed)
     ddp.uncut(gm)
     dynamic_shapes.watch(gm)
     cache_dirs.ensure_writable()
     recording = Recording(gm)
-    compiled, report = _compile(gm, example_inputs, parsed)
+    compiled, report = _compile(gm, example_inputs, parsed, recording.place)
     recording.end(report)
     log_report(report)
     return compiled
@@ -62,18 +63,18 @@ class CutError(Exception):
     """A piece of a graph that torch cut and did not hand over whole: it is compiled as a piece, as torch expects it."""
 
 
-def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tuple[Callable, GraphReport]:
+def _compile(gm: GraphModule, example_inputs: list[Any], options: Options, place: str) -> tuple[Callable, GraphReport]:
+    """Compile a graph as fastft does, or, where anything of that fails, as the user wrote it."""
     original = Snapshot(gm)
     try:
         if ddp.is_cut(gm):
             raise CutError("torch cut it at the buckets of DistributedDataParallel (optimize_ddp)")
-        constant_scalars.inline_constant_scalars(gm)
         try:
             plan = should_plan(gm, options)
-            return _rewritten(gm, example_inputs, options, plan=plan, inline=plan)
+            return _rewritten(gm, example_inputs, options, place, plan=plan, inline=plan)
         except WholeError:  # the user's checkpoints are all that saves memory
             original.restore()
-            return _rewritten(gm, example_inputs, options, plan=plan, inline=False)
+            return _rewritten(gm, example_inputs, options, place, plan=plan, inline=False)
     except (BudgetError, dynamo.RestartAnalysis):  # the user's, and Dynamo's to trace again with a number it now knows
         raise
     except Exception as error:
@@ -100,18 +101,15 @@ def _as_it_was(
 
 
 def _rewritten(
-    gm: GraphModule, example_inputs: list[Any], options: Options, *, plan: bool, inline: bool
+    gm: GraphModule, example_inputs: list[Any], options: Options, place: str, *, plan: bool, inline: bool
 ) -> tuple[Callable, GraphReport]:
     """Rewrite and lower.  inline: whether the plan is to decide about what the user checkpointed."""
-    inlined = inline_checkpoints.inline(gm) if inline else []
     count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     deferred: list[Deferred] = []
     report = rewrite(
-        gm, across_layers=not options.outline, logits_bytes=options.logits_bytes,
-        deferred=deferred if options.lazy_logits else None,
-    )  # fmt: skip
-    report.inlined = inlined
-    compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(inlined))
+        gm, options=options, deferred=deferred if options.lazy_logits else None, inline_checkpoints=inline, place=place
+    )
+    compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined))
     return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 

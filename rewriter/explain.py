@@ -15,7 +15,6 @@ from fastft.compat import ddp
 from fastft.compat.dynamo import RestartAnalysis, compile_once
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
-from fastft.rewriter.capture import constant_scalars
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.region import RegionCompiler, by_kind
@@ -47,7 +46,6 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         ddp.uncut(gm)
         original = Snapshot(gm)
         try:
-            constant_scalars.inline_constant_scalars(gm)
             before = lines(gm)
             graph = rewrite(gm, deferred=[])
             graph.before, graph.after, graph.device = before, lines(gm), str(stages.device_of(gm))

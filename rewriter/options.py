@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -31,6 +31,9 @@ class Options:
     lazy_logits: logits that a model returns are computed when they are read, and not at all if nobody does; False
         computes them in every forward.
     logits_memory: what a loss may take for logits, in bytes or as "256MiB": it is computed for so many tokens at once.
+    disable: what to leave out, to find out whose fault something is: names of rules ("rms_norm.llama"), of one
+        application of a rule ("rms_norm.llama@model.layers.3.input_layernorm"), of passes ("pass:attention"), and of
+        ops ("op:glu").  ``fastft bisect`` finds the name.
     strict: raise where fastft would otherwise warn and compile the graph as the user wrote it.
     """
 
@@ -40,6 +43,7 @@ class Options:
     memory_budget: int | float | str | None = None
     lazy_logits: bool = True
     logits_memory: int | str = "256MiB"
+    disable: Sequence[str] = ()
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -113,6 +117,10 @@ def _check(name: str, value: object, hint: Any) -> None:
         return
     if name == "memory_budget":
         budget_of(value)
+        return
+    if name == "disable":
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+            raise OptionsError(f"option 'disable' is a list of names such as ['pass:attention'], not {value!r}.")
         return
     if bool in (hint, *get_args(hint)):
         if not isinstance(value, bool) and (value is not None or hint is bool):

@@ -2,64 +2,113 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fastft import patterns
 from fastft.compat.fake_tensors import value_of
+from fastft.kernels import REGISTRY
 from fastft.rewriter.attention import simplify
+from fastft.rewriter.capture import constant_scalars, inline_checkpoints
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.bodies import bodies
 from fastft.rewriter.fx.effects import transformed
 from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.loss import losses
 from fastft.rewriter.loss.losses import Deferred
-from fastft.rewriter.matching.apply import fuse, lift
+from fastft.rewriter.matching import apply
 from fastft.rewriter.matching.rule import Rule
-from fastft.rewriter.options import Options
-from fastft.rewriter.projections import bnb4bit, merge
+from fastft.rewriter.options import Options, OptionsError, nearest
+from fastft.rewriter.projections import bnb4bit, merge, siblings
 from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.report.pass_log import PassLog
 
-log = logging.getLogger("fastft")
+
+@dataclass(frozen=True)
+class Pass:
+    """A step from graph to graph.
+
+    run: rewrites a graph in place.  nested: whether it is run for the graph and each nested in it by itself, under the
+    autocast that it runs under.  untransformed: left out where torch.func transforms are at work.  required: what the
+    others rely on, which cannot be switched off.
+    """
+
+    name: str
+    run: Callable[[GraphModule, Context], None]
+    nested: bool = False
+    untransformed: bool = False
+    required: bool = False
+
+
+PASSES = (
+    Pass("constant_scalars", lambda gm, context: constant_scalars.inline_constant_scalars(gm)),
+    Pass("inline_checkpoints", inline_checkpoints.inline, required=True),
+    Pass("bnb4bit", bnb4bit.lift, nested=True, untransformed=True),
+    Pass("lift", apply.lift, nested=True),
+    Pass("merge", merge.group, nested=True, untransformed=True),
+    Pass("fuse", apply.fuse, nested=True),
+    Pass("attention", simplify.simplify),
+    Pass("loss", losses.lift),
+)
 
 
 def rewrite(
-    gm: GraphModule, rules: Sequence[Rule] = patterns.LIFT, merging: Sequence[Rule] = patterns.FUSE,
-    *, across_layers: bool = False, logits_bytes: int = Options().logits_bytes, deferred: list[Deferred] | None = None,
-) -> GraphReport:  # fmt: skip
-    """Rewrite ``gm`` and its bodies in place.  Raises what a pass raises.
+    gm: GraphModule,
+    rules: Sequence[Rule] = patterns.LIFT,
+    merging: Sequence[Rule] = patterns.FUSE,
+    *,
+    options: Options | None = None,
+    deferred: list[Deferred] | None = None,
+    inline_checkpoints: bool = False,
+    place: str = "",
+) -> GraphReport:
+    """Rewrite ``gm`` and its bodies in place, pass by pass.  Raises what a pass raises.
 
-    rules: what is lifted; merging: what is made of it.  across_layers: whether a layer's last addition may be merged
-    with the next one's norm.  Two tensors instead of one go from layer to layer then, and the first and the last layer
-    are of kinds of their own.  logits_bytes: see Options.  deferred: outputs that the graph does not compute any more
-    are added here; without it they all stay.
+    rules: what is lifted; merging: what is made of it.  deferred: outputs that the graph does not compute any more are
+    added here; without it they all stay.  inline_checkpoints: see Context.  place: the code that the graph is from.
     """
-    report = GraphReport()
+    context = Context(options or Options(), GraphReport(), rules, merging, inline_checkpoints, deferred)
+    report, log = context.report, PassLog(gm, place)
+    report.passes = log.records
     report.nodes_before = _size(gm)
-    done: set[int] = set()
-    while body := next((one for one in bodies(gm) if id(one) not in done), None):  # what was lifted has no body left
-        done.add(id(body))
-        with autocast.around(gm, body):
-            plain = not transformed(body.graph)
-            if plain:
-                bnb4bit.lift(body, report)
-            lift(body, rules, report)
-            if plain:
-                merge.group(body, report)
-            fuse(body, merging, report, across_layers=across_layers)
-    simplify.simplify(gm, report)
-    losses.lift(gm, report, logits_bytes, deferred)
+    for each in PASSES:
+        if each.required or f"pass:{each.name}" not in context.options.disable:
+            with log.observe(each.name):
+                _run(each, gm, context)
     for body in bodies(gm):
         body.graph.lint()
         body.recompile()
         report.left.update(_computed(body))
     report.nodes_after = _size(gm)
-    log.debug("%d nodes, then %d", report.nodes_before, report.nodes_after)
     return report
+
+
+def _run(each: Pass, gm: GraphModule, context: Context) -> None:
+    if not each.nested:
+        each.run(gm, context)
+        return
+    done: set[int] = set()
+    while body := next((body for body in bodies(gm) if id(body) not in done), None):  # what is lifted has no body left
+        done.add(id(body))
+        with autocast.around(gm, body):
+            if not (each.untransformed and transformed(body.graph)):
+                each.run(body, context)
+
+
+def check_disabled(options: Options) -> None:
+    """Raise OptionsError for a name in ``options.disable`` that nothing has, which would be ignored in silence."""
+    ops = {name.removeprefix("fastft::").removesuffix("_backward") for name in REGISTRY}
+    valid = [rule.name for rule in patterns.RULES]
+    valid += [bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES]
+    valid += [f"pass:{each.name}" for each in PASSES if not each.required] + [f"op:{op}" for op in sorted(ops)]
+    for name in options.disable:
+        if name.partition("@")[0] not in valid:
+            raise OptionsError(f"nothing to disable is called {name!r}; did you mean {nearest(name, valid)!r}?")
 
 
 def _size(gm: GraphModule) -> int:
@@ -67,7 +116,7 @@ def _size(gm: GraphModule) -> int:
 
 
 def _computed(gm: GraphModule) -> Counter[str]:
-    """How often each function that computes a tensor occurs."""
+    """Count how often each function that computes a tensor occurs."""
     return Counter(
         name_of(node.target)
         for node in gm.graph.nodes

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.matching.pattern import capture
+from fastft.rewriter.options import Options
 from fastft.rewriter.passes import rewrite
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.runtime.lazy_logits import restore
@@ -27,12 +28,13 @@ def lifted(function: Callable, *values: Any) -> Capture:
     return gm, rewrite(gm)
 
 
-def rewritten(gm: GraphModule, *, lazy: bool = False, **options: Any) -> tuple[Callable, GraphReport]:
+def rewritten(gm: GraphModule, *, lazy: bool = False, **chosen: Any) -> tuple[Callable, GraphReport]:
     """What runs a captured graph once it is rewritten, without a compiler; lazy: its logits may be deferred."""
     deferred: list[Deferred] = []
     count = len(gm.graph.output_node().args[0])
-    report = rewrite(gm, deferred=deferred if lazy else None, **options)
-    return restore(gm.forward, deferred, count, options.get("logits_bytes", 2**28), report.reads), report
+    options = Options(**chosen)
+    report = rewrite(gm, options=options, deferred=deferred if lazy else None)
+    return restore(gm.forward, deferred, count, options.logits_bytes, report.reads), report
 
 
 def compiled(function: Callable, captures: list[Capture], **options: Any) -> Callable:

@@ -15,6 +15,7 @@ LEVELS = (
     ("fastft.kernels",),
     ("fastft.rewriter.fx",),
     ("fastft.rewriter.report",),
+    ("fastft.rewriter.context",),
     ("fastft.rewriter.capture",),
     ("fastft.rewriter.matching",),
     ("fastft.patterns",),

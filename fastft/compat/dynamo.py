@@ -118,3 +118,10 @@ def source_name(placeholder: Node) -> str:
     """Where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
     source = getattr(placeholder, "_dynamo_source", None)
     return source.name if source is not None else ""
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to the structured trace that tlparse shows; without TORCH_TRACE it is not asked for."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text, expect_trace_id=False
+    )

@@ -20,19 +20,21 @@ from fastft.kernels import REGISTRY
 from fastft.kernels.attention import LOWEST
 from fastft.reasons import with_prefix
 from fastft.rewriter.attention.masks.recognize import recognize
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx.bodies import bodies, calls_of
 from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import may_alias, may_use_rng, maybe_mutated_args, mutated_args, switches_mode
 from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line
-from fastft.rewriter.report.data import GraphReport, Lifted
+from fastft.rewriter.report.data import Lifted
 
+RULE = "attention.mask"
 PARAMETERS = REGISTRY["fastft::attention"].parameters
 MEANING = ("start", "end", "query_ids", "key_ids")
 Meaning = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, and its kind; or None and the reason
 
 
-def simplify(gm: GraphModule, report: GraphReport) -> None:
-    """Simplify every attention of ``gm`` and its bodies."""
+def simplify(gm: GraphModule, context: Context) -> None:
+    """Simplify every attention of ``gm`` and its bodies; what each mask means goes into the report."""
     masks = _Masks(gm)
     for body in bodies(gm):
         targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
@@ -40,9 +42,10 @@ def simplify(gm: GraphModule, report: GraphReport) -> None:
             call = dict(zip(PARAMETERS, node.args, strict=True))
             mask = call["mask"]
             _read_heads(call, targets)
-            kind = masks.read(body, call)
+            module = module_path(node)
+            kind = masks.read(body, call, context.refusal(RULE, module))
             node.args = tuple(call.values())
-            report.masks.append(Lifted(kind, module_path(node), source_line(node)))
+            context.report.masks.append(Lifted(kind, module, source_line(node)))
             _transpose_late(node, call)
             if isinstance(mask, Node) and call["mask"] is None:
                 _drop(gm, body, mask)
@@ -56,8 +59,11 @@ class _Masks:
         self.meanings: dict[tuple[Node, bool], Meaning] = {}
         self.rows: dict[Node, dict[str, Any]] = {}
 
-    def read(self, body: GraphModule, call: dict[str, Any]) -> str:
-        """Replace a call's mask by what it means, and return the kind of mask."""
+    def read(self, body: GraphModule, call: dict[str, Any], refusal: str | None) -> str:
+        """Replace a call's mask by what it means, and return the kind of mask.
+
+        refusal: why it is to stay as it is.
+        """
         mask, sinks = call["mask"], call["sinks"] is not None
         if mask is None:
             return "causal" if call["causal"] else "full"
@@ -65,7 +71,7 @@ class _Masks:
         if (outer, sinks) not in self.meanings:
             rows, columns = (value_of(call[name]).shape[-2] for name in ("query", "key"))
             self.meanings[outer, sinks] = _meaning(outer, rows, columns, sinks)
-        meaning, kind = self.meanings[outer, sinks]
+        meaning, kind = self.meanings[outer, sinks] if refusal is None else (None, refusal)
         if meaning is None:
             if not sinks:
                 call |= self._rows(mask)

@@ -12,16 +12,19 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fastft.compat import operators
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx.metadata import is_result_of_many, module_path
 
 
-def inline(gm: GraphModule) -> list[str]:
-    """Replace a graph's checkpoint calls by their bodies; return the paths of the modules that they were around.
+def inline(gm: GraphModule, context: Context) -> None:
+    """Replace a graph's checkpoint calls by their bodies, if the plan is to decide; report the modules around them.
 
     A checkpoint with a context_fn, which decides itself what is saved, stays as it is, and so does one that is not
     understood.
     """
-    modules = []
+    modules = context.report.inlined
+    if not context.inline_checkpoints:
+        return
     while call := next((node for node in gm.graph.nodes if _body(gm, node) is not None), None):
         modules.append(module_path(call))
         body = _body(gm, call)
@@ -30,7 +33,6 @@ def inline(gm: GraphModule) -> list[str]:
     if modules:
         gm.graph.lint()
         gm.recompile()
-    return modules
 
 
 def _body(gm: GraphModule, node: Node) -> GraphModule | None:

@@ -22,16 +22,19 @@ from fastft.compat.fake_tensors import value_of
 from fastft.kernels.lora_group import Group
 from fastft.reasons import Declined
 from fastft.rewriter.capture.normalize import arguments_of
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
 from fastft.rewriter.fx.effects import check_mutation, may_alias, mutated_args, switches_mode, transformed
 from fastft.rewriter.fx.metadata import module_path, name_of, same_kind, source_line
 from fastft.rewriter.loss.head import Head, Logits
 from fastft.rewriter.loss.logits import consume, follow
-from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss
+from fastft.rewriter.report.data import Lifted, NearMiss
 
 RULE = "linear_cross_entropy"
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _TRANSPOSES: dict[str, list[Any]] = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
+LAZY = "lazy_logits"
+RULES = (LAZY, *(f"{RULE}.{loss}" for loss in ("cross_entropy", "nll_loss", "kl_div", "log_probability")))
 _NAMES = {"gather": "log_probability"}  # of losses, where the function's own name says little
 
 
@@ -49,12 +52,9 @@ class Deferred:
     module: str
 
 
-def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[Deferred] | None = None) -> None:
-    """Replace the losses of one graph, and take logits out of its outputs; near misses go into ``report``.
-
-    deferred: receives the outputs to be computed when they are read; None allows no such outputs.
-    """
-    graph = gm.graph
+def lift(gm: GraphModule, context: Context) -> None:
+    """Replace the losses of one graph, and take logits out of its outputs; near misses go into the report."""
+    graph, report, deferred = gm.graph, context.report, context.deferred
     if transformed(graph):
         return
     vocabularies = {*_embeddings(graph), *_embeddings_of_the_model()}
@@ -62,9 +62,10 @@ def lift(gm: GraphModule, report: GraphReport, chunk_bytes: int, deferred: list[
     heads = list(_heads(graph))
     for root, logits in heads:
         known = logits.head.classes in vocabularies
-        lifting = _Lifting(gm, root, logits, chunk_bytes)
+        lifting = _Lifting(gm, root, logits, context)
+        lazy = deferred is not None and context.refusal(LAZY, module_path(root)) is None
         try:
-            outputs = lifting.run(lazy=deferred is not None, known=known)
+            outputs = lifting.run(lazy=lazy, known=known)
         except Declined as declined:
             lifting.undo()
             last = root is heads[-1][0]
@@ -183,8 +184,8 @@ def _group(node: Node) -> tuple[Node, Head] | None:
 class _Lifting:
     """One head, whose logits are followed to all of their uses."""
 
-    def __init__(self, gm: GraphModule, root: Node, logits: Logits, chunk_bytes: int) -> None:
-        self.gm, self.graph, self.root, self.chunk_bytes = gm, gm.graph, root, chunk_bytes
+    def __init__(self, gm: GraphModule, root: Node, logits: Logits, context: Context) -> None:
+        self.gm, self.graph, self.root, self.context = gm, gm.graph, root, context
         self.states = {root: logits}
         self.losses: list[tuple[Node, str]] = []  # the user's calls
         self.results: dict[Node, Node] = {}  # what replaces them
@@ -242,12 +243,16 @@ class _Lifting:
         if followed is not None and tuple(map(str, followed.shape)) == tuple(map(str, value.shape)):
             self.states[node] = followed
             return
-        result = consume(name, logits, args[1:], node.kwargs, call, self.chunk_bytes, value.dtype)
+        result = consume(name, logits, args[1:], node.kwargs, call, self.context.options.logits_bytes, value.dtype)
         if result is None:
             raise Declined(f"its logits are also used by {name} ({source_line(node)})", "logits.used")
         if not same_kind(value_of(result), value):
             raise Declined(f"{name} gives another result")
-        self.losses.append((node, "kl_div" if logits.is_kl_terms else _NAMES.get(name, name)))
+        loss = "kl_div" if logits.is_kl_terms else _NAMES.get(name, name)
+        op = "linear_kl_div" if loss == "kl_div" else "linear_cross_entropy"
+        if refusal := self.context.refusal(f"{RULE}.{loss}", module_path(node), op):
+            raise Declined(refusal)
+        self.losses.append((node, loss))
         self.results[node] = result
 
     def _call(self, before: Node, function: Callable | str, args: Sequence[Any], kwargs: Any) -> Node:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
+from fastft.kernels import REGISTRY
 from fastft.rewriter.capture.normalize import splits, view
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
 from fastft.rewriter.fx.metadata import layer_of, module_path, source_line
@@ -19,71 +23,79 @@ from fastft.rewriter.matching.checks import Verifier, placement
 from fastft.rewriter.matching.matcher import Match, Mismatch, find
 from fastft.rewriter.matching.pattern import fold, templates
 from fastft.rewriter.matching.rule import Rule
-from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss
+from fastft.rewriter.report.data import Lifted, NearMiss, RuleRecord
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})  # what a reference is traced at
 
 
-def lift(gm: GraphModule, rules: Sequence[Rule], report: GraphReport) -> None:
-    """Apply ``rules`` to one graph; what matched and what nearly did goes into ``report``."""
-    report.lifted += _Lifting(gm, rules, report.near_misses).run()
+def lift(gm: GraphModule, context: Context) -> None:
+    """Apply the rules for what models write to one graph; what matched and what nearly did goes into the report."""
+    context.report.lifted += _Application(gm, context.rules, context, context.report.near_misses).run()
 
 
-def fuse(gm: GraphModule, rules: Sequence[Rule], report: GraphReport, *, across_layers: bool) -> None:
-    """Apply ``rules``, which merge what was lifted.  What stays apart is nothing missed.
+def fuse(gm: GraphModule, context: Context) -> None:
+    """Apply the rules that merge what was lifted to one graph.  What stays unmerged is no near miss.
 
-    across_layers: or else all that is merged belongs to one layer.
+    A rule that spans layers is applied only where the graph is compiled whole: two tensors instead of one would go from
+    layer to layer, and the first and the last layer would be of kinds of their own.
     """
-    report.fused += _Lifting(gm, rules, [], across_layers).run()
+    across_layers = not context.options.outline
+    context.report.fused += _Application(gm, context.merging, context, [], across_layers=across_layers).run()
 
 
-class _Lifting:
-    """Matches are found in a normalised view and carried out in the graph itself."""
+class _Application:
+    """Applies rules to one graph: matches are found in a normalised view and carried out in the graph itself."""
 
-    def __init__(self, gm: GraphModule, rules: Sequence[Rule], near_misses: list[NearMiss], across_layers: bool = True):
-        self.rules, self.near_misses, self.across_layers = rules, near_misses, across_layers
+    def __init__(
+        self, gm: GraphModule, rules: Sequence[Rule], context: Context, near_misses: list[NearMiss],
+        across_layers: bool = True,
+    ) -> None:  # fmt: skip
+        self.rules, self.context, self.near_misses, self.across_layers = rules, context, near_misses, across_layers
         graph = self.graph = gm.graph
         self.view, self.originals = view(graph)
         self.casts = set(graph.nodes) - set(self.originals.values())  # what returns its input, as the view saw
         self.replaced: set[Node] = set()  # of the view
         self.unused: list[Node] = []  # of the graph
-        self.lifted: list[Lifted] = []
+        self.applied: list[Lifted] = []
         self.verifier = Verifier(gm, self.view)
         values = [value_of(node) for node in graph.nodes]
         self.dtypes = frozenset(value.dtype for value in values if isinstance(value, Tensor)) & DTYPES
 
     def run(self) -> list[Lifted]:
+        """Go through the anchors in the order of the graph and return what was applied."""
         for anchor in self.view.nodes:
             rules = [rule for rule in self.rules if anchor.target == rule.anchor]
             if rules and anchor not in self.replaced:
                 with autocast.at(anchor):
-                    self._lift_at(anchor, rules)
+                    self._apply_at(anchor, rules)
         for cast in self.casts:
             cast.replace_all_uses_with(cast.args[0])
         unused = self.casts.union(self.unused)
         for node in reversed(list(self.graph.nodes)):
             if node in unused or (not node.users and splits(node)):  # whose parts were matched as slices
                 self.graph.erase_node(node)
-        return self.lifted
+        return self.applied
 
-    def _lift_at(self, anchor: Node, rules: Sequence[Rule]) -> None:
+    def _apply_at(self, anchor: Node, rules: Sequence[Rule]) -> None:
         """Apply the rule that explains most of the graph around this anchor, or keep the nearest's reason.
 
         Of two that match, the larger is the more specific: a norm and its cast, not the norm with the cast left over.
         """
-        attempts = [find(pattern, anchor) for rule in rules for pattern in templates(rule, self.dtypes)]
-        found = sorted((one for one in attempts if isinstance(one, Match)), key=lambda match: -len(match.calls))
+        attempts = [attempt for rule in rules for attempt in self._attempts(anchor, rule)]
+        matches = [attempt for attempt in attempts if isinstance(attempt, Match)]
         refusals = []
-        for match in found:
+        for match in sorted(matches, key=lambda match: -len(match.calls)):
             refusal = self._refusal(match)
             if refusal is None:
-                self.lifted.append(Lifted(match.rule.name, *_place(match.roots[0])))
                 self._replace(match)
                 return
             refusals.append((match.rule, refusal))
             if match.rule.replacement is None:
                 break
-        missed = [one for one in attempts if isinstance(one, Mismatch) and one.reason and one.rule.report_misses]
+        missed = [
+            attempt for attempt in attempts
+            if isinstance(attempt, Mismatch) and attempt.reason and attempt.rule.report_misses
+        ]  # fmt: skip
         if not refusals and missed:
             nearest = max(missed, key=lambda mismatch: (mismatch.matched, mismatch.rule.replacement is not None))
             refusals.append((nearest.rule, nearest.reason))
@@ -91,17 +103,37 @@ class _Lifting:
             rule, reason = refusals[0]
             self.near_misses.append(NearMiss(rule.name, *_place(anchor), reason))
 
+    def _attempts(self, anchor: Node, rule: Rule) -> list[Match | Mismatch]:
+        """Look for the rule's pattern around its anchor, traced at each assignment of the graph's dtypes."""
+        with self._timed(rule) as record:
+            attempts = [find(pattern, anchor) for pattern in templates(rule, self.dtypes)]
+            record.attempts += 1
+            record.matches += any(isinstance(attempt, Match) for attempt in attempts)
+        return attempts
+
+    @contextmanager
+    def _timed(self, rule: Rule) -> Iterator[RuleRecord]:
+        record, began = self.context.report.rules.setdefault(rule.name, RuleRecord()), time.perf_counter()
+        yield record
+        record.seconds += time.perf_counter() - began
+
     def _refusal(self, match: Match) -> str | None:
-        calls = match.calls.values()
+        """Return why a match is not carried out, None if it is."""
+        calls, module = match.calls.values(), module_path(match.roots[0])
+        if reason := self.context.refusal(match.rule.name, module, *_ops(match.rule)):
+            return reason
         if not self.replaced.isdisjoint(calls):
             return "a part of it is part of another match"
         if not self.across_layers and len({layer_of(module_path(node)) for node in calls}) > 1:
             return "it spans layers"
-        return self.verifier.reason(match)
+        with self._timed(match.rule):
+            return self.verifier.reason(match)
 
     def _replace(self, found: Match) -> None:
         """Put the replacement's calls where all they need is known, and take the matched nodes out."""
         assert found.rule.replacement is not None
+        self.applied.append(Lifted(found.rule.name, *_place(found.roots[0])))
+        self.context.report.rules[found.rule.name].applied += 1
         roots = [self.originals[root] for root in found.roots]
         at, tracer = self.originals[placement(found)], GraphAppendingTracer(self.graph)
         arguments = {
@@ -128,3 +160,9 @@ class _Lifting:
 
 def _place(node: Node) -> tuple[str, str]:
     return module_path(node), source_line(node)
+
+
+def _ops(rule: Rule) -> set[str]:
+    """Name the ops that a rule's replacement calls."""
+    function = getattr(rule.replacement, "func", rule.replacement)  # a partial's own function
+    return {name for name in function.__code__.co_names if f"fastft::{name}" in REGISTRY} if function else set()

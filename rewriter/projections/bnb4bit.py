@@ -23,10 +23,11 @@ from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.reasons import Declined
 from fastft.rewriter.capture.normalize import arguments_of
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import check_mutation, only_reads
 from fastft.rewriter.fx.metadata import module_path, represents_exactly, same_kind, source_line
-from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss
+from fastft.rewriter.report.data import Lifted, NearMiss
 
 RULE = "lora_linear.four_bit"
 _NESTED_BLOCK = 256
@@ -56,14 +57,17 @@ class FourBitLinear:
     bias: Node | None
 
 
-def lift(gm: GraphModule, report: GraphReport) -> None:
-    """Replace every projection of a 4-bit weight in one graph; near misses go into ``report``."""
+def lift(gm: GraphModule, context: Context) -> None:
+    """Replace every projection of a 4-bit weight in one graph; near misses go into the report."""
     unused: list[Node] = []
+    report = context.report
     for node in list(gm.graph.nodes):
         if not any(_is_op(call, "gemm_4bit", "dequantize_4bit") for call in _calls(gm, node)):
             continue
         place = module_path(node), source_line(node)
         try:
+            if refusal := context.refusal(RULE, place[0], "lora_linear"):
+                raise Declined(refusal)
             root, projection = _projection_at(gm, node)
             _check(root, projection)
             _replace(gm, root, projection, unused)

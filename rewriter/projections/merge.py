@@ -16,6 +16,7 @@ from fastft.compat import fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.reasons import Declined
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.editing import annotate_like, between
 from fastft.rewriter.fx.effects import check_effects_between, check_mutation, may_alias, may_use_rng, maybe_mutated_args
@@ -41,14 +42,18 @@ _OF_LAYOUT = frozenset(
 _OF_TORCH = ("aten", "prims", "fastft", "bitsandbytes")
 
 
-def group(gm: GraphModule, report: GraphReport) -> None:
-    """Merge the projections of one graph; near misses go into ``report`` with the reason.
+def group(gm: GraphModule, context: Context) -> None:
+    """Merge the projections of one graph; near misses go into the report with the reason.
 
     A linear layer without an adapter is left alone unless a sibling has one.
     """
     became: dict[Node, Node] = {}
+    report = context.report
     for siblings in itertools.chain.from_iterable(map(_of_one_dtype, find(gm.graph, report))):
         if not any(sibling.adapters for sibling in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
+            continue
+        if refusal := context.refusal(RULE, module_path(siblings[0].end), "lora_linear"):
+            miss(report, siblings[0].end, refusal)
             continue
         for part in _try(gm, siblings, became, report):
             places = module_path(part[0].end), source_line(part[0].end)

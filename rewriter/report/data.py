@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastft.rewriter.report.graph_listing import Line
@@ -26,6 +27,34 @@ class NearMiss:
     module: str
     source: str
     reason: str
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What a pass did to a graph: seconds, nodes before and after, and how many more of each call there are."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    changes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{number:+} {name}" for name, number in self.changes.items()) or "nothing changed"
+        return f"{self.name}: {self.nodes_before} → {self.nodes_after} nodes in {self.seconds:.3f} s; {changes}"
+
+
+@dataclass
+class RuleRecord:
+    """How often a rule was tried at a call of its anchor, how often its pattern was there, how often it was applied.
+
+    seconds: that all this took, checks included.
+    """
+
+    attempts: int = 0
+    matches: int = 0
+    applied: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -53,6 +82,7 @@ class GraphReport:
     often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none, whole
     says why.  inlined: modules whose activation checkpoints gave way to the plan; plan: of memory.
     before, after: its calls, where they were asked for; device: where most of its inputs are.
+    passes: what each pass did; rules: what each rule that was tried did, by name.
     deferred: modules whose logits are computed when they are read; reads: how often that was, by
     ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
 
@@ -72,6 +102,8 @@ class GraphReport:
     whole: str = ""
     inlined: list[str] = field(default_factory=list)
     plan: PlanReport | None = None
+    passes: list[PassRecord] = field(default_factory=list)
+    rules: dict[str, RuleRecord] = field(default_factory=dict)
     deferred: list[str] = field(default_factory=list)
     reads: Counter[str] = field(default_factory=Counter)
     before: list[Line] = field(default_factory=list)

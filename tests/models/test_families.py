@@ -94,7 +94,7 @@ def rewriting(reports: list[GraphReport]) -> Callable:
     """A backend: lower="eager", a few logits at a time, with the reports kept."""
 
     def backend(gm: torch.fx.GraphModule, _: object) -> Callable:
-        run, report = rewritten(gm, lazy=True, logits_bytes=CHUNK)
+        run, report = rewritten(gm, lazy=True, logits_memory=CHUNK)
         reports.append(report)
         return run
 

@@ -11,23 +11,24 @@ from recording import record
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fastft.rewriter.context import Context
 from fastft.rewriter.loss.head import Head, Logits, run
 from fastft.rewriter.loss.logits import follow
 from fastft.rewriter.loss.losses import Deferred, lift
-from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.options import Options
 
 V, H = 13, 6
 HIDDEN, WEIGHT, BIAS = normal(2, 5, H), normal(V, H, seed=1), normal(V, seed=2)
 LABELS = torch.tensor([[3, 0, 7, -100, 12], [1, 1, -100, 4, 0]])
 CLASSES = LABELS.clamp_min(0)
 TEACHER = frozen(2, 5, V, seed=3).log_softmax(-1)
-FEW = 3 * 64 * 4  # bytes of a few rows of logits
+FEW = Options(logits_memory=3 * 64 * 4)  # bytes of a few rows of logits
 
 
 def lifted(function: Callable[..., Any], hidden: Tensor = HIDDEN, weight: Tensor = WEIGHT) -> GraphModule:
     """A function of hidden states and a weight, its losses lifted."""
     gm, recording = record(function, hidden, weight)
-    lift(gm, GraphReport(), FEW)
+    lift(gm, Context(FEW))
     gm.graph.lint()
     gm.recompile()
     given = [hidden, weight, *recording.inputs[2:]]
@@ -134,24 +135,23 @@ def test_a_write_to_what_logits_are_made_of() -> None:
         return flat(logits)
 
     gm, recording = record(function, HIDDEN.detach(), WEIGHT.detach())
-    report = GraphReport()
-    lift(gm, report, FEW)
+    lift(gm, Context(FEW))
     assert ops(gm) == []
     gm, recording = record(lambda *given: flat(F.linear(*given)), HIDDEN, WEIGHT)
     loss = next(node for node in gm.graph.nodes if "cross_entropy" in str(node.target))
     with gm.graph.inserting_before(loss):
         gm.graph.call_function(torch._C._set_grad_enabled, (True,))
-    lift(gm, report, FEW)
+    lift(gm, Context(FEW))
     assert ops(gm) == []
     assert len(recording.inputs) == 3
 
 
 def test_nothing_is_lifted_of_logits_that_are_returned() -> None:
     gm, _ = record(lambda hidden, weight: (flat(F.linear(hidden, weight)), F.linear(hidden, weight)), HIDDEN, WEIGHT)
-    lift(gm, GraphReport(), FEW)
+    lift(gm, Context(FEW))
     assert ops(gm) == ["linear_cross_entropy"]  # the second product is another head, whose logits nothing reads
     gm, _ = record(lambda hidden, weight: (lambda y: (flat(y), y))(F.linear(hidden, weight)), HIDDEN, WEIGHT)
-    lift(gm, GraphReport(), FEW)
+    lift(gm, Context(FEW))
     assert ops(gm) == []
 
 
@@ -159,10 +159,10 @@ def test_logits_are_not_computed_later_where_nothing_says_that_they_are_logits()
     """Neither a loss nor an embedding of as many tokens."""
     deferred: list[Deferred] = []
     gm, _ = record(F.linear, HIDDEN, WEIGHT)
-    lift(gm, GraphReport(), FEW, deferred)
+    lift(gm, Context(FEW, deferred=deferred))
     assert (calls(gm), deferred) == (["linear"], [])
     gm, _ = record(lambda hidden, weight: (lambda y: (flat(y), y))(F.linear(hidden, weight)), HIDDEN, WEIGHT)
-    lift(gm, GraphReport(), FEW, deferred)
+    lift(gm, Context(FEW, deferred=deferred))
     assert (ops(gm), len(deferred)) == (["linear_cross_entropy"], 1)
 
 
@@ -173,7 +173,7 @@ def test_which_gradients_forward_computes() -> None:
         (HIDDEN, WEIGHT, "none", [False, False]), (HIDDEN, WEIGHT.detach(), "none", [True, False]),
     ):  # fmt: skip
         gm, _ = record(lambda *given: flat(F.linear(*given), reduction=reduction), hidden, weight)  # noqa: B023
-        lift(gm, GraphReport(), FEW)
+        lift(gm, Context(FEW))
         (op,) = gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.linear_cross_entropy)
         assert op.args[-1] == [*expected, False, False, False]
 

@@ -23,7 +23,7 @@ TEACHER = torch.randn(2, 9, V, generator=torch.Generator().manual_seed(2)).log_s
 FEW = 3 * 192 * 4  # bytes of three rows of logits
 
 
-captured = functools.partial(compiled, lazy=True, logits_bytes=FEW)
+captured = functools.partial(compiled, lazy=True, logits_memory=FEW)
 
 
 class Model(nn.Module):

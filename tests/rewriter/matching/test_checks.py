@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node
 
 from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
+from fastft.rewriter.context import Context
 from fastft.rewriter.matching.apply import lift
 from fastft.rewriter.matching.rule import Rule
-from fastft.rewriter.report.data import GraphReport
 
 X, W = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.randn(4).requires_grad_()
 
@@ -58,8 +58,9 @@ def lifted(
     before = [*recording.inputs]
     if change is not None:
         change(gm)
-    report = GraphReport()
-    lift(gm, rules, report)
+    context = Context(rules=rules)
+    lift(gm, context)
+    report = context.report
     gm.graph.lint()
     gm.recompile()
     assert len(report.lifted) == calls(gm).count("special_expit")
