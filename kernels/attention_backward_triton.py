@@ -56,7 +56,7 @@ KEY_TILES = {
 
 @triton.jit
 def load_lse(ptr, i, S):
-    """The log-sum-exp of rows in units of log 2; 0 where no key counts, whose weights are all 0."""
+    """Load the log-sum-exp of rows in units of log 2; 0 where no key counts, as all weights are 0 there."""
     lse = tl.load(ptr + i, mask=i < S, other=0.0) * LOG2E
     return tl.where(lse == float("-inf"), 0.0, lse)
 
@@ -68,7 +68,7 @@ def query_tiles(
     MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, BLOCK_D], not scaled, after the keys from low to high."""
+    """Add the keys from low to high to dq [BLOCK_M, BLOCK_D], which is not scaled."""
     d = tl.arange(0, BLOCK_D)
     for j0 in range(low, high, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -104,7 +104,7 @@ def query_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta = dout . out of each row, which the other kernel needs too."""
+    """Compute dq of a tile of queries, and delta = dout . out of each row, which key_kernel needs too."""
     tiles = tl.cdiv(S, BLOCK_M)
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = head // H, head % H
@@ -153,10 +153,9 @@ def row_span(
     j0, start_ptr, end_ptr, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr,
     END: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Where the rows begin and end that attend to one of the columns from j0, and between where they attend to all.
+    """Return low, full_low, full_high, high: the rows that attend to a column from j0; full: to all of the tile's.
 
-    Of ranges that are given in tensors all are looked at; none of them, nor any with a dense mask, is known
-    to attend to all.
+    Ranges that are given in tensors are all scanned; with them, or with a dense mask, no row is known to attend to all.
     """
     low, high = 0, S
     if START or END:
@@ -191,7 +190,7 @@ def key_tiles(
     IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk, not scaled, and dv [BLOCK_N, BLOCK_D] after the queries from low to high of one head; scores transposed."""
+    """Add one head's queries from low to high to dk, not scaled, and dv [BLOCK_N, BLOCK_D]; scores are transposed."""
     d = tl.arange(0, BLOCK_D)
     for i0 in range(low, high, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
@@ -233,7 +232,7 @@ def key_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys, summed over the heads that read them."""
+    """Compute dk and dv of a tile of keys, summed over the heads that read them."""
     G, tiles = H // GROUP, tl.cdiv(T, BLOCK_N)
     b, g = tl.program_id(0) // tiles // G, tl.program_id(0) // tiles % G
     wide_b, wide_g = tl.cast(b, tl.int64), tl.cast(g, tl.int64)
@@ -289,7 +288,7 @@ def key_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for given in attention_tiles.variants(QUERY_TILES):
         yield query_kernel, given
     for given in attention_tiles.variants(KEY_TILES):
@@ -302,6 +301,7 @@ def backward(
     key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float,
     softcap: float, dropout: float,
 ) -> None:  # fmt: skip
+    """Compute dq, dk and dv into outputs, by both kernels."""
     dq, dk, dv = outputs
     B, H, S, D = query.shape
     G, T = key.shape[1:3]

@@ -1,7 +1,7 @@
-"""Kernels of torch's own for attention, and where they are the fastest: cuDNN, FlashAttention-2, memory-efficient.
+"""PyTorch's own attention kernels, and where they are the fastest: cuDNN, FlashAttention-2, memory-efficient.
 
-They take what all of them know: no mask or a causal one over as many keys as queries, and nothing else.  Each saves
-the log-sum-exp of its rows, so a backward need not be that of the forward's engine.
+They are used for what all of them support: no mask or a causal one over as many keys as queries, and nothing else.
+Each saves the log-sum-exp of its rows, so a backward need not be that of the forward's engine.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ALIGNED_BYTES = 16
 
 @functools.cache
 def _operator(engine: str, *, backward: bool = False) -> Any:
-    """One of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
+    """Return the ATen operator of one of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
     return getattr(torch.ops.aten, f"_scaled_dot_product_{engine}_attention" + ("_backward" if backward else ""))
 
 
 @contextmanager
 def only_triton() -> Iterator[None]:
-    """The Triton kernels wherever they can run, for tests and measurements."""
+    """Use the Triton kernels wherever they can run, for tests and measurements."""
     global _triton_alone
     before, _triton_alone = _triton_alone, True
     try:
@@ -42,7 +42,7 @@ def only_triton() -> Iterator[None]:
 
 @functools.cache
 def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The fastest for plain and causal attention of equal lengths; "" for the Triton kernel, or the reference.
+    """Return the fastest engine for plain and causal attention of equal lengths; "" for Triton or the reference.
 
     On an H100 cuDNN's kernels are 1.5 to 2 times as fast as FlashAttention-2, see docs/performance.md.
     """
@@ -61,7 +61,7 @@ def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
 def chosen(
     query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal: bool, scale: float, *numbers: float
 ) -> str:
-    """The engine for a call, "" where it has more than a causal mask; as torch.backends.cuda allows.
+    """Choose an engine that torch.backends.cuda allows; return "" where a call has more than a causal mask.
 
     The Triton kernels give the same bits each time, the engines' backwards do not.
     """
@@ -90,7 +90,7 @@ _ENABLED = {
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """As the engines address it: no axis expanded, heads side by side, all aligned."""
+    """Return the tensor as the engines address it, copied if needed: no expanded axis, unit stride, 16-byte aligned."""
     step = ALIGNED_BYTES // tensor.element_size()
     *others, last = tensor.stride()
     fits = last == 1 and all(one % step == 0 for one in others) and tensor.data_ptr() % ALIGNED_BYTES == 0
@@ -98,10 +98,10 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 def _beside(tensor: Tensor) -> Tensor:
-    """[B, H, S, D] in exactly the strides of a dense [B, S, H, D].
+    """Lay out [B, H, S, D] in exactly the strides of a dense [B, S, H, D].
 
-    torch keeps the graphs of cuDNN's backward by the strides of query, key and value alone (aten/native/cudnn/MHA.cpp),
-    so that those of the others must never be other ones, also along axes of one element.
+    torch caches the graphs of cuDNN's backward by the strides of query, key and value alone (native/cudnn/MHA.cpp in
+    ATen), so the strides of the other tensors must always be the same, even along axes of one element.
     """
     _, H, S, D = tensor.shape
     strides = (S * H * D, D, H * D, 1)
@@ -115,7 +115,7 @@ def forward(
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
     scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """out and log-sum-exp by an engine of torch's, or None."""
+    """Compute out and log-sum-exp by one of torch's engines; return None where none is chosen."""
     engine = chosen(query, key, (start, end, query_ids, key_ids, mask, sinks, seed), causal, scale, window, softcap)
     if not engine:
         return None
@@ -134,7 +134,7 @@ def backward(
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     causal: bool, window: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """The gradients by an engine of torch's, or None."""
+    """Compute the gradients by one of torch's engines; return None where none is chosen."""
     engine = chosen(query, key, (start, end, query_ids, key_ids, mask, seed), causal, scale, window, softcap)
     if not engine:
         return None
@@ -167,6 +167,6 @@ def _efficient_backward(
 
 
 def _ordered(gradient: Tensor, like: Tensor) -> Tensor:
-    """In the memory order that an empty_like has."""
+    """Return the gradient in the memory order that torch.empty_like(like) has."""
     target = torch.empty_like(like)
     return gradient if gradient.stride() == target.stride() else target.copy_(gradient)

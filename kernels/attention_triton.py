@@ -49,7 +49,7 @@ def forward_tiles(
     MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M] after the keys from low to high."""
+    """Add the keys from low to high to acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M]."""
     d = tl.arange(0, BLOCK_D)
     for j0 in range(low, high, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -88,6 +88,7 @@ def forward_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr, SINKS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute out and log-sum-exp of a tile of query rows of one head."""
     tiles = tl.cdiv(S, BLOCK_M)
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles  # the longest of a causal mask first
     b, h = head // H, head % H
@@ -132,7 +133,7 @@ def forward_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for given in attention_tiles.variants(TILES):
         yield forward_kernel, {"SINKS": given["WINDOW"], **given}
 
@@ -142,6 +143,7 @@ def forward(
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
     seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> None:  # fmt: skip
+    """Compute out and log-sum-exp into outputs."""
     out, lse = outputs
     B, H, S, D = query.shape
     q, k, v = unit(query), unit(key), unit(value)

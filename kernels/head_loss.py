@@ -1,17 +1,17 @@
-"""A loss of a head's logits as an op, with its gradients, without holding the logits:  y = hidden W^T + s B^T + bias.
+"""Define a loss of a head's logits as an op that never holds all of them:  y = hidden W^T + s B^T + bias.
 
 y is multiplied by scale and, if softcap is not 0, becomes softcap tanh(y / softcap) (Gemma 2, arXiv:2408.00118).
-What a row of it is compared with and how is the op's own: linear_cross_entropy.py, linear_kl_div.py.
+Each op defines what a row of y is compared with, and how: linear_cross_entropy.py, linear_kl_div.py.
 
 hidden [..., H], weight [V, H] and bias [V] of one dtype; s = lora_s [..., r] and B = lora_b [V, r] of any
 floating-point dtype, the two factors of an adapter on the head: s_j x A_j^T beside each other, and B_j.
-chunk_bytes: of logits that are held at once.
+chunk_bytes: the bytes of logits that are held at once.
 
 The first result is the losses [...], or with reduce their sum [], float32 (float64 for float64).  The others are
 gradients of the sum of all losses, of those among (hidden, weight, bias, lora_s, lora_b) that grads_in_forward marks:
 in hidden's dtype, and float32 for what is summed over rows.  Forward has the logits at hand, so computing them there
 saves a product.  Backward then only scales: all by the gradient of the sum, or each row of hidden's and lora_s's by its
-own.  Anything that is not marked, or cannot be scaled afterwards, backward computes from new logits.
+own.  What is not marked, or cannot be scaled afterwards, backward computes from new logits.
 """
 
 import functools
@@ -39,7 +39,7 @@ ProcessChunk = Callable[[Tensor, Tensor | slice, Tensor, Tensor, float, bool], N
 
 
 class HeadCall:
-    """What every call has.  An op has a dataclass of it: its arguments in order, but for what it is to return."""
+    """What every call has.  An op's dataclass has all its arguments in order, but for those that say what to return."""
 
     hidden: Tensor
     weight: Tensor
@@ -57,15 +57,15 @@ class HeadCall:
 
     @property
     def differentiable(self) -> list[Tensor | None]:
-        """What there is a gradient of, in the order of DIFFERENTIABLE."""
+        """The tensors that may need a gradient, in the order of DIFFERENTIABLE."""
         return [self.hidden, self.weight, self.bias, self.lora_s, self.lora_b]
 
     def chosen(self, marks: Sequence[bool]) -> list[Tensor]:
-        """Those of them that are marked."""
+        """Return those of the differentiable tensors that are marked and not None."""
         return [one for one, mark in zip(self.differentiable, marks, strict=True) if mark and one is not None]
 
     def y(self) -> Tensor:
-        """In plain PyTorch: what torch computes at once, step by step."""
+        """Compute y in plain PyTorch: step by step what torch would compute at once."""
         logits = F.linear(self.hidden, self.weight, self.bias)
         if self.lora_s is not None and self.lora_b is not None:
             dtype = torch.promote_types(self.lora_s.dtype, self.lora_b.dtype)
@@ -74,7 +74,7 @@ class HeadCall:
         return self.softcap * torch.tanh(y / self.softcap) if self.softcap else y
 
     def logits_of_product(self, product: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """y of a chunk's hidden W^T + s B^T, and the softcap's slope there."""
+        """Compute y from a chunk's hidden W^T + s B^T, and the softcap's slope there (None without a softcap)."""
         y = product.to(dtype)
         y = (y if self.bias is None else y + self.bias) * self.scale
         if not self.softcap:
@@ -88,16 +88,17 @@ C = TypeVar("C", bound=HeadCall)
 
 @dataclass(frozen=True)
 class HeadLoss(Generic[C]):
-    """What an op's own is; the methods take an op's arguments.
+    """What defines one loss op; the methods take the op's arguments.
 
-    call_of: its dataclass, made of all arguments but what is to be returned.
-    check: raises where a call's rows cannot be compared with what is given for it.
-    losses: of each row, in plain PyTorch, differentiable: the specification.
-    finalize: what is called last, once everything is launched.
-    ignored: of what rows are compared with and the numbers among a call's arguments, which rows count for nothing; None
-        where all do.
-    prepare: which rows are ignored, or None, and what writes the losses of some of them, and gain times the gradient
-        over their logits: (logits, which rows, gradient of the losses, losses, gain, whether a gradient is asked for).
+    call_of: the op's dataclass, made from all arguments but those that say what to return.
+    check: raises where a call's rows cannot be compared with what is passed for it.
+    losses: computes the loss of each row in plain PyTorch, differentiable: the specification.
+    finalize: called last, once everything is launched.
+    ignored: returns which rows count for nothing, from what rows are compared with and the numbers among a call's
+        arguments; None where all rows count.
+    prepare: returns which rows are ignored, or None, and a function that writes the losses of some rows, and gain times
+        the gradient over their logits: (logits, which rows, gradient of the losses, losses, gain, whether a gradient is
+        needed).
     """
 
     call_of: Callable[..., C]
@@ -111,7 +112,7 @@ class HeadLoss(Generic[C]):
         self, name: str, reference: Callable[..., Results], reference_backward: Callable[..., Results],
         compared: Shapes, choices: Sequence[Choice],
     ) -> tuple[CustomOpDef, CustomOpDef]:  # fmt: skip
-        """The op and its backward, of these signatures; compared: the shape of what rows are compared with."""
+        """Define the op and its backward, of these signatures; compared: the shape of what rows are compared with."""
         forward, backward = _cases(compared, choices)
         op = define(
             name, reference, self.new_outputs, self.fill,
@@ -127,7 +128,7 @@ class HeadLoss(Generic[C]):
         return op, backward_op
 
     def scratch_bytes(self, *arguments: Any) -> int:
-        """Of a chunk: its logits, its hidden states and their gradient."""
+        """Count the bytes of a chunk: its logits, its hidden states and their gradient."""
         *given, _, _ = arguments
         call = self.call_of(*given)
         rows, (V, H), size = prod(call.rows), call.weight.shape, call.hidden.element_size()
@@ -135,7 +136,7 @@ class HeadLoss(Generic[C]):
         return chunk * (V + 2 * H) * size
 
     def reference(self, *arguments: Any) -> list[Tensor]:
-        """The forward in plain PyTorch."""
+        """Compute the losses, or their sum, and the marked gradients in plain PyTorch."""
         *given, reduce, grads_in_forward = arguments
         call = self.call_of(*given)
         found = self.losses(call)
@@ -147,7 +148,7 @@ class HeadLoss(Generic[C]):
         return [found.sum() if reduce else found, *(one.to(dtype) for one, dtype in gradients)]
 
     def reference_backward(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
-        """The gradients that are needed; grad_output [...] is that of each row's loss."""
+        """Compute the needed gradients in plain PyTorch; grad_output [...] is that of each row's loss."""
         *given, needed = arguments
         return self._differentiate(self.call_of(*given), grad_output, needed)
 
@@ -161,14 +162,14 @@ class HeadLoss(Generic[C]):
         return list(torch.autograd.grad(found, list(leaves.values()), grad_output.to(found.dtype)))
 
     def new_outputs(self, *arguments: Any) -> list[Tensor]:
-        """Empty losses and gradients; raises where shapes or dtypes do not fit."""
+        """Allocate empty losses and gradients; raise where shapes or dtypes do not fit."""
         *given, reduce, grads_in_forward = arguments
         call = self._checked(given, grads_in_forward)
         loss = call.hidden.new_empty(() if reduce else call.rows, dtype=wide(call.hidden.dtype))
         return [loss, *_empty(call, grads_in_forward, _dtypes_of_grads_in_forward(call, grads_in_forward))]
 
     def new_gradients(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
-        """Empty gradients, of those that are needed."""
+        """Allocate the needed gradients, empty."""
         *given, needed = arguments
         call = self._checked(given, needed)
         fits = grad_output.shape == call.rows
@@ -182,7 +183,7 @@ class HeadLoss(Generic[C]):
         return call
 
     def fill(self, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-        """Write the forward's results."""
+        """Write the forward's results into targets."""
         *given, reduce, grads_in_forward = arguments
         call = self.call_of(*given)
         loss, *gradients = targets
@@ -195,7 +196,7 @@ class HeadLoss(Generic[C]):
             loss.copy_(by_row.view(loss.shape))
 
     def fill_backward(self, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-        """Write the backward's."""
+        """Write the backward's results into targets."""
         grad_output, *given, needed = arguments
         call = self.call_of(*given)
         unused = call.hidden.new_empty(prod(call.rows), dtype=wide(call.hidden.dtype))
@@ -204,7 +205,7 @@ class HeadLoss(Generic[C]):
     def _run(
         self, call: C, loss: Tensor, upstream: Tensor, targets: Sequence[Tensor], marks: Sequence[bool], gain: float
     ) -> None:
-        """Write each row's loss, and the gradients that are marked, each row's multiplied with upstream."""
+        """Write each row's loss, and the marked gradients, each row's multiplied by upstream."""
         ignored, fill_rows = self.prepare(call)
         lora_s = None if call.lora_s is None else _rows(call.lora_s)
         head = Head(_rows(call.hidden), call.weight, lora_s, call.lora_b, call.chunk_bytes, ignored, gain)
@@ -257,10 +258,10 @@ class HeadLoss(Generic[C]):
 
 
 def fill_rows(launcher: str, plain: Callable[..., None], logits: Tensor, *given: Any) -> None:
-    """Each row's loss, and gain times its gradient over the logits: by Triton where it runs, else by plain.
+    """Write each row's loss, and gain times its gradient over the logits: by Triton where it runs, else by plain.
 
-    given: what the rows are compared with, the gradient of the losses, the losses, the call, gain, and whether a
-    gradient is asked for.
+    arguments: what the rows are compared with, the gradient of the losses, the losses, the call, gain, and whether a
+    gradient is needed.
     """
     call = next(one for one in given if isinstance(one, HeadCall))
     tensors = [one for one in (logits, *given, call.bias) if isinstance(one, Tensor) and one.is_floating_point()]
@@ -270,12 +271,12 @@ def fill_rows(launcher: str, plain: Callable[..., None], logits: Tensor, *given:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix."""
+    """Reshape [..., D] to a matrix [M, D]."""
     return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _dtypes_of_grads_in_forward(call: HeadCall, grads_in_forward: Sequence[bool]) -> list[torch.dtype]:
-    """hidden's own; wide for sums over rows, which are scaled before they are rounded."""
+    """Return the gradients' dtypes: hidden's own, wide for the others, which are scaled before they are rounded."""
     return [
         one.dtype if number == 0 else wide(one.dtype)
         for number, (one, need) in enumerate(zip(call.differentiable, grads_in_forward, strict=True))
@@ -284,7 +285,10 @@ def _dtypes_of_grads_in_forward(call: HeadCall, grads_in_forward: Sequence[bool]
 
 
 def _scaled(one: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded once, with no float32 tensor between; factor has an axis, or a GPU would round it to one's dtype."""
+    """Scale a gradient, rounded once to dtype, with no float32 tensor in between.
+
+    factor has an axis, or a GPU would round it to the gradient's dtype.
+    """
     return torch.mul(one, factor, out=torch.empty_like(one, dtype=dtype))
 
 
@@ -309,7 +313,7 @@ def _check(call: HeadCall, marks: Sequence[bool]) -> None:
 
 
 def _targets(targets: Sequence[Tensor], marks: Sequence[bool]) -> tuple[Gradients, list[tuple[Tensor, Tensor]]]:
-    """Where a chunk's gradients go: the targets themselves, or what is copied to them in the end."""
+    """Return where a chunk's gradients go, the targets themselves or buffers, and the pairs to be copied in the end."""
     found, gradients, copied = iter(targets), Gradients(), []
     for name, by_row, mark in zip(DIFFERENTIABLE, BY_ROW, marks, strict=True):
         if not mark:
@@ -325,17 +329,17 @@ def _targets(targets: Sequence[Tensor], marks: Sequence[bool]) -> tuple[Gradient
 
 
 def flops(hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:
-    """2 for each logit and feature, and as many for each gradient that is computed grads_in_forward."""
+    """Count 2 FLOPs for each logit and feature, and as many for each of hidden's and weight's gradients if marked."""
     return 2 * prod(hidden) * weight[0] * (1 + sum(map(bool, arguments[-1][:2])))
 
 
 def flops_backward(grad_output: torch.Size, hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:
-    """The same, with new logits."""
+    """Count the FLOPs of the needed gradients and of the recomputed logits."""
     return flops(hidden, weight, *arguments)
 
 
 def _cases(compared: Shapes, choices: Sequence[Choice]) -> tuple[list[Case], list[Case]]:
-    """Draw forwards that compute all gradients, those by rows and none; and backwards."""
+    """Build cases: forwards that compute all gradients, those by rows and none; and backwards."""
     shapes = {"hidden": "... H", "weight": "N H", **compared}
     adapted = {**shapes, "bias": "N", "lora_s": "... A", "lora_b": "N A"}
     forward: list[Case] = []

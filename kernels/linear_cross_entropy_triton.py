@@ -1,6 +1,6 @@
 """Triton kernel of linear_cross_entropy: one row of logits a program, read twice, the gradient written over it.
 
-The second reading comes from the cache where a row and those of the programs beside it fit there.
+The second read is served by the cache where a row and those of the programs beside it fit there.
 """
 # mypy: allow-untyped-defs
 
@@ -20,7 +20,7 @@ from fastft.kernels.linear_cross_entropy import Arguments
 
 @dataclass(frozen=True)
 class Config:
-    """A launch for rows of at most ``longest`` logits."""
+    """A launch configuration for rows of at most ``longest`` logits."""
 
     longest: int
     block: int
@@ -32,7 +32,7 @@ CONFIGS = (Config(1024, block=1024, warps=4), Config(2**31, block=4096, warps=8)
 
 @triton.jit
 def shaped(logits_ptr, bias_ptr, at, mask, scale, softcap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
-    """What the softmax is of: the product, with its bias, scaled and capped."""
+    """Load a block of products and return what the softmax is of: with its bias, scaled and capped."""
     z = tl.cast(tl.load(logits_ptr + at, mask=mask, other=0.0), tl.float32)
     if BIASED:
         z += tl.cast(tl.load(bias_ptr + at, mask=mask, other=0.0), tl.float32)
@@ -48,6 +48,7 @@ def rows_kernel(
     ignore_index, smoothing: tl.float32, z_loss: tl.float32, scale: tl.float32, softcap: tl.float32, gain: tl.float32,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Compute the loss of one row and, if GRADIENT, write gain times its gradient over the logits."""
     smoothing, z_loss, gain = tl.cast(smoothing, tl.float32), tl.cast(z_loss, tl.float32), tl.cast(gain, tl.float32)
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     row = tl.cast(tl.program_id(0), tl.int64)  # rows * columns may exceed 2**31
@@ -96,7 +97,7 @@ def rows_kernel(
 def rows(
     logits: Tensor, labels: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
 ) -> None:
-    """Launch; logits [rows, V] have rows of unit stride."""
+    """Launch rows_kernel; logits [rows, V] have rows of unit stride."""
     n_rows, columns = logits.shape
     bias = call.bias
     config = next(one for one in CONFIGS if columns <= one.longest)
@@ -109,7 +110,7 @@ def rows(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel with every choice of its constants, for grads_in_forward-of-time compilation."""
+    """Yield every kernel with every choice of its constants, for ahead-of-time compilation."""
     flags = ("BIASED", "CAPPED", "SMOOTHED", "GRADIENT")
     types = {"labels_ptr": "*i64", "loss_ptr": "*fp32", "upstream_ptr": "*fp32", "ignore_index": "i32"}
     types |= dict.fromkeys(("smoothing", "z_loss", "scale", "softcap", "gain"), "fp32")

@@ -1,6 +1,6 @@
-"""Triton kernel of linear_kl_div: one row a program, of logits and target, read twice, the gradient written over.
+"""Triton kernel of linear_kl_div: one row a program, logits and target read twice, the gradient written over logits.
 
-The second reading comes from the cache where the rows and those of the programs beside it fit there.
+The second read is served by the cache where the rows and those of the programs beside it fit there.
 """
 # mypy: allow-untyped-defs
 
@@ -23,6 +23,7 @@ def rows_kernel(
     scale: tl.float32, softcap: tl.float32, gain: tl.float32,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Compute the loss of one row and, if GRADIENT, write gain times its gradient over the logits."""
     scale, softcap, gain = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32), tl.cast(gain, tl.float32)
     row = tl.cast(tl.program_id(0), tl.int64)  # rows * columns may exceed 2**31
     logits_ptr += row * logits_stride
@@ -58,7 +59,7 @@ def rows_kernel(
 def rows(
     logits: Tensor, target: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
 ) -> None:
-    """Launch; logits and target [rows, V] have rows of unit stride."""
+    """Launch rows_kernel; logits and target [rows, V] have rows of unit stride."""
     n_rows, columns = logits.shape
     bias = call.bias
     config = next(one for one in CONFIGS if columns <= one.longest)
@@ -70,7 +71,7 @@ def rows(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel with every choice of its constants, for grads_in_forward-of-time compilation."""
+    """Yield every kernel with every choice of its constants, for ahead-of-time compilation."""
     flags = ("BIASED", "CAPPED", "GRADIENT")
     types = {"loss_ptr": "*fp32", "upstream_ptr": "*fp32", **dict.fromkeys(("scale", "softcap", "gain"), "fp32")}
     for config, target in itertools.product(CONFIGS, ("*row", "*fp32")):

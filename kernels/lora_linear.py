@@ -42,7 +42,7 @@ def reference(
     biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int, quant_type: str,
     widened: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The forward in plain PyTorch, as PEFT writes it: adapters compute in their own dtype."""
+    """Compute both results in plain PyTorch, as PEFT writes it: adapters compute in their own dtype."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
         adapted, scales, blocksize, quant_type, widened,
@@ -65,7 +65,7 @@ def reference_backward(
     features: Sequence[int], biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int,
     quant_type: str, widened: bool, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed, in the order of differentiable(), in plain PyTorch; s: the second result."""
+    """Compute the needed gradients in plain PyTorch, in the order of differentiable(); s: the second result."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
         adapted, scales, blocksize, quant_type, widened,
@@ -92,7 +92,7 @@ def reference_backward(
 
 
 def differentiable(group: Group) -> list[Tensor]:
-    """The arguments that may need a gradient."""
+    """List the tensors that may need a gradient."""
     return [group.x, *group.weights, *group.biases, *group.lora_a, *group.lora_b, *group.inputs]
 
 
@@ -134,7 +134,7 @@ def _check_factors(a: Tensor, b: Tensor, columns: int, rows: int) -> None:
 
 
 def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Empty y and the products with A; raises where shapes or dtypes do not fit."""
+    """Allocate empty y and products with A; raise where shapes or dtypes do not fit."""
     group = Group(*arguments)
     _check(group)
     rank = sum(a.shape[0] for a in group.lora_a)
@@ -144,7 +144,7 @@ def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tensor]:
-    """Empty gradients, of those that are needed."""
+    """Allocate the needed gradients, empty."""
     *given, needed = arguments
     group = Group(*given)
     _check(group)
@@ -156,13 +156,13 @@ def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tenso
 
 
 def flops(x: torch.Size, *arguments: Any) -> int:
-    """2 for each element of a weight or an adapter, a row."""
+    """Count 2 FLOPs a row for each element of a weight or an adapter."""
     lora_a, lora_b, features = arguments[6], arguments[7], arguments[9]
     return 2 * prod(x[:-1]) * (x[-1] * sum(features) + sum(prod(one) for one in (*lora_a, *lora_b)))
 
 
 def flops_backward(grad_output: torch.Size, s: torch.Size, x: torch.Size, *arguments: Any) -> int:
-    """The same for the gradient of x or for that of the weights, twice for adapters."""
+    """Count the FLOPs of the gradient of x and of those of the weights, as needed, and twice the adapters'."""
     weights, lora_a, lora_b, features = arguments[0], arguments[6], arguments[7], arguments[9]
     products = int(arguments[-1][0]) + int(any(arguments[-1][1 : 1 + len(weights)]))
     adapters = sum(prod(one) for one in (*lora_a, *lora_b))
@@ -170,14 +170,17 @@ def flops_backward(grad_output: torch.Size, s: torch.Size, x: torch.Size, *argum
 
 
 def scratch_bytes(*arguments: Any) -> int:
-    """The weight in 16 bits, and what lies beside x (lora_plan.forward)."""
+    """Count the bytes of the weight in 16 bits, and of what lies beside x (lora_plan.forward)."""
     from fastft.kernels import lora_plan
 
     return lora_plan.forward_scratch(Group(*arguments))
 
 
 def scratch_bytes_backward(grad_output: Tensor, s: Tensor, *arguments: Any) -> int:
-    """The weight in 16 bits, what lies beside grad_output, and parts of sums over it (lora_plan.backward)."""
+    """Count the bytes of the weight in 16 bits, of what lies beside grad_output, and of parts of sums over it.
+
+    See lora_plan.backward.
+    """
     from fastft.kernels import lora_plan
 
     return lora_plan.backward_scratch(Group(*arguments[:-1]))
@@ -199,7 +202,7 @@ def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
 def _plain(
     features: str, biased: Sequence[int], adapters: Sequence[tuple[int, str]], inputs: int = 0, widened: bool = False
 ) -> Case:
-    """A case of weights that are not quantised.
+    """Build a case of weights that are not quantised.
 
     features: names; adapters: their siblings, and names of their ranks; inputs: how many there are.
     """
@@ -220,7 +223,7 @@ def _four_bit(
     features: Sequence[int], columns: int, adapters: Sequence[tuple[int, int]], blocksize: int, quant_type: str,
     nested: bool = False, inputs: int = 0, widened: bool = False,
 ) -> Case:  # fmt: skip
-    """A case of 4-bit weights, whose sizes are numbers.  adapters: their siblings and ranks."""
+    """Build a case of 4-bit weights, whose sizes are numbers.  adapters: their siblings and ranks."""
     ranks = [(sibling, str(rank)) for sibling, rank in adapters]
     shapes, choice = _plain(" ".join(map(str, features)), (), ranks, inputs, widened)
     shapes = {name: spec.replace("K", str(columns)) for name, spec in shapes.items() if "weights" not in name}
@@ -250,7 +253,7 @@ _CASES = [
 
 
 def _backward_case(case: Case, plain: bool) -> Case:
-    """The case with a gradient of y, and all that may need a gradient, or x and the adapters alone."""
+    """Add a gradient of y to a case; all tensors need a gradient if plain, otherwise x and the adapters alone."""
     shapes, choice = case
     ranks = [spec.split()[0] for name, spec in shapes.items() if name.startswith("lora_a")]
     lead = {"grad_output": "... " + "+".join(map(str, choice["features"])), "s": "... " + ("+".join(ranks) or "0")}
@@ -309,7 +312,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, .
 
 
 def _no_gradient(value: Any, tensors: bool) -> Any:
-    """Torch wants a None for each tensor of a list, and takes an empty list of numbers for one of tensors."""
+    """Return a None for each tensor of a list, as torch expects, which takes an empty list of numbers for one too."""
     is_list = isinstance(value, (list, tuple)) and (tensors or not value)
     return [None] * len(value) if is_list else None
 

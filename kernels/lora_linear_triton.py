@@ -27,7 +27,7 @@ ELEMENTS = 512  # of a program that goes element by element
 
 @triton.jit
 def term_of(value, number: tl.constexpr, dtype: tl.constexpr):
-    """The first, the second or the third bfloat16 term of float32 values."""
+    """Return the first, the second or the third term of float32 values in dtype (bfloat16)."""
     for _ in tl.static_range(number):
         value -= tl.cast(tl.cast(value, dtype), tl.float32)
     return tl.cast(value, dtype)
@@ -35,7 +35,7 @@ def term_of(value, number: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def add_product(left, right, total):
-    """total + left right, by tensor cores if they are of one 16-bit dtype."""
+    """Return total + left right, by tensor cores' 16-bit products if both operands have one 16-bit dtype."""
     if left.dtype == right.dtype and left.dtype != tl.float32:
         return tl.dot(left, right, total)
     else:
@@ -47,6 +47,7 @@ def place_kernel(
     pieces, out_ptr, n_elements, columns, out_stride, term_stride, COUNT: tl.constexpr, TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write BLOCK elements of a matrix of scaled pieces and zeros, each as TERMS terms."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, column, mask = at // columns, at % columns, at < n_elements
     value = tl.zeros([BLOCK], tl.float32)
@@ -66,6 +67,7 @@ def place_kernel(
 def collect_kernel(
     pieces, partial_ptr, splits, split_stride, partial_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Sum BLOCK elements of a piece over the splits, and store them scaled."""
     for which in tl.static_range(COUNT):
         if tl.program_id(1) == which:
             target_ptr, n_elements, columns, stride, first_row, first_column, scale = pieces[which]
@@ -87,6 +89,7 @@ def project_kernel(
     s_stride, split_stride, copy_stride, COPY: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of s = x p over a split of K, and copy x if COPY."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     long_row = tl.cast(row, tl.int64)
@@ -113,6 +116,7 @@ def finish_kernel(
     partial_ptr, s_ptr, spare_ptr, M, R, width, splits, split_stride, s_stride, spare_stride,
     SPARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Sum s over the splits and, if SPARE, write spare = [s | 0]."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, r = tl.cast(at // width, tl.int64), at % width  # of spare, which is wider than s
     mask = (row < M) & (r < R)
@@ -131,6 +135,7 @@ def outer_kernel(
     x_ptr, s_ptr, partial_ptr, M, K, R, rows, x_stride, s_stride, split_stride, partial_stride_k, partial_stride_r,
     TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of x^T s over a split of the rows; TERMS: of s in x's dtype, 0 for a product in float32."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * rows
@@ -154,7 +159,7 @@ def outer_kernel(
 
 
 def tile(rank: int, wide: bool, outer: bool = False, low: bool = False) -> dict[str, int]:
-    """A tile of x, and columns for these ranks; smaller for float32.
+    """Return the tile of x, and columns for these ranks; smaller for float32.
 
     low: an outer product's tile has fewer rows.  Of three terms it spills otherwise, where tensor cores want operands
     in registers (see dispatch.has_shared_operands).
@@ -178,7 +183,7 @@ ON_TENSOR_CORES = (8, 9, 10, 12)  # generations, by the first number of their ca
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The kernels for ranks of a model, for the tests that compile them ahead of time.
+    """Yield the kernels for ranks of a model, for the tests that compile them ahead of time.
 
     majors: the generations that a variant is for; such variants are compiled for each of them.
     """
@@ -227,13 +232,13 @@ def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
 
 
 def split(length: int, parts: int, block: int) -> tuple[int, int]:
-    """About so many parts of whole blocks: how many there are, and how long each is."""
+    """Divide length into about so many parts of whole blocks; return how many there are, and how long each is."""
     size = cdiv(cdiv(length, parts), block) * block
     return cdiv(length, size), size
 
 
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
-    """s = x p; copy = x; spare = [s | 0].  terms [1 or 3, K, R] of p, of any strides."""
+    """Write s = x p; copy = x; spare = [s | 0].  terms [1 or 3, K, R] of p, of any strides."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)

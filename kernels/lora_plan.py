@@ -1,9 +1,9 @@
-"""How lora_linear runs: which GEMMs, and what goes beside what.
+"""Run lora_linear: choose the GEMMs, and whether the adapters join them as spare columns.
 
-A 4-bit weight is written in 16 bits into scratch for one GEMM and freed with the call; torch's caching allocator gives
-the next group the same memory.  The adapters' part is either a few spare columns of that GEMM, [x | S] [W | s B]^T
-forward and [dY | dS] [W ; A] backward, or what it is added to.  Spare columns cost a copy of the GEMM's left operand,
-the other a pass over its result, so the smaller of the two decides.
+A 4-bit weight is dequantized to 16 bits into scratch for one GEMM and freed with the call; torch's caching allocator
+gives the next group the same memory.  The adapters' part is either a few spare columns of that GEMM,
+[x | S] [W | s B]^T forward and [dY | dS] [W ; A] backward, or it is what the GEMM's result is added to.  Spare columns
+cost a copy of the GEMM's left operand, the other way a pass over its result, so the smaller of the two decides.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ ALIGNED = 64  # spare columns come in such numbers: rows of 128 bytes, and a GEM
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """[..., D] as [M, D]."""
+    """Reshape [..., D] to [M, D]."""
     return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def spare_columns(group: Group, wider: int, narrower: int) -> int:
-    """How many spare columns the GEMM gets: 0 where the adapters are better added, or would overflow its dtype.
+    """Return how many spare columns the GEMM gets: 0 if adapters are better added, or would overflow its dtype.
 
     wider: columns of the left operand, which is copied; narrower: of the result, which would be read and written again.
     An adapter whose own products overflow all the same makes its siblings NaN too, through the zeros beside it.  Its
@@ -57,12 +57,12 @@ def spare_columns(group: Group, wider: int, narrower: int) -> int:
 
 
 def overflows(adapter: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an adapter's products may be too large for the dtype of the activations: float16 has few exponents."""
+    """Return whether an adapter's products may overflow the activations' dtype: float16 has few exponents."""
     return dtype == torch.float16 and adapter.dtype != torch.float16
 
 
 def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
-    """The 4-bit weights of all siblings, one below the other, in x's dtype, in a larger tensor."""
+    """Dequantize all siblings' weights, one below the other, in x's dtype, into a new larger tensor."""
     n, columns = sum(group.features), group.x.shape[-1]
     weight = group.x.new_empty(n + rows_below, columns + spare)
     group.weights_into(weight[:n, :columns])
@@ -70,7 +70,7 @@ def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
 
 
 def forward_scratch(group: Group) -> int:
-    """The bytes that forward allocates beside its results, small ones left out."""
+    """Count the bytes that forward allocates beside its results, small ones left out."""
     M, K, N = prod(group.x.shape[:-1]), group.x.shape[-1], sum(group.features)
     spare = spare_columns(group, K, N)
     weight = N * (K + spare) if group.quant_type else 0
@@ -78,7 +78,7 @@ def forward_scratch(group: Group) -> int:
 
 
 def backward_scratch(group: Group) -> int:
-    """The bytes that backward allocates beside its results, small ones left out."""
+    """Count the bytes that backward allocates beside its results, small ones left out."""
     M, K, N = prod(group.x.shape[:-1]), group.x.shape[-1], sum(group.features)
     spare = 0 if group.inputs else spare_columns(group, N, K)
     weight = (N + spare) * K if group.quant_type else 0
@@ -88,17 +88,17 @@ def backward_scratch(group: Group) -> int:
 
 
 def factors_a(group: Group) -> list[Piece]:
-    """All A, one below the other: [ranks, K]."""
+    """List all A, one below the other: [ranks, K]."""
     return [(a, ranks.start, 0, 1.0) for a, _, _, _, ranks in group.adapters]
 
 
 def factors_b(group: Group) -> list[Piece]:
-    """All B, scaled, each in its sibling's rows and its own columns: [N, ranks]."""
+    """List all B, scaled, each in its sibling's rows and its own columns: [N, ranks]."""
     return [(b, part.start, ranks.start, scale) for _, b, scale, part, ranks in group.adapters]
 
 
 def bias_of(group: Group) -> Tensor | None:
-    """The biases of all siblings, zero for those without."""
+    """Concatenate the biases of all siblings, zero for those without; return None if there are none."""
     if not group.biases:
         return None
     bias = group.x.new_zeros(sum(group.features))
@@ -134,7 +134,7 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
 
 
 def _base(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
-    """The weights' products."""
+    """Write the weights' products into y, or add them if begun."""
     if _fused(group, x):
         _few_rows(y, x, group, begun)
     elif group.quant_type:
@@ -145,7 +145,7 @@ def _base(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
 
 
 def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
-    """s = x A^T of all adapters, and wider = [x | s]."""
+    """Write s = x A^T of all adapters, and wider = [x | s]."""
     columns, ranks = x.shape[1], s.shape[1]
     copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns:])
     if len(group.inputs) > 1:
@@ -163,7 +163,7 @@ def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
 
 
 def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
-    """What the weights' products are added to: y = bias + s B^T; nothing is written if there is neither."""
+    """Write what the weights' products are added to, y = bias + s B^T; write nothing if there is neither."""
     bias = bias_of(group)
     if bias is not None:
         y.copy_(bias.expand_as(y))
@@ -190,7 +190,7 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> 
 
 
 def _accumulate(out: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
-    """out += left right, or out = left right if nothing is there yet."""
+    """Add left right to out if begun, otherwise write it."""
     if begun:
         out.addmm_(left, right)
     else:
@@ -198,7 +198,7 @@ def _accumulate(out: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
 
 
 def _fused(group: Group, x: Tensor) -> bool:
-    """Whether bitsandbytes' own GEMM takes this call: for few rows on a GPU."""
+    """Return whether bitsandbytes' own GEMM takes this call: for few rows on a GPU."""
     few = group.quant_type != "" and x.is_cuda and x.shape[0] < FEW_ROWS
     takes = few and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.shape[1] % group.blocksize == 0
     return takes and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
@@ -218,13 +218,13 @@ def _few_rows(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
 
 
 def _dense_at_16_bytes(tensor: Tensor) -> Tensor:
-    """Itself or a copy: bitsandbytes' GEMM reads as many bytes at once, wherever a tensor begins."""
+    """Return the tensor or a dense copy aligned to 16 bytes, as many as bitsandbytes' GEMM reads at once anywhere."""
     dense = tensor.contiguous()
     return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 
 def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]) -> None:
-    """Fill the gradients that are needed."""
+    """Fill the needed gradients."""
     found = iter(targets)
     lists = (1, len(group.weights), len(group.biases), len(group.lora_a), len(group.lora_b), len(group.inputs))
     marks = iter(needed)
@@ -262,7 +262,7 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
 def _adapter_gradients(
     grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group, wider: Tensor | None = None
 ) -> None:
-    """ds = s_j dY B and dB = s_j dY^T S of each adapter, and wider = [dY | ds]: what dY is read for beside its GEMM."""
+    """Write ds = s_j dY B and dB = s_j dY^T S of each adapter, and wider = [dY | ds], reading dY once if possible."""
     n, ranks = grad.shape[1], ds.shape[1]
     if ranks == 0:
         return
@@ -279,7 +279,7 @@ def _adapter_gradients(
 
 
 def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | None, spare: Tensor | None) -> None:
-    """ds = s_j dY B of each adapter, copy = dY and spare = [ds | 0]."""
+    """Write ds = s_j dY B of each adapter, copy = dY and spare = [ds | 0]."""
     n, ranks = grad.shape[1], ds.shape[1]
     if ranks <= MAX_RANK:
         project(grad, terms_of(factors_b(group), n, ranks, grad.dtype), ds, copy, spare)
@@ -292,7 +292,7 @@ def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | Non
 
 
 def _second_factors(dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, group: Group) -> None:
-    """dB = s_j dY^T S, in one pass over dY if the ranks are few."""
+    """Write dB = s_j dY^T S, in one pass over dY if the ranks are few."""
     found = [(db, *adapter) for db, adapter in zip(dbs, group.adapters, strict=True) if db is not None]
     if s.shape[1] <= MAX_RANK:
         outer(grad, s, [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in found])
@@ -302,7 +302,7 @@ def _second_factors(dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, group
 
 
 def _first_factors(das: Sequence[Tensor | None], ds: Tensor, group: Group) -> None:
-    """dA = ds^T x_j; those that read the same x share a pass over it."""
+    """Write dA = ds^T x_j; adapters that read the same x share a pass over it."""
     found = [
         (da, given, ranks) for da, given, ranks in zip(das, group.read, group.ranks, strict=True) if da is not None
     ]
@@ -316,7 +316,7 @@ def _first_factors(das: Sequence[Tensor | None], ds: Tensor, group: Group) -> No
 def _input_gradient(
     dx: Tensor, grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group
 ) -> None:
-    """dx = dY W + ds A, where the adapters read x itself; and ds and dB."""
+    """Write dx = dY W + ds A (ds A only where the adapters read x itself), and ds and dB."""
     n, columns = grad.shape[1], dx.shape[1]
     spare = 0 if group.inputs else spare_columns(group, n, columns)
     if spare:
@@ -339,7 +339,7 @@ def _input_gradient(
 def _input_gradient_by_parts(
     dx: Tensor, grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group, spare: int
 ) -> None:
-    """dx = [dY | ds] [W ; A], and ds and dB, some rows at a time: the copy of dY would be as large as itself."""
+    """Write dx = [dY | ds] [W ; A], ds and dB, some rows at a time: a copy of dY would be as large as dY."""
     M, n = grad.shape
     size = _rows_of_a_part(M, n, spare, grad.element_size())
     weight, wider = scratch(group, rows_below=spare), grad.new_empty(min(size, M), n + spare)
@@ -360,11 +360,11 @@ def _input_gradient_by_parts(
 
 
 def _rows_of_a_part(M: int, n: int, spare: int, itemsize: int) -> int:
-    """Parts of one size but for the last, each of PART_BYTES at the most."""
+    """Return the rows of a part: parts of one size but for the last, of about PART_BYTES at the most."""
     count = cdiv(M * (n + spare) * itemsize, PART_BYTES)
     return cdiv(cdiv(M, count), ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 def _times_a(ds: Tensor, group: Group) -> Tensor:
-    """ds A of all adapters, in ds's dtype."""
+    """Return ds A of all adapters, in ds's dtype."""
     return ds @ torch.cat([a.to(ds.dtype) for a in group.lora_a])

@@ -1,4 +1,4 @@
-"""Products with a matrix of few columns, and pieces put together: what PyTorch has no fast call for.
+"""Multiply by a matrix of few columns, and put pieces together: PyTorch has no fast call for either.
 
 By Triton where it has tensor cores, by PyTorch elsewhere, and where a kernel cannot be compiled.
 """
@@ -22,9 +22,9 @@ Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger 
 
 
 def terms_of(pieces: Sequence[Piece], rows: int, columns: int, beside: torch.dtype) -> Tensor:
-    """A matrix [rows, columns] made of pieces and zeros, to be multiplied with a tensor of another dtype.
+    """Build a matrix [rows, columns] of pieces and zeros, to be multiplied by a tensor of another dtype.
 
-    [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
+    Returns [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
     """
     dtype = functools.reduce(torch.promote_types, [one.dtype for one, *_ in pieces])
     exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(one for one, *_ in pieces))
@@ -53,11 +53,11 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 def operands(
     left: Tensor, pieces: Sequence[Piece], columns: int, dtype: torch.dtype, *, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """left [M, r] and a matrix of pieces [r, columns] (or [columns, r], if transposed) as a GEMM in dtype takes them.
+    """Return left [M, r] and a matrix of pieces [r, columns] ([columns, r] if transposed), for a GEMM in dtype.
 
-    For float32 in bfloat16 both are two terms, high and low: high high + low high + high low are one product along
-    3 r.  What is left out is below 2^-16 of it.  More than MAX_RANK ranks are rounded, as three times as many would
-    cost time.
+    For float32 in bfloat16 both are split into two terms, high and low: high high + low high + high low are one product
+    along 3 r.  What is left out is below 2^-16 of it.  More than MAX_RANK ranks are rounded, as three times as many
+    would cost time.
     """
     rank = left.shape[1]
     exact = dtype == torch.bfloat16 and rank <= MAX_RANK and any(one.dtype == torch.float32 for one, *_ in pieces)
@@ -76,7 +76,7 @@ def operands(
 
 
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spare: Tensor | None = None) -> None:
-    """s = x p, copy = x and spare = [s | 0] in one pass over x.
+    """Write s = x p, copy = x and spare = [s | 0] in one pass over x.
 
     x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64; spare [M, r or more] as x.
     """
@@ -100,7 +100,7 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spa
 
 
 def write_spare(spare: Tensor | None, s: Tensor) -> None:
-    """spare = [s | 0], if there is any."""
+    """Write spare = [s | 0], if there is any."""
     if spare is not None:
         spare[:, : s.shape[1]].copy_(s)
         spare[:, s.shape[1] :].zero_()
@@ -130,7 +130,7 @@ def project_and_outer(
     x: Tensor, s: Tensor, product: Tensor, factors: Sequence[Piece], targets: Sequence[Piece], columns: Sequence[slice],
     ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
 ) -> bool:  # fmt: skip
-    """product = x p, copy = x, spare = [product | 0] and parts of x^T s in one pass over x, if that is the better way.
+    """Write product = x p, copy = x, spare = [product | 0] and parts of x^T s in one pass; False if others are better.
 
     The columns[i] of x go with the ranks[i] of s and product alone: factors and targets have those from column 0 on.
     """
@@ -149,7 +149,7 @@ def _launcher(name: str) -> Callable[..., None]:
 
 
 def _within(piece: Piece, part: slice, transposed: bool) -> Piece | None:
-    """What lies among these ranks of a piece, which are rows if transposed, else columns."""
+    """Cut a piece to these ranks, which are its rows if transposed, else its columns; None if nothing is left."""
     one, row, column, scale = piece
     first, size = (row, one.shape[0]) if transposed else (column, one.shape[1])
     low, high = max(first, part.start), min(first + size, part.stop)
@@ -164,7 +164,7 @@ def _parts(ranks: int) -> list[slice]:
 
 
 def _on_triton(*tensors: Tensor) -> bool:
-    """Triton's products want tensor cores; without them cuBLAS is the better choice."""
+    """Return whether Triton should multiply these tensors: without tensor cores cuBLAS is the better choice."""
     device = tensors[0].device
     dtypes = dispatch.triton_dtypes(device) if dispatch.has_tensor_cores(device) else ()
     return all(tensor.dtype in dtypes and tensor.numel() > 0 for tensor in tensors)

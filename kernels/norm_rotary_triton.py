@@ -29,6 +29,7 @@ from fastft.kernels.rotary_triton import (
 
 @triton.jit
 def scaled(x, rstd, weight, offset, x_ptr, ROUND_FIRST: tl.constexpr):
+    """Return x * rstd * (offset + weight); ROUND_FIRST: x * rstd is rounded to x's dtype."""
     unit = x * rstd[:, None]
     if ROUND_FIRST:
         unit = rounded(unit, x_ptr)
@@ -41,6 +42,7 @@ def forward_rows(
     ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """Normalise and rotate the rows of one tile of q or k."""
     y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = given
     weight_ptr, rstd_ptr, rstd_strides = more
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -71,7 +73,7 @@ def forward_kernel(
     ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The first q_tiles programs take the rows of q, the others those of k."""
+    """Run forward_rows: the first q_tiles programs take the rows of q, the others those of k."""
     tile = tl.program_id(0)
     if tile < q_tiles:
         forward_rows(q, q_more, tile, D, half, eps, offset, ROUND_FIRST, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H, BLOCK_P)
@@ -88,7 +90,7 @@ def backward_rows(
     WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx of every n_programs-th tile, and the partial sum of dweight over them."""
+    """Compute dx of every n_programs-th tile, and the partial sum of dweight over them."""
     dx_ptr, dy_ptr, _, _, n_rows, n1, n2, dy_strides, _, _ = given
     x_ptr, weight_ptr, rstd_ptr, partial_ptr, x_strides, rstd_strides = more
     always, origin = tl.full([1], 1, tl.int1), tl.full([1], 0, tl.int64)
@@ -140,7 +142,7 @@ def backward_kernel(
     WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The first q_programs programs take the rows of q, the others those of k."""
+    """Run backward_rows: the first q_programs programs take the rows of q, the others those of k."""
     program = tl.program_id(0)
     if program < q_programs:
         backward_rows(
@@ -155,7 +157,7 @@ def backward_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     strides = ("i32",) * 3
     forward_more, backward_more = ("*row", "*fp32", strides), ("*row", "*row", "*fp32", "*fp32", strides, strides)
     for config in CONFIGS:
@@ -174,6 +176,7 @@ def forward(
     outputs: Sequence[Tensor], q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     eps: float, offset: float, round_first: bool, interleaved: bool, per_pair: bool, contiguous: bool,
 ) -> None:  # fmt: skip
+    """Compute q', k', q_rstd and k_rstd into outputs."""
     new_q, new_k, q_rstd, k_rstd = outputs
     D, half = q.shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config = config_for(CONFIGS, D)
@@ -192,7 +195,7 @@ def backward(
     q_rstd: Tensor, k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool,
     per_pair: bool,
 ) -> None:  # fmt: skip
-    """dq and dk; and dq_weight and dk_weight if there are outputs for them, from float32 sums over programs."""
+    """Compute dq and dk; and dq_weight and dk_weight if there are outputs for them, from float32 sums over programs."""
     new_q, new_k, *weight_gradients = outputs
     D, half = q.shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config, trained = config_for(CONFIGS, D), bool(weight_gradients)
