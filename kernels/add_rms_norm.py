@@ -92,7 +92,9 @@ rms_norm_add = define(
 rms_norm_add_rms_norm = define(
     "rms_norm_add_rms_norm", reference_rms_norm_add_rms_norm, new_rms_norm_add_rms_norm,
     "add_rms_norm_triton.rms_norm_add_rms_norm",
-    cases=cases([{**ROWS, **_SHAPES, "inner_weight": "D"}], [{**one, "inner_eps": 1e-5} for one in SPELLINGS]),
+    cases=cases(
+        [{**ROWS, **_SHAPES, "inner_weight": "D"}], [{**spelling, "inner_eps": 1e-5} for spelling in SPELLINGS]
+    ),
     gradients=("x", "residual", "inner_weight", "weight"), flops=9,
 )  # fmt: skip
 
@@ -117,7 +119,7 @@ def _backward_add_rms_norm(
     offset, round_first = ctx.spelling
     trained = ctx.needs_input_grad[2]
     dtotal, dweight = gradients(trained, grad_y, total, weight, rstd, offset, round_first, grad_total)
-    dx, dresidual = (_cast(dtotal, *one) for one in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True))
+    dx, dresidual = (_cast(dtotal, *target) for target in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True))
     return dx, dresidual, dweight, None, None, None
 
 

@@ -62,11 +62,11 @@ def launch(
     """Launch add_kernel; results that are None are not computed.  inner_rstd and rstd have the same strides."""
     D = total.shape[-1]
     n_rows, config = total.numel() // D, config_for(CONFIGS, D)
-    some = rstd if inner_rstd is None else inner_rstd
-    assert some is not None
-    n1, n2, (x, residual, _), strides = layout.rows(total, x, residual, some)
-    vectors = [x if one is None else one.contiguous() for one in (inner_weight, weight)]
-    results = [total if one is None else one for one in (y, total, inner_rstd, rstd)]
+    any_rstd = rstd if inner_rstd is None else inner_rstd
+    assert any_rstd is not None
+    n1, n2, (x, residual, _), strides = layout.rows(total, x, residual, any_rstd)
+    vectors = [x if vector is None else vector.contiguous() for vector in (inner_weight, weight)]
+    results = [total if result is None else result for result in (y, total, inner_rstd, rstd)]
     on_grid(add_kernel, (cdiv(n_rows, config.rows),))(
         *results, x, residual, *vectors, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         inner_eps, eps, offset, INNER=inner_rstd is not None, OUTER=rstd is not None, ROUND_FIRST=round_first,

@@ -43,23 +43,23 @@ def allowed(
     """Return which scores count: bool, broadcasts to [B, H, S, T]."""
     i = torch.arange(query.shape[-2], device=query.device)[:, None]
     j = torch.arange(key.shape[-2], device=query.device)
-    found = torch.ones(1, 1, len(i), len(j), dtype=torch.bool, device=query.device)
+    counts = torch.ones(1, 1, len(i), len(j), dtype=torch.bool, device=query.device)
     if causal:
-        found = found & (j <= i)
+        counts = counts & (j <= i)
     if window:
-        found = found & (j > i - window)
+        counts = counts & (j > i - window)
     if start is not None:
-        found = found & (j >= start[:, None, :, None])
+        counts = counts & (j >= start[:, None, :, None])
     if end is not None:
-        found = found & (j < end[:, None, :, None])
+        counts = counts & (j < end[:, None, :, None])
     if query_ids is not None and key_ids is not None:
-        found = found & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
+        counts = counts & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
     if mask is not None and mask.dtype == torch.bool:
-        found = found & mask
+        counts = counts & mask
     if start is not None:
         before_end = torch.ones_like(j, dtype=torch.bool) if end is None else j < end[:, None, :, None]
-        found = torch.where(start[:, None, :, None] < 0, before_end, found)
-    return found
+        counts = torch.where(start[:, None, :, None] < 0, before_end, counts)
+    return counts
 
 
 def kept(seed: Tensor, shape: Sequence[int], dropout: float) -> Tensor:
@@ -133,7 +133,7 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of query, key and value with all scores at once."""
     dtype, heads = wide(query.dtype), query.shape[1]
-    q, k, v, dout = (one.to(dtype) for one in (query, grouped(key, heads), grouped(value, heads), grad_output))
+    q, k, v, dout = (tensor.to(dtype) for tensor in (query, grouped(key, heads), grouped(value, heads), grad_output))
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = q @ k.transpose(-1, -2) * scale
     scores = scored(products, start, mask, softcap)
@@ -167,12 +167,12 @@ def check(
     require((query_ids is None) == (key_ids is None), lambda: "query_ids and key_ids belong together")
     rows, columns = query.shape[-2], key.shape[-2]
     named = {"start": (start, rows), "end": (end, rows), "query_ids": (query_ids, rows), "key_ids": (key_ids, columns)}
-    for name, (one, length) in named.items():
-        if one is not None:
-            found = f"{name} {tuple(one.shape)}"
-            require(one.dim() == 2, lambda found=found: f"{found} has not 2 axes")  # type: ignore[misc]
-            require(one.shape[1] == length, lambda found=found: f"{found}: {shapes()}")  # type: ignore[misc]
-            one.expand(query.shape[0], -1)  # raises where it does not broadcast
+    for name, (tensor, length) in named.items():
+        if tensor is not None:
+            described = f"{name} {tuple(tensor.shape)}"
+            require(tensor.dim() == 2, lambda described=described: f"{described} has not 2 axes")  # type: ignore[misc]
+            require(tensor.shape[1] == length, lambda described=described: f"{described}: {shapes()}")  # type: ignore[misc]
+            tensor.expand(query.shape[0], -1)  # raises where it does not broadcast
     if mask is not None:
         require(mask.shape[-2:] == (rows, columns), lambda: f"mask {tuple(mask.shape)}: {shapes()}")
         mask.expand(*query.shape[:-1], columns)  # raises where it does not broadcast
@@ -202,13 +202,13 @@ def new_outputs(
 
 def new_gradients(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     """Allocate empty gradients in the memory order of query, key and value."""
-    return tuple(torch.empty_like(one) for one in (query, key, value))
+    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
 def flops(query: Sequence[int], key: Sequence[int], *arguments: Any, products: int = 2) -> int:
     """Count the FLOPs of so many products of the scores' size; half if causal, as other masks are not known."""
     B, H, S, D = query
-    causal = next(one for one in arguments if isinstance(one, bool))
+    causal = next(argument for argument in arguments if isinstance(argument, bool))
     return 2 * products * B * H * S * key[2] * D // (2 if causal else 1)
 
 
@@ -270,13 +270,13 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
     if grad_output is None:
         return (None,) * 16
     query, key, value, out, lse, *masks, sinks, seed = ctx.saved_tensors
-    found: Sequence[Tensor | None] = (None,) * 3
+    gradients: Sequence[Tensor | None] = (None,) * 3
     if any(ctx.needs_input_grad[:3]):
-        found = attention_backward(
+        gradients = attention_backward(
             grad_output, query, key, value, out, lse, *masks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap,
             ctx.dropout,
         )  # fmt: skip
-    needed = [one if needs else None for one, needs in zip(found, ctx.needs_input_grad[:3], strict=True)]
+    needed = [gradient if needs else None for gradient, needs in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[8]:
         # With value 0 a sink only takes weight from the others: its score's gradient is -weight * (dout . out).

@@ -144,8 +144,8 @@ def query_kernel(
         mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
         True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    at = dq_ptr + wide_b * dq_sb + wide_h * dq_sh + tl.cast(i, tl.int64)[:, None] * dq_si + d[None, :]
-    tl.store(at, tl.cast(dq * scale, dq_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
+    address = dq_ptr + wide_b * dq_sb + wide_h * dq_sh + tl.cast(i, tl.int64)[:, None] * dq_si + d[None, :]
+    tl.store(address, tl.cast(dq * scale, dq_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -247,11 +247,11 @@ def key_kernel(
     )
     key_ids = 0
     if IDS:
-        ids, one, same = load_ids(key_ids_ptr, j0, j, T)
+        ids, first_id, same = load_ids(key_ids_ptr, j0, j, T)
         key_ids = ids[:, None]
         if not START:  # rows that are alike compare no ids
             low, full_low, full_high, high = narrowed(
-                low, full_low, full_high, high, one, same, query_ids_ptr, BLOCK_M, SCAN
+                low, full_low, full_high, high, first_id, same, query_ids_ptr, BLOCK_M, SCAN
             )
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for h in range(g * GROUP, (g + 1) * GROUP):
@@ -289,10 +289,10 @@ def key_kernel(
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
-    for given in attention_tiles.variants(QUERY_TILES):
-        yield query_kernel, given
-    for given in attention_tiles.variants(KEY_TILES):
-        yield key_kernel, given
+    for constants in attention_tiles.variants(QUERY_TILES):
+        yield query_kernel, constants
+    for constants in attention_tiles.variants(KEY_TILES):
+        yield key_kernel, constants
 
 
 def backward(
@@ -306,17 +306,17 @@ def backward(
     B, H, S, D = query.shape
     G, T = key.shape[1:3]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
-    given = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
-    sizes = (H, H // G, S, T, *given.numbers)
+    shared = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    sizes = (H, H // G, S, T, *shared.numbers)
     lse, delta = lse.contiguous(), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    meta = {**given.meta, "D": D, "BLOCK_D": padded(D)}
+    meta = {**shared.meta, "D": D, "BLOCK_D": padded(D)}
     tiles = tiles_for(QUERY_TILES, query, mask)
     on_grid(query_kernel, (cdiv(S, tiles.rows) * B * H,))(
-        dq, delta, q, k, v, out, dout, lse, *given.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
+        dq, delta, q, k, v, out, dout, lse, *shared.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip
     tiles = tiles_for(KEY_TILES, query, mask)
     on_grid(key_kernel, (cdiv(T, tiles.columns) * B * G,))(
-        dk, dv, q, k, v, dout, lse, delta, *given.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
+        dk, dv, q, k, v, dout, lse, delta, *shared.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip

@@ -69,7 +69,7 @@ def chosen(
         _triton_alone
         or torch.are_deterministic_algorithms_enabled()
         or not scale > 0.0
-        or any(one is not None for one in tensors)
+        or any(tensor is not None for tensor in tensors)
         or any(numbers)
         or query.numel() == 0
     ):
@@ -93,7 +93,7 @@ def _readable(tensor: Tensor) -> Tensor:
     """Return the tensor as the engines address it, copied if needed: no expanded axis, unit stride, 16-byte aligned."""
     step = ALIGNED_BYTES // tensor.element_size()
     *others, last = tensor.stride()
-    fits = last == 1 and all(one % step == 0 for one in others) and tensor.data_ptr() % ALIGNED_BYTES == 0
+    fits = last == 1 and all(stride % step == 0 for stride in others) and tensor.data_ptr() % ALIGNED_BYTES == 0
     return tensor if fits and 0 not in others else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -122,11 +122,11 @@ def forward(
     q, k, v = map(_readable, (query, key, value))
     B, H, S, _ = q.shape
     if engine == "efficient":
-        k, v = (one.repeat_interleave(H // k.shape[1], 1) for one in (k, v))
+        k, v = (tensor.repeat_interleave(H // k.shape[1], 1) for tensor in (k, v))
     extra = () if engine == "flash" else (None, True)  # no bias, and the log-sum-exp
-    found = _operator(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
-    out = found[0].contiguous() if contiguous else _beside(found[0])
-    return out, found[1].reshape(B, H, -1)[..., :S].contiguous()
+    results = _operator(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
+    out = results[0].contiguous() if contiguous else _beside(results[0])
+    return out, results[1].reshape(B, H, -1)[..., :S].contiguous()
 
 
 def backward(
@@ -144,14 +144,14 @@ def backward(
     none: Any = torch.empty(0, dtype=torch.int64, device=q.device)  # of dropout's generator
     if engine == "cudnn":
         extra = (lse[..., None], none, none, None, None, None, S, T, 0.0, causal)  # neither bias nor cumulative lengths
-        found = _operator(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
+        gradients = _operator(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
     elif engine == "flash":
-        found = _operator(engine, backward=True)(
+        gradients = _operator(engine, backward=True)(
             dout, q, k, v, out, lse, None, None, S, T, 0.0, causal, none, none, scale=scale
         )
     else:
-        found = _efficient_backward(dout, q, k, v, out, lse, causal, scale, none)
-    return tuple(_ordered(one, like) for one, like in zip(found, (query, key, value), strict=True))
+        gradients = _efficient_backward(dout, q, k, v, out, lse, causal, scale, none)
+    return tuple(_ordered(gradient, like) for gradient, like in zip(gradients, (query, key, value), strict=True))
 
 
 def _efficient_backward(
@@ -159,11 +159,11 @@ def _efficient_backward(
 ) -> tuple[Tensor, ...]:
     group = q.shape[1] // k.shape[1]
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-    wide = (one.repeat_interleave(group, 1) for one in (k, v))
+    wide = (tensor.repeat_interleave(group, 1) for tensor in (k, v))
     dq, dk, dv, _ = _operator("efficient", backward=True)(
         dout, q, *wide, None, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
     )
-    return dq, *(one.unflatten(1, (-1, group)).sum(2) for one in (dk, dv))
+    return dq, *(gradient.unflatten(1, (-1, group)).sum(2) for gradient in (dk, dv))
 
 
 def _ordered(gradient: Tensor, like: Tensor) -> Tensor:

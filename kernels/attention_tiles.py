@@ -88,9 +88,9 @@ def column_range(i, first, last, alike, S, T, BLOCK_N: tl.constexpr, MASK: tl.co
     With a dense mask there are none of the latter: their range is empty and at the beginning.
     """
     inside = i < S
-    some = inside & (first < last)
-    low = tl.min(tl.where(some, first, T), 0) // BLOCK_N * BLOCK_N
-    high = tl.max(tl.where(some, last, 0), 0)
+    nonempty = inside & (first < last)
+    low = tl.min(tl.where(nonempty, first, T), 0) // BLOCK_N * BLOCK_N
+    high = tl.max(tl.where(nonempty, last, 0), 0)
     if MASK > 0:
         return low, low, low, high
     full_low = tl.cdiv(tl.max(tl.where(inside, tl.where(alike, T, first), 0), 0), BLOCK_N) * BLOCK_N
@@ -100,14 +100,14 @@ def column_range(i, first, last, alike, S, T, BLOCK_N: tl.constexpr, MASK: tl.co
 
 
 @triton.jit
-def load_ids(ids_ptr, at, i, N):
+def load_ids(ids_ptr, i0, i, N):
     """Load the ids of a tile that begins at i0; also return the first of them, and whether all are equal to it."""
-    ids, one = tl.load(ids_ptr + i, mask=i < N, other=0), tl.load(ids_ptr + at)
-    return ids, one, tl.min(tl.where((i < N) & (ids != one), 0, 1), 0) == 1
+    ids, first_id = tl.load(ids_ptr + i, mask=i < N, other=0), tl.load(ids_ptr + i0)
+    return ids, first_id, tl.min(tl.where((i < N) & (ids != first_id), 0, 1), 0) == 1
 
 
 @triton.jit
-def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+def narrowed(low, full_low, full_high, high, first_id, same, ids_ptr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
     """Narrow ranges of column_range to elements whose id is first_id, if same; else have every element compared.
 
     So padding, and documents told apart by ids, cost neither a comparison nor a tile where all of a tile's ids are the
@@ -119,7 +119,7 @@ def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.const
     for j0 in range(low, stop, SCAN):
         j = j0 + tl.arange(0, SCAN)
         there = j < high
-        equal = there & (tl.load(ids_ptr + j, mask=there, other=0) == one)
+        equal = there & (tl.load(ids_ptr + j, mask=there, other=0) == first_id)
         begin = tl.minimum(begin, tl.min(tl.where(equal, j, high), 0))
         end = tl.maximum(end, tl.max(tl.where(equal, j + 1, low), 0))
         until = tl.minimum(until, tl.min(tl.where(there & (j > begin) & (equal == 0), j, high), 0))
@@ -132,7 +132,7 @@ def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.const
 
 @triton.jit
 def columns(
-    i, at, start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, S, T, window,
+    i, i0, start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, S, T, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
     MASK: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
@@ -140,9 +140,11 @@ def columns(
     first, last, alike = key_range(i, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END)
     low, full_low, full_high, high = column_range(i, first, last, alike, S, T, BLOCK_N, MASK)
     if IDS:
-        ids, one, same = load_ids(query_ids_ptr, at, i, S)
+        ids, first_id, same = load_ids(query_ids_ptr, i0, i, S)
         same = same & (tl.max(tl.where(alike, 1, 0), 0) == 0)  # rows that are alike compare no ids
-        low, full_low, full_high, high = narrowed(low, full_low, full_high, high, one, same, key_ids_ptr, BLOCK_N, SCAN)
+        low, full_low, full_high, high = narrowed(
+            low, full_low, full_high, high, first_id, same, key_ids_ptr, BLOCK_N, SCAN
+        )
         return first, last, alike, ids[:, None], low, full_low, full_high, high
     else:
         return first, last, alike, 0, low, full_low, full_high, high
@@ -199,23 +201,23 @@ def masked(
 @triton.jit
 def load_mask(mask_ptr, i, j, stride_i, stride_j, S, T, MASK: tl.constexpr):
     """Load a tile of the dense mask: bool, or float32 to be added."""
-    at = mask_ptr + tl.cast(i, tl.int64) * stride_i + tl.cast(j, tl.int64) * stride_j
-    found = tl.load(at, mask=(i < S) & (j < T), other=0)
+    address = mask_ptr + tl.cast(i, tl.int64) * stride_i + tl.cast(j, tl.int64) * stride_j
+    tile = tl.load(address, mask=(i < S) & (j < T), other=0)
     if MASK == _ADDED:
-        return tl.cast(found, tl.float32)
+        return tl.cast(tile, tl.float32)
     else:
-        return found != 0
+        return tile != 0
 
 
 @triton.jit
 def load_rows(ptr, i, d, stride, N, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
     """Load rows i of [N, D], 0 outside; WHOLE: all of them are inside."""
-    at = ptr + tl.cast(i, tl.int64)[:, None] * stride + d[None, :]
+    address = ptr + tl.cast(i, tl.int64)[:, None] * stride + d[None, :]
     if WHOLE and D == BLOCK_D:
-        return tl.load(at)
+        return tl.load(address)
     if D == BLOCK_D:
-        return tl.load(at, mask=(i < N)[:, None], other=0.0)
-    return tl.load(at, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0)
+        return tl.load(address, mask=(i < N)[:, None], other=0.0)
+    return tl.load(address, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0)
 
 
 class Operands(NamedTuple):
@@ -233,18 +235,18 @@ def operands(
 ) -> Operands:  # fmt: skip
     """Collect the shared operands.  masks: start, end, query_ids, key_ids and mask; a None among them is not read."""
     start, end, query_ids, _, mask = masks
-    rows = [None if one is None else unit(one) for one in masks[:4]]
+    rows = [None if vector is None else unit(vector) for vector in masks[:4]]
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         mask = (mask.view(torch.uint8) if kind == BOOL_MASK else mask).expand(*query.shape[:-1], mask.shape[-1])
-    strides = [0 if one is None or one.shape[0] == 1 else one.stride(0) for one in rows]
+    strides = [0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0) for tensor in rows]
     of_mask = (0, 0, 0, 0) if mask is None else mask.stride()
     meta = {
         "CAUSAL": causal, "WINDOW": window > 0, "START": start is not None, "END": end is not None,
         "IDS": query_ids is not None, "MASK": NO_MASK if mask is None else kind, "SOFTCAP": softcap != 0.0,
         "DROPOUT": seed is not None, "SCAN": SCANNED,
     }  # fmt: skip
-    pointers = tuple(query if one is None else one for one in (*rows, mask, seed))
+    pointers = tuple(query if tensor is None else tensor for tensor in (*rows, mask, seed))
     window = min(window, max(query.shape[2], key.shape[2]))  # sums with it stay in 32 bits
     numbers = (window, scale, softcap, int(dropout * 2**32), 1.0 / (1.0 - dropout))
     return Operands(pointers, (*strides, *of_mask), numbers, meta)
@@ -267,12 +269,12 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
     types = dict.fromkeys(("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr"), "*i32")
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "threshold": "i64"}
     types |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
-    some = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
-    for at, key in enumerate(some):
+    keys = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
+    for number, key in enumerate(keys):
         (D, element_bytes, roomy), tiles = key, table[key]
-        kind = KINDS[3 * at % len(KINDS)]
+        kind = KINDS[3 * number % len(KINDS)]
         rows = "*fp32" if element_bytes == 4 else "*bf16"
-        of_rows = {f"{one}_ptr": rows for one in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
+        of_rows = {f"{name}_ptr": rows for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
         mask = {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8"}
         flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
         meta = (tiles.for_mask() if "MASK" in kind else tiles).meta

@@ -56,7 +56,7 @@ def reference(
     scaled = [values[:whole].view(-1, blocksize) * absmax[: whole // blocksize, None]]
     if whole < count:
         scaled.append(values[whole:count] * absmax[-1])
-    return torch.cat([one.reshape(-1) for one in scaled]).view(rows, columns).to(dtype)
+    return torch.cat([part.reshape(-1) for part in scaled]).view(rows, columns).to(dtype)
 
 
 def flat_absmax(
@@ -75,12 +75,12 @@ def check(
 ) -> None:  # fmt: skip
     """Raise where the numbers of bytes or blocks do not fit [rows, columns], or bitsandbytes has no such setting."""
     count = rows * columns
-    given = packed.numel() * packed.element_size()
-    require(given == -(-count // 2), lambda: f"{given} bytes for {rows} x {columns} elements of 4 bits")
+    size_bytes = packed.numel() * packed.element_size()
+    require(size_bytes == -(-count // 2), lambda: f"{size_bytes} bytes for {rows} x {columns} elements of 4 bits")
     require(quant_type in CODES, lambda: f"quant_type {quant_type!r} is none of {', '.join(CODES)}")
     require(blocksize in BLOCKSIZES, lambda: f"blocksize {blocksize} is none of {BLOCKSIZES}")
     nested = [absmax_8bit, absmax_code, absmax_offset]
-    require(len({one is None for one in nested}) == 1, lambda: "nested statistics come all three or not at all")
+    require(len({tensor is None for tensor in nested}) == 1, lambda: "nested statistics come all three or not at all")
     blocks = -(-count // blocksize)
     if absmax_8bit is not None:
         require(absmax_8bit.numel() == blocks, lambda: f"{absmax_8bit.numel()} absmax for {blocks} blocks")
@@ -110,7 +110,7 @@ def dequantize_into(
 
     weights: for each its bytes and its statistics: absmax, or absmax, absmax_8bit, absmax_code and absmax_offset.
     """
-    tensors = [out, *(one for packed, statistics in weights for one in (packed, statistics[0]))]
+    tensors = [out, *(tensor for packed, statistics in weights for tensor in (packed, statistics[0]))]
     if _on_triton(*tensors):
         together = load("dequantize_4bit_triton.together")
         if dispatch.launched(together, tensors, out, weights, features, blocksize, quant_type):
@@ -138,15 +138,17 @@ def _on_cpu(
 
 
 def _on_triton(out: Tensor, *others: Tensor) -> bool:
-    supported = out.dtype in dispatch.triton_dtypes(out.device) and all(one.device == out.device for one in others)
+    supported = out.dtype in dispatch.triton_dtypes(out.device) and all(
+        tensor.device == out.device for tensor in others
+    )
     return supported and out.numel() > 0 and out.stride(-1) == 1
 
 
 def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
     """Write the op's result into its one target (Entry.fill)."""
     packed, *statistics, rows, _, blocksize, quant_type, _ = arguments
-    given = [one for one in statistics if one is not None]
-    dequantize_into(targets[0], [(packed, given)], [rows], blocksize, quant_type)
+    present = [tensor for tensor in statistics if tensor is not None]
+    dequantize_into(targets[0], [(packed, present)], [rows], blocksize, quant_type)
 
 
 _CHOICES = [

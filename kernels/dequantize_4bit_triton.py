@@ -104,7 +104,7 @@ def together(
     """Dequantize weights, one below the other, into out [sum of features, columns]."""
     columns, end, pieces = out.shape[1], 0, []
     for (weight, statistics), size in zip(weights, features, strict=True):
-        flat = [one.contiguous() for one in statistics]
+        flat = [tensor.contiguous() for tensor in statistics]
         four = tuple(flat) if len(flat) == 4 else tuple(flat * 4)
         pieces.append((weight.contiguous().view(-1).view(torch.uint8), four, end, end + size))
         end += size

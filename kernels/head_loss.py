@@ -62,7 +62,7 @@ class HeadCall:
 
     def chosen(self, marks: Sequence[bool]) -> list[Tensor]:
         """Return those of the differentiable tensors that are marked and not None."""
-        return [one for one, mark in zip(self.differentiable, marks, strict=True) if mark and one is not None]
+        return [tensor for tensor, mark in zip(self.differentiable, marks, strict=True) if mark and tensor is not None]
 
     def y(self) -> Tensor:
         """Compute y in plain PyTorch: step by step what torch would compute at once."""
@@ -129,63 +129,65 @@ class HeadLoss(Generic[C]):
 
     def scratch_bytes(self, *arguments: Any) -> int:
         """Count the bytes of a chunk: its logits, its hidden states and their gradient."""
-        *given, _, _ = arguments
-        call = self.call_of(*given)
+        *fields, _, _ = arguments
+        call = self.call_of(*fields)
         rows, (V, H), size = prod(call.rows), call.weight.shape, call.hidden.element_size()
         chunk = torch.sym_min(rows, max(1, call.chunk_bytes // (V * size)))
         return chunk * (V + 2 * H) * size
 
     def reference(self, *arguments: Any) -> list[Tensor]:
         """Compute the losses, or their sum, and the marked gradients in plain PyTorch."""
-        *given, reduce, grads_in_forward = arguments
-        call = self.call_of(*given)
-        found = self.losses(call)
+        *fields, reduce, grads_in_forward = arguments
+        call = self.call_of(*fields)
+        losses = self.losses(call)
         gradients = zip(
-            self._differentiate(call, torch.ones_like(found), grads_in_forward),
+            self._differentiate(call, torch.ones_like(losses), grads_in_forward),
             _dtypes_of_grads_in_forward(call, grads_in_forward),
             strict=True,
         )
-        return [found.sum() if reduce else found, *(one.to(dtype) for one, dtype in gradients)]
+        return [losses.sum() if reduce else losses, *(gradient.to(dtype) for gradient, dtype in gradients)]
 
     def reference_backward(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Compute the needed gradients in plain PyTorch; grad_output [...] is that of each row's loss."""
-        *given, needed = arguments
-        return self._differentiate(self.call_of(*given), grad_output, needed)
+        *fields, needed = arguments
+        return self._differentiate(self.call_of(*fields), grad_output, needed)
 
     def _differentiate(self, call: Any, grad_output: Tensor, marks: Sequence[bool]) -> list[Tensor]:
-        given = zip(DIFFERENTIABLE, call.differentiable, marks, strict=True)
-        leaves = {name: one.detach().requires_grad_() for name, one, mark in given if mark and one is not None}
+        candidates = zip(DIFFERENTIABLE, call.differentiable, marks, strict=True)
+        leaves = {
+            name: tensor.detach().requires_grad_() for name, tensor, mark in candidates if mark and tensor is not None
+        }
         if not leaves:
             return []
         with torch.enable_grad():
-            found = self.losses(replace(call, **leaves))
-        return list(torch.autograd.grad(found, list(leaves.values()), grad_output.to(found.dtype)))
+            losses = self.losses(replace(call, **leaves))
+        return list(torch.autograd.grad(losses, list(leaves.values()), grad_output.to(losses.dtype)))
 
     def new_outputs(self, *arguments: Any) -> list[Tensor]:
         """Allocate empty losses and gradients; raise where shapes or dtypes do not fit."""
-        *given, reduce, grads_in_forward = arguments
-        call = self._checked(given, grads_in_forward)
+        *fields, reduce, grads_in_forward = arguments
+        call = self._checked(fields, grads_in_forward)
         loss = call.hidden.new_empty(() if reduce else call.rows, dtype=wide(call.hidden.dtype))
         return [loss, *_empty(call, grads_in_forward, _dtypes_of_grads_in_forward(call, grads_in_forward))]
 
     def new_gradients(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Allocate the needed gradients, empty."""
-        *given, needed = arguments
-        call = self._checked(given, needed)
+        *fields, needed = arguments
+        call = self._checked(fields, needed)
         fits = grad_output.shape == call.rows
         require(fits, lambda: f"gradient {tuple(grad_output.shape)} of losses {tuple(call.rows)}")
-        return _empty(call, needed, [one.dtype for one in call.chosen(needed)])
+        return _empty(call, needed, [tensor.dtype for tensor in call.chosen(needed)])
 
-    def _checked(self, given: Sequence[Any], marks: Sequence[bool]) -> C:
-        call = self.call_of(*given)
+    def _checked(self, fields: Sequence[Any], marks: Sequence[bool]) -> C:
+        call = self.call_of(*fields)
         _check(call, marks)
         self.check(call)
         return call
 
     def fill(self, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
         """Write the forward's results into targets."""
-        *given, reduce, grads_in_forward = arguments
-        call = self.call_of(*given)
+        *fields, reduce, grads_in_forward = arguments
+        call = self.call_of(*fields)
         loss, *gradients = targets
         by_row = loss.new_empty(prod(call.rows)) if reduce or not loss.is_contiguous() else loss.view(-1)
         gain = GAIN / max(1.0, abs(call.scale)) if call.hidden.dtype == torch.float16 else 1.0
@@ -197,8 +199,8 @@ class HeadLoss(Generic[C]):
 
     def fill_backward(self, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
         """Write the backward's results into targets."""
-        grad_output, *given, needed = arguments
-        call = self.call_of(*given)
+        grad_output, *fields, needed = arguments
+        call = self.call_of(*fields)
         unused = call.hidden.new_empty(prod(call.rows), dtype=wide(call.hidden.dtype))
         self._run(call, unused, grad_output.reshape(-1), targets, needed, 1.0)  # a loss in float16 has a scale already
 
@@ -213,9 +215,9 @@ class HeadLoss(Generic[C]):
         loss.zero_()
 
         def process_chunk(logits: Tensor, rows: Tensor | slice) -> None:
-            one = loss.new_empty(logits.shape[0])
-            fill_rows(logits, rows, upstream[rows], one, head.gain, gradients.any)
-            loss[rows] = one
+            chunk_loss = loss.new_empty(logits.shape[0])
+            fill_rows(logits, rows, upstream[rows], chunk_loss, head.gain, gradients.any)
+            loss[rows] = chunk_loss
 
         head.run(process_chunk, gradients)
         for target, value in written:
@@ -223,51 +225,55 @@ class HeadLoss(Generic[C]):
         self.finalize(call)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        *given, ctx.reduce, grads_in_forward = inputs
-        ctx.numbers, ctx.count = given[6:], len(inputs)
-        needs = [ctx.needs_input_grad[at] for at in PLACES]
+        *fields, ctx.reduce, grads_in_forward = inputs
+        ctx.numbers, ctx.count = fields[6:], len(inputs)
+        needs = [ctx.needs_input_grad[place] for place in PLACES]
         scalable = [mark and (ctx.reduce or row) for mark, row in zip(grads_in_forward, BY_ROW, strict=True)]
         ctx.grads_in_forward = (
             grads_in_forward if all(ready or not need for ready, need in zip(scalable, needs, strict=True)) else None
         )
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.dtypes = [None if given[at] is None else given[at].dtype for at in PLACES]
-        compared = [] if self.ignored is None else [given[2]]
-        ctx.save_for_backward(*([*compared, *output[1:]] if ctx.grads_in_forward is not None else given[:6]))
+        ctx.dtypes = [None if fields[place] is None else fields[place].dtype for place in PLACES]
+        compared = [] if self.ignored is None else [fields[2]]
+        ctx.save_for_backward(*([*compared, *output[1:]] if ctx.grads_in_forward is not None else fields[:6]))
 
     def _backward(self, backward_op: CustomOpDef, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         grad = grads[0]
-        needs = [ctx.needs_input_grad[at] for at in PLACES]
-        found: list[Tensor | None] = [None] * ctx.count
+        needs = [ctx.needs_input_grad[place] for place in PLACES]
+        gradients: list[Tensor | None] = [None] * ctx.count
         if grad is not None and ctx.grads_in_forward is not None:
             ready = iter(ctx.saved_tensors)
             if self.ignored is not None:  # the mean of no row has an infinite factor, and a gradient of 0 all the same
                 rows = self.ignored(next(ready), ctx.numbers)
                 grad = grad.masked_fill(rows.all() if ctx.reduce else rows, 0.0)
-            for at, mark, need, dtype in zip(PLACES, ctx.grads_in_forward, needs, ctx.dtypes, strict=True):
+            for place, mark, need, dtype in zip(PLACES, ctx.grads_in_forward, needs, ctx.dtypes, strict=True):
                 if mark:
-                    one = next(ready)
-                    found[at] = _scaled(one, grad.unsqueeze(-1), dtype) if need else None
+                    gradient = next(ready)
+                    gradients[place] = _scaled(gradient, grad.unsqueeze(-1), dtype) if need else None
         elif grad is not None:
             upstream = grad.expand(ctx.saved_tensors[0].shape[:-1]) if ctx.reduce else grad
             made = iter(backward_op(upstream, *ctx.saved_tensors, *ctx.numbers, needs))
-            for at, need in zip(PLACES, needs, strict=True):
-                found[at] = next(made) if need else None
-        return tuple(found)
+            for place, need in zip(PLACES, needs, strict=True):
+                gradients[place] = next(made) if need else None
+        return tuple(gradients)
 
 
-def fill_rows(launcher: str, plain: Callable[..., None], logits: Tensor, *given: Any) -> None:
+def fill_rows(launcher: str, plain: Callable[..., None], logits: Tensor, *arguments: Any) -> None:
     """Write each row's loss, and gain times its gradient over the logits: by Triton where it runs, else by plain.
 
     arguments: what the rows are compared with, the gradient of the losses, the losses, the call, gain, and whether a
     gradient is needed.
     """
-    call = next(one for one in given if isinstance(one, HeadCall))
-    tensors = [one for one in (logits, *given, call.bias) if isinstance(one, Tensor) and one.is_floating_point()]
+    call = next(argument for argument in arguments if isinstance(argument, HeadCall))
+    tensors = [
+        argument
+        for argument in (logits, *arguments, call.bias)
+        if isinstance(argument, Tensor) and argument.is_floating_point()
+    ]
     on_triton = logits.numel() > 0 and dispatch.takes(0, None, tensors)
-    if not (on_triton and dispatch.launched(load(launcher), tensors, logits, *given)):
-        plain(logits, *given)
+    if not (on_triton and dispatch.launched(load(launcher), tensors, logits, *arguments)):
+        plain(logits, *arguments)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -278,23 +284,23 @@ def _rows(tensor: Tensor) -> Tensor:
 def _dtypes_of_grads_in_forward(call: HeadCall, grads_in_forward: Sequence[bool]) -> list[torch.dtype]:
     """Return the gradients' dtypes: hidden's own, wide for the others, which are scaled before they are rounded."""
     return [
-        one.dtype if number == 0 else wide(one.dtype)
-        for number, (one, need) in enumerate(zip(call.differentiable, grads_in_forward, strict=True))
-        if need and one is not None
+        tensor.dtype if number == 0 else wide(tensor.dtype)
+        for number, (tensor, need) in enumerate(zip(call.differentiable, grads_in_forward, strict=True))
+        if need and tensor is not None
     ]
 
 
-def _scaled(one: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale a gradient, rounded once to dtype, with no float32 tensor in between.
 
     factor has an axis, or a GPU would round it to the gradient's dtype.
     """
-    return torch.mul(one, factor, out=torch.empty_like(one, dtype=dtype))
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _empty(call: HeadCall, marks: Sequence[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     pairs = zip(call.chosen(marks), dtypes, strict=True)
-    return [torch.empty(one.shape, dtype=dtype, device=one.device) for one, dtype in pairs]
+    return [torch.empty(tensor.shape, dtype=dtype, device=tensor.device) for tensor, dtype in pairs]
 
 
 def _check(call: HeadCall, marks: Sequence[bool]) -> None:
@@ -308,17 +314,17 @@ def _check(call: HeadCall, marks: Sequence[bool]) -> None:
     if s is not None and b is not None:
         fits = s.shape[:-1] == hidden.shape[:-1] and b.shape == (weight.shape[0], s.shape[-1])
         require(fits, lambda: f"lora_s {tuple(s.shape)} and lora_b {tuple(b.shape)}")
-    marked = [one is not None for one, mark in zip(call.differentiable, marks, strict=True) if mark]
+    marked = [tensor is not None for tensor, mark in zip(call.differentiable, marks, strict=True) if mark]
     require(all(marked), lambda: "a gradient is asked of what is not given")
 
 
 def _targets(targets: Sequence[Tensor], marks: Sequence[bool]) -> tuple[Gradients, list[tuple[Tensor, Tensor]]]:
     """Return where a chunk's gradients go, the targets themselves or buffers, and the pairs to be copied in the end."""
-    found, gradients, copied = iter(targets), Gradients(), []
+    remaining, gradients, copied = iter(targets), Gradients(), []
     for name, by_row, mark in zip(DIFFERENTIABLE, BY_ROW, marks, strict=True):
         if not mark:
             continue
-        target = next(found)
+        target = next(remaining)
         summed = not by_row and target.dtype != wide(target.dtype)
         own = torch.empty_like(target, dtype=wide(target.dtype)) if summed else target
         own.zero_()
@@ -345,9 +351,9 @@ def _cases(compared: Shapes, choices: Sequence[Choice]) -> tuple[list[Case], lis
     forward: list[Case] = []
     backward: list[Case] = []
     for options, tensors in itertools.product(choices, (shapes, {**shapes, "bias": "N"}, adapted)):
-        given = [name in tensors for name in DIFFERENTIABLE]
-        by_row = [mark and row for mark, row in zip(given, BY_ROW, strict=True)]
-        for reduce, grads_in_forward in ((True, given), (False, by_row), (options is choices[0], [False] * 5)):
+        present = [name in tensors for name in DIFFERENTIABLE]
+        by_row = [mark and row for mark, row in zip(present, BY_ROW, strict=True)]
+        for reduce, grads_in_forward in ((True, present), (False, by_row), (options is choices[0], [False] * 5)):
             forward.append((tensors, {**options, "reduce": reduce, "grads_in_forward": grads_in_forward}))
-        backward.append(({"grad_output": "...", **tensors}, {**options, "needed": given}))
+        backward.append(({"grad_output": "...", **tensors}, {**options, "needed": present}))
     return forward, backward

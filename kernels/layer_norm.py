@@ -121,8 +121,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         return None, None, None, None
     if not any(ctx.needs_input_grad[1:3]):
         return layer_norm_backward(grad_y, *ctx.saved_tensors), None, None, None
-    dx, *found = layer_norm_backward_weight(grad_y, *ctx.saved_tensors)
-    needed = zip(found, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
+    dx, *gradients = layer_norm_backward_weight(grad_y, *ctx.saved_tensors)
+    needed = zip(gradients, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
     parameters = [value.to(dtype) if needs else None for value, dtype, needs in needed]
     return dx if ctx.needs_input_grad[0] else None, *parameters, None
 

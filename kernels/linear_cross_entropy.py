@@ -115,8 +115,8 @@ def _plain_rows(
 ) -> None:
     ignored, V = labels == call.ignore_index, logits.shape[1]
     y, slope = call.logits_of_product(logits, loss.dtype)
-    at = labels.masked_fill(ignored, 0).unsqueeze(1)
-    target, mean = y.gather(1, at).squeeze(1), y.mean(-1)
+    index = labels.masked_fill(ignored, 0).unsqueeze(1)
+    target, mean = y.gather(1, index).squeeze(1), y.mean(-1)
     largest = y.amax(-1)
     y = torch.exp(y - largest.unsqueeze(1))
     total = y.sum(-1)
@@ -130,7 +130,7 @@ def _plain_rows(
     if not gradient:
         return
     dy = y * ((1.0 + 2.0 * call.z_loss * lse) / total).unsqueeze(1) - call.label_smoothing / V
-    dy.scatter_add_(1, at, dy.new_full(at.shape, call.label_smoothing - 1.0))
+    dy.scatter_add_(1, index, dy.new_full(index.shape, call.label_smoothing - 1.0))
     factor = (upstream.to(dy.dtype) * gain * call.scale).unsqueeze(1)
     logits.copy_((dy if slope is None else dy * slope) * factor).masked_fill_(ignored.unsqueeze(1), 0.0)
 

@@ -90,10 +90,10 @@ def rows_of(target: Tensor, rows: Tensor | slice) -> Tensor:
     if len(merge(lead, [target.stride()])[0]) <= 1:
         part = target.reshape(prod(lead), target.shape[-1])[rows]
         return part if has_unit_rows(part) else part.contiguous()
-    at, index = torch.arange(prod(lead), device=target.device)[rows], []
+    number, index = torch.arange(prod(lead), device=target.device)[rows], []
     for size in reversed(lead):
-        index.append(at % size)
-        at = at // size
+        index.append(number % size)
+        number = number // size
     return target[tuple(reversed(index))].contiguous()
 
 

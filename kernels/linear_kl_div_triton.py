@@ -31,10 +31,10 @@ def rows_kernel(
     largest, total = -3.4e38, 0.0  # a whole block may be minus infinity
     shares, away = 0.0, 0.0  # sums of exp(t) and of exp(t) (t - (y - largest))
     for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)  # [BLOCK]
-        y = tl.where(at < columns, y, -float("inf"))
-        t = tl.cast(tl.load(target_ptr + at, mask=at < columns, other=-float("inf")), tl.float32)
+        column = start + tl.arange(0, BLOCK)
+        y = shaped(logits_ptr, bias_ptr, column, column < columns, scale, softcap, BIASED, CAPPED)  # [BLOCK]
+        y = tl.where(column < columns, y, -float("inf"))
+        t = tl.cast(tl.load(target_ptr + column, mask=column < columns, other=-float("inf")), tl.float32)
         larger = tl.maximum(largest, tl.max(y))
         share = tl.exp(t)
         away += shares * (larger - largest) + tl.sum(tl.where(share != 0.0, share * (t - (y - larger)), 0.0))
@@ -46,14 +46,14 @@ def rows_kernel(
         upstream = gain * tl.cast(tl.load(upstream_ptr + row * upstream_stride), tl.float32)
         pull = shares / total
         for start in range(0, columns, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)
-            t = tl.cast(tl.load(target_ptr + at, mask=at < columns, other=0.0), tl.float32)
+            column = start + tl.arange(0, BLOCK)
+            y = shaped(logits_ptr, bias_ptr, column, column < columns, scale, softcap, BIASED, CAPPED)
+            t = tl.cast(tl.load(target_ptr + column, mask=column < columns, other=0.0), tl.float32)
             dy = tl.exp(y - largest) * pull - tl.exp(t)
             if CAPPED:
                 dy *= 1.0 - (y / softcap) * (y / softcap)
             dz = tl.cast(dy * scale * upstream, logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + at, dz, mask=at < columns)
+            tl.store(logits_ptr + column, dz, mask=column < columns)
 
 
 def rows(
@@ -62,7 +62,7 @@ def rows(
     """Launch rows_kernel; logits and target [rows, V] have rows of unit stride."""
     n_rows, columns = logits.shape
     bias = call.bias
-    config = next(one for one in CONFIGS if columns <= one.longest)
+    config = next(candidate for candidate in CONFIGS if columns <= candidate.longest)
     on_grid(rows_kernel, (n_rows,))(
         logits, logits if bias is None else bias.contiguous(), target, upstream, loss, columns, logits.stride(0),
         target.stride(0), upstream.stride(0), call.scale, call.softcap, gain, BIASED=bias is not None,

@@ -45,14 +45,14 @@ class Group(Arguments):
     @cached_property
     def columns(self) -> list[slice]:
         """The columns of y that each sibling has."""
-        ends = [sum(self.features[: at + 1]) for at in range(len(self.features))]
+        ends = [sum(self.features[: sibling + 1]) for sibling in range(len(self.features))]
         return [slice(end - size, end) for end, size in zip(ends, self.features, strict=True)]
 
     @cached_property
     def ranks(self) -> list[slice]:
         """The columns of the second result that each adapter has."""
         sizes = [a.shape[0] for a in self.lora_a]
-        return [slice(sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
+        return [slice(sum(sizes[:adapter]), sum(sizes[: adapter + 1])) for adapter in range(len(sizes))]
 
     @cached_property
     def read(self) -> Sequence[Tensor]:
@@ -62,17 +62,17 @@ class Group(Arguments):
     @cached_property
     def adapters(self) -> list[tuple[Tensor, Tensor, float, slice, slice]]:
         """Each adapter's A, B, scale, columns of y and columns of the second result."""
-        columns = [self.columns[at] for at in self.adapted]
+        columns = [self.columns[sibling] for sibling in self.adapted]
         return list(zip(self.lora_a, self.lora_b, self.scales, columns, self.ranks, strict=True))
 
     def statistics_of(self, sibling: int) -> Sequence[Tensor]:
         """Return the absmax of a 4-bit weight and, if nested, its other three statistics."""
         lists = (self.absmax, self.absmax_8bit, self.absmax_code, self.absmax_offset)
-        return [one[sibling] for one in lists if one]
+        return [statistics[sibling] for statistics in lists if statistics]
 
     def weights_into(self, out: Tensor) -> None:
         """Dequantize all 4-bit weights into out [sum of features, K], one below the other."""
-        weights = [(weight, self.statistics_of(at)) for at, weight in enumerate(self.weights)]
+        weights = [(weight, self.statistics_of(sibling)) for sibling, weight in enumerate(self.weights)]
         dequantize_into(out, weights, self.features, self.blocksize, self.quant_type)
 
     def weight(self, sibling: int) -> Tensor:

@@ -140,12 +140,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield the kernels for one sibling and for three, for the tests that compile them ahead of time."""
     types = {"s_ptr": "*fp32", "product_ptr": "*fp32", "majors": ON_TENSOR_CORES}
     for count in (1, 3):
-        given = {"shares": (("i32",) * 6,) * count, "COUNT": count, **types}
+        constants = {"shares": (("i32",) * 6,) * count, "COUNT": count, **types}
         for copy in (False, True):
             for x, terms in (("*fp16", 1), ("*bf16", 1), ("*bf16", ONE_PASS_TERMS)):
                 pointers = {"x_ptr": x, "p_ptr": x, "copy_ptr": x}
-                yield both_kernel, {"COPY": copy, "TERMS": terms, **pointers, **TILE, **given}
-            yield sum_kernel, {"SPARE": copy, **SUM_TILE, **given}
+                yield both_kernel, {"COPY": copy, "TERMS": terms, **pointers, **TILE, **constants}
+            yield sum_kernel, {"SPARE": copy, **SUM_TILE, **constants}
 
 
 def shares_of(columns: Sequence[slice], ranks: Sequence[slice]) -> tuple[Share, ...]:

@@ -48,8 +48,8 @@ def place_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write BLOCK elements of a matrix of scaled pieces and zeros, each as TERMS terms."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column, mask = at // columns, at % columns, at < n_elements
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column, mask = element // columns, element % columns, element < n_elements
     value = tl.zeros([BLOCK], tl.float32)
     for which in tl.static_range(COUNT):
         source_ptr, n_rows, n_columns, stride, first_row, first_column, scale = pieces[which]
@@ -71,15 +71,15 @@ def collect_kernel(
     for which in tl.static_range(COUNT):
         if tl.program_id(1) == which:
             target_ptr, n_elements, columns, stride, first_row, first_column, scale = pieces[which]
-            at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            mask = at < n_elements
-            row = tl.cast(first_row + at // columns, tl.int64)
-            address = partial_ptr + row * partial_stride + first_column + at % columns
+            element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            mask = element < n_elements
+            row = tl.cast(first_row + element // columns, tl.int64)
+            address = partial_ptr + row * partial_stride + first_column + element % columns
             total = tl.zeros([BLOCK], tl.float32)
             for split in range(splits):
                 total += tl.load(address + tl.cast(split, tl.int64) * split_stride, mask=mask, other=0.0)
             total *= tl.cast(scale, tl.float32)
-            target = target_ptr + tl.cast(at // columns, tl.int64) * stride + at % columns
+            target = target_ptr + tl.cast(element // columns, tl.int64) * stride + element % columns
             tl.store(target, tl.cast(total, target_ptr.dtype.element_ty), mask=mask)
 
 
@@ -117,8 +117,8 @@ def finish_kernel(
     SPARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum s over the splits and, if SPARE, write spare = [s | 0]."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, r = tl.cast(at // width, tl.int64), at % width  # of spare, which is wider than s
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, r = tl.cast(element // width, tl.int64), element % width  # of spare, which is wider than s
     mask = (row < M) & (r < R)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
@@ -196,12 +196,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             out = "*bf16" if terms == TERMS else "*row"
             yield place_kernel, {"pieces": source, "out_ptr": out, "COUNT": count, "TERMS": terms, **flat}
     for (x, p, terms), rank in itertools.product(PAIRS, RANKS):
-        given = {"x_ptr": x, "terms_ptr": p, "copy_ptr": x, **types, **tile(rank, x != p or x == "*fp32")}
+        constants = {"x_ptr": x, "terms_ptr": p, "copy_ptr": x, **types, **tile(rank, x != p or x == "*fp32")}
         for copy, dense in ((True, "terms_stride_k"), (False, "terms_stride_r")):
-            yield project_kernel, {"COPY": copy, dense: 1, "TERMS": terms, "majors": ON_TENSOR_CORES, **given}
+            yield project_kernel, {"COPY": copy, dense: 1, "TERMS": terms, "majors": ON_TENSOR_CORES, **constants}
     for (x, terms), rank in itertools.product((("*bf16", 1), ("*bf16", TERMS), ("*fp32", 0), ("*fp16", 0)), RANKS):
         for low in (False, True) if terms == TERMS else (False,):
-            majors = [one for one in ON_TENSOR_CORES if terms != TERMS or (one not in SHARED_OPERANDS) == low]
+            majors = [major for major in ON_TENSOR_CORES if terms != TERMS or (major not in SHARED_OPERANDS) == low]
             meta = tile(rank, terms == 0, True, low)
             yield outer_kernel, {"x_ptr": x, "TERMS": terms, "majors": tuple(majors), **types, **meta}
     for spare in (False, True):
@@ -213,20 +213,22 @@ Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in the whole
 
 def place(out: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * piece where each belongs in out [terms, rows, columns], whose last axis is dense; else zero."""
-    dense = [one if one.stride(1) == 1 else one.contiguous() for one, *_ in pieces]
-    given = tuple((one, *one.shape, one.stride(0), *piece[1:]) for one, piece in zip(dense, pieces, strict=True))
+    dense = [source if source.stride(1) == 1 else source.contiguous() for source, *_ in pieces]
+    operands = tuple(
+        (source, *source.shape, source.stride(0), *piece[1:]) for source, piece in zip(dense, pieces, strict=True)
+    )
     n_elements = out[0].numel()
     on_grid(place_kernel, (cdiv(n_elements, ELEMENTS),))(
-        given, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0],
+        operands, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(operands), TERMS=out.shape[0],
         BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
 
 
 def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * the sum over partial [splits, rows, columns] into the pieces, whose last axis is dense."""
-    given = tuple((one, one.numel(), one.shape[1], one.stride(0), *more) for one, *more in pieces)
-    on_grid(collect_kernel, (cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces)))(
-        given, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(given), BLOCK=ELEMENTS,
+    operands = tuple((target, target.numel(), target.shape[1], target.stride(0), *more) for target, *more in pieces)
+    on_grid(collect_kernel, (cdiv(max(target.numel() for target, *_ in pieces), ELEMENTS), len(pieces)))(
+        operands, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(operands), BLOCK=ELEMENTS,
         num_warps=4,
     )  # fmt: skip
 

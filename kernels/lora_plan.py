@@ -50,7 +50,7 @@ def spare_columns(group: Group, wider: int, narrower: int) -> int:
     own results are infinite then, so the loss is not finite either way, and a scaler leaves that step out.
     """
     ranks = sum(a.shape[0] for a in group.lora_a)
-    overflow = any(overflows(one, group.x.dtype) for one in (*group.lora_a, *group.lora_b))
+    overflow = any(overflows(factor, group.x.dtype) for factor in (*group.lora_a, *group.lora_b))
     if not group.quant_type or ranks == 0 or overflow or group.widened or wider >= 2 * narrower:
         return 0
     return -(-ranks // ALIGNED) * ALIGNED
@@ -102,8 +102,8 @@ def bias_of(group: Group) -> Tensor | None:
     if not group.biases:
         return None
     bias = group.x.new_zeros(sum(group.features))
-    for at, value in zip(group.biased, group.biases, strict=True):
-        bias[group.columns[at]] = value
+    for sibling, value in zip(group.biased, group.biases, strict=True):
+        bias[group.columns[sibling]] = value
     return bias
 
 
@@ -140,8 +140,8 @@ def _base(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
     elif group.quant_type:
         _accumulate(y, x, scratch(group).T, begun)
     else:
-        for at, part in enumerate(group.columns):
-            _accumulate(y[:, part], x, group.weights[at].T, begun)
+        for sibling, part in enumerate(group.columns):
+            _accumulate(y[:, part], x, group.weights[sibling].T, begun)
 
 
 def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
@@ -149,14 +149,14 @@ def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
     columns, ranks = x.shape[1], s.shape[1]
     copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns:])
     if len(group.inputs) > 1:
-        for given, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
-            terms = terms_of([(a, 0, 0, 1.0)], a.shape[0], a.shape[1], given.dtype)
-            project(given, terms.transpose(1, 2), s[:, part])
+        for source, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
+            terms = terms_of([(a, 0, 0, 1.0)], a.shape[0], a.shape[1], source.dtype)
+            project(source, terms.transpose(1, 2), s[:, part])
     elif group.lora_a:
-        given = rows(group.read[0])
-        terms = terms_of(factors_a(group), ranks, columns, given.dtype).transpose(1, 2)
+        source = rows(group.read[0])
+        terms = terms_of(factors_a(group), ranks, columns, source.dtype).transpose(1, 2)
         together = not group.inputs
-        project(given, terms, s, copy if together else None, spare if together else None)
+        project(source, terms, s, copy if together else None, spare if together else None)
     if group.inputs and copy is not None:
         copy.copy_(x)
         write_spare(spare, s)
@@ -170,16 +170,16 @@ def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
     elif group.lora_a and len(set(group.adapted)) < len(group.features):
         y.zero_()
     begun = set(range(len(group.features))) if bias is not None else set()
-    for (_, b, scale, part, ranks), at in zip(group.adapters, group.adapted, strict=True):
+    for (_, b, scale, part, ranks), sibling in zip(group.adapters, group.adapted, strict=True):
         safe = s.dtype if overflows(b, y.dtype) else y.dtype
         product = operands(s[:, ranks], [(b, 0, 0, scale)], b.shape[0], safe, transposed=True)
         if safe == y.dtype:
-            _accumulate(y[:, part], *product, at in begun)
-        elif at in begun:
+            _accumulate(y[:, part], *product, sibling in begun)
+        elif sibling in begun:
             y[:, part] += torch.mm(*product)
         else:
             y[:, part] = torch.mm(*product)
-        begun.add(at)
+        begun.add(sibling)
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
@@ -206,12 +206,12 @@ def _fused(group: Group, x: Tensor) -> bool:
 
 def _few_rows(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
     x = _dense_at_16_bytes(x)
-    for at, part in enumerate(group.columns):
-        absmax, *nested = map(_dense_at_16_bytes, group.statistics_of(at))
+    for sibling, part in enumerate(group.columns):
+        absmax, *nested = map(_dense_at_16_bytes, group.statistics_of(sibling))
         names = ("absmax_8bit", "absmax_code", "absmax_offset")
-        packed = _dense_at_16_bytes(group.weights[at]).view(torch.uint8).view(-1, 1)  # whatever it is stored as
+        packed = _dense_at_16_bytes(group.weights[sibling]).view(torch.uint8).view(-1, 1)  # whatever it is stored as
         product = torch.ops.bitsandbytes.gemm_4bit(
-            x, packed, [group.features[at], x.shape[1]], absmax, group.blocksize, group.quant_type, None,
+            x, packed, [group.features[sibling], x.shape[1]], absmax, group.blocksize, group.quant_type, None,
             **dict(zip(names, nested, strict=False)),
         )  # fmt: skip
         y[:, part] = y[:, part] + product if begun else product
@@ -225,11 +225,11 @@ def _dense_at_16_bytes(tensor: Tensor) -> Tensor:
 
 def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]) -> None:
     """Fill the needed gradients."""
-    found = iter(targets)
+    remaining = iter(targets)
     lists = (1, len(group.weights), len(group.biases), len(group.lora_a), len(group.lora_b), len(group.inputs))
     marks = iter(needed)
     dx, dweights, dbiases, das, dbs, dinputs = (
-        [next(found) if next(marks) else None for _ in range(length)] for length in lists
+        [next(remaining) if next(marks) else None for _ in range(length)] for length in lists
     )
     if rows(grad_output).shape[0] == 0:
         for target in targets:
@@ -239,7 +239,7 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
     ds = s.new_empty(s.shape)
     if dx[0] is not None:
         _input_gradient(rows(dx[0]), grad, s, ds, dbs, group)
-    elif any(one is not None for one in (*das, *dinputs)):
+    elif any(gradient is not None for gradient in (*das, *dinputs)):
         _adapter_gradients(grad, s, ds, dbs, group)
     else:
         _second_factors(dbs, grad, s, group)
@@ -251,12 +251,12 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
             if dinput is not None:
                 dtype = torch.promote_types(a.dtype, b.dtype)
                 rows(dinput).copy_(ds[:, ranks].to(dtype) @ a.to(dtype))
-    for at, part in enumerate(group.columns):
-        if (dweight := dweights[at]) is not None:
+    for sibling, part in enumerate(group.columns):
+        if (dweight := dweights[sibling]) is not None:
             torch.mm(grad[:, part].to(x.dtype).T, x, out=dweight)
-    for at, dbias in zip(group.biased, dbiases, strict=True):
+    for sibling, dbias in zip(group.biased, dbiases, strict=True):
         if dbias is not None:
-            dbias.copy_(torch.sum(grad[:, group.columns[at]], 0))
+            dbias.copy_(torch.sum(grad[:, group.columns[sibling]], 0))
 
 
 def _adapter_gradients(
@@ -271,7 +271,7 @@ def _adapter_gradients(
     if len(own) == len(group.adapted):  # no sibling has two
         factors = [(b, part.start, 0, scale) for _, b, scale, part, _ in group.adapters]
         targets = [(db, row, 0, scale) for db, (_, row, _, scale) in zip(dbs, factors, strict=True) if db is not None]
-        of_sibling = [own.get(at, slice(0, 0)) for at in range(len(group.features))]
+        of_sibling = [own.get(sibling, slice(0, 0)) for sibling in range(len(group.features))]
         if project_and_outer(grad, s, ds, factors, targets, group.columns, of_sibling, copy, spare):
             return
     _project_gradient(grad, ds, group, copy, spare)
@@ -293,24 +293,24 @@ def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | Non
 
 def _second_factors(dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, group: Group) -> None:
     """Write dB = s_j dY^T S, in one pass over dY if the ranks are few."""
-    found = [(db, *adapter) for db, adapter in zip(dbs, group.adapters, strict=True) if db is not None]
+    needed = [(db, *adapter) for db, adapter in zip(dbs, group.adapters, strict=True) if db is not None]
     if s.shape[1] <= MAX_RANK:
-        outer(grad, s, [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in found])
+        outer(grad, s, [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in needed])
         return
-    for db, _, _, scale, part, ranks in found:
+    for db, _, _, scale, part, ranks in needed:
         outer(grad[:, part], s[:, ranks], [(db, 0, 0, scale)])
 
 
 def _first_factors(das: Sequence[Tensor | None], ds: Tensor, group: Group) -> None:
     """Write dA = ds^T x_j; adapters that read the same x share a pass over it."""
-    found = [
-        (da, given, ranks) for da, given, ranks in zip(das, group.read, group.ranks, strict=True) if da is not None
+    needed = [
+        (da, source, ranks) for da, source, ranks in zip(das, group.read, group.ranks, strict=True) if da is not None
     ]
     if len(group.inputs) > 1:
-        for da, given, ranks in found:
-            outer(rows(given), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
-    elif found:
-        outer(rows(group.read[0]), ds, [(da, ranks.start, 0, 1.0) for da, _, ranks in found], transposed=True)
+        for da, source, ranks in needed:
+            outer(rows(source), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
+    elif needed:
+        outer(rows(group.read[0]), ds, [(da, ranks.start, 0, 1.0) for da, _, ranks in needed], transposed=True)
 
 
 def _input_gradient(
@@ -332,8 +332,8 @@ def _input_gradient(
     if group.quant_type:
         _accumulate(dx, grad, scratch(group), begun)
         return
-    for at, part in enumerate(group.columns):
-        _accumulate(dx, grad[:, part], group.weights[at], begun or at > 0)
+    for sibling, part in enumerate(group.columns):
+        _accumulate(dx, grad[:, part], group.weights[sibling], begun or sibling > 0)
 
 
 def _input_gradient_by_parts(
@@ -347,16 +347,16 @@ def _input_gradient_by_parts(
     totals = dbs if size >= M else [None if db is None else torch.zeros_like(db, dtype=wide(db.dtype)) for db in dbs]
     for start in range(0, M, size):
         part = slice(start, min(start + size, M))
-        own = dbs if totals is dbs else [None if one is None else torch.empty_like(one) for one in totals]
+        own = dbs if totals is dbs else [None if total is None else torch.empty_like(total) for total in totals]
         beside = wider[: part.stop - start]
         _adapter_gradients(grad[part], s[part], ds[part], own, group, beside)
         torch.mm(beside, weight, out=dx[part])
-        for one, more in zip(totals, own, strict=True) if totals is not dbs else ():
-            if one is not None and more is not None:
-                one.add_(more)
-    for db, one in zip(dbs, totals, strict=True) if totals is not dbs else ():
-        if db is not None and one is not None:
-            db.copy_(one)
+        for total, more in zip(totals, own, strict=True) if totals is not dbs else ():
+            if total is not None and more is not None:
+                total.add_(more)
+    for db, total in zip(dbs, totals, strict=True) if totals is not dbs else ():
+        if db is not None and total is not None:
+            db.copy_(total)
 
 
 def _rows_of_a_part(M: int, n: int, spare: int, itemsize: int) -> int:

@@ -30,9 +30,9 @@ def reference_backward(
     k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool, per_pair: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute dq and dk in plain PyTorch."""
-    turned = (rotate(one, cos, sin, interleaved, per_pair, back=True) for one in (grad_q, grad_k))
+    turned = (rotate(gradient, cos, sin, interleaved, per_pair, back=True) for gradient in (grad_q, grad_k))
     rows = zip(turned, (q, k), (q_weight, k_weight), (q_rstd, k_rstd), strict=True)
-    dq, dk = (rms_norm.reference_backward(*one, offset, round_first) for one in rows)
+    dq, dk = (rms_norm.reference_backward(*row_tensors, offset, round_first) for row_tensors in rows)
     return dq, dk
 
 
@@ -41,9 +41,11 @@ def reference_backward_weight(
     k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool, per_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute dq, dk, dq_weight and dk_weight in plain PyTorch, for trainable weights."""
-    turned = (rotate(one, cos, sin, interleaved, per_pair, back=True) for one in (grad_q, grad_k))
+    turned = (rotate(gradient, cos, sin, interleaved, per_pair, back=True) for gradient in (grad_q, grad_k))
     rows = zip(turned, (q, k), (q_weight, k_weight), (q_rstd, k_rstd), strict=True)
-    (dq, dq_weight), (dk, dk_weight) = (rms_norm.reference_backward_weight(*one, offset, round_first) for one in rows)
+    (dq, dq_weight), (dk, dk_weight) = (
+        rms_norm.reference_backward_weight(*row_tensors, offset, round_first) for row_tensors in rows
+    )
     return dq, dk, dq_weight, dk_weight
 
 
@@ -121,8 +123,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradients(ctx: Any, grad_q: Tensor, grad_k: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     trained = any(ctx.needs_input_grad[2:4])
     backward = norm_rotary_backward_weight if trained else norm_rotary_backward
-    found = backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
-    needed = [value if needs else None for value, needs in zip(found, ctx.needs_input_grad, strict=False)]
+    gradients = backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
+    needed = [value if needs else None for value, needs in zip(gradients, ctx.needs_input_grad, strict=False)]
     return *needed, *(None,) * (12 - len(needed))
 
 

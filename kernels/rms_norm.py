@@ -110,7 +110,7 @@ def new_dx(
 
 
 ROWS = {"x": "... D", "weight": "D"}
-BACKWARD_SPELLINGS = [{name: value for name, value in one.items() if name != "eps"} for one in SPELLINGS]
+BACKWARD_SPELLINGS = [{name: value for name, value in spelling.items() if name != "eps"} for spelling in SPELLINGS]
 _GRADIENT = {"grad_output": "... D", **ROWS, "rstd": "..."}
 _BACKWARD = cases([_GRADIENT, {**_GRADIENT, "addend": "... D"}], BACKWARD_SPELLINGS)
 rms_norm = define(

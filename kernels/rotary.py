@@ -35,7 +35,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: boo
     """Rotate x, or rotate it back, in plain PyTorch."""
     rotated = cos.shape[-1] * (2 if per_pair else 1)
     a, b = pairs(x[..., :rotated], interleaved)
-    (cos_a, cos_b), (sin_a, sin_b) = ((one, one) if per_pair else pairs(one, interleaved) for one in (cos, sin))
+    (cos_a, cos_b), (sin_a, sin_b) = (
+        (angles, angles) if per_pair else pairs(angles, interleaved) for angles in (cos, sin)
+    )
     if back:
         a, b = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:
@@ -115,15 +117,15 @@ _WAYS = (("B H S", "B 1 S"), ("B S H", "B S 1"), ("B S H", "1 S 1"), ("B H S", "
 
 def angle_cases(*heads: str, choices: Sequence[Choice] = ({},)) -> list[Case]:
     """Build cases that rotate all of each head or a part of it, in every way; heads names the tensors."""
-    found: list[Case] = []
+    cases: list[Case] = []
     for size, interleaved, per_pair in itertools.product(("2*R", "2*R+P"), (False, True), (False, True)):
         for _ in range(2):
-            axes, angles = _WAYS[len(found) // 2 % len(_WAYS)]
+            axes, angles = _WAYS[len(cases) // 2 % len(_WAYS)]
             shapes = {name: f"{axes.replace('H', 'H' + str(index))} {size}" for index, name in enumerate(heads)}
             shapes |= dict.fromkeys(("cos", "sin"), f"{angles} {'R' if per_pair else '2*R'}")
-            choice = choices[len(found) % len(choices)]
-            found.append((shapes, {"interleaved": interleaved, "per_pair": per_pair, **choice}))
-    return found
+            choice = choices[len(cases) % len(choices)]
+            cases.append((shapes, {"interleaved": interleaved, "per_pair": per_pair, **choice}))
+    return cases
 
 
 _LAYOUTS = [{"contiguous": False}, {"contiguous": True}]
@@ -162,8 +164,8 @@ def _setup_context_qk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _backward_qk(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    found = rotary_qk_backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.angles)
-    needed = zip(found, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+    gradients = rotary_qk_backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.angles)
+    needed = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     return *(value.to(dtype) if needs else None for value, dtype, needs in needed), *(None,) * 5
 
 

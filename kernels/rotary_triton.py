@@ -88,11 +88,11 @@ def starts(row, n1, n2, strides):
 
 @triton.jit
 def rotated_by_angles(
-    a, b, given, row, half,
+    a, b, operand, row, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Rotate the pairs a and b of these rows by the angles of an operand from rows_of."""
-    _, _, cos_ptr, sin_ptr, n_rows, n1, n2, _, cos_strides, sin_strides = given
+    _, _, cos_ptr, sin_ptr, n_rows, n1, n2, _, cos_strides, sin_strides = operand
     rows = row < n_rows
     cos_start, sin_start = starts(row, n1, n2, cos_strides), starts(row, n1, n2, sin_strides)
     cos_a, cos_b = load_angles(cos_ptr, cos_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
@@ -102,17 +102,17 @@ def rotated_by_angles(
 
 @triton.jit
 def rotate_rows(
-    given, tile, D, half,
+    operand, tile, D, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Rotate the rows of one tile and copy the elements that are not rotated."""
-    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = given
+    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = operand
     row = tile * ROWS + tl.arange(0, ROWS)
     rows = row < n_rows
     start, y_start = starts(row, n1, n2, x_strides), tl.cast(row, tl.int64) * D
     a, b = load_pairs(x_ptr, start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
-    a, b = rotated_by_angles(a, b, given, row, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
+    a, b = rotated_by_angles(a, b, operand, row, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
     store_pairs(y_ptr, y_start, half, rows, a, b, INTERLEAVED, ROWS, BLOCK_H)
     if BLOCK_P > 0:
         d = 2 * half + tl.arange(0, BLOCK_P)
@@ -162,11 +162,11 @@ SIGNATURE = ("*row", "*row", "*row", "*row", "i32", "i32", "i32", _STRIDES, _STR
 
 def rows_of(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *more: Tensor) -> tuple[Any, ...]:
     """Return what the kernel needs to know about one tensor, then each of more with its strides."""
-    angles = [one if layout.has_unit_rows(one) else one.contiguous() for one in (cos, sin)]
-    angles = [one.expand(*x.shape[:-1], one.shape[-1]) for one in angles]
+    angles = [angle if layout.has_unit_rows(angle) else angle.contiguous() for angle in (cos, sin)]
+    angles = [angle.expand(*x.shape[:-1], angle.shape[-1]) for angle in angles]
     n1, n2, (x, cos, sin, *others), strides = layout.rows(y, x, *angles, *more)
-    given = (y, x, cos, sin, y.numel() // y.shape[-1], n1, n2, *strides[:3])
-    return given, *zip(others, strides[3:], strict=True)
+    operand = (y, x, cos, sin, y.numel() // y.shape[-1], n1, n2, *strides[:3])
+    return operand, *zip(others, strides[3:], strict=True)
 
 
 def launch(
@@ -176,10 +176,10 @@ def launch(
     """Rotate one input, or two by the same angles, into outputs."""
     D, half = outputs[0].shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config = config_for(CONFIGS, D)
-    given = [rows_of(y, x, cos, sin)[0] for y, x in zip(outputs, inputs, strict=True)]
-    q_tiles, *k_tiles = (cdiv(one[4], config.rows) for one in given)
+    operands = [rows_of(y, x, cos, sin)[0] for y, x in zip(outputs, inputs, strict=True)]
+    q_tiles, *k_tiles = (cdiv(operand[4], config.rows) for operand in operands)
     on_grid(rotary_kernel, (q_tiles + sum(k_tiles),))(
-        given[0], given[-1], D, half, q_tiles, BACK=back, INTERLEAVED=interleaved, PER_PAIR=per_pair,
+        operands[0], operands[-1], D, half, q_tiles, BACK=back, INTERLEAVED=interleaved, PER_PAIR=per_pair,
         ROWS=config.rows, num_warps=config.warps, **blocks(D, half),
     )  # fmt: skip
 

@@ -67,7 +67,9 @@ def takes(row_length: int, longest_row: int | None, tensors: Sequence[Tensor]) -
     dtypes = triton_dtypes(device)
     fits = longest_row is None or row_length <= longest_row
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    return fits and all(one.device == device for one in tensors) and all(one.dtype in dtypes for one in floats)
+    return (
+        fits and all(tensor.device == device for tensor in tensors) and all(tensor.dtype in dtypes for tensor in floats)
+    )
 
 
 def fill(
@@ -83,8 +85,8 @@ def fill(
     """
     tensors = [value for value in (*outputs, *arguments) if isinstance(value, Tensor)]
     row_length = outputs[0].shape[-1]
-    given = [one if isinstance(one, bool) else one is None for one in arguments]
-    key = (op, row_length, *given, *[(tensor.device, tensor.dtype) for tensor in tensors])
+    flags = [argument if isinstance(argument, bool) else argument is None for argument in arguments]
+    key = (op, row_length, *flags, *[(tensor.device, tensor.dtype) for tensor in tensors])
     if all(tensor.numel() > 0 for tensor in tensors):
         if key not in _verdicts:
             _verdicts[key] = takes(row_length, longest_row, tensors)

@@ -78,8 +78,8 @@ class Entry:
         lists: dict[str, list[Tensor]] = {}
         for name, tensor in tensors.items():
             lists.setdefault(parameter_of(name), []).append(tensor)
-        given = {**choice, **lists, **tensors}
-        return tuple(given.get(name, () if name in self.lists else None) for name in self.parameters)
+        values = {**choice, **lists, **tensors}
+        return tuple(values.get(name, () if name in self.lists else None) for name in self.parameters)
 
 
 def parameter_of(name: str) -> str:
@@ -134,8 +134,8 @@ def define(
     again = replay.Replayed(lambda *arguments: REGISTRY[f"fastft::{name}"].compute(*arguments))
 
     def run(*arguments: Any) -> Results:
-        if engine is not None and (found := engine(*arguments)) is not None:
-            return found
+        if engine is not None and (computed := engine(*arguments)) is not None:
+            return computed
         device = arguments[0].device.type
         function = again if replayed and device in REPLAYED_ON else again.compute
         if torch.is_autocast_enabled(device):  # an op says itself what it computes in: its products are not cast
@@ -151,17 +151,18 @@ def define(
     _library.impl(name, run, "CUDA")
     op.register_fake(outputs)
 
-    def count(*given: Any, **_: Any) -> int:
+    def count(*shapes: Any, **_: Any) -> int:
         if callable(flops):
-            return flops(*given)
-        return flops * prod(next(one for one in given if isinstance(one, torch.Size)))
+            return flops(*shapes)
+        return flops * prod(next(shape for shape in shapes if isinstance(shape, torch.Size)))
 
     register_flop_formula(getattr(torch.ops.fastft, name))(count)
     parameters = inspect.signature(reference).parameters
     REGISTRY[f"fastft::{name}"] = Entry(
         op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
-        tuple(parameters), frozenset(name for name, one in parameters.items() if "Sequence" in str(one.annotation)),
-        scratch, {name: one.default for name, one in parameters.items() if one.default is not one.empty}, replayed,
+        tuple(parameters),
+        frozenset(name for name, parameter in parameters.items() if "Sequence" in str(parameter.annotation)), scratch,
+        {name: value.default for name, value in parameters.items() if value.default is not value.empty}, replayed,
         launcher if isinstance(launcher, str) else f"{launcher.__module__.rpartition('.')[2]}.{launcher.__name__}",
     )  # fmt: skip
     return op

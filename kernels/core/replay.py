@@ -84,12 +84,12 @@ def kind_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """Return the metadata signature of a call: everything that an op's calls may depend on."""
     return tuple(
         [
-            _metadata(one)
-            if isinstance(one, Tensor)
-            else tuple([_metadata(inner) if isinstance(inner, Tensor) else inner for inner in one])
-            if isinstance(one, (list, tuple))
-            else one
-            for one in arguments
+            _metadata(argument)
+            if isinstance(argument, Tensor)
+            else tuple([_metadata(inner) if isinstance(inner, Tensor) else inner for inner in argument])
+            if isinstance(argument, (list, tuple))
+            else argument
+            for argument in arguments
         ]
     )
 
@@ -154,12 +154,16 @@ class Recorder(eager.TorchDispatchMode):
         self.reason = ""
         self.busy = False  # within a call that is written down as a whole
         self.unpacked: list[str] = []
-        for at, one in enumerate(arguments):
-            if isinstance(one, Tensor):
-                self._name(one, f"a{at}")
-            elif isinstance(one, (list, tuple)) and one and all(isinstance(inner, Tensor) for inner in one):
-                names = [self._name(inner, f"a{at}_{number}") for number, inner in enumerate(one)]
-                self.unpacked.append(f"{', '.join(names)}, = a{at}")
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                self._name(argument, f"a{index}")
+            elif (
+                isinstance(argument, (list, tuple))
+                and argument
+                and all(isinstance(inner, Tensor) for inner in argument)
+            ):
+                names = [self._name(inner, f"a{index}_{number}") for number, inner in enumerate(argument)]
+                self.unpacked.append(f"{', '.join(names)}, = a{index}")
         self.count = len(arguments)
 
     def __torch_dispatch__(
@@ -170,7 +174,7 @@ class Recorder(eager.TorchDispatchMode):
         if not outermost or self.reason or not fake_tensors.tensors_in((args, kwargs, result)):
             return result  # that of dtypes, say, is the same whatever the tensors are
         mutable = operators.is_mutable(func)
-        same = next((one for one in args if _is_whole(result, one)), None)
+        same = next((argument for argument in args if _is_whole(result, argument)), None)
         if same is not None and id(same) in self.names and not mutable:
             self._name(result, *self.names[id(same)])
         else:
@@ -187,8 +191,8 @@ class Recorder(eager.TorchDispatchMode):
             self._note(kernel[grid], args, meta, None, needed=True)
             return
         # What has been compiled takes all arguments in their order, constants too.
-        given = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
-        self._note(compiled[(*grid, 1, 1)[:3]], given, {}, None, needed=True, write=self._address)
+        arguments = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
+        self._note(compiled[(*grid, 1, 1)[:3]], arguments, {}, None, needed=True, write=self._address)
 
     @contextmanager
     def _own_call(self) -> Iterator[bool]:
@@ -205,7 +209,7 @@ class Recorder(eager.TorchDispatchMode):
             raise NotReplayable(self.reason)
         returned, read = self._text(results)
         body = [*self.unpacked, *_live(self.lines, read), f"return {returned}"]
-        source = f"def replay({', '.join(f'a{at}' for at in range(self.count))}):\n    " + "\n    ".join(body)
+        source = f"def replay({', '.join(f'a{index}' for index in range(self.count))}):\n    " + "\n    ".join(body)
         exec(compile(source, "<replay>", "exec"), self.globals)
         function = self.globals["replay"]
         if unknown := set(function.__code__.co_names) - set(self.globals) - {"data_ptr"}:
@@ -217,11 +221,13 @@ class Recorder(eager.TorchDispatchMode):
         write: Callable[[Tensor], Text] | None = None,
     ) -> None:  # fmt: skip
         """Record one call.  write: how a tensor argument is written, if not by name."""
-        found = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
+        results = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
         try:
-            texts = [self._text(one, write or self._named) for one in args]
-            texts += [(f"{name}={text}", read) for name, one in kwargs.items() for text, read in [self._text(one)]]
-            if not all(isinstance(one, Tensor) for one in found):
+            texts = [self._text(argument, write or self._named) for argument in args]
+            texts += [
+                (f"{name}={text}", read) for name, argument in kwargs.items() for text, read in [self._text(argument)]
+            ]
+            if not all(isinstance(tensor, Tensor) for tensor in results):
                 raise NotReplayable("it gives what is no tensor")
             if function is torch.ops.aten.as_strided.default:
                 raise NotReplayable("it counts from where a storage begins")
@@ -234,9 +240,9 @@ class Recorder(eager.TorchDispatchMode):
             if id(result) not in self.names:
                 self._name(result, self.views[call], owner)
             return
-        is_new = [id(one) not in self.names for one in found]
-        made = [f"t{len(self.lines)}_{at}" if new else "_" for at, new in enumerate(is_new)]
-        new_names = [self._name(one, name, owner) for one, name in zip(found, made, strict=True) if name != "_"]
+        is_new = [id(tensor) not in self.names for tensor in results]
+        made = [f"t{len(self.lines)}_{index}" if new else "_" for index, new in enumerate(is_new)]
+        new_names = [self._name(tensor, name, owner) for tensor, name in zip(results, made, strict=True) if name != "_"]
         if owner is not None:
             self.views[call] = made[0]
         comma = "," if isinstance(result, (tuple, list)) else ""
@@ -246,8 +252,12 @@ class Recorder(eager.TorchDispatchMode):
     def _owner(self, result: Tensor, args: Sequence[Any]) -> Owner | None:
         """Return the owner of a result's memory if it is known and the result shares it with an argument."""
         storage = result.untyped_storage().data_ptr()
-        sources = [one for one in args if isinstance(one, Tensor) and one.untyped_storage().data_ptr() == storage]
-        owners = {self.names[id(one)][1] for one in sources if id(one) in self.names}
+        sources = [
+            argument
+            for argument in args
+            if isinstance(argument, Tensor) and argument.untyped_storage().data_ptr() == storage
+        ]
+        owners = {self.names[id(source)][1] for source in sources if id(source) in self.names}
         return owners.pop() if len(owners) == 1 and storage else None
 
     def _name(self, tensor: Tensor, name: str, owner: Owner | None = None) -> str:
@@ -281,7 +291,7 @@ class Recorder(eager.TorchDispatchMode):
         if isinstance(value, Tensor):
             return (write or self._named)(value)
         if isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
-            texts = [self._text(one, write) for one in value]
+            texts = [self._text(item, write) for item in value]
             inside = "".join(f"{text}, " for text, _ in texts)
             return (f"[{inside}]" if isinstance(value, list) else f"({inside})"), [n for _, read in texts for n in read]
         if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):

@@ -98,10 +98,10 @@ def tanh(x, EXACT: tl.constexpr):
     """Compute tanh by exp2; EXACT: without cancellation, by a polynomial where x is small."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
-    found = tl.where(x < 0.0, -far, far)
+    result = tl.where(x < 0.0, -far, far)
     if EXACT:
         square = x * x
         series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)
         series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
-        found = tl.where(tl.abs(x) < 0.15, series, found)
-    return found
+        result = tl.where(tl.abs(x) < 0.15, series, result)
+    return result
