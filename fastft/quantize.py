@@ -71,7 +71,7 @@ def quantize_(
 
 
 def _linears(model: nn.Module) -> list[str]:
-    """The names of all linear layers but adapters' own factors and what is 4-bit already."""
+    """List the names of all linear layers but the adapters' own factors and what is 4-bit already."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [
         name
@@ -81,7 +81,7 @@ def _linears(model: nn.Module) -> list[str]:
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """What the model says is its head."""
+    """Return the ids of the modules that the model declares as its head."""
     found = []
     for module in model.modules():
         get = getattr(module, "get_output_embeddings", None)
@@ -92,7 +92,7 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def _reason(layer: nn.Linear, uses: Counter[int], blocksize: int) -> str:
-    """Why this layer stays as it is; "" if it does not."""
+    """Return why this layer is not quantised; "" if it can be."""
     if type(layer) is not nn.Linear:
         return f"it is a {type(layer).__name__}, which may do more than multiply"
     if layer.weight.requires_grad:
@@ -111,6 +111,7 @@ def _reason(layer: nn.Linear, uses: Counter[int], blocksize: int) -> str:
 
 
 def _reason_of_parent(parent: nn.Module) -> str:
+    """Return why a layer inside this module is not quantised: a merged adapter; "" if it can be."""
     merged = getattr(parent, "merged_adapters", ())
     return f"the adapter {merged[0]!r} is merged into its weight: unmerge it first" if merged else ""
 
@@ -135,7 +136,7 @@ def _four_bit(layer: nn.Linear, quant_type: str, blocksize: int, double_quant: b
 
 @contextmanager
 def on_default_stream(device: torch.device) -> Iterator[None]:
-    """For what bitsandbytes (0.49 to 0.50) quantises: it does so on the default stream, whichever is current."""
+    """Run on the default stream, where bitsandbytes (0.49 to 0.50) quantises whichever stream is current."""
     if device.type != "cuda":
         yield
         return
@@ -147,7 +148,7 @@ def on_default_stream(device: torch.device) -> Iterator[None]:
 
 
 def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Read a saved weight together with its statistics, which torch would not know what to do with."""
+    """Load a saved 4-bit weight together with its statistics, which torch would not know what to do with."""
     from bitsandbytes.nn import Params4bit
 
     name = f"{prefix}weight"
@@ -180,7 +181,7 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
 def _tell_peft_and_transformers(
     model: Any, quant_type: str, double_quant: bool, dtype: torch.dtype | None, skipped: list[str]
 ) -> None:
-    """What PEFT asks a model, to wrap and to merge its layers as 4-bit ones, and transformers, to save and load it."""
+    """Set what PEFT reads to wrap and merge layers as 4-bit ones, and transformers to save and load the model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.is_loaded_in_4bit = True
     if not hasattr(base, "config") or not hasattr(base, "save_pretrained"):
