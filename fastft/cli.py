@@ -22,12 +22,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse arguments; raise UserError for an unknown option, with the known one most like it."""
-        found, unknown = self.parse_known_args(arguments)
+        namespace, unknown = self.parse_known_args(arguments)
         if unknown:
-            known = re.findall(r"--[\w-]+", found.parser.format_help())
+            known = re.findall(r"--[\w-]+", namespace.parser.format_help())
             hint = f"; did you mean {nearest(unknown[0].split('=')[0], known)}?" if unknown[0].startswith("-") else ""
-            raise UserError(f"`{found.parser.prog}` does not take {unknown[0]}{hint or '; see --help.'}")
-        return found
+            raise UserError(f"`{namespace.parser.prog}` does not take {unknown[0]}{hint or '; see --help.'}")
+        return namespace
 
 
 def at_least_two(text: str) -> float:

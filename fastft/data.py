@@ -35,7 +35,7 @@ def load(name: str | None, tokenizer: Any, *, seq_len: int, batch_size: int) -> 
         examples = pack(_read(name), tokenizer, seq_len)
     else:
         rows = _jsonl_rows(name) if Path(name).is_file() else _dataset_rows(name)
-        examples = [found for where, row in rows if (found := _row_example(row, where, tokenizer, seq_len))]
+        examples = [example for where, row in rows if (example := _row_example(row, where, tokenizer, seq_len))]
     if len(examples) < batch_size:
         raise UserError(
             f"{name or 'The Python reference'} gives {len(examples)} examples of up to {seq_len} tokens, too few for a "
@@ -147,8 +147,8 @@ def _marked(row: Any, where: str, tokenizer: Any) -> tuple[Marked, bool]:
     if isinstance(row, dict) and _is_messages(row.get("messages")):
         render = _template if tokenizer.chat_template else _plain_chat
         return _marked_chat(row["messages"], tokenizer, render), not tokenizer.chat_template
-    found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-    raise UserError(f"{where} has {found}; a row needs {FORMATS}, as text.")
+    fields = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+    raise UserError(f"{where} has {fields}; a row needs {FORMATS}, as text.")
 
 
 def _is_messages(messages: Any) -> bool:

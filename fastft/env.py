@@ -21,13 +21,13 @@ GIB = 2**30
 
 def versions() -> dict[str, str]:
     """Return the version of Python and of each package, or "not installed"."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def cpp_compiler() -> str | None:

@@ -89,9 +89,9 @@ def load_config(source: Source) -> Any:
     if source.preset:
         return config(source.location)
     with explained(source):
-        found = copy.deepcopy(_read_config_once(source)) if source.gguf_file else _read_config(source)
-    _check_causal(source, found)
-    return without_dropout(found)
+        model_config = copy.deepcopy(_read_config_once(source)) if source.gguf_file else _read_config(source)
+    _check_causal(source, model_config)
+    return without_dropout(model_config)
 
 
 def _read_config(source: Source) -> Any:
@@ -103,22 +103,22 @@ def _read_config(source: Source) -> Any:
 _read_config_once = functools.cache(_read_config)  # a .gguf file's vocabulary is read with it, which takes seconds
 
 
-def without_dropout(found: Any) -> Any:
+def without_dropout(model_config: Any) -> Any:
     """Set each dropout of a configuration to zero: runs with one seed are to be comparable step by step."""
-    for name, value in found.to_dict().items():
+    for name, value in model_config.to_dict().items():
         if re.search("drop(out)?$", name) and isinstance(value, float):
-            setattr(found, name, 0.0)
-    return found
+            setattr(model_config, name, 0.0)
+    return model_config
 
 
-def _check_causal(source: Source, found: Any) -> None:
+def _check_causal(source: Source, model_config: Any) -> None:
     from transformers.models.auto import modeling_auto as auto
 
-    kind = found.model_type
+    kind = model_config.model_type
     causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    classes = set(found.architectures or ())
-    encoder = kind in masked and not getattr(found, "is_decoder", False) and not classes & causal
+    classes = set(model_config.architectures or ())
+    encoder = kind in masked and not getattr(model_config, "is_decoder", False) and not classes & causal
     if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or (classes and not classes & causal):
         what = ", ".join(sorted(classes)) or kind
         raise UserError(f"{source.location} is a {what}, not a causal language model; pass one such as Llama or Qwen.")
@@ -202,9 +202,9 @@ def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int) -> tuple[Any
     from transformers import AutoModelForCausalLM
 
     source = find(name)
-    found = load_config(source)
+    model_config = load_config(source)
     with torch.device("meta"), explained(source):
-        model = AutoModelForCausalLM.from_config(found)
+        model = AutoModelForCausalLM.from_config(model_config)
         model.config.use_cache = False
         if rank:
             model = add_lora(model, rank=rank, random_base=source.preset)

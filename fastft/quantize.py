@@ -54,8 +54,8 @@ def quantize_(
     heads = _heads(model)
     layers, skipped, names = [], {}, _linears(model)
     with compile_progress.line() as say:
-        for at, name in enumerate(names):
-            say(f"quantising {name} ({at + 1} of {len(names)})")
+        for index, name in enumerate(names):
+            say(f"quantising {name} ({index + 1} of {len(names)})")
             layer: Any = model.get_submodule(name)  # no list of layers, or each weight would outlive its turn
             reason = "it is the head" if id(layer) in heads else _reason(layer, uses, blocksize)
             reason = reason or _reason_of_parent(model.get_submodule(name.rpartition(".")[0]))
@@ -72,23 +72,23 @@ def quantize_(
 
 def _linears(model: nn.Module) -> list[str]:
     """List the names of all linear layers but the adapters' own factors and what is 4-bit already."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [
         name
-        for name, module in found
+        for name, module in linears
         if type(module).__name__ != "Linear4bit" and not any(part.startswith("lora_") for part in name.split("."))
     ]
 
 
 def _heads(model: nn.Module) -> set[int]:
     """Return the ids of the modules that the model declares as its head."""
-    found = []
+    heads = []
     for module in model.modules():
         get = getattr(module, "get_output_embeddings", None)
         head = get() if callable(get) else None
-        found += [head] if isinstance(head, nn.Module) else []
-    wrapped = [getattr(head, "base_layer", head) for head in found]
-    return {id(head) for head in (*found, *wrapped)}
+        heads += [head] if isinstance(head, nn.Module) else []
+    wrapped = [getattr(head, "base_layer", head) for head in heads]
+    return {id(head) for head in (*heads, *wrapped)}
 
 
 def _reason(layer: nn.Linear, uses: Counter[int], blocksize: int) -> str:

@@ -85,10 +85,10 @@ def write_metrics(runs: list[Run], path: Path, about: dict[str, Any]) -> None:
         }
         for run in runs
     }
-    found: dict[str, Any] = {"made_by": "fastft", **about, "contenders": contenders}
+    metrics: dict[str, Any] = {"made_by": "fastft", **about, "contenders": contenders}
     for run in runs[1:]:
-        found["max_relative_loss_difference"] = runs[0].loss_difference(run)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        metrics["max_relative_loss_difference"] = runs[0].loss_difference(run)
+    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 def made_by_fastft(folder: Path) -> bool:

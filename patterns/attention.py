@@ -154,9 +154,9 @@ def attention(
     softcap: float = 0.0, dropout: float = 0.0, is_causal: bool = False,
 ) -> Tensor:  # fmt: skip
     """fastft::attention"""
-    dtype = next((one for one in autocast.state() if one is not None), None)
+    dtype = next((autocast_dtype for autocast_dtype in autocast.state() if autocast_dtype is not None), None)
     if dtype is not None:
-        q, k, v = (one.to(dtype) for one in (q, k, v))
+        q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
     if masked is not None:
         mask = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, value)
     seed = q.new_empty(1, dtype=torch.int64).random_(2**31) if dropout else None
@@ -191,8 +191,8 @@ def rules(
 ) -> tuple[Rule, ...]:
     """Build a rule for each memory order that the result may have."""
     return tuple(
-        Rule(reference, partial(attention, contiguous=one), anchor, shapes, decline_if=decline_attention, **more)
-        for one in orders
+        Rule(reference, partial(attention, contiguous=contiguous), anchor, shapes, decline_if=decline_attention, **more)
+        for contiguous in orders
     )
 
 

@@ -25,14 +25,14 @@ __all__ = ["CustomPartitionerFn", "cache_folder", "min_cut_rematerialization_par
 
 
 @contextlib.contextmanager
-def isolated_tracing_context(given: Iterable[Any]) -> Iterator[FakeTensorMode]:
+def isolated_tracing_context(inputs: Iterable[Any]) -> Iterator[FakeTensorMode]:
     """Compile part of a graph without its AOTAutograd notes reaching the guards that Dynamo makes for the whole.
 
     Yields the mode in which to compile: that of Dynamo, or else of the whole graph's inputs.  Guards on sizes still
     reach Dynamo, which owns the symbols.
     """
     around = TracingContext.try_get()
-    mode = (around.fake_mode if around is not None else None) or mode_of(given)
+    mode = (around.fake_mode if around is not None else None) or mode_of(inputs)
     if mode is None:
         raise RuntimeError("there is no fake tensor to learn the mode from")
     context = TracingContext(mode)
@@ -75,5 +75,5 @@ def saved_by(forward: GraphModule, outputs: int) -> list[str]:
 def cache_counts() -> Counter[str]:
     """Count how often AOTAutograd's cache has hit, missed or been bypassed so far."""
     prefix = "autograd_cache_"
-    found = counters["aot_autograd"]
-    return Counter({name: found[prefix + name] for name in ("hit", "miss", "bypass")})
+    counts = counters["aot_autograd"]
+    return Counter({name: counts[prefix + name] for name in ("hit", "miss", "bypass")})

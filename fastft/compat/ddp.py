@@ -32,12 +32,12 @@ def is_cut(gm: GraphModule) -> bool:
 def keep_whole() -> bool:
     """Give this compilation's graph a single bucket; return False if it has one already or that is not possible."""
     try:
-        found = optimizer()
-        finite = found is not None and found.bucket_bytes_cap < math.inf
+        ddp_optimizer = optimizer()
+        finite = ddp_optimizer is not None and ddp_optimizer.bucket_bytes_cap < math.inf
     except Exception:  # called without Dynamo, or by another torch
         return False
     if finite:
-        found.bucket_bytes_cap = found.first_bucket_cap = math.inf
+        ddp_optimizer.bucket_bytes_cap = ddp_optimizer.first_bucket_cap = math.inf
     return finite
 
 

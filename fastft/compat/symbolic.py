@@ -30,13 +30,13 @@ def evaluate(expression: Any, sizes: dict[Any, int]) -> int:
 
 def hints_of(value: Tensor) -> dict[Any, int]:
     """Return the symbols in a tensor's shape and strides, with their values in the example."""
-    found: dict[Any, int] = {}
+    hints: dict[Any, int] = {}
     for size in (*value.shape, *value.stride()):
         if isinstance(size, torch.SymInt):
             env = size.node.shape_env
             known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch 2.11
-            found |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
-    return found
+            hints |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
+    return hints
 
 
 def is_zero(size: Any) -> bool:
