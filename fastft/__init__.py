@@ -34,7 +34,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> object:
-    """What needs torch is imported when it is asked for, so that the command answers at once."""
+    """Import what needs torch only when it is asked for, so that the command answers at once."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

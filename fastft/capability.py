@@ -1,4 +1,4 @@
-"""From which CUDA capability a GPU runs what; light to import, as both the kernels and the command ask."""
+"""The CUDA capability from which a GPU runs what; light to import, as both the kernels and the command need it."""
 
 TRITON_FROM = (7, 5)
 BFLOAT16_FROM = (8, 0)

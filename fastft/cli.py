@@ -16,29 +16,29 @@ class Parser(argparse.ArgumentParser):
     """argparse that reports a mistake as a UserError and names the nearest option."""
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse for a malformed command line."""
+        """Raise UserError for a malformed command line; argparse calls this."""
         message = message.removeprefix("argument ").rstrip(".")
         raise UserError(f"{message[0].upper()}{message[1:]}; see `{self.prog} --help`.")
 
     def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse; an unknown option is answered with the one most like it."""
-        found, unknown = self.parse_known_args(arguments)
+        """Parse arguments; raise UserError for an unknown option, with the known one most like it."""
+        namespace, unknown = self.parse_known_args(arguments)
         if unknown:
-            known = re.findall(r"--[\w-]+", found.parser.format_help())
+            known = re.findall(r"--[\w-]+", namespace.parser.format_help())
             hint = f"; did you mean {nearest(unknown[0].split('=')[0], known)}?" if unknown[0].startswith("-") else ""
-            raise UserError(f"`{found.parser.prog}` does not take {unknown[0]}{hint or '; see --help.'}")
-        return found
+            raise UserError(f"`{namespace.parser.prog}` does not take {unknown[0]}{hint or '; see --help.'}")
+        return namespace
 
 
 def at_least_two(text: str) -> float:
-    """An argparse type: a row of tokens in which something can be predicted."""
+    """Parse an argument as a number of tokens of at least two, so that there is something to predict."""
     if (value := positive(int)(text)) < 2:
         raise argparse.ArgumentTypeError("it must be at least 2, or there is no next token to predict")
     return value
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type: a number of this kind above zero."""
+    """Return an argparse type: a number of this kind above zero."""
 
     def parse(text: str) -> float:
         try:
@@ -54,14 +54,14 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 
 def seed(text: str) -> int:
-    """An argparse type: a seed."""
+    """Parse an argument as a seed: a whole number from zero on."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"it must be a whole number from zero on, not {text!r}")
     return int(text)
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Build the parser of the command line."""
     import fastft
 
     top = Parser(prog="fastft", description="Fine-tune language models through torch.compile.", allow_abbrev=False)
@@ -146,7 +146,7 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
 
 
 def finetune(options: argparse.Namespace) -> int:
-    """``fastft finetune``."""
+    """Run ``fastft finetune``."""
     from dataclasses import fields
 
     from rich.console import Console
@@ -158,7 +158,7 @@ def finetune(options: argparse.Namespace) -> int:
 
 
 def explain(options: argparse.Namespace) -> int:
-    """``fastft explain``."""
+    """Run ``fastft explain``."""
     from fastft import explain as explain_model
     from fastft.finetune import quieten
     from fastft.models import on_meta
@@ -171,7 +171,7 @@ def explain(options: argparse.Namespace) -> int:
 
 
 def show_env(options: argparse.Namespace) -> int:
-    """``fastft env``."""
+    """Run ``fastft env``."""
     from rich.console import Console
 
     from fastft.env import show
@@ -181,7 +181,7 @@ def show_env(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; what the user can put right is one sentence and exit code 2."""
+    """Run a command; a UserError prints one sentence and returns exit code 2."""
     try:
         options = parser().parse_strictly(sys.argv[1:] if arguments is None else arguments)
         return options.command(options) or 0

@@ -1,6 +1,6 @@
 """Training data: text packed into blocks, or rows of which only the answer is learnt.
 
-An example is a pair (token ids, labels); a label of -100 is not learnt.
+An example is a pair (token ids, labels); the loss ignores a label of -100.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Marked = tuple[str, list[tuple[int, int]]]  # a text, and the spans of its chara
 
 
 def python_reference() -> str:
-    """The Python language reference, which the standard library carries for ``help()``."""
+    """Return the Python language reference, which the standard library carries for ``help()``."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def load(name: str | None, tokenizer: Any, *, seq_len: int, batch_size: int) -> list[Example]:
-    """The examples in a text file, a .jsonl file or a dataset; in the Python reference if no name is given."""
+    """Load the examples of a text file, a .jsonl file or a dataset; of the Python reference if no name is given."""
     if name is None:
         examples = pack(python_reference(), tokenizer, seq_len)
     elif Path(name).is_file() and Path(name).suffix not in (".jsonl", ".json"):
         examples = pack(_read(name), tokenizer, seq_len)
     else:
         rows = _jsonl_rows(name) if Path(name).is_file() else _dataset_rows(name)
-        examples = [found for where, row in rows if (found := _row_example(row, where, tokenizer, seq_len))]
+        examples = [example for where, row in rows if (example := _row_example(row, where, tokenizer, seq_len))]
     if len(examples) < batch_size:
         raise UserError(
             f"{name or 'The Python reference'} gives {len(examples)} examples of up to {seq_len} tokens, too few for a "
@@ -45,14 +45,14 @@ def load(name: str | None, tokenizer: Any, *, seq_len: int, batch_size: int) -> 
 
 
 def pack(text: str, tokenizer: Any, seq_len: int) -> list[Example]:
-    """Blocks of exactly ``seq_len`` tokens; what is left at the end is dropped."""
+    """Split text into blocks of exactly ``seq_len`` tokens; what is left at the end is dropped."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     starts = range(0, len(ids) - seq_len + 1, seq_len)
     return [(ids[start : start + seq_len], ids[start : start + seq_len]) for start in starts]
 
 
 def batches(examples: list[Example], *, batch_size: int, pad_id: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Endless batches, shuffled anew each time round; a ragged last batch is dropped, so the batch size is fixed."""
+    """Yield endless batches, reshuffled each epoch; a ragged last batch is dropped, so the batch size is fixed."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def batches(examples: list[Example], *, batch_size: int, pad_id: int, seed: int)
 
 
 def collate(examples: list[Example], pad_id: int) -> dict[str, Any]:
-    """One batch, padded on the right to its longest example."""
+    """Build one batch, padded on the right to its longest example."""
     import torch
 
     longest = max(len(ids) for ids, _ in examples)
@@ -79,7 +79,7 @@ def collate(examples: list[Example], pad_id: int) -> dict[str, Any]:
 
 
 def same_length(examples: list[Example]) -> bool:
-    """Whether every batch will have the same shape."""
+    """Return whether every batch will have the same shape."""
     return len({len(ids) for ids, _ in examples}) == 1
 
 
@@ -101,7 +101,7 @@ def _jsonl_rows(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _dataset_rows(name: str) -> Iterator[tuple[str, Any]]:
-    """The rows of ``datasets.load_dataset``'s train split; a name may say its configuration, as in ``name:config``."""
+    """Yield the rows of a dataset's train split; a name may include its configuration, as in ``name:config``."""
     if not Path(name).exists() and (
         Path(name).suffix in (".txt", ".jsonl", ".json", ".md") or name.startswith(("/", "."))
     ):
@@ -124,7 +124,7 @@ def _dataset_rows(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _row_example(row: Any, where: str, tokenizer: Any, seq_len: int) -> Example | None:
-    """A row as an example, or None if nothing of it is left to learn within ``seq_len`` tokens."""
+    """Turn a row into an example, or None if nothing of it is left to learn within ``seq_len`` tokens."""
     (text, spans), special = _marked(row, where, tokenizer)
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ids = encoded["input_ids"][:seq_len]
@@ -137,7 +137,7 @@ def _row_example(row: Any, where: str, tokenizer: Any, seq_len: int) -> Example 
 
 
 def _marked(row: Any, where: str, tokenizer: Any) -> tuple[Marked, bool]:
-    """A row's text with its learnt spans, and whether the tokenizer has still to add its special tokens."""
+    """Return a row's text with its learnt spans, and whether the tokenizer still has to add its special tokens."""
     end = tokenizer.eos_token or ""
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return (row["text"] + end, [(0, len(row["text"] + end))]), True
@@ -147,8 +147,8 @@ def _marked(row: Any, where: str, tokenizer: Any) -> tuple[Marked, bool]:
     if isinstance(row, dict) and _is_messages(row.get("messages")):
         render = _template if tokenizer.chat_template else _plain_chat
         return _marked_chat(row["messages"], tokenizer, render), not tokenizer.chat_template
-    found = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-    raise UserError(f"{where} has {found}; a row needs {FORMATS}, as text.")
+    fields = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+    raise UserError(f"{where} has {fields}; a row needs {FORMATS}, as text.")
 
 
 def _is_messages(messages: Any) -> bool:
@@ -159,7 +159,7 @@ def _is_messages(messages: Any) -> bool:
 
 
 def _marked_chat(messages: list[dict[str, str]], tokenizer: Any, render: Any) -> Marked:
-    """Mark what the assistant says, from the end of the prompt it is given to the end of its turn.
+    """Mark what the assistant says, from the end of the prompt before it to the end of its turn.
 
     A template may write an earlier turn differently once more turns follow, hence the common prefixes.
     """
@@ -174,7 +174,7 @@ def _marked_chat(messages: list[dict[str, str]], tokenizer: Any, render: Any) ->
 
 
 def _shared(text: str, other: str) -> int:
-    """How many characters two texts have in common at their start."""
+    """Count the characters that two texts have in common at their start."""
     differing = (number for number, (a, b) in enumerate(zip(text, other, strict=False)) if a != b)
     return next(differing, min(len(text), len(other)))
 
@@ -186,7 +186,7 @@ def _template(messages: list[dict[str, str]], tokenizer: Any, prompt: bool) -> s
 
 
 def _plain_chat(messages: list[dict[str, str]], tokenizer: Any, prompt: bool) -> str:
-    """``User: ...`` and ``Assistant: ...``, for tokenizers without a chat template."""
+    """Write ``User: ...`` and ``Assistant: ...``, for tokenizers without a chat template."""
     turns = [
         f"{turn['role'].capitalize()}: {turn['content']}{tokenizer.eos_token if turn['role'] == 'assistant' else ''}"
         for turn in messages

@@ -20,29 +20,29 @@ GIB = 2**30
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each package, or "not installed"."""
-    found = {"python": platform.python_version()}
+    """Return the version of Python and of each package, or "not installed"."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that Inductor would start, or None if that program is not there."""
+    """Find the C++ compiler that Inductor would start, or return None."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
 
 
 def c_compiler() -> str | None:
-    """The C compiler with which Triton builds its launchers."""
+    """Find the C compiler with which Triton builds its launchers, or return None."""
     candidates = (os.environ.get("CC"), "gcc", "clang", "cc")
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
 def require_compiler(device: str, lower: str) -> None:
-    """Raise UserError if compilation for this device would fail for want of a compiler."""
+    """Raise UserError if compilation for this device would fail for lack of a compiler."""
     if device == "cpu" and lower == "inductor" and not cpp_compiler():
         name = os.environ.get("CXX", "g++")
         other = "set CXX=clang++" if shutil.which("clang++") else "install g++, or set CXX to a C++ compiler"
@@ -54,7 +54,7 @@ def require_compiler(device: str, lower: str) -> None:
 
 
 def kernels(capability: tuple[int, int] | None, triton: bool) -> Iterator[tuple[str, str]]:
-    """Each group of kernels with "yes" or the reason why it cannot run."""
+    """Yield each group of kernels with "yes" or the reason why it cannot run."""
     if not triton:
         missing = "no: triton is not installed"
     elif capability is None:
@@ -75,7 +75,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def tables() -> list[Table]:
-    """The three tables of ``fastft env``."""
+    """Build the three tables of ``fastft env``."""
     import torch
 
     installed = versions()

@@ -1,4 +1,4 @@
-"""What the user can put right: one sentence, exit code 2, no traceback."""
+"""Errors that the user can fix: one sentence, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ class UserError(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """An error's class and the first line of what it says."""
+    """Return an error's class and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

@@ -49,7 +49,7 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> int:
-    """The whole command; the exit code is 130 if Ctrl-C ended it early."""
+    """Run the whole command; the exit code is 130 if Ctrl-C ended it early."""
     output = Path(settings.output).expanduser()
     check_device(settings.device)
     check_output(output)
@@ -79,7 +79,7 @@ def run(settings: Settings, console: Console) -> int:
 
 
 def resolve(settings: Settings) -> tuple[Settings, models.Source]:
-    """Fill in what was left open; raises UserError for a model, device or dtype that cannot be had."""
+    """Fill in what was left open; raise UserError for a model, device or dtype that is not available."""
     import torch
 
     source = models.find(settings.model)
@@ -108,7 +108,7 @@ def require_packages(settings: Settings) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise UserError unless ``device`` names one; whether it is there is seen once torch is loaded."""
+    """Raise UserError unless ``device`` is a device's name; whether it exists is checked once torch is loaded."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"--device is cpu, cuda or cuda:N, not {device!r}.")
 
@@ -125,7 +125,7 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A hidden folder beside ``output`` that takes its place if all goes well, and vanishes if not."""
+    """Yield a hidden folder beside ``output`` that replaces it if all goes well, and is deleted if not."""
     output = output.resolve()
     staging, replaced = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("new", "old"))
     try:
@@ -144,7 +144,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def cold_caches(enabled: bool) -> Iterator[None]:
-    """Compile caches of one's own: in a comparison nobody profits from what was compiled before."""
+    """Use fresh compile caches: in a comparison nobody profits from what was compiled before."""
     if not enabled:
         yield
         return
@@ -163,7 +163,7 @@ def cold_caches(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def memory_advice() -> Iterator[None]:
-    """Say what to do when the GPU's memory is not enough."""
+    """Turn running out of GPU memory into a UserError that says what to do."""
     import torch
 
     try:
@@ -173,7 +173,7 @@ def memory_advice() -> Iterator[None]:
 
 
 def load_data(settings: Settings, tokenizer: Any) -> list[data.Example]:
-    """The training examples."""
+    """Load the training examples."""
     return data.load(settings.data, tokenizer, seq_len=settings.seq_len, batch_size=settings.batch_size)
 
 
@@ -207,7 +207,7 @@ def contend(
 
 @contextmanager
 def compilation_shown(reporter: Reporter) -> Iterator[None]:
-    """What is being compiled, in the bar of the run, which has the terminal to itself."""
+    """Show what is being compiled in the run's progress bar, which has the terminal to itself."""
     from fastft.rewriter.report.compile_progress import shown_by
 
     with shown_by(lambda text: reporter.bar.update(reporter.task, description=text or "running...")):
@@ -215,9 +215,9 @@ def compilation_shown(reporter: Reporter) -> Iterator[None]:
 
 
 def add_contender(settings: Settings, base: models.Source, runs: list[Run], console: Console) -> tuple[int, str]:
-    """Train a second time without fastft; the exit code, and what went wrong if anything did.
+    """Train a second time without fastft; return the exit code, and what went wrong if anything did.
 
-    In a process of its own: what the first run compiled, cached and allocated would flatter the second one's figures.
+    It runs in a process of its own: what the first run compiled, cached and allocated would flatter its figures.
     """
     import multiprocessing
 
@@ -258,7 +258,7 @@ def _second_process(sender: Any, settings: Settings, base: models.Source, termin
 
 
 def quieten() -> None:
-    """Keep the progress readable: no bars of other libraries, nor their warnings; fastft's and torch's own stay."""
+    """Keep the progress readable: silence the bars and warnings of other libraries, but not torch's or fastft's own."""
     import logging
     import warnings
 
@@ -275,7 +275,7 @@ def quieten() -> None:
 
 
 def save_adapter(model: Any, tokenizer: Any, base: str, folder: Path) -> None:
-    """The adapter in PEFT's format, which records where its base model is, with the tokenizer beside it."""
+    """Save the adapter in PEFT's format, which records where its base model is, with the tokenizer beside it."""
     from fastft.training import Deferred
 
     model.peft_config["default"].base_model_name_or_path = base
@@ -285,7 +285,7 @@ def save_adapter(model: Any, tokenizer: Any, base: str, folder: Path) -> None:
 
 
 def save_record(settings: Settings, runs: list[Run], folder: Path) -> None:
-    """metrics.json and the plot."""
+    """Save metrics.json and the plot."""
     from fastft.training import Deferred
 
     title = f"{Path(settings.model).name}: {'QLoRA' if settings.nf4 else 'LoRA'} of rank {settings.rank}"
@@ -296,7 +296,7 @@ def save_record(settings: Settings, runs: list[Run], folder: Path) -> None:
 
 
 def introduction(settings: Settings, source: models.Source, fixed: bool) -> str:
-    """One line that says what is about to happen."""
+    """Return one line that says what is about to happen."""
     kind = "QLoRA (NF4)" if settings.nf4 else "LoRA"
     what = f"{settings.model}{', random weights' if source.preset else ''}"
     text = settings.data or "the Python language reference"
@@ -306,7 +306,7 @@ def introduction(settings: Settings, source: models.Source, fixed: bool) -> str:
 
 
 def conclude(settings: Settings, runs: list[Run], base: models.Source, output: Path, console: Console) -> None:
-    """The table, where everything is, and how to load it."""
+    """Print the table, where everything is, and how to load it."""
     console.print(summary.table(runs))
     for interrupted in (each for each in runs if each.interrupted):
         count = f"{len(interrupted.steps)} of {settings.steps} steps"

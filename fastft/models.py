@@ -1,4 +1,4 @@
-"""From what the user wrote after ``--model`` to a causal language model with LoRA adapters."""
+"""Turn what the user wrote after ``--model`` into a causal language model with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Source:
 
 
 def find(name: str) -> Source:
-    """Tell presets, folders, .gguf files and hub ids apart; raises UserError for what is none of them."""
+    """Tell presets, folders, .gguf files and hub ids apart; raise UserError for anything else."""
     if name in PRESETS:
         return Source(name, preset=True)
     path = Path(name).expanduser()
@@ -58,7 +58,7 @@ def find(name: str) -> Source:
 
 
 def go_offline_if_unreachable() -> None:
-    """Without a network the hub's client retries for half a minute; go to its cache at once instead."""
+    """Go to the hub's cache at once if there is no network: its client retries for half a minute otherwise."""
     if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
         return  # a proxy resolves names for us
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
@@ -73,7 +73,7 @@ def go_offline_if_unreachable() -> None:
 
 @contextmanager
 def explained(source: Source) -> Iterator[None]:
-    """Turn what transformers raises for a model that cannot be loaded into one sentence."""
+    """Turn transformers' error for a model that cannot be loaded into one sentence (UserError)."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -85,13 +85,13 @@ def explained(source: Source) -> Iterator[None]:
 
 
 def load_config(source: Source) -> Any:
-    """The model's configuration, known to be that of a causal language model."""
+    """Load the model's configuration; raise UserError unless it is that of a causal language model."""
     if source.preset:
         return config(source.location)
     with explained(source):
-        found = copy.deepcopy(_read_config_once(source)) if source.gguf_file else _read_config(source)
-    _check_causal(source, found)
-    return without_dropout(found)
+        model_config = copy.deepcopy(_read_config_once(source)) if source.gguf_file else _read_config(source)
+    _check_causal(source, model_config)
+    return without_dropout(model_config)
 
 
 def _read_config(source: Source) -> Any:
@@ -103,29 +103,29 @@ def _read_config(source: Source) -> Any:
 _read_config_once = functools.cache(_read_config)  # a .gguf file's vocabulary is read with it, which takes seconds
 
 
-def without_dropout(found: Any) -> Any:
-    """The configuration with each dropout at zero: runs with one seed are to be comparable step by step."""
-    for name, value in found.to_dict().items():
+def without_dropout(model_config: Any) -> Any:
+    """Set each dropout of a configuration to zero: runs with one seed are to be comparable step by step."""
+    for name, value in model_config.to_dict().items():
         if re.search("drop(out)?$", name) and isinstance(value, float):
-            setattr(found, name, 0.0)
-    return found
+            setattr(model_config, name, 0.0)
+    return model_config
 
 
-def _check_causal(source: Source, found: Any) -> None:
+def _check_causal(source: Source, model_config: Any) -> None:
     from transformers.models.auto import modeling_auto as auto
 
-    kind = found.model_type
+    kind = model_config.model_type
     causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    classes = set(found.architectures or ())
-    encoder = kind in masked and not getattr(found, "is_decoder", False) and not classes & causal
+    classes = set(model_config.architectures or ())
+    encoder = kind in masked and not getattr(model_config, "is_decoder", False) and not classes & causal
     if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or (classes and not classes & causal):
         what = ", ".join(sorted(classes)) or kind
         raise UserError(f"{source.location} is a {what}, not a causal language model; pass one such as Llama or Qwen.")
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer, with something to pad with."""
+    """Load the model's tokenizer; it gets a padding token if it has none."""
     if source.preset:
         return byte_tokenizer()
     from transformers import AutoTokenizer
@@ -138,9 +138,9 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def materialise(source: Source, folder: Path, *, seed: int, nf4: bool) -> Source:
-    """Write the base model to ``folder`` where there is none to load yet: a preset, or a .gguf to be quantised.
+    """Write the base model to ``folder`` if there is none to load yet: a preset, or a .gguf file to be quantised.
 
-    transformers cannot quantise while it reads a .gguf file, so that model takes the way over a folder.
+    transformers cannot quantise while it reads a .gguf file, so that model is saved as a folder first.
     """
     if source.preset:
         write(source.location, folder, seed)
@@ -152,7 +152,7 @@ def materialise(source: Source, folder: Path, *, seed: int, nf4: bool) -> Source
 
 
 def _convert(source: Source, folder: Path) -> None:
-    """Save a .gguf file's model as a folder, by way of a plain one: transformers does not save what it read so."""
+    """Save a .gguf file's model as a folder, by way of a plain copy: transformers cannot save what it read so."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_config(load_config(source))
@@ -162,7 +162,7 @@ def _convert(source: Source, folder: Path) -> None:
 
 
 def nf4_arguments(dtype: str) -> dict[str, Any]:
-    """The options of BitsAndBytesConfig for QLoRA's 4-bit weights."""
+    """Return the options of BitsAndBytesConfig for QLoRA's 4-bit weights."""
     return {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
@@ -172,7 +172,7 @@ def nf4_arguments(dtype: str) -> dict[str, Any]:
 
 
 def load(source: Source, *, device: str, dtype: str, nf4: bool) -> Any:
-    """The base model on its device, with its linear layers in 4 bits if ``nf4``."""
+    """Load the base model on its device, with its linear layers in 4 bits if ``nf4``."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -186,7 +186,7 @@ def load(source: Source, *, device: str, dtype: str, nf4: bool) -> Any:
 
 
 def add_lora(model: Any, *, rank: int, random_base: bool) -> Any:
-    """Adapters on every linear layer; a random base also trains its embedding and head, which know no language."""
+    """Add adapters to every linear layer; a random base also trains its embedding and head, which know no language."""
     from peft import LoraConfig, get_peft_model
 
     saved = ["embed_tokens", "lm_head"] if random_base else None
@@ -197,14 +197,14 @@ def add_lora(model: Any, *, rank: int, random_base: bool) -> Any:
 
 
 def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int) -> tuple[Any, dict[str, Any]]:
-    """A model without weights and a batch for it, both on the meta device: any size fits."""
+    """Build a model without weights and a batch for it, both on the meta device: any size fits."""
     import torch
     from transformers import AutoModelForCausalLM
 
     source = find(name)
-    found = load_config(source)
+    model_config = load_config(source)
     with torch.device("meta"), explained(source):
-        model = AutoModelForCausalLM.from_config(found)
+        model = AutoModelForCausalLM.from_config(model_config)
         model.config.use_cache = False
         if rank:
             model = add_lora(model, rank=rank, random_base=source.preset)
@@ -214,7 +214,7 @@ def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int) -> tuple[Any
 
 
 def moved(source: Source, staging: Path, output: Path) -> Source:
-    """The same source once the staging folder has been renamed to the output folder."""
+    """Return the same source as it is once the staging folder has been renamed to the output folder."""
     if Path(source.location).is_relative_to(staging):
         return replace(source, location=str(output / Path(source.location).relative_to(staging)))
     return source

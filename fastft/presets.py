@@ -34,14 +34,14 @@ PRESETS = {  # name -> transformers' model type
 
 
 def config(name: str) -> Any:
-    """The transformers configuration of a preset."""
+    """Build the transformers configuration of a preset."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(PRESETS[name], **SIZES)
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer of 256 bytes and three specials, which transformers can save and load like any other."""
+    """Build a tokenizer of 256 bytes and three specials, which transformers can save and load like any other."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

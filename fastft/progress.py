@@ -15,12 +15,12 @@ LINES = 20  # how many steps are printed where there is no terminal
 
 
 def readable_bytes(count: int) -> str:
-    """``13.4 GiB`` or ``512 MiB``."""
+    """Format a number of bytes as ``13.4 GiB`` or ``512 MiB``."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def describe(run: Run) -> str:
-    """The last step in one line."""
+    """Describe the last step in one line."""
     last = run.steps[-1]
     return (
         f"loss {last.loss:.4f}   {last.tokens / last.seconds:>7,.0f} tokens/s   peak {readable_bytes(run.peak_bytes)}"

@@ -54,8 +54,8 @@ def quantize_(
     heads = _heads(model)
     layers, skipped, names = [], {}, _linears(model)
     with compile_progress.line() as say:
-        for at, name in enumerate(names):
-            say(f"quantising {name} ({at + 1} of {len(names)})")
+        for index, name in enumerate(names):
+            say(f"quantising {name} ({index + 1} of {len(names)})")
             layer: Any = model.get_submodule(name)  # no list of layers, or each weight would outlive its turn
             reason = "it is the head" if id(layer) in heads else _reason(layer, uses, blocksize)
             reason = reason or _reason_of_parent(model.get_submodule(name.rpartition(".")[0]))
@@ -71,28 +71,28 @@ def quantize_(
 
 
 def _linears(model: nn.Module) -> list[str]:
-    """The names of all linear layers but adapters' own factors and what is 4-bit already."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """List the names of all linear layers but the adapters' own factors and what is 4-bit already."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [
         name
-        for name, module in found
+        for name, module in linears
         if type(module).__name__ != "Linear4bit" and not any(part.startswith("lora_") for part in name.split("."))
     ]
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """What the model says is its head."""
-    found = []
+    """Return the ids of the modules that the model declares as its head."""
+    heads = []
     for module in model.modules():
         get = getattr(module, "get_output_embeddings", None)
         head = get() if callable(get) else None
-        found += [head] if isinstance(head, nn.Module) else []
-    wrapped = [getattr(head, "base_layer", head) for head in found]
-    return {id(head) for head in (*found, *wrapped)}
+        heads += [head] if isinstance(head, nn.Module) else []
+    wrapped = [getattr(head, "base_layer", head) for head in heads]
+    return {id(head) for head in (*heads, *wrapped)}
 
 
 def _reason(layer: nn.Linear, uses: Counter[int], blocksize: int) -> str:
-    """Why this layer stays as it is; "" if it does not."""
+    """Return why this layer is not quantised; "" if it can be."""
     if type(layer) is not nn.Linear:
         return f"it is a {type(layer).__name__}, which may do more than multiply"
     if layer.weight.requires_grad:
@@ -111,6 +111,7 @@ def _reason(layer: nn.Linear, uses: Counter[int], blocksize: int) -> str:
 
 
 def _reason_of_parent(parent: nn.Module) -> str:
+    """Return why a layer inside this module is not quantised: a merged adapter; "" if it can be."""
     merged = getattr(parent, "merged_adapters", ())
     return f"the adapter {merged[0]!r} is merged into its weight: unmerge it first" if merged else ""
 
@@ -135,7 +136,7 @@ def _four_bit(layer: nn.Linear, quant_type: str, blocksize: int, double_quant: b
 
 @contextmanager
 def on_default_stream(device: torch.device) -> Iterator[None]:
-    """For what bitsandbytes (0.49 to 0.50) quantises: it does so on the default stream, whichever is current."""
+    """Run on the default stream, where bitsandbytes (0.49 to 0.50) quantises whichever stream is current."""
     if device.type != "cuda":
         yield
         return
@@ -147,7 +148,7 @@ def on_default_stream(device: torch.device) -> Iterator[None]:
 
 
 def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Read a saved weight together with its statistics, which torch would not know what to do with."""
+    """Load a saved 4-bit weight together with its statistics, which torch would not know what to do with."""
     from bitsandbytes.nn import Params4bit
 
     name = f"{prefix}weight"
@@ -180,7 +181,7 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
 def _tell_peft_and_transformers(
     model: Any, quant_type: str, double_quant: bool, dtype: torch.dtype | None, skipped: list[str]
 ) -> None:
-    """What PEFT asks a model, to wrap and to merge its layers as 4-bit ones, and transformers, to save and load it."""
+    """Set what PEFT reads to wrap and merge layers as 4-bit ones, and transformers to save and load the model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.is_loaded_in_4bit = True
     if not hasattr(base, "config") or not hasattr(base, "save_pretrained"):

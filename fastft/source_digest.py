@@ -12,7 +12,7 @@ PACKAGES = ("fastft.compat", "fastft.kernels", "fastft.patterns", "fastft.rewrit
 
 @functools.cache
 def sources() -> str:
-    """Digest all that decides what a graph is compiled to: torch's caches would hold what an earlier version made."""
+    """Digest all code that decides what a graph is compiled to, or torch's caches would return an earlier version's."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         folder = folder_of(package)
@@ -22,7 +22,7 @@ def sources() -> str:
 
 
 def folder_of(package: str) -> Path:
-    """Find where a package of ours lies, which need not be imported for it."""
+    """Find the folder of one of our packages, which need not be imported for it."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None

@@ -1,4 +1,4 @@
-"""What is left of a run: the table, the plot, metrics.json, and how to load the adapter."""
+"""The results of a run: the table, the plot, metrics.json, and how to load the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INK = "#343a40"
 
 
 def table(runs: list[Run]) -> Table:
-    """The figures of one contender, or of two side by side."""
+    """Build a table of the figures of one contender, or of two side by side."""
     first = runs[0]
     result = Table(title="Training", title_justify="left", title_style="bold", header_style="bold")
     result.add_column("")
@@ -43,7 +43,7 @@ def table(runs: list[Run]) -> Table:
 
 
 def plot(runs: list[Run], path: Path, title: str) -> None:
-    """The loss of each step as a PNG; two contenders are told apart by colour and dash."""
+    """Plot the loss of each step as a PNG; two contenders are told apart by colour and dash."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -70,7 +70,7 @@ def plot(runs: list[Run], path: Path, title: str) -> None:
 
 
 def write_metrics(runs: list[Run], path: Path, about: dict[str, Any]) -> None:
-    """Every step of every contender; the file also marks a folder as made by fastft."""
+    """Write every step of every contender; the file also marks a folder as made by fastft."""
     contenders = {
         run.name: {
             "first_step_seconds": run.first_seconds,
@@ -85,14 +85,14 @@ def write_metrics(runs: list[Run], path: Path, about: dict[str, Any]) -> None:
         }
         for run in runs
     }
-    found: dict[str, Any] = {"made_by": "fastft", **about, "contenders": contenders}
+    metrics: dict[str, Any] = {"made_by": "fastft", **about, "contenders": contenders}
     for run in runs[1:]:
-        found["max_relative_loss_difference"] = runs[0].loss_difference(run)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        metrics["max_relative_loss_difference"] = runs[0].loss_difference(run)
+    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 def made_by_fastft(folder: Path) -> bool:
-    """Whether an earlier run wrote this folder, so that a new one may replace it."""
+    """Return whether an earlier run wrote this folder, so that a new one may replace it."""
     try:
         return json.loads((folder / METRICS).read_text(encoding="utf-8")).get("made_by") == "fastft"
     except (OSError, ValueError, AttributeError):
@@ -100,7 +100,7 @@ def made_by_fastft(folder: Path) -> bool:
 
 
 def snippet(base: Source, adapter: Path, *, dtype: str, nf4: bool, prompt: str) -> str:
-    """Python that loads the base model and the adapter and lets them write on."""
+    """Return Python code that loads the base model and the adapter and generates text."""
     names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if nf4 else "")
     arguments = [quoted(base.location), *(f"{name}={quoted(value)}" for name, value in base.arguments.items())]
     lines = ["from peft import PeftModel", f"from transformers import {names}", ""]
@@ -121,5 +121,5 @@ def snippet(base: Source, adapter: Path, *, dtype: str, nf4: bool, prompt: str) 
 
 
 def quoted(value: object) -> str:
-    """A value as Python that a formatter would leave alone."""
+    """Write a value as Python code that a formatter would leave alone."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -55,13 +55,13 @@ class Run:
         return statistics.median(step.tokens / step.seconds for step in self.steps[1:] or self.steps)
 
     def loss_difference(self, other: Run) -> float:
-        """The largest relative difference of the losses of one step."""
+        """Return the largest relative difference between the losses of one step."""
         pairs = zip(self.steps, other.steps, strict=False)
         return max(abs(mine.loss - theirs.loss) / max(abs(theirs.loss), 1e-12) for mine, theirs in pairs)
 
 
 def compiled(model: Any, contender: str, lower: str) -> Any:
-    """The model as a contender runs it."""
+    """Compile the model as a contender runs it."""
     if contender == "fastft":
         return torch.compile(model, backend="fastft", options={"lower": lower})
     return torch.compile(model) if contender == "inductor" else model
@@ -111,7 +111,7 @@ def step(
     optimizer: torch.optim.Optimizer,
     number: int,
 ) -> Step:
-    """One update."""
+    """Make one update; return its loss, wall time and tokens."""
     started = time.perf_counter()
     loss = forward(**batch).loss
     loss.backward()
@@ -125,7 +125,7 @@ def step(
 
 
 def place(batch: dict[str, torch.Tensor], device: torch.device, fixed_shape: bool) -> dict[str, torch.Tensor]:
-    """The batch on its device; rows of many lengths say so at once, which spares a second compilation."""
+    """Move a batch to its device; mark rows of varying length as dynamic, which spares a second compilation."""
     moved = {name: tensor.to(device) for name, tensor in batch.items()}
     if not fixed_shape:
         for tensor in moved.values():
@@ -134,10 +134,10 @@ def place(batch: dict[str, torch.Tensor], device: torch.device, fixed_shape: boo
 
 
 class Interrupted:
-    """While entered, Ctrl-C raises KeyboardInterrupt as ever, and sets ``requested``.
+    """While entered, Ctrl-C raises KeyboardInterrupt as usual, and sets ``requested``.
 
-    Python drops an exception that falls into a finaliser or a callback, of which compiling has many.  Where another
-    handler is set, it stays.
+    Python drops an exception that is raised inside a finaliser or a callback, of which compiling has many.  Where
+    another handler is set, it stays.
     """
 
     def __init__(self) -> None:
@@ -154,11 +154,11 @@ class Interrupted:
             signal.signal(signal.SIGINT, self.previous)
 
     def replaces(self, handler: Any) -> bool:
-        """Whether this one is set in the place of that."""
+        """Return whether this handler is installed in place of that one."""
         return handler is signal.default_int_handler
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """What SIGINT calls."""
+        """Handle SIGINT."""
         self.requested = True
         raise KeyboardInterrupt
 
@@ -171,9 +171,11 @@ class Deferred(Interrupted):
         self.message = message
 
     def replaces(self, handler: Any) -> bool:
+        """Return True: any handler is replaced."""
         return True
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        """Print the message at the first SIGINT; end the program at the second."""
         if self.requested:
             raise SystemExit(130)
         self.requested = True
@@ -181,13 +183,13 @@ class Deferred(Interrupted):
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start counting the GPU's peak memory anew."""
+    """Restart the count of the GPU's peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The GPU's peak of allocated memory, or this process's peak resident set."""
+    """Return the GPU's peak of allocated memory, or this process's peak resident set, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -22,7 +22,7 @@ from fastft.kernels.rms_norm import ROWS, SPELLINGS, check, gradients, new_rstd,
 def reference_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, total and rstd in plain PyTorch."""
+    """Compute y, total and rstd in plain PyTorch."""
     total = x + residual
     y, rstd = rms_norm.reference(total, weight, eps, offset, round_first)
     return y, total, rstd
@@ -31,7 +31,7 @@ def reference_add_rms_norm(
 def reference_rms_norm_add(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """total and rstd in plain PyTorch."""
+    """Compute total and rstd in plain PyTorch."""
     y, rstd = rms_norm.reference(x, weight, eps, offset, round_first)
     return y + residual, rstd
 
@@ -40,7 +40,7 @@ def reference_rms_norm_add_rms_norm(
     x: Tensor, residual: Tensor, inner_weight: Tensor, weight: Tensor, inner_eps: float, eps: float, offset: float,
     round_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, total, inner_rstd and rstd in plain PyTorch."""
+    """Compute y, total, inner_rstd and rstd in plain PyTorch."""
     total, inner_rstd = reference_rms_norm_add(x, residual, inner_weight, inner_eps, offset, round_first)
     y, rstd = rms_norm.reference(total, weight, eps, offset, round_first)
     return y, total, inner_rstd, rstd
@@ -55,7 +55,7 @@ def _new_total(x: Tensor, residual: Tensor, dtype: torch.dtype) -> Tensor:
 def new_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty y, total and rstd."""
+    """Allocate empty y, total and rstd."""
     total = _new_total(x, residual, x.dtype)
     y, rstd = rms_norm.new_outputs(total, weight, eps, offset, round_first)
     return y, total, rstd
@@ -64,7 +64,7 @@ def new_add_rms_norm(
 def new_rms_norm_add(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Empty total and rstd."""
+    """Allocate empty total and rstd."""
     check(x, weight, offset, round_first)
     total = _new_total(x, residual, result_dtype(x, weight, round_first))
     return total, new_rstd(total, x)
@@ -74,7 +74,7 @@ def new_rms_norm_add_rms_norm(
     x: Tensor, residual: Tensor, inner_weight: Tensor, weight: Tensor, inner_eps: float, eps: float, offset: float,
     round_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Empty y, total, inner_rstd and rstd."""
+    """Allocate empty y, total, inner_rstd and rstd."""
     total, inner_rstd = new_rms_norm_add(x, residual, inner_weight, inner_eps, offset, round_first)
     y, rstd = rms_norm.new_outputs(total, weight, eps, offset, round_first)
     return y, total, inner_rstd, rstd
@@ -92,7 +92,9 @@ rms_norm_add = define(
 rms_norm_add_rms_norm = define(
     "rms_norm_add_rms_norm", reference_rms_norm_add_rms_norm, new_rms_norm_add_rms_norm,
     "add_rms_norm_triton.rms_norm_add_rms_norm",
-    cases=cases([{**ROWS, **_SHAPES, "inner_weight": "D"}], [{**one, "inner_eps": 1e-5} for one in SPELLINGS]),
+    cases=cases(
+        [{**ROWS, **_SHAPES, "inner_weight": "D"}], [{**spelling, "inner_eps": 1e-5} for spelling in SPELLINGS]
+    ),
     gradients=("x", "residual", "inner_weight", "weight"), flops=9,
 )  # fmt: skip
 
@@ -117,7 +119,7 @@ def _backward_add_rms_norm(
     offset, round_first = ctx.spelling
     trained = ctx.needs_input_grad[2]
     dtotal, dweight = gradients(trained, grad_y, total, weight, rstd, offset, round_first, grad_total)
-    dx, dresidual = (_cast(dtotal, *one) for one in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True))
+    dx, dresidual = (_cast(dtotal, *target) for target in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True))
     return dx, dresidual, dweight, None, None, None
 
 

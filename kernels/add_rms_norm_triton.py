@@ -25,6 +25,7 @@ def add_kernel(
     inner_eps: tl.float32, eps: tl.float32, offset: tl.float32,
     INNER: tl.constexpr, OUTER: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute total = [inner_norm](x) + residual and, if OUTER, y = norm(total) for ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     rows = row < n_rows
@@ -45,7 +46,7 @@ def add_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for config in CONFIGS:
         for inner, outer in ((False, True), (True, False), (True, True)):
             for round_first in (False, True):
@@ -58,14 +59,14 @@ def launch(
     inner_weight: Tensor | None, weight: Tensor | None, inner_eps: float, eps: float, offset: float,
     round_first: bool,
 ) -> None:  # fmt: skip
-    """What is None is not computed; both of inner_rstd and rstd have the same strides."""
+    """Launch add_kernel; results that are None are not computed.  inner_rstd and rstd have the same strides."""
     D = total.shape[-1]
     n_rows, config = total.numel() // D, config_for(CONFIGS, D)
-    some = rstd if inner_rstd is None else inner_rstd
-    assert some is not None
-    n1, n2, (x, residual, _), strides = layout.rows(total, x, residual, some)
-    vectors = [x if one is None else one.contiguous() for one in (inner_weight, weight)]
-    results = [total if one is None else one for one in (y, total, inner_rstd, rstd)]
+    any_rstd = rstd if inner_rstd is None else inner_rstd
+    assert any_rstd is not None
+    n1, n2, (x, residual, _), strides = layout.rows(total, x, residual, any_rstd)
+    vectors = [x if vector is None else vector.contiguous() for vector in (inner_weight, weight)]
+    results = [total if result is None else result for result in (y, total, inner_rstd, rstd)]
     on_grid(add_kernel, (cdiv(n_rows, config.rows),))(
         *results, x, residual, *vectors, n_rows, D, n1, n2, *strides[0], *strides[1], *strides[2],
         inner_eps, eps, offset, INNER=inner_rstd is not None, OUTER=rstd is not None, ROUND_FIRST=round_first,
@@ -76,6 +77,7 @@ def launch(
 def add_rms_norm(
     outputs: Sequence[Tensor], x: Tensor, residual: Tensor, weight: Tensor, eps: float, *spelling: Any
 ) -> None:
+    """Compute y, total and rstd into outputs."""
     y, total, rstd = outputs
     launch(y, total, None, rstd, x, residual, None, weight, 0.0, eps, *spelling)
 
@@ -83,6 +85,7 @@ def add_rms_norm(
 def rms_norm_add(
     outputs: Sequence[Tensor], x: Tensor, residual: Tensor, weight: Tensor, eps: float, *spelling: Any
 ) -> None:
+    """Compute total and rstd into outputs."""
     total, rstd = outputs
     launch(None, total, rstd, None, x, residual, weight, None, eps, 0.0, *spelling)
 
@@ -90,5 +93,6 @@ def rms_norm_add(
 def rms_norm_add_rms_norm(
     outputs: Sequence[Tensor], x: Tensor, residual: Tensor, inner_weight: Tensor, weight: Tensor, *spelling: Any
 ) -> None:
+    """Compute y, total, inner_rstd and rstd into outputs."""
     y, total, inner_rstd, rstd = outputs
     launch(y, total, inner_rstd, rstd, x, residual, inner_weight, weight, *spelling)

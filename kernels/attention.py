@@ -4,20 +4,20 @@ out = dropout(softmax(scores)) value, of scores = softcap(scale * query key^T) w
 Vaswani et al., arXiv:1706.03762; computed as in Dao, FlashAttention-2, arXiv:2307.08691, with the log-sum-exp saved.
 
 query [B, H, S, D]; key, value [B, G, T, D], H a multiple of G: head h reads key head h // (H // G) (arXiv:2305.13245).
-What query i may attend to are the keys j for which all of this holds, of what is given:
+Query i may attend to the keys j for which all of these conditions hold, as far as they are given:
 - causal: j <= i.  window, if not 0: j > i - window.
 - start, end [B or 1, S], integers: start[i] <= j < end[i].  Most masks are such ranges: causal and sliding windows,
   padding, documents in a row, prefixes.  A row whose start is negative gives the same weight to all keys before its
   end, whatever else holds, and its scores get the gradient of such a softmax: so does a row that is masked throughout
   by the lowest finite number, in which its scores vanish.
-- query_ids [B or 1, S] and key_ids [B or 1, T], integers: they are equal.
+- query_ids [B or 1, S] and key_ids [B or 1, T], integers: query_ids[i] == key_ids[j].
 - mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.  Numbers
   below LOWEST, in which scores vanish, count as -inf.
 A row that may attend to nothing is 0, and its log-sum-exp is -inf.
 sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXiv:2508.10925).
 softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
-seed [1], an integer: with it a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
-contiguous: out is, otherwise it is a transposed view of [B, S, H, D].
+seed [1], an integer: if given, a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
+contiguous: whether out is contiguous; otherwise it is a transposed view of [B, S, H, D].
 Results: out, of the dtype of query, and the log-sum-exp of each row of scores [B, H, S], float32.
 """
 
@@ -40,30 +40,30 @@ def allowed(
     query: Tensor, key: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, causal: bool, window: int,
 ) -> Tensor:  # fmt: skip
-    """Which scores count: bool, broadcasts to [B, H, S, T]."""
+    """Return which scores count: bool, broadcasts to [B, H, S, T]."""
     i = torch.arange(query.shape[-2], device=query.device)[:, None]
     j = torch.arange(key.shape[-2], device=query.device)
-    found = torch.ones(1, 1, len(i), len(j), dtype=torch.bool, device=query.device)
+    counts = torch.ones(1, 1, len(i), len(j), dtype=torch.bool, device=query.device)
     if causal:
-        found = found & (j <= i)
+        counts = counts & (j <= i)
     if window:
-        found = found & (j > i - window)
+        counts = counts & (j > i - window)
     if start is not None:
-        found = found & (j >= start[:, None, :, None])
+        counts = counts & (j >= start[:, None, :, None])
     if end is not None:
-        found = found & (j < end[:, None, :, None])
+        counts = counts & (j < end[:, None, :, None])
     if query_ids is not None and key_ids is not None:
-        found = found & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
+        counts = counts & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
     if mask is not None and mask.dtype == torch.bool:
-        found = found & mask
+        counts = counts & mask
     if start is not None:
         before_end = torch.ones_like(j, dtype=torch.bool) if end is None else j < end[:, None, :, None]
-        found = torch.where(start[:, None, :, None] < 0, before_end, found)
-    return found
+        counts = torch.where(start[:, None, :, None] < 0, before_end, counts)
+    return counts
 
 
 def kept(seed: Tensor, shape: Sequence[int], dropout: float) -> Tensor:
-    """What dropout leaves, bool [B, H, S, T]: a hash of the seed and of where an element is, of 32 bits."""
+    """Return what dropout keeps, bool [B, H, S, T]: by a 32-bit hash of the seed and of an element's position."""
     B, H, S, T = shape
     rows = torch.arange(B * H * S, device=seed.device).view(B, H, S, 1)
     columns = torch.arange(T, device=seed.device)
@@ -72,7 +72,7 @@ def kept(seed: Tensor, shape: Sequence[int], dropout: float) -> Tensor:
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """A permutation of 32-bit numbers whose every bit depends on all: two rounds of multiply and shift."""
+    """Hash 32-bit numbers: a permutation whose output bits each depend on all input bits, two multiply-shift rounds."""
     number = number & 0xFFFFFFFF
     for _ in range(2):
         number = ((number ^ (number >> 16)) * MULTIPLIER) & 0xFFFFFFFF
@@ -80,20 +80,22 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 def grouped(tensor: Tensor, heads: int) -> Tensor:
-    """Key or value heads [B, G, T, D], one for each query head."""
+    """Repeat key or value heads [B, G, T, D] so that there is one for each query head."""
     return tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an additive mask in dtype, with -inf for numbers below LOWEST."""
     return mask.to(dtype).masked_fill(mask < LOWEST, -torch.inf)
 
 
 def capped(scores: Tensor, softcap: float) -> Tensor:
+    """Apply softcap * tanh(scores / softcap) to scores; leave them if softcap is 0."""
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
 def scored(products: Tensor, start: Tensor | None, mask: Tensor | None, softcap: float) -> Tensor:
-    """Scores of scaled products; of rows that weigh all keys alike 0, with the gradient of the others."""
+    """Turn scaled products into scores: 0 in rows that weigh all keys alike, with the same gradient as elsewhere."""
     scores = capped(products, softcap)
     nothing = scores - scores.detach()
     if mask is not None and mask.dtype != torch.bool:
@@ -106,7 +108,7 @@ def reference(
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
     scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """All scores at once, in float32."""
+    """Compute out and log-sum-exp with all scores at once, in float32 (float64 for float64)."""
     dtype = wide(query.dtype)
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale
@@ -129,9 +131,9 @@ def reference_backward(
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     causal: bool, window: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value, all scores at once."""
+    """Compute the gradients of query, key and value with all scores at once."""
     dtype, heads = wide(query.dtype), query.shape[1]
-    q, k, v, dout = (one.to(dtype) for one in (query, grouped(key, heads), grouped(value, heads), grad_output))
+    q, k, v, dout = (tensor.to(dtype) for tensor in (query, grouped(key, heads), grouped(value, heads), grad_output))
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = q @ k.transpose(-1, -2) * scale
     scores = scored(products, start, mask, softcap)
@@ -153,7 +155,7 @@ def check(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise for what the op does not define."""
+    """Raise for shapes and dtypes that the op does not define."""
     shapes = lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"  # noqa: E731
     require(query.dim() == key.dim() == value.dim() == 4, shapes)
     require(key.shape == value.shape, shapes)
@@ -165,19 +167,19 @@ def check(
     require((query_ids is None) == (key_ids is None), lambda: "query_ids and key_ids belong together")
     rows, columns = query.shape[-2], key.shape[-2]
     named = {"start": (start, rows), "end": (end, rows), "query_ids": (query_ids, rows), "key_ids": (key_ids, columns)}
-    for name, (one, length) in named.items():
-        if one is not None:
-            found = f"{name} {tuple(one.shape)}"
-            require(one.dim() == 2, lambda found=found: f"{found} has not 2 axes")  # type: ignore[misc]
-            require(one.shape[1] == length, lambda found=found: f"{found}: {shapes()}")  # type: ignore[misc]
-            one.expand(query.shape[0], -1)  # raises where it does not broadcast
+    for name, (tensor, length) in named.items():
+        if tensor is not None:
+            described = f"{name} {tuple(tensor.shape)}"
+            require(tensor.dim() == 2, lambda described=described: f"{described} has not 2 axes")  # type: ignore[misc]
+            require(tensor.shape[1] == length, lambda described=described: f"{described}: {shapes()}")  # type: ignore[misc]
+            tensor.expand(query.shape[0], -1)  # raises where it does not broadcast
     if mask is not None:
         require(mask.shape[-2:] == (rows, columns), lambda: f"mask {tuple(mask.shape)}: {shapes()}")
         mask.expand(*query.shape[:-1], columns)  # raises where it does not broadcast
 
 
 def unsupported_reason(query: Tensor, masked: bool) -> str | None:
-    """Why a call would take a tensor of all scores on this device, with more than a causal mask or without."""
+    """Return why a call would need all scores in a tensor here, or None.  masked: by more than a causal mask."""
     on_gpu, head_dim = query.device.type == "cuda", query.shape[-1]
     if on_gpu and not (dispatch.has_tensor_cores(query.device) and head_dim <= LONGEST_HEAD):
         plain = not masked and attention_engines.engine_of(query.device, query.dtype, head_dim)
@@ -190,7 +192,7 @@ def new_outputs(
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
     scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Empty out and log-sum-exp."""
+    """Allocate empty out and log-sum-exp."""
     check(query, key, value, start, end, query_ids, key_ids, mask)
     require(0.0 <= dropout < 1.0, lambda: f"a share of {dropout} cannot be dropped")
     B, H, S, D = query.shape
@@ -199,24 +201,24 @@ def new_outputs(
 
 
 def new_gradients(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    """Empty gradients, in the memory order of what they are gradients of."""
-    return tuple(torch.empty_like(one) for one in (query, key, value))
+    """Allocate empty gradients in the memory order of query, key and value."""
+    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
 def flops(query: Sequence[int], key: Sequence[int], *arguments: Any, products: int = 2) -> int:
-    """Of so many products of the scores' size; causal rows meet half of the keys, other masks are not known."""
+    """Count the FLOPs of so many products of the scores' size; half if causal, as other masks are not known."""
     B, H, S, D = query
-    causal = next(one for one in arguments if isinstance(one, bool))
+    causal = next(argument for argument in arguments if isinstance(argument, bool))
     return 2 * products * B * H * S * key[2] * D // (2 if causal else 1)
 
 
 def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments: Any) -> int:
-    """Scores again, and the gradients of them, of query, key and value."""
+    """Count the FLOPs of the scores again, and of the gradients of the scores, of query, key and value."""
     return flops(query, *arguments, products=5)
 
 
 def scratch_bytes_backward(grad_output: Tensor, query: Tensor, *_: Any) -> int:
-    """The gradient of query in float32, as torch's engines sum it up."""
+    """Count the bytes of query's gradient in float32, in which torch's engines accumulate it."""
     return query.numel() * 4
 
 
@@ -268,13 +270,13 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
     if grad_output is None:
         return (None,) * 16
     query, key, value, out, lse, *masks, sinks, seed = ctx.saved_tensors
-    found: Sequence[Tensor | None] = (None,) * 3
+    gradients: Sequence[Tensor | None] = (None,) * 3
     if any(ctx.needs_input_grad[:3]):
-        found = attention_backward(
+        gradients = attention_backward(
             grad_output, query, key, value, out, lse, *masks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap,
             ctx.dropout,
         )  # fmt: skip
-    needed = [one if needs else None for one, needs in zip(found, ctx.needs_input_grad[:3], strict=True)]
+    needed = [gradient if needs else None for gradient, needs in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[8]:
         # With value 0 a sink only takes weight from the others: its score's gradient is -weight * (dout . out).

@@ -56,7 +56,7 @@ KEY_TILES = {
 
 @triton.jit
 def load_lse(ptr, i, S):
-    """The log-sum-exp of rows in units of log 2; 0 where no key counts, whose weights are all 0."""
+    """Load the log-sum-exp of rows in units of log 2; 0 where no key counts, as all weights are 0 there."""
     lse = tl.load(ptr + i, mask=i < S, other=0.0) * LOG2E
     return tl.where(lse == float("-inf"), 0.0, lse)
 
@@ -68,7 +68,7 @@ def query_tiles(
     MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, BLOCK_D], not scaled, after the keys from low to high."""
+    """Add the keys from low to high to dq [BLOCK_M, BLOCK_D], which is not scaled."""
     d = tl.arange(0, BLOCK_D)
     for j0 in range(low, high, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -104,7 +104,7 @@ def query_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta = dout . out of each row, which the other kernel needs too."""
+    """Compute dq of a tile of queries, and delta = dout . out of each row, which key_kernel needs too."""
     tiles = tl.cdiv(S, BLOCK_M)
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = head // H, head % H
@@ -144,8 +144,8 @@ def query_kernel(
         mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
         True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    at = dq_ptr + wide_b * dq_sb + wide_h * dq_sh + tl.cast(i, tl.int64)[:, None] * dq_si + d[None, :]
-    tl.store(at, tl.cast(dq * scale, dq_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
+    address = dq_ptr + wide_b * dq_sb + wide_h * dq_sh + tl.cast(i, tl.int64)[:, None] * dq_si + d[None, :]
+    tl.store(address, tl.cast(dq * scale, dq_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -153,10 +153,9 @@ def row_span(
     j0, start_ptr, end_ptr, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr,
     END: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Where the rows begin and end that attend to one of the columns from j0, and between where they attend to all.
+    """Return low, full_low, full_high, high: the rows that attend to a column from j0; full: to all of the tile's.
 
-    Of ranges that are given in tensors all are looked at; none of them, nor any with a dense mask, is known
-    to attend to all.
+    Ranges that are given in tensors are all scanned; with them, or with a dense mask, no row is known to attend to all.
     """
     low, high = 0, S
     if START or END:
@@ -191,7 +190,7 @@ def key_tiles(
     IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk, not scaled, and dv [BLOCK_N, BLOCK_D] after the queries from low to high of one head; scores transposed."""
+    """Add one head's queries from low to high to dk, not scaled, and dv [BLOCK_N, BLOCK_D]; scores are transposed."""
     d = tl.arange(0, BLOCK_D)
     for i0 in range(low, high, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
@@ -233,7 +232,7 @@ def key_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys, summed over the heads that read them."""
+    """Compute dk and dv of a tile of keys, summed over the heads that read them."""
     G, tiles = H // GROUP, tl.cdiv(T, BLOCK_N)
     b, g = tl.program_id(0) // tiles // G, tl.program_id(0) // tiles % G
     wide_b, wide_g = tl.cast(b, tl.int64), tl.cast(g, tl.int64)
@@ -248,11 +247,11 @@ def key_kernel(
     )
     key_ids = 0
     if IDS:
-        ids, one, same = load_ids(key_ids_ptr, j0, j, T)
+        ids, first_id, same = load_ids(key_ids_ptr, j0, j, T)
         key_ids = ids[:, None]
         if not START:  # rows that are alike compare no ids
             low, full_low, full_high, high = narrowed(
-                low, full_low, full_high, high, one, same, query_ids_ptr, BLOCK_M, SCAN
+                low, full_low, full_high, high, first_id, same, query_ids_ptr, BLOCK_M, SCAN
             )
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for h in range(g * GROUP, (g + 1) * GROUP):
@@ -289,11 +288,11 @@ def key_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
-    for given in attention_tiles.variants(QUERY_TILES):
-        yield query_kernel, given
-    for given in attention_tiles.variants(KEY_TILES):
-        yield key_kernel, given
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
+    for constants in attention_tiles.variants(QUERY_TILES):
+        yield query_kernel, constants
+    for constants in attention_tiles.variants(KEY_TILES):
+        yield key_kernel, constants
 
 
 def backward(
@@ -302,21 +301,22 @@ def backward(
     key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float,
     softcap: float, dropout: float,
 ) -> None:  # fmt: skip
+    """Compute dq, dk and dv into outputs, by both kernels."""
     dq, dk, dv = outputs
     B, H, S, D = query.shape
     G, T = key.shape[1:3]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
-    given = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
-    sizes = (H, H // G, S, T, *given.numbers)
+    shared = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    sizes = (H, H // G, S, T, *shared.numbers)
     lse, delta = lse.contiguous(), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    meta = {**given.meta, "D": D, "BLOCK_D": padded(D)}
+    meta = {**shared.meta, "D": D, "BLOCK_D": padded(D)}
     tiles = tiles_for(QUERY_TILES, query, mask)
     on_grid(query_kernel, (cdiv(S, tiles.rows) * B * H,))(
-        dq, delta, q, k, v, out, dout, lse, *given.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
+        dq, delta, q, k, v, out, dout, lse, *shared.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip
     tiles = tiles_for(KEY_TILES, query, mask)
     on_grid(key_kernel, (cdiv(T, tiles.columns) * B * G,))(
-        dk, dv, q, k, v, dout, lse, delta, *given.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *given.strides, *sizes, **meta, **tiles.meta,
+        dk, dv, q, k, v, dout, lse, delta, *shared.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **tiles.meta,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Kernels of torch's own for attention, and where they are the fastest: cuDNN, FlashAttention-2, memory-efficient.
+"""PyTorch's own attention kernels, and where they are the fastest: cuDNN, FlashAttention-2, memory-efficient.
 
-They take what all of them know: no mask or a causal one over as many keys as queries, and nothing else.  Each saves
-the log-sum-exp of its rows, so a backward need not be that of the forward's engine.
+They are used for what all of them support: no mask or a causal one over as many keys as queries, and nothing else.
+Each saves the log-sum-exp of its rows, so a backward need not be that of the forward's engine.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ALIGNED_BYTES = 16
 
 @functools.cache
 def _operator(engine: str, *, backward: bool = False) -> Any:
-    """One of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
+    """Return the ATen operator of one of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
     return getattr(torch.ops.aten, f"_scaled_dot_product_{engine}_attention" + ("_backward" if backward else ""))
 
 
 @contextmanager
 def only_triton() -> Iterator[None]:
-    """The Triton kernels wherever they can run, for tests and measurements."""
+    """Use the Triton kernels wherever they can run, for tests and measurements."""
     global _triton_alone
     before, _triton_alone = _triton_alone, True
     try:
@@ -42,7 +42,7 @@ def only_triton() -> Iterator[None]:
 
 @functools.cache
 def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The fastest for plain and causal attention of equal lengths; "" for the Triton kernel, or the reference.
+    """Return the fastest engine for plain and causal attention of equal lengths; "" for Triton or the reference.
 
     On an H100 cuDNN's kernels are 1.5 to 2 times as fast as FlashAttention-2, see docs/performance.md.
     """
@@ -61,7 +61,7 @@ def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
 def chosen(
     query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal: bool, scale: float, *numbers: float
 ) -> str:
-    """The engine for a call, "" where it has more than a causal mask; as torch.backends.cuda allows.
+    """Choose an engine that torch.backends.cuda allows; return "" where a call has more than a causal mask.
 
     The Triton kernels give the same bits each time, the engines' backwards do not.
     """
@@ -69,7 +69,7 @@ def chosen(
         _triton_alone
         or torch.are_deterministic_algorithms_enabled()
         or not scale > 0.0
-        or any(one is not None for one in tensors)
+        or any(tensor is not None for tensor in tensors)
         or any(numbers)
         or query.numel() == 0
     ):
@@ -90,18 +90,18 @@ _ENABLED = {
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """As the engines address it: no axis expanded, heads side by side, all aligned."""
+    """Return the tensor as the engines address it, copied if needed: no expanded axis, unit stride, 16-byte aligned."""
     step = ALIGNED_BYTES // tensor.element_size()
     *others, last = tensor.stride()
-    fits = last == 1 and all(one % step == 0 for one in others) and tensor.data_ptr() % ALIGNED_BYTES == 0
+    fits = last == 1 and all(stride % step == 0 for stride in others) and tensor.data_ptr() % ALIGNED_BYTES == 0
     return tensor if fits and 0 not in others else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _beside(tensor: Tensor) -> Tensor:
-    """[B, H, S, D] in exactly the strides of a dense [B, S, H, D].
+    """Lay out [B, H, S, D] in exactly the strides of a dense [B, S, H, D].
 
-    torch keeps the graphs of cuDNN's backward by the strides of query, key and value alone (aten/native/cudnn/MHA.cpp),
-    so that those of the others must never be other ones, also along axes of one element.
+    torch caches the graphs of cuDNN's backward by the strides of query, key and value alone (native/cudnn/MHA.cpp in
+    ATen), so the strides of the other tensors must always be the same, even along axes of one element.
     """
     _, H, S, D = tensor.shape
     strides = (S * H * D, D, H * D, 1)
@@ -115,18 +115,18 @@ def forward(
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
     scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """out and log-sum-exp by an engine of torch's, or None."""
+    """Compute out and log-sum-exp by one of torch's engines; return None where none is chosen."""
     engine = chosen(query, key, (start, end, query_ids, key_ids, mask, sinks, seed), causal, scale, window, softcap)
     if not engine:
         return None
     q, k, v = map(_readable, (query, key, value))
     B, H, S, _ = q.shape
     if engine == "efficient":
-        k, v = (one.repeat_interleave(H // k.shape[1], 1) for one in (k, v))
+        k, v = (tensor.repeat_interleave(H // k.shape[1], 1) for tensor in (k, v))
     extra = () if engine == "flash" else (None, True)  # no bias, and the log-sum-exp
-    found = _operator(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
-    out = found[0].contiguous() if contiguous else _beside(found[0])
-    return out, found[1].reshape(B, H, -1)[..., :S].contiguous()
+    results = _operator(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
+    out = results[0].contiguous() if contiguous else _beside(results[0])
+    return out, results[1].reshape(B, H, -1)[..., :S].contiguous()
 
 
 def backward(
@@ -134,7 +134,7 @@ def backward(
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     causal: bool, window: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
-    """The gradients by an engine of torch's, or None."""
+    """Compute the gradients by one of torch's engines; return None where none is chosen."""
     engine = chosen(query, key, (start, end, query_ids, key_ids, mask, seed), causal, scale, window, softcap)
     if not engine:
         return None
@@ -144,14 +144,14 @@ def backward(
     none: Any = torch.empty(0, dtype=torch.int64, device=q.device)  # of dropout's generator
     if engine == "cudnn":
         extra = (lse[..., None], none, none, None, None, None, S, T, 0.0, causal)  # neither bias nor cumulative lengths
-        found = _operator(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
+        gradients = _operator(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
     elif engine == "flash":
-        found = _operator(engine, backward=True)(
+        gradients = _operator(engine, backward=True)(
             dout, q, k, v, out, lse, None, None, S, T, 0.0, causal, none, none, scale=scale
         )
     else:
-        found = _efficient_backward(dout, q, k, v, out, lse, causal, scale, none)
-    return tuple(_ordered(one, like) for one, like in zip(found, (query, key, value), strict=True))
+        gradients = _efficient_backward(dout, q, k, v, out, lse, causal, scale, none)
+    return tuple(_ordered(gradient, like) for gradient, like in zip(gradients, (query, key, value), strict=True))
 
 
 def _efficient_backward(
@@ -159,14 +159,14 @@ def _efficient_backward(
 ) -> tuple[Tensor, ...]:
     group = q.shape[1] // k.shape[1]
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-    wide = (one.repeat_interleave(group, 1) for one in (k, v))
+    wide = (tensor.repeat_interleave(group, 1) for tensor in (k, v))
     dq, dk, dv, _ = _operator("efficient", backward=True)(
         dout, q, *wide, None, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
     )
-    return dq, *(one.unflatten(1, (-1, group)).sum(2) for one in (dk, dv))
+    return dq, *(gradient.unflatten(1, (-1, group)).sum(2) for gradient in (dk, dv))
 
 
 def _ordered(gradient: Tensor, like: Tensor) -> Tensor:
-    """In the memory order that an empty_like has."""
+    """Return the gradient in the memory order that torch.empty_like(like) has."""
     target = torch.empty_like(like)
     return gradient if gradient.stride() == target.stride() else target.copy_(gradient)

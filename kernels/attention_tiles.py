@@ -1,4 +1,4 @@
-"""What the attention kernels share: which keys a tile of rows may attend to, and the scores of a tile.
+"""Shared parts of the attention kernels: which keys a tile of rows may attend to, and the scores of a tile.
 
 A tile has rows i [BLOCK_M] of queries and columns j [BLOCK_N] of keys.  Scores are in units of log 2: exp2 is faster.
 """
@@ -29,7 +29,7 @@ NARROW = (8, 12)  # generations with less shared memory than dispatch.SHARED_OPE
 
 
 class Tiles(NamedTuple):
-    """A launch: rows and columns of a tile, warps, and how many tiles are loaded ahead."""
+    """A launch configuration: rows and columns of a tile, warps, and how many tiles are loaded ahead."""
 
     rows: int
     columns: int
@@ -38,12 +38,13 @@ class Tiles(NamedTuple):
 
     @property
     def meta(self) -> dict[str, int]:
+        """Return the launch's meta-parameters."""
         return {
             "BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps, "num_stages": self.stages
         }  # fmt: skip
 
     def for_mask(self) -> "Tiles":
-        """With fewer columns: addresses of a mask's elements take registers."""
+        """Return smaller tiles, for a dense mask: the addresses of its elements take registers."""
         return self._replace(rows=max(16, self.rows // 2), columns=max(16, self.columns // 2))
 
 
@@ -51,6 +52,7 @@ Table = dict[tuple[int, int, bool], Tiles]  # by padded head_dim, bytes of an el
 
 
 def tiles_for(table: Table, query: Tensor, mask: Tensor | None) -> Tiles:
+    """Return the tiles for query's head_dim, dtype and device; smaller ones with a dense mask."""
     tiles = table[max(64, padded(query.shape[-1])), query.element_size(), dispatch.has_shared_operands(query.device)]
     return tiles if mask is None else tiles.for_mask()
 
@@ -60,7 +62,7 @@ def key_range(
     i, start_ptr, end_ptr, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr,
     END: tl.constexpr,
 ):  # fmt: skip
-    """The first key of each row and the one after its last, and whether the row weighs its keys alike."""
+    """Return the first key of each row, the one after its last, and whether the row weighs its keys alike."""
     end = tl.zeros_like(i) + T
     if END:
         end = tl.load(end_ptr + i, mask=i < S, other=0)
@@ -81,14 +83,14 @@ def key_range(
 
 @triton.jit
 def column_range(i, first, last, alike, S, T, BLOCK_N: tl.constexpr, MASK: tl.constexpr):
-    """Where a tile's columns begin and end, and between where every row attends to every key, by ranges.
+    """Return low, full_low, full_high, high: a tile's columns; full: those that every row attends to, by ranges.
 
-    With a dense mask there are none of these, and their range is empty and at the beginning.
+    With a dense mask there are none of the latter: their range is empty and at the beginning.
     """
     inside = i < S
-    some = inside & (first < last)
-    low = tl.min(tl.where(some, first, T), 0) // BLOCK_N * BLOCK_N
-    high = tl.max(tl.where(some, last, 0), 0)
+    nonempty = inside & (first < last)
+    low = tl.min(tl.where(nonempty, first, T), 0) // BLOCK_N * BLOCK_N
+    high = tl.max(tl.where(nonempty, last, 0), 0)
     if MASK > 0:
         return low, low, low, high
     full_low = tl.cdiv(tl.max(tl.where(inside, tl.where(alike, T, first), 0), 0), BLOCK_N) * BLOCK_N
@@ -98,17 +100,18 @@ def column_range(i, first, last, alike, S, T, BLOCK_N: tl.constexpr, MASK: tl.co
 
 
 @triton.jit
-def load_ids(ids_ptr, at, i, N):
-    """Of a tile that begins at: its ids, the first, and whether all are that."""
-    ids, one = tl.load(ids_ptr + i, mask=i < N, other=0), tl.load(ids_ptr + at)
-    return ids, one, tl.min(tl.where((i < N) & (ids != one), 0, 1), 0) == 1
+def load_ids(ids_ptr, i0, i, N):
+    """Load the ids of a tile that begins at i0; also return the first of them, and whether all are equal to it."""
+    ids, first_id = tl.load(ids_ptr + i, mask=i < N, other=0), tl.load(ids_ptr + i0)
+    return ids, first_id, tl.min(tl.where((i < N) & (ids != first_id), 0, 1), 0) == 1
 
 
 @triton.jit
-def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
-    """Such ranges where only elements of id one count, if same; if not, each is to be looked at.
+def narrowed(low, full_low, full_high, high, first_id, same, ids_ptr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+    """Narrow ranges of column_range to elements whose id is first_id, if same; else have every element compared.
 
-    So padding, and documents told by ids, cost neither a comparison nor a tile where all of a tile's ids are alike.
+    So padding, and documents told apart by ids, cost neither a comparison nor a tile where all of a tile's ids are the
+    same.
     """
     high = tl.maximum(low, high)
     stop = tl.where(same, high, low)
@@ -116,7 +119,7 @@ def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.const
     for j0 in range(low, stop, SCAN):
         j = j0 + tl.arange(0, SCAN)
         there = j < high
-        equal = there & (tl.load(ids_ptr + j, mask=there, other=0) == one)
+        equal = there & (tl.load(ids_ptr + j, mask=there, other=0) == first_id)
         begin = tl.minimum(begin, tl.min(tl.where(equal, j, high), 0))
         end = tl.maximum(end, tl.max(tl.where(equal, j + 1, low), 0))
         until = tl.minimum(until, tl.min(tl.where(there & (j > begin) & (equal == 0), j, high), 0))
@@ -129,17 +132,19 @@ def narrowed(low, full_low, full_high, high, one, same, ids_ptr, BLOCK: tl.const
 
 @triton.jit
 def columns(
-    i, at, start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, S, T, window,
+    i, i0, start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, S, T, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
     MASK: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile whose first row is at: key_range, ids of rows [BLOCK_M, 1], and the ranges of columns."""
+    """Return key_range, ids [BLOCK_M, 1] and ranges of columns for a tile of rows that begins at i0."""
     first, last, alike = key_range(i, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END)
     low, full_low, full_high, high = column_range(i, first, last, alike, S, T, BLOCK_N, MASK)
     if IDS:
-        ids, one, same = load_ids(query_ids_ptr, at, i, S)
+        ids, first_id, same = load_ids(query_ids_ptr, i0, i, S)
         same = same & (tl.max(tl.where(alike, 1, 0), 0) == 0)  # rows that are alike compare no ids
-        low, full_low, full_high, high = narrowed(low, full_low, full_high, high, one, same, key_ids_ptr, BLOCK_N, SCAN)
+        low, full_low, full_high, high = narrowed(
+            low, full_low, full_high, high, first_id, same, key_ids_ptr, BLOCK_N, SCAN
+        )
         return first, last, alike, ids[:, None], low, full_low, full_high, high
     else:
         return first, last, alike, 0, low, full_low, full_high, high
@@ -147,7 +152,7 @@ def columns(
 
 @triton.jit
 def mixed(number):
-    """A permutation of 32-bit numbers, as attention.kept draws with."""
+    """Hash 32-bit numbers by the permutation that attention.kept draws with."""
     for _ in tl.static_range(2):
         number = (number ^ (number >> 16)) * tl.cast(_MULTIPLIER, tl.uint32)
     return number ^ (number >> 16)
@@ -155,19 +160,19 @@ def mixed(number):
 
 @triton.jit
 def row_hash(seed_ptr, row):
-    """Of rows of scores, numbered through all heads."""
+    """Hash rows of scores, numbered through all heads, with the seed."""
     return mixed(mixed(tl.cast(row, tl.uint32)) ^ tl.cast(tl.load(seed_ptr), tl.uint32))
 
 
 @triton.jit
 def kept(hashes, j, threshold):
-    """Which elements dropout keeps; hashes of the rows and j broadcast."""
+    """Return which elements dropout keeps; hashes of the rows and j broadcast."""
     return mixed(hashes + tl.cast(j, tl.uint32) * tl.cast(_INCREMENT, tl.uint32)) >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
 def shaped(products, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    """Scores in units of log 2, and the softcap's slope there."""
+    """Turn products into scores in units of log 2; also return the softcap's slope there."""
     if SOFTCAP:
         bent = tanh(products * (scale / softcap), EXACT)
         return bent * (softcap * LOG2E), 1.0 - bent * bent
@@ -180,7 +185,7 @@ def masked(
     scores, i, j, first, last, alike, query_ids, key_ids, mask, T,
     START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Scores that do not count become -inf.  All of it broadcasts: a tile may be transposed."""
+    """Set scores that do not count to -inf.  All arguments broadcast: a tile may be transposed."""
     counts = (j >= first) & (j < last)
     if IDS:
         counts = counts & (alike | (query_ids == key_ids))
@@ -195,28 +200,28 @@ def masked(
 
 @triton.jit
 def load_mask(mask_ptr, i, j, stride_i, stride_j, S, T, MASK: tl.constexpr):
-    """A tile of it: bool, or float32 to be added."""
-    at = mask_ptr + tl.cast(i, tl.int64) * stride_i + tl.cast(j, tl.int64) * stride_j
-    found = tl.load(at, mask=(i < S) & (j < T), other=0)
+    """Load a tile of the dense mask: bool, or float32 to be added."""
+    address = mask_ptr + tl.cast(i, tl.int64) * stride_i + tl.cast(j, tl.int64) * stride_j
+    tile = tl.load(address, mask=(i < S) & (j < T), other=0)
     if MASK == _ADDED:
-        return tl.cast(found, tl.float32)
+        return tl.cast(tile, tl.float32)
     else:
-        return found != 0
+        return tile != 0
 
 
 @triton.jit
 def load_rows(ptr, i, d, stride, N, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows i of [N, D]; WHOLE: all of them are there."""
-    at = ptr + tl.cast(i, tl.int64)[:, None] * stride + d[None, :]
+    """Load rows i of [N, D], 0 outside; WHOLE: all of them are inside."""
+    address = ptr + tl.cast(i, tl.int64)[:, None] * stride + d[None, :]
     if WHOLE and D == BLOCK_D:
-        return tl.load(at)
+        return tl.load(address)
     if D == BLOCK_D:
-        return tl.load(at, mask=(i < N)[:, None], other=0.0)
-    return tl.load(at, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0)
+        return tl.load(address, mask=(i < N)[:, None], other=0.0)
+    return tl.load(address, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0)
 
 
 class Operands(NamedTuple):
-    """What all three kernels are launched with beside the tensors of their own."""
+    """Launch arguments that all three kernels share."""
 
     pointers: tuple[Any, ...]  # of start, end, query_ids, key_ids, mask, seed
     strides: tuple[int, ...]  # of a batch of each but seed; then of mask along heads, rows and columns
@@ -228,20 +233,20 @@ def operands(
     query: Tensor, key: Tensor, masks: tuple[Tensor | None, ...], seed: Tensor | None, causal: bool, window: int,
     scale: float, softcap: float, dropout: float,
 ) -> Operands:  # fmt: skip
-    """masks: start, end, query_ids, key_ids and mask; what is not given is not read."""
+    """Collect the shared operands.  masks: start, end, query_ids, key_ids and mask; a None among them is not read."""
     start, end, query_ids, _, mask = masks
-    rows = [None if one is None else unit(one) for one in masks[:4]]
+    rows = [None if vector is None else unit(vector) for vector in masks[:4]]
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         mask = (mask.view(torch.uint8) if kind == BOOL_MASK else mask).expand(*query.shape[:-1], mask.shape[-1])
-    strides = [0 if one is None or one.shape[0] == 1 else one.stride(0) for one in rows]
+    strides = [0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0) for tensor in rows]
     of_mask = (0, 0, 0, 0) if mask is None else mask.stride()
     meta = {
         "CAUSAL": causal, "WINDOW": window > 0, "START": start is not None, "END": end is not None,
         "IDS": query_ids is not None, "MASK": NO_MASK if mask is None else kind, "SOFTCAP": softcap != 0.0,
         "DROPOUT": seed is not None, "SCAN": SCANNED,
     }  # fmt: skip
-    pointers = tuple(query if one is None else one for one in (*rows, mask, seed))
+    pointers = tuple(query if tensor is None else tensor for tensor in (*rows, mask, seed))
     window = min(window, max(query.shape[2], key.shape[2]))  # sums with it stay in 32 bits
     numbers = (window, scale, softcap, int(dropout * 2**32), 1.0 / (1.0 - dropout))
     return Operands(pointers, (*strides, *of_mask), numbers, meta)
@@ -257,19 +262,19 @@ SPILLED_BYTES = 2048  # of a thread, which the tiles that were measured to be th
 
 
 def variants(table: Table) -> Iterator[dict[str, Any]]:
-    """Constants and types of what a kernel is launched with, for the tests that compile ahead of time.
+    """Yield the constants and types that a kernel is launched with, for the tests that compile them ahead of time.
 
-    Each tiling is compiled for one kind of mask, so that all of them are in turn.
+    Each tiling is compiled for one kind of mask, so that the kinds are covered in turn.
     """
     types = dict.fromkeys(("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr"), "*i32")
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "threshold": "i64"}
     types |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
-    some = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
-    for at, key in enumerate(some):
+    keys = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
+    for number, key in enumerate(keys):
         (D, element_bytes, roomy), tiles = key, table[key]
-        kind = KINDS[3 * at % len(KINDS)]
+        kind = KINDS[3 * number % len(KINDS)]
         rows = "*fp32" if element_bytes == 4 else "*bf16"
-        of_rows = {f"{one}_ptr": rows for one in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
+        of_rows = {f"{name}_ptr": rows for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
         mask = {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8"}
         flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
         meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
@@ -279,5 +284,5 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """With elements of a row side by side."""
+    """Return the tensor with unit stride along its last axis, copied if needed."""
     return tensor if has_unit_rows(tensor) else tensor.contiguous()

@@ -49,7 +49,7 @@ def forward_tiles(
     MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M] after the keys from low to high."""
+    """Add the keys from low to high to acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M]."""
     d = tl.arange(0, BLOCK_D)
     for j0 in range(low, high, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -64,9 +64,9 @@ def forward_tiles(
                 mask, T, START, IDS, MASK,
             )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
-        at = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        p = tl.exp2(scores - at[:, None])
-        shrink = tl.exp2(top - at)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+        p = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(kept(hashes[:, None], j[None, :], threshold), p * keep_scale, 0.0)
@@ -88,6 +88,7 @@ def forward_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr, SINKS: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute out and log-sum-exp of a tile of query rows of one head."""
     tiles = tl.cdiv(S, BLOCK_M)
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles  # the longest of a causal mask first
     b, h = head // H, head % H
@@ -125,16 +126,16 @@ def forward_kernel(
     )  # fmt: skip
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    at = out_ptr + wide_b * out_sb + wide_h * out_sh + tl.cast(i, tl.int64)[:, None] * out_si + d[None, :]
-    tl.store(at, tl.cast(out, out_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
+    address = out_ptr + wide_b * out_sb + wide_h * out_sh + tl.cast(i, tl.int64)[:, None] * out_si + d[None, :]
+    tl.store(address, tl.cast(out, out_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
     lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
     tl.store(lse_ptr + tl.cast(head, tl.int64) * S + i, lse, mask=i < S)
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
-    for given in attention_tiles.variants(TILES):
-        yield forward_kernel, {"SINKS": given["WINDOW"], **given}
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
+    for constants in attention_tiles.variants(TILES):
+        yield forward_kernel, {"SINKS": constants["WINDOW"], **constants}
 
 
 def forward(
@@ -142,13 +143,14 @@ def forward(
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
     seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> None:  # fmt: skip
+    """Compute out and log-sum-exp into outputs."""
     out, lse = outputs
     B, H, S, D = query.shape
     q, k, v = unit(query), unit(key), unit(value)
-    given = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    shared = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
     tiles = tiles_for(TILES, query, mask)
     on_grid(forward_kernel, (cdiv(S, tiles.rows) * B * H,))(
-        out, lse, q, k, v, q if sinks is None else sinks, *given.pointers, *out.stride()[:3], *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *given.strides, H, H // key.shape[1], S, key.shape[2], *given.numbers,
-        **given.meta, SINKS=sinks is not None, D=D, BLOCK_D=padded(D), **tiles.meta,
+        out, lse, q, k, v, q if sinks is None else sinks, *shared.pointers, *out.stride()[:3], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *shared.strides, H, H // key.shape[1], S, key.shape[2], *shared.numbers,
+        **shared.meta, SINKS=sinks is not None, D=D, BLOCK_D=padded(D), **tiles.meta,
     )  # fmt: skip

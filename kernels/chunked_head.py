@@ -1,7 +1,7 @@
-"""A head's logits a chunk of rows at a time:  logits = hidden W^T + s B^T, what becomes of them, and the products back.
+"""Compute a head's logits one chunk of rows at a time:  logits = hidden W^T + s B^T, and the products backward.
 
-Logits of all tokens are never held: a chunk is written, its losses are taken, its gradient is written over it and
-multiplied back, and the next chunk takes its place.  cuBLAS multiplies; what happens to the rows is the caller's.
+The logits of all tokens never exist at once: a chunk is written, its losses are taken, its gradient is written over it
+and multiplied back, and the next chunk takes its place.  cuBLAS multiplies; the caller decides what happens to rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GAIN = 256.0  # of a float16 gradient of the sum of losses: probabilities of 1e-
 
 @dataclass
 class Gradients:
-    """Where gradients are written, of those that are asked for.
+    """Where gradients are written; None for those that are not needed.
 
     hidden [M, H] and lora_s [M, r] of any dtype; weight [V, H], bias [V] and lora_b [V, r] float32 (float64 beside
     float64), which begin as zeros.
@@ -38,7 +38,7 @@ class Gradients:
 
     @property
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether any gradient is needed."""
         return any(value is not None for value in vars(self).values())
 
 
@@ -46,9 +46,9 @@ class Gradients:
 class Head:
     """hidden [M, H], weight [V, H], lora_s [M, r] and lora_b [V, r] if there is an adapter.
 
-    chunk_bytes: what a chunk of logits may take; one row it always may.
-    ignored: bool [M], rows that nothing is to be known of.
-    gain: what the gradient of the logits is to be multiplied with while it is held.
+    chunk_bytes: the most bytes of a chunk of logits; it has at least one row.
+    ignored: bool [M], rows whose logits nobody needs.
+    gain: factor of the gradient of the logits while it is held.
     """
 
     hidden: Tensor
@@ -60,10 +60,10 @@ class Head:
     gain: float = 1.0
 
     def run(self, process_chunk: Callable[[Tensor, Tensor | slice], None], gradients: Gradients) -> None:
-        """Call process_chunk(logits, rows) for each chunk, and write the gradients that it gives.
+        """Call process_chunk(logits, rows) for each chunk, and write the gradients that follow from it.
 
-        process_chunk: writes gain times the gradient of the logits over them where any is asked for; rows says
-            which of the M rows they are of.  The gradient of ignored rows is zero, which it writes too.
+        process_chunk: writes gain times the gradient of the logits over them where any gradient is needed; rows: which
+            of the M rows they are of.  The gradient of ignored rows is zero, which it writes too.
         """
         for rows in self._chunks():
             hidden = self.hidden[rows]
@@ -73,10 +73,11 @@ class Head:
                 self._multiply_back(logits, hidden, rows, gradients)
 
     def _chunks(self) -> Iterator[Tensor | slice]:
-        """Which rows: of ignored ones none but at the end of the last chunk, if that takes no time.
+        """Yield the rows of each chunk; ignored ones only at the end of the last, if leaving them out costs no time.
 
-        On a GPU their number is asked for, the first chunk is launched, and only then it is waited for: the device has
-        work meanwhile.  While a CUDA graph is captured nothing can be waited for, and all rows are taken.
+        On a GPU the number of rows is copied asynchronously, the first chunk is launched, and only then is the number
+        waited for: the device has work meanwhile.  During CUDA graph capture nothing can be waited for, and all rows
+        are taken.
         """
         total, size = self.hidden.shape[0], self._rows_of_chunk()
         on_cpu = self.hidden.device.type == "cpu"
@@ -95,7 +96,7 @@ class Head:
         yield from (order[start : min(start + size, total)] for start in range(0 if on_cpu else size, total, size))
 
     def _rows_of_chunk(self) -> int:
-        """As many as chunk_bytes allow, in chunks of about one size."""
+        """Return the rows of a chunk: as many as chunk_bytes allow, in chunks of about one size."""
         M, V = self.hidden.shape[0], self.weight.shape[0]
         most = max(1, self.chunk_bytes // (self._stride * self.hidden.element_size()))
         size = cdiv(M, max(1, cdiv(M, most)))
@@ -104,9 +105,9 @@ class Head:
 
     @property
     def _stride(self) -> int:
-        """Of a row of logits, which begins where 16 bytes do for cuBLAS.
+        """Stride of a row of logits: on a GPU padded, so that each row begins at a multiple of 16 bytes, for cuBLAS.
 
-        Not on a CPU, whose bfloat16 products multiply what lies behind a row with zero (oneDNN on AMX,
+        Not on a CPU, whose bfloat16 products multiply what lies behind a row by zero (oneDNN on AMX,
         uxlfoundation/oneDNN#5717): unwritten columns may hold NaN.
         """
         V = self.weight.shape[0]
@@ -128,7 +129,7 @@ class Head:
 
     @property
     def _columns(self) -> list[slice]:
-        """All, or those that cuBLAS is fast for and the rest."""
+        """All columns, or those that cuBLAS is fast for and the rest."""
         V = self.weight.shape[0]
         even = V // ALIGNED * ALIGNED
         return [slice(0, V)] if even in (0, V) or self.hidden.device.type == "cpu" else [slice(0, even), slice(even, V)]
@@ -155,7 +156,7 @@ class Head:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Multiply with a result in float32 at least."""
     dtype = wide(left.dtype)
     if left.device.type == "cuda" and left.dtype != dtype:
         return torch.mm(left, right, out_dtype=dtype)
@@ -163,7 +164,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """total += scale * left right."""
+    """Add scale * left right to total."""
     if left.device.type == "cuda" and left.dtype != total.dtype:
         torch.addmm(total, left, right, alpha=scale, out_dtype=total.dtype, out=total)
     else:

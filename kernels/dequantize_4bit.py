@@ -1,9 +1,9 @@
-"""Weights from 4 bits an element, as bitsandbytes packs them: Dettmers et al., QLoRA, 2023, arXiv:2305.14314.
+"""Dequantize weights of 4 bits an element, as bitsandbytes packs them: Dettmers et al., QLoRA, 2023, arXiv:2305.14314.
 
 value = code[nibble] * absmax of its block of blocksize elements, in float32, then rounded once; the first of two
 elements is in a byte's upper half.  Where the absmax are themselves quantised (nested, or double, quantisation)
-absmax = absmax_code[absmax_8bit] * absmax of its block of 256 blocks + absmax_offset.  Bit for bit what bitsandbytes
-gives, for NF4 and FP4.
+absmax = absmax_code[absmax_8bit] * absmax of its block of 256 blocks + absmax_offset.  The result is bit for bit
+that of bitsandbytes, for NF4 and FP4.
 
 packed: any shape and dtype of (rows * columns + 1) // 2 bytes.  absmax float32 [blocks]; nested: absmax float32
 [blocks / 256], absmax_8bit uint8 [blocks], absmax_code float32 [256], absmax_offset float32 [].
@@ -38,7 +38,7 @@ CODES = {
 
 @functools.cache
 def code_of(quant_type: str, device: torch.device) -> Tensor:
-    """The 16 values of a type, float32, on a device."""
+    """Return the 16 values of a quantised type, float32, on a device."""
     return constant(torch.tensor(CODES[quant_type], dtype=torch.float32, device=device))
 
 
@@ -46,7 +46,7 @@ def reference(
     packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
     absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """[rows, columns] of dtype, in plain PyTorch."""
+    """Dequantize to [rows, columns] of dtype, in plain PyTorch."""
     absmax = flat_absmax(absmax, absmax_8bit, absmax_code, absmax_offset)
     code = torch.tensor(CODES[quant_type], dtype=torch.float32, device=packed.device)
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), -1)  # of each byte
@@ -56,13 +56,13 @@ def reference(
     scaled = [values[:whole].view(-1, blocksize) * absmax[: whole // blocksize, None]]
     if whole < count:
         scaled.append(values[whole:count] * absmax[-1])
-    return torch.cat([one.reshape(-1) for one in scaled]).view(rows, columns).to(dtype)
+    return torch.cat([part.reshape(-1) for part in scaled]).view(rows, columns).to(dtype)
 
 
 def flat_absmax(
     absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None, absmax_offset: Tensor | None
 ) -> Tensor:
-    """The absmax of each block, whether they are quantised or not."""
+    """Return the float32 absmax of each block, whether they are quantised or not."""
     if absmax_8bit is None or absmax_code is None or absmax_offset is None:
         return absmax
     outer = absmax.repeat_interleave(NESTED_BLOCK)[: absmax_8bit.numel()]
@@ -73,14 +73,14 @@ def check(
     packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
     absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str,
 ) -> None:  # fmt: skip
-    """Raise where the numbers of bytes and blocks do not fit [rows, columns], or a setting is none of bitsandbytes'."""
+    """Raise where the numbers of bytes or blocks do not fit [rows, columns], or bitsandbytes has no such setting."""
     count = rows * columns
-    given = packed.numel() * packed.element_size()
-    require(given == -(-count // 2), lambda: f"{given} bytes for {rows} x {columns} elements of 4 bits")
+    size_bytes = packed.numel() * packed.element_size()
+    require(size_bytes == -(-count // 2), lambda: f"{size_bytes} bytes for {rows} x {columns} elements of 4 bits")
     require(quant_type in CODES, lambda: f"quant_type {quant_type!r} is none of {', '.join(CODES)}")
     require(blocksize in BLOCKSIZES, lambda: f"blocksize {blocksize} is none of {BLOCKSIZES}")
     nested = [absmax_8bit, absmax_code, absmax_offset]
-    require(len({one is None for one in nested}) == 1, lambda: "nested statistics come all three or not at all")
+    require(len({tensor is None for tensor in nested}) == 1, lambda: "nested statistics come all three or not at all")
     blocks = -(-count // blocksize)
     if absmax_8bit is not None:
         require(absmax_8bit.numel() == blocks, lambda: f"{absmax_8bit.numel()} absmax for {blocks} blocks")
@@ -92,13 +92,13 @@ def new_output(
     packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
     absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Empty [rows, columns]."""
+    """Allocate an empty [rows, columns] of dtype."""
     check(packed, absmax, absmax_8bit, absmax_code, absmax_offset, rows, columns, blocksize, quant_type)
     return torch.empty(rows, columns, dtype=dtype, device=packed.device)
 
 
 def padded(statistics: Sequence[Tensor]) -> list[Any]:
-    """The op's four statistics, of which weights that are not nested have the first alone."""
+    """Pad a weight's statistics with None to the op's four; weights that are not nested have the first alone."""
     return [*statistics, None, None, None][:4]
 
 
@@ -106,11 +106,11 @@ def dequantize_into(
     out: Tensor, weights: Sequence[tuple[Tensor, Sequence[Tensor]]], features: Sequence[int], blocksize: int,
     quant_type: str,
 ) -> None:  # fmt: skip
-    """Write weights into out [sum of features, columns], one below the other; its rows may lie apart.
+    """Dequantize weights into out [sum of features, columns], one below the other; out's rows may lie apart.
 
-    weights: of each its bytes and its statistics: absmax, or absmax, absmax_8bit, absmax_code and absmax_offset.
+    weights: for each its bytes and its statistics: absmax, or absmax, absmax_8bit, absmax_code and absmax_offset.
     """
-    tensors = [out, *(one for packed, statistics in weights for one in (packed, statistics[0]))]
+    tensors = [out, *(tensor for packed, statistics in weights for tensor in (packed, statistics[0]))]
     if _on_triton(*tensors):
         together = load("dequantize_4bit_triton.together")
         if dispatch.launched(together, tensors, out, weights, features, blocksize, quant_type):
@@ -124,7 +124,7 @@ def _on_cpu(
     packed: Tensor, absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None,
     absmax_offset: Tensor | None, rows: int, columns: int, blocksize: int, quant_type: str, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """By bitsandbytes, which is ten times as fast as PyTorch here, where whoever made the weight has loaded it.
+    """Dequantize by bitsandbytes, ten times as fast as PyTorch here, where whoever made the weight has imported it.
 
     Not for blocks that are longer than a row: bitsandbytes 0.50.2 takes the wrong absmax for them on a CPU.
     """
@@ -138,15 +138,17 @@ def _on_cpu(
 
 
 def _on_triton(out: Tensor, *others: Tensor) -> bool:
-    supported = out.dtype in dispatch.triton_dtypes(out.device) and all(one.device == out.device for one in others)
+    supported = out.dtype in dispatch.triton_dtypes(out.device) and all(
+        tensor.device == out.device for tensor in others
+    )
     return supported and out.numel() > 0 and out.stride(-1) == 1
 
 
 def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-    """The op's own."""
+    """Write the op's result into its one target (Entry.fill)."""
     packed, *statistics, rows, _, blocksize, quant_type, _ = arguments
-    given = [one for one in statistics if one is not None]
-    dequantize_into(targets[0], [(packed, given)], [rows], blocksize, quant_type)
+    present = [tensor for tensor in statistics if tensor is not None]
+    dequantize_into(targets[0], [(packed, present)], [rows], blocksize, quant_type)
 
 
 _CHOICES = [
@@ -159,7 +161,7 @@ _CHOICES = [
 
 
 def _case(choice: dict[str, Any], nested: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """The shapes follow from the numbers."""
+    """Build a case: the shapes follow from the choice's numbers."""
     count = choice["rows"] * choice["columns"]
     blocks = -(-count // choice["blocksize"])
     shapes = {"packed": f"bytes {-(-count // 2)}", "absmax": f"{-(-blocks // NESTED_BLOCK) if nested else blocks}"}

@@ -26,7 +26,7 @@ ELEMENTS, ELEMENT_WARPS = 256, 2  # of a program that goes element by element
 
 @triton.jit
 def scale_of(block, mask, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, NESTED: tl.constexpr):
-    """The absmax of these blocks."""
+    """Load the absmax of these blocks, dequantized if NESTED."""
     if NESTED:
         index = tl.cast(tl.load(absmax_8bit_ptr + block, mask=mask, other=0), tl.int32)
         outer = tl.load(absmax_ptr + block // 256, mask=mask, other=0.0)
@@ -40,6 +40,7 @@ def blocks_kernel(
     weights, out_ptr, code_ptr, row_units, chunks, out_stride, units_a_block, COUNT: tl.constexpr,
     NESTED: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    """Dequantize UNITS units of a row of out; weights: of each its bytes, statistics, first row and end."""
     row = tl.program_id(0) // chunks  # of out
     first = tl.program_id(0) % chunks * UNITS
     unit = first + tl.arange(0, UNITS)  # of UNIT elements and of one absmax
@@ -69,6 +70,7 @@ def elements_kernel(
     out_ptr, packed_ptr, code_ptr, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr,
     n_elements, columns, out_stride, blocksize, NESTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Dequantize BLOCK elements one by one, for any number of columns and any blocksize."""
     element = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < n_elements
     absmax = scale_of(
@@ -82,7 +84,7 @@ def elements_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     types = ("*fp32", "*u8", "*fp32", "*fp32")
     named = dict(zip(("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "absmax_offset_ptr"), types, strict=True))
     for nested in (False, True):
@@ -99,10 +101,10 @@ def together(
     out: Tensor, weights: Sequence[tuple[Tensor, Sequence[Tensor]]], features: Sequence[int], blocksize: int,
     quant_type: str,
 ) -> None:  # fmt: skip
-    """Weights with their statistics, one below the other in out [sum of features, columns]."""
+    """Dequantize weights, one below the other, into out [sum of features, columns]."""
     columns, end, pieces = out.shape[1], 0, []
     for (weight, statistics), size in zip(weights, features, strict=True):
-        flat = [one.contiguous() for one in statistics]
+        flat = [tensor.contiguous() for tensor in statistics]
         four = tuple(flat) if len(flat) == 4 else tuple(flat * 4)
         pieces.append((weight.contiguous().view(-1).view(torch.uint8), four, end, end + size))
         end += size

@@ -28,18 +28,18 @@ CUBIC, SLOPE = 0.044715, math.sqrt(2.0 / math.pi)  # of gelu_tanh
 
 
 def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """The forward in plain PyTorch, as models write it: the activation is rounded before it scales."""
+    """Compute y in plain PyTorch, as models write it: the activation is rounded before it scales."""
     return ACTIVATIONS[activation](gate) * up
 
 
 def reference_packed(gate_up: Tensor, activation: str) -> Tensor:
-    """The same of two halves."""
+    """Compute y in plain PyTorch from the halves of gate_up."""
     gate, up = gate_up.chunk(2, -1)
     return reference(gate, up, activation)
 
 
 def derivative(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """act(x) and its derivative."""
+    """Compute act(x) and its derivative."""
     if activation == "silu":
         s = torch.sigmoid(x)
         return x * s, s * (1.0 + x * (1.0 - s))
@@ -55,7 +55,7 @@ def derivative(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def reference_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """dgate and dup in plain PyTorch."""
+    """Compute dgate and dup in plain PyTorch."""
     dtype = wide(gate.dtype, up.dtype)
     act, slope = derivative(gate.to(dtype), activation)
     dy = grad_output.to(dtype)
@@ -63,7 +63,7 @@ def reference_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation
 
 
 def reference_packed_backward(grad_output: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    """The gradient of gate_up."""
+    """Compute the gradient of gate_up in plain PyTorch."""
     gate, up = gate_up.chunk(2, -1)
     return torch.cat(reference_backward(grad_output, gate, up, activation), -1)
 
@@ -80,24 +80,26 @@ def _check_gradient(grad_output: Tensor, gate: Tensor, up: Tensor, activation: s
 
 
 def new_output(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Empty y, in the memory order of gate."""
+    """Allocate an empty y in the memory order of gate."""
     _check(gate, up, activation)
     return torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
 def new_packed_output(gate_up: Tensor, activation: str) -> Tensor:
+    """Allocate an empty y [..., I]; raise where gate_up has no two halves."""
     require(gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0, lambda: f"no two halves in {tuple(gate_up.shape)}")
     gate, up = gate_up.chunk(2, -1)
     return new_output(gate, up, activation)
 
 
 def new_gradients(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Empty dgate and dup."""
+    """Allocate empty dgate and dup."""
     _check_gradient(grad_output, gate, up, activation)
     return torch.empty_like(gate), torch.empty_like(up)
 
 
 def new_packed_gradient(grad_output: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    """Allocate an empty gradient of gate_up."""
     gate, up = gate_up.chunk(2, -1)
     _check_gradient(grad_output, gate, up, activation)
     return torch.empty_like(gate_up)

@@ -37,7 +37,7 @@ DENSITY: tl.constexpr = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))
 
 @triton.jit
 def sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), neither by a difference; exp cannot overflow."""
+    """Compute sigmoid(x) and sigmoid(-x), neither by a difference; exp cannot overflow."""
     e = tl.exp(-tl.abs(x))
     larger = 1.0 / (1.0 + e)
     smaller = e * larger
@@ -46,6 +46,7 @@ def sigmoids(x):
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
+    """Compute act(x)."""
     if ACT == "silu":
         act = x / (1.0 + tl.exp(-x))
     elif ACT == "gelu":
@@ -61,6 +62,7 @@ def activation(x, ACT: tl.constexpr):
 
 @triton.jit
 def activation_and_slope(x, ACT: tl.constexpr):
+    """Compute act(x) and its derivative."""
     if ACT == "silu":
         s, rest = sigmoids(x)
         act, slope = x * s, s + x * (s * rest)
@@ -80,7 +82,7 @@ def activation_and_slope(x, ACT: tl.constexpr):
 
 @triton.jit
 def tile_of(n_rows, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows and the columns of this program's tile and what of it there is; the pieces of a row are neighbours."""
+    """Return the rows, columns and mask of this program's tile; the pieces of a row are neighbouring programs."""
     pieces = tl.cdiv(D, BLOCK_D)
     row = tl.program_id(0) // pieces * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(0) % pieces * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -92,6 +94,7 @@ def forward_kernel(
     y_ptr, gate_ptr, up_ptr, n_rows, D, n1, n2, gate_s0, gate_s1, gate_s2, up_s0, up_s1, up_s2,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute y = act(gate) * up for one tile."""
     row, d, mask = tile_of(n_rows, D, ROWS, BLOCK_D)
     gate = load_tile(gate_ptr, row_start(row, n1, n2, gate_s0, gate_s1, gate_s2), d, mask)
     up = load_tile(up_ptr, row_start(row, n1, n2, up_s0, up_s1, up_s2), d, mask)
@@ -105,6 +108,7 @@ def backward_kernel(
     gate_s0, gate_s1, gate_s2, up_s0, up_s1, up_s2,
     ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute dgate and dup for one tile."""
     row, d, mask = tile_of(n_rows, D, ROWS, BLOCK_D)
     dy = load_tile(dy_ptr, row_start(row, n1, n2, dy_s0, dy_s1, dy_s2), d, mask)
     gate = load_tile(gate_ptr, row_start(row, n1, n2, gate_s0, gate_s1, gate_s2), d, mask)
@@ -115,7 +119,7 @@ def backward_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for config in CONFIGS:
         for name in ACTIVATIONS:
             for kernel in (forward_kernel, backward_kernel):
@@ -123,6 +127,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def forward(outputs: tuple[Tensor], gate: Tensor, up: Tensor, activation: str) -> None:
+    """Compute y into outputs."""
     (y,) = outputs
     n_rows, D = y.numel() // y.shape[-1], y.shape[-1]
     config = config_for(CONFIGS, min(D, LONGEST))
@@ -135,7 +140,7 @@ def forward(outputs: tuple[Tensor], gate: Tensor, up: Tensor, activation: str) -
 def launch_backward(
     dense: Tensor, dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> None:
-    """Rows in the memory order of dense, in which dgate and dup need no copy."""
+    """Launch backward_kernel over rows in the memory order of dense, in which dgate and dup need no copy."""
     n_rows, D = gate.numel() // gate.shape[-1], gate.shape[-1]
     config = config_for(CONFIGS, min(D, LONGEST))
     n1, n2, tensors, strides = layout.rows(dense, dgate, dup, dy, gate, up)
@@ -146,6 +151,7 @@ def launch_backward(
 
 
 def backward(outputs: tuple[Tensor, Tensor], dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """Compute dgate and dup into outputs."""
     dgate, dup = outputs
     alike = dup.dim() - 1 <= layout.MAX_AXES or dup.stride() == dgate.stride()  # else layout.rows might copy dup
     target = dup if alike else torch.empty_like(dgate, dtype=dup.dtype)
@@ -155,11 +161,13 @@ def backward(outputs: tuple[Tensor, Tensor], dy: Tensor, gate: Tensor, up: Tenso
 
 
 def packed_forward(outputs: tuple[Tensor], gate_up: Tensor, activation: str) -> None:
+    """Compute y from the halves of gate_up into outputs."""
     gate, up = gate_up.chunk(2, -1)
     forward(outputs, gate, up, activation)
 
 
 def packed_backward(outputs: tuple[Tensor], dy: Tensor, gate_up: Tensor, activation: str) -> None:
+    """Compute the gradient of gate_up into outputs."""
     (dgate_up,) = outputs
     (dgate, dup), (gate, up) = dgate_up.chunk(2, -1), gate_up.chunk(2, -1)
     launch_backward(dgate_up, dgate, dup, dy, gate, up, activation)

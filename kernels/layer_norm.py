@@ -15,7 +15,7 @@ from fastft.kernels.core.registry import cases, define, require, wide
 
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward in plain PyTorch."""
+    """Compute y, mean and rstd in plain PyTorch."""
     h = x.to(wide(x.dtype))
     mean = h.mean(-1, keepdim=True)
     centred = h - mean
@@ -33,7 +33,7 @@ def _unit(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def reference_backward(grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
-    """dx: the gradient of unit = (x - mean) * rstd without its mean and its projection on unit, scaled by rstd."""
+    """Compute dx: the gradient of unit = (x - mean) * rstd less its mean and its projection on unit, times rstd."""
     unit = _unit(x, mean, rstd)
     dunit = grad_output.to(unit.dtype)
     if weight is not None:
@@ -45,7 +45,7 @@ def reference_backward(grad_output: Tensor, x: Tensor, weight: Tensor | None, me
 def reference_backward_weight(
     grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dweight and dbias in float32."""
+    """Compute dx, and dweight and dbias in float32."""
     unit = _unit(x, mean, rstd)
     dy = grad_output.to(unit.dtype)
     dweight, dbias = (value.reshape(-1, x.shape[-1]).sum(0) for value in (dy * unit, dy))
@@ -58,7 +58,7 @@ def _require_columns(name: str, value: Tensor | None, columns: int) -> None:
 
 
 def new_outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty y, mean and rstd."""
+    """Allocate empty y, mean and rstd."""
     require(x.dim() > 0 and x.shape[-1] > 0, lambda: f"no rows in x {tuple(x.shape)}")
     require(x.is_floating_point(), lambda: f"x is {x.dtype}")
     _require_columns("weight", weight, x.shape[-1])
@@ -71,14 +71,14 @@ def new_outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 def new_gradients(
     grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty dx, dweight and dbias."""
+    """Allocate empty dx, dweight and dbias."""
     dx = new_dx(grad_output, x, weight, mean, rstd)
     dweight, dbias = (torch.empty(x.shape[-1:], dtype=wide(x.dtype), device=x.device) for _ in range(2))
     return dx, dweight, dbias
 
 
 def new_dx(grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Empty dx alone."""
+    """Allocate an empty dx alone."""
     require(grad_output.shape == x.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(x.shape)}")
     require(mean.shape == rstd.shape == x.shape[:-1], lambda: f"mean {tuple(mean.shape)}, x {tuple(x.shape)}")
     return torch.empty_like(x)
@@ -121,8 +121,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         return None, None, None, None
     if not any(ctx.needs_input_grad[1:3]):
         return layer_norm_backward(grad_y, *ctx.saved_tensors), None, None, None
-    dx, *found = layer_norm_backward_weight(grad_y, *ctx.saved_tensors)
-    needed = zip(found, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
+    dx, *gradients = layer_norm_backward_weight(grad_y, *ctx.saved_tensors)
+    needed = zip(gradients, ctx.dtypes, ctx.needs_input_grad[1:3], strict=True)
     parameters = [value.to(dtype) if needs else None for value, dtype, needs in needed]
     return dx if ctx.needs_input_grad[0] else None, *parameters, None
 

@@ -29,7 +29,7 @@ from fastft.kernels.core.tiles import (
 
 @triton.jit
 def input_gradient(dunit, unit, rstd, D):
-    """dx: the gradient of unit = (x - mean) * rstd, less its mean, projected off unit and scaled by rstd."""
+    """Compute dx: the gradient of unit = (x - mean) * rstd, less its mean, projected off unit, times rstd."""
     projected = (tl.sum(dunit, 1) / D)[:, None] + unit * (tl.sum(dunit * unit, 1) / D)[:, None]
     return (dunit - projected) * rstd[:, None]
 
@@ -41,6 +41,7 @@ def forward_kernel(
     eps: tl.float32,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute y, mean and rstd of ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (row < n_rows)[:, None] & (d < D)[None, :]
@@ -64,6 +65,7 @@ def backward_kernel(
     dy_s0, dy_s1, dy_s2, x_s0, x_s1, x_s2, mean_s0, mean_s1, mean_s2, rstd_s0, rstd_s1, rstd_s2,
     HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute dx of ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (row < n_rows)[:, None] & (d < D)[None, :]
@@ -83,7 +85,7 @@ def backward_weight_kernel(
     dy_s0, dy_s1, dy_s2, x_s0, x_s1, x_s2, mean_s0, mean_s1, mean_s2, rstd_s0, rstd_s1, rstd_s2,
     HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """partial [2, programs, D]: sums for dweight, then for dbias."""
+    """Compute dx, and partial [2, programs, D]: sums for dweight, then for dbias."""
     d = tl.arange(0, BLOCK_D)
     dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -106,7 +108,7 @@ def backward_weight_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for config in CONFIGS:
         meta = config.meta(config.block_d)
         for weight in (False, True):
@@ -118,13 +120,14 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def vector(value: Tensor | None, x: Tensor) -> Tensor:
-    """The parameter with unit stride; x stands for one that is not there and is not read."""
+    """Return the parameter with unit stride; x in place of a missing one, which is not read."""
     return x if value is None else value.contiguous()
 
 
 def forward(
     outputs: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> None:
+    """Compute y, mean and rstd into outputs."""
     y, mean, rstd = outputs
     n_rows, D = rstd.numel(), y.shape[-1]
     config = config_for(CONFIGS, D)
@@ -136,6 +139,7 @@ def forward(
 
 
 def backward(outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> None:
+    """Compute dx into outputs."""
     (dx,) = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
@@ -149,6 +153,7 @@ def backward(outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor | Non
 def backward_weight(
     outputs: tuple[Tensor, Tensor, Tensor], dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> None:
+    """Compute dx, dweight and dbias into outputs, from float32 sums over programs."""
     dx, *parameters = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)

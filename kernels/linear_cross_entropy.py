@@ -1,4 +1,4 @@
-"""The cross entropy of a head's logits, and its gradients, without holding them:  y = hidden W^T + s B^T + bias.
+"""Cross-entropy of a head's logits, and its gradients, without holding them:  y = hidden W^T + s B^T + bias.
 
 loss_i = lse_i - (1 - e) y_label - e mean(y_i) + z lse_i^2,  lse = log sum exp.  e is label smoothing (Szegedy et al.,
 2015, arXiv:1512.00567), z the weight of the z-loss (PaLM, 2022, arXiv:2204.02311); rows labelled ignore_index give 0.
@@ -21,7 +21,7 @@ from fastft.kernels.head_loss import HeadCall, HeadLoss, ProcessChunk
 
 @dataclass(frozen=True)
 class Arguments(HeadCall):
-    """Of a call, but for what it is to return."""
+    """Arguments of a call, without those that say what to return."""
 
     hidden: Tensor
     weight: Tensor
@@ -38,9 +38,9 @@ class Arguments(HeadCall):
 
 
 def losses(call: Arguments) -> Tensor:
-    """Of each row, in plain PyTorch: the specification.
+    """Compute the loss of each row in plain PyTorch: the specification.
 
-    A loss near 0 is not taken as the difference of two large numbers: all is relative to the largest logit.
+    A loss near 0 is not the difference of two large numbers: everything is relative to the largest logit.
     """
     y = call.y()
     ignored = call.labels == call.ignore_index
@@ -59,7 +59,7 @@ def reference(
     ignore_index: int, label_smoothing: float, z_loss: float, scale: float, softcap: float, chunk_bytes: int,
     reduce: bool, grads_in_forward: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The forward in plain PyTorch."""
+    """Compute the losses, or their sum, and the marked gradients in plain PyTorch."""
     return LOSS.reference(
         hidden, weight, labels, bias, lora_s, lora_b, ignore_index, label_smoothing, z_loss, scale, softcap,
         chunk_bytes, reduce, grads_in_forward,
@@ -71,7 +71,7 @@ def reference_backward(
     lora_b: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, scale: float, softcap: float,
     chunk_bytes: int, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed; grad_output [...] is that of each row's loss."""
+    """Compute the needed gradients in plain PyTorch; grad_output [...] is that of each row's loss."""
     return LOSS.reference_backward(
         grad_output, hidden, weight, labels, bias, lora_s, lora_b, ignore_index, label_smoothing, z_loss, scale,
         softcap, chunk_bytes, needed,
@@ -104,7 +104,7 @@ def _is_class(call: Arguments) -> Tensor:
 
 
 def _after(call: Arguments) -> None:
-    """Raise as torch does on a GPU, without waiting for it: an index that is out of range is an assertion there."""
+    """Raise on a GPU as torch does, without waiting for it: an index out of range is a device-side assertion there."""
     if call.labels.device.type != "cpu" and call.labels.numel():
         wrong = (~_is_class(call)).any().long().view(1)
         torch.zeros(1, device=wrong.device).index_select(0, wrong)
@@ -115,8 +115,8 @@ def _plain_rows(
 ) -> None:
     ignored, V = labels == call.ignore_index, logits.shape[1]
     y, slope = call.logits_of_product(logits, loss.dtype)
-    at = labels.masked_fill(ignored, 0).unsqueeze(1)
-    target, mean = y.gather(1, at).squeeze(1), y.mean(-1)
+    index = labels.masked_fill(ignored, 0).unsqueeze(1)
+    target, mean = y.gather(1, index).squeeze(1), y.mean(-1)
     largest = y.amax(-1)
     y = torch.exp(y - largest.unsqueeze(1))
     total = y.sum(-1)
@@ -130,7 +130,7 @@ def _plain_rows(
     if not gradient:
         return
     dy = y * ((1.0 + 2.0 * call.z_loss * lse) / total).unsqueeze(1) - call.label_smoothing / V
-    dy.scatter_add_(1, at, dy.new_full(at.shape, call.label_smoothing - 1.0))
+    dy.scatter_add_(1, index, dy.new_full(index.shape, call.label_smoothing - 1.0))
     factor = (upstream.to(dy.dtype) * gain * call.scale).unsqueeze(1)
     logits.copy_((dy if slope is None else dy * slope) * factor).masked_fill_(ignored.unsqueeze(1), 0.0)
 

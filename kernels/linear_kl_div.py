@@ -1,7 +1,7 @@
-"""The divergence of a head's logits from a teacher's, and its gradients, without holding the logits.
+"""KL divergence of a head's predictions from a teacher's, and its gradients, without holding the logits.
 
 loss_i = sum_v exp(t_iv) (t_iv - log_softmax(y_i)_v),  y = hidden W^T + s B^T + bias: distillation (Hinton et al., 2015,
-arXiv:1503.02531) from log-probabilities t that were stored.  The sum of exp(t) need not be 1.  A class of which
+arXiv:1503.02531) from log-probabilities t that were stored.  The sum of exp(t) need not be 1.  A class whose
 exp(t) is 0 adds nothing, whatever y is there.
 
 target = t [..., V], of any floating-point dtype: it has no gradient.  The other arguments, scale, which is 1 /
@@ -24,7 +24,7 @@ from fastft.kernels.head_loss import HeadCall, HeadLoss, ProcessChunk
 
 @dataclass(frozen=True)
 class Arguments(HeadCall):
-    """Of a call, but for what it is to return."""
+    """Arguments of a call, without those that say what to return."""
 
     hidden: Tensor
     weight: Tensor
@@ -38,9 +38,9 @@ class Arguments(HeadCall):
 
 
 def losses(call: Arguments) -> Tensor:
-    """Of each row, in plain PyTorch: the specification.
+    """Compute the loss of each row in plain PyTorch: the specification.
 
-    log_softmax step by step, relative to the largest logit.
+    log_softmax is written step by step, relative to the largest logit.
     """
     y = call.y()
     t = call.target.detach().to(y.dtype)
@@ -53,7 +53,7 @@ def reference(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lora_s: Tensor | None, lora_b: Tensor | None,
     scale: float, softcap: float, chunk_bytes: int, reduce: bool, grads_in_forward: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The forward in plain PyTorch."""
+    """Compute the losses, or their sum, and the marked gradients in plain PyTorch."""
     return LOSS.reference(
         hidden, weight, target, bias, lora_s, lora_b, scale, softcap, chunk_bytes, reduce, grads_in_forward
     )  # fmt: skip
@@ -63,7 +63,7 @@ def reference_backward(
     grad_output: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lora_s: Tensor | None,
     lora_b: Tensor | None, scale: float, softcap: float, chunk_bytes: int, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed; grad_output [...] is that of each row's loss."""
+    """Compute the needed gradients in plain PyTorch; grad_output [...] is that of each row's loss."""
     return LOSS.reference_backward(
         grad_output, hidden, weight, target, bias, lora_s, lora_b, scale, softcap, chunk_bytes, needed
     )
@@ -85,15 +85,15 @@ def _prepare(call: Arguments) -> tuple[None, ProcessChunk]:
 
 
 def rows_of(target: Tensor, rows: Tensor | slice) -> Tensor:
-    """[rows, V] of [..., V], copied only where one stride does not reach them, or a row's elements are apart."""
+    """Return rows [rows, V] of [..., V], copied only where one stride does not reach them or their stride is not 1."""
     lead = target.shape[:-1]
     if len(merge(lead, [target.stride()])[0]) <= 1:
         part = target.reshape(prod(lead), target.shape[-1])[rows]
         return part if has_unit_rows(part) else part.contiguous()
-    at, index = torch.arange(prod(lead), device=target.device)[rows], []
+    number, index = torch.arange(prod(lead), device=target.device)[rows], []
     for size in reversed(lead):
-        index.append(at % size)
-        at = at // size
+        index.append(number % size)
+        number = number // size
     return target[tuple(reversed(index))].contiguous()
 
 

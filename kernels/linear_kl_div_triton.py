@@ -1,6 +1,6 @@
-"""Triton kernel of linear_kl_div: one row a program, of logits and target, read twice, the gradient written over.
+"""Triton kernel of linear_kl_div: one row a program, logits and target read twice, the gradient written over logits.
 
-The second reading comes from the cache where the rows and those of the programs beside it fit there.
+The second read is served by the cache where the rows and those of the programs beside it fit there.
 """
 # mypy: allow-untyped-defs
 
@@ -23,6 +23,7 @@ def rows_kernel(
     scale: tl.float32, softcap: tl.float32, gain: tl.float32,
     BIASED: tl.constexpr, CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Compute the loss of one row and, if GRADIENT, write gain times its gradient over the logits."""
     scale, softcap, gain = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32), tl.cast(gain, tl.float32)
     row = tl.cast(tl.program_id(0), tl.int64)  # rows * columns may exceed 2**31
     logits_ptr += row * logits_stride
@@ -30,10 +31,10 @@ def rows_kernel(
     largest, total = -3.4e38, 0.0  # a whole block may be minus infinity
     shares, away = 0.0, 0.0  # sums of exp(t) and of exp(t) (t - (y - largest))
     for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)  # [BLOCK]
-        y = tl.where(at < columns, y, -float("inf"))
-        t = tl.cast(tl.load(target_ptr + at, mask=at < columns, other=-float("inf")), tl.float32)
+        column = start + tl.arange(0, BLOCK)
+        y = shaped(logits_ptr, bias_ptr, column, column < columns, scale, softcap, BIASED, CAPPED)  # [BLOCK]
+        y = tl.where(column < columns, y, -float("inf"))
+        t = tl.cast(tl.load(target_ptr + column, mask=column < columns, other=-float("inf")), tl.float32)
         larger = tl.maximum(largest, tl.max(y))
         share = tl.exp(t)
         away += shares * (larger - largest) + tl.sum(tl.where(share != 0.0, share * (t - (y - larger)), 0.0))
@@ -45,23 +46,23 @@ def rows_kernel(
         upstream = gain * tl.cast(tl.load(upstream_ptr + row * upstream_stride), tl.float32)
         pull = shares / total
         for start in range(0, columns, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            y = shaped(logits_ptr, bias_ptr, at, at < columns, scale, softcap, BIASED, CAPPED)
-            t = tl.cast(tl.load(target_ptr + at, mask=at < columns, other=0.0), tl.float32)
+            column = start + tl.arange(0, BLOCK)
+            y = shaped(logits_ptr, bias_ptr, column, column < columns, scale, softcap, BIASED, CAPPED)
+            t = tl.cast(tl.load(target_ptr + column, mask=column < columns, other=0.0), tl.float32)
             dy = tl.exp(y - largest) * pull - tl.exp(t)
             if CAPPED:
                 dy *= 1.0 - (y / softcap) * (y / softcap)
             dz = tl.cast(dy * scale * upstream, logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + at, dz, mask=at < columns)
+            tl.store(logits_ptr + column, dz, mask=column < columns)
 
 
 def rows(
     logits: Tensor, target: Tensor, upstream: Tensor, loss: Tensor, call: Arguments, gain: float, gradient: bool
 ) -> None:
-    """Launch; logits and target [rows, V] have rows of unit stride."""
+    """Launch rows_kernel; logits and target [rows, V] have rows of unit stride."""
     n_rows, columns = logits.shape
     bias = call.bias
-    config = next(one for one in CONFIGS if columns <= one.longest)
+    config = next(candidate for candidate in CONFIGS if columns <= candidate.longest)
     on_grid(rows_kernel, (n_rows,))(
         logits, logits if bias is None else bias.contiguous(), target, upstream, loss, columns, logits.stride(0),
         target.stride(0), upstream.stride(0), call.scale, call.softcap, gain, BIASED=bias is not None,
@@ -70,7 +71,7 @@ def rows(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel with every choice of its constants, for grads_in_forward-of-time compilation."""
+    """Yield every kernel with every choice of its constants, for ahead-of-time compilation."""
     flags = ("BIASED", "CAPPED", "GRADIENT")
     types = {"loss_ptr": "*fp32", "upstream_ptr": "*fp32", **dict.fromkeys(("scale", "softcap", "gain"), "fp32")}
     for config, target in itertools.product(CONFIGS, ("*row", "*fp32")):

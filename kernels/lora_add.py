@@ -1,7 +1,7 @@
-"""result + scale * (x A^T) B^T, by itself: what a LoRA layer adds, before it is known what it is added to.
+"""Marker op for what a LoRA layer adds, result + scale * (x A^T) B^T, until it is known what it is added to.
 
-A name for what the rules find (patterns/lora.py), and not a kernel: where it does not become part of lora_linear, torch
-takes it apart again into the user's own expression.
+It names what the rules match (patterns/lora.py) and has no kernel: where it does not become part of lora_linear, torch
+decomposes it into the user's own expression again.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def lora_add(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """result [..., N], x [..., K], A [r, K], B [N, r]."""
+    """Compute result + scale * (x A^T) B^T:  result [..., N], x [..., K], A [r, K], B [N, r]."""
     return result + F.linear(F.linear(x, a), b) * scale
 
 

@@ -13,6 +13,8 @@ from fastft.kernels.dequantize_4bit import dequantize_into
 
 
 class Arguments(NamedTuple):
+    """The arguments of a call, as lora_linear.py describes them."""
+
     x: Tensor
     weights: Sequence[Tensor]
     absmax: Sequence[Tensor]
@@ -33,48 +35,48 @@ class Arguments(NamedTuple):
 
 
 class Group(Arguments):
-    """The arguments of a call, and what follows from them, once."""
+    """The arguments of a call, with what follows from them computed once."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of y."""
+        """The shape of y."""
         return (*self.x.shape[:-1], sum(self.features))
 
     @cached_property
     def columns(self) -> list[slice]:
-        """Where y has each sibling."""
-        ends = [sum(self.features[: at + 1]) for at in range(len(self.features))]
+        """The columns of y that each sibling has."""
+        ends = [sum(self.features[: sibling + 1]) for sibling in range(len(self.features))]
         return [slice(end - size, end) for end, size in zip(ends, self.features, strict=True)]
 
     @cached_property
     def ranks(self) -> list[slice]:
-        """Where the second result has each adapter."""
+        """The columns of the second result that each adapter has."""
         sizes = [a.shape[0] for a in self.lora_a]
-        return [slice(sum(sizes[:at]), sum(sizes[: at + 1])) for at in range(len(sizes))]
+        return [slice(sum(sizes[:adapter]), sum(sizes[: adapter + 1])) for adapter in range(len(sizes))]
 
     @cached_property
     def read(self) -> Sequence[Tensor]:
-        """What each adapter reads."""
+        """The input that each adapter reads."""
         return self.inputs if len(self.inputs) == len(self.lora_a) else [*(self.inputs or [self.x])] * len(self.lora_a)
 
     @cached_property
     def adapters(self) -> list[tuple[Tensor, Tensor, float, slice, slice]]:
-        """A, B, scale, the columns of y and those of the second result, of each adapter."""
-        columns = [self.columns[at] for at in self.adapted]
+        """Each adapter's A, B, scale, columns of y and columns of the second result."""
+        columns = [self.columns[sibling] for sibling in self.adapted]
         return list(zip(self.lora_a, self.lora_b, self.scales, columns, self.ranks, strict=True))
 
     def statistics_of(self, sibling: int) -> Sequence[Tensor]:
-        """A 4-bit weight's absmax and what there is beside it."""
+        """Return the absmax of a 4-bit weight and, if nested, its other three statistics."""
         lists = (self.absmax, self.absmax_8bit, self.absmax_code, self.absmax_offset)
-        return [one[sibling] for one in lists if one]
+        return [statistics[sibling] for statistics in lists if statistics]
 
     def weights_into(self, out: Tensor) -> None:
-        """Write all 4-bit weights into out [sum of features, K], one below the other."""
-        weights = [(weight, self.statistics_of(at)) for at, weight in enumerate(self.weights)]
+        """Dequantize all 4-bit weights into out [sum of features, K], one below the other."""
+        weights = [(weight, self.statistics_of(sibling)) for sibling, weight in enumerate(self.weights)]
         dequantize_into(out, weights, self.features, self.blocksize, self.quant_type)
 
     def weight(self, sibling: int) -> Tensor:
-        """A weight in x's dtype."""
+        """Return a sibling's weight in x's dtype, dequantized if need be."""
         if not self.quant_type:
             return self.weights[sibling]
         low = self.x.dtype if self.x.dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -85,5 +87,5 @@ class Group(Arguments):
         return out.to(self.x.dtype)
 
     def bias(self, sibling: int) -> Tensor | None:
-        """A sibling's bias, if it has one."""
+        """Return a sibling's bias, or None."""
         return self.biases[self.biased.index(sibling)] if sibling in self.biased else None

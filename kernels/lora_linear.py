@@ -42,20 +42,20 @@ def reference(
     biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int, quant_type: str,
     widened: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The forward in plain PyTorch, as PEFT writes it: adapters compute in their own dtype."""
+    """Compute both results in plain PyTorch, as PEFT writes it: adapters compute in their own dtype."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
         adapted, scales, blocksize, quant_type, widened,
     )  # fmt: skip
-    results = [F.linear(x, group.weight(at), group.bias(at)) for at in range(len(features))]
+    results = [F.linear(x, group.weight(index), group.bias(index)) for index in range(len(features))]
     products = [x.new_empty(*x.shape[:-1], 0, dtype=wide(x.dtype))]
-    for given, sibling, a, b, scale in zip(group.read, adapted, lora_a, lora_b, scales, strict=True):
+    for source, sibling, a, b, scale in zip(group.read, adapted, lora_a, lora_b, scales, strict=True):
         dtype = torch.promote_types(a.dtype, b.dtype)
-        product = F.linear(given.to(dtype), a.to(dtype))
+        product = F.linear(source.to(dtype), a.to(dtype))
         results[sibling] = results[sibling] + F.linear(product, b.to(dtype)) * scale
         products.append(product.to(products[0].dtype))
     dtype = wide(x.dtype) if widened else x.dtype
-    return torch.cat([one.to(dtype) for one in results], -1), torch.cat(products, -1)
+    return torch.cat([result.to(dtype) for result in results], -1), torch.cat(products, -1)
 
 
 def reference_backward(
@@ -65,34 +65,36 @@ def reference_backward(
     features: Sequence[int], biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int,
     quant_type: str, widened: bool, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that are needed, in the order of differentiable(), in plain PyTorch; s: the second result."""
+    """Compute the needed gradients in plain PyTorch, in the order of differentiable(); s: the second result."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
         adapted, scales, blocksize, quant_type, widened,
     )  # fmt: skip
     rows = lambda tensor: tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])  # noqa: E731
     grads = [rows(grad_output[..., columns]) for columns in group.columns]
-    dx = sum(grad.to(x.dtype) @ group.weight(at) for at, grad in enumerate(grads))
+    dx = sum(grad.to(x.dtype) @ group.weight(index) for index, grad in enumerate(grads))
     das, dbs, dinputs = [], [], []
-    for one, (a, b, scale, columns, ranks) in zip(group.read, group.adapters, strict=True):
+    for source, (a, b, scale, columns, ranks) in zip(group.read, group.adapters, strict=True):
         dtype = torch.promote_types(a.dtype, b.dtype)
-        grad, given = rows(grad_output[..., columns]).to(dtype) * scale, rows(one)
+        grad, source_rows = rows(grad_output[..., columns]).to(dtype) * scale, rows(source)
         ds = grad @ b.to(dtype)
-        das.append((ds.T @ given.to(dtype)).to(a.dtype))
+        das.append((ds.T @ source_rows.to(dtype)).to(a.dtype))
         dbs.append((grad.T @ rows(s[..., ranks]).to(dtype)).to(b.dtype))
         dinput = ds @ a.to(dtype)
-        dinputs += [dinput.to(given.dtype)] if inputs else []
+        dinputs += [dinput.to(source_rows.dtype)] if inputs else []
         dx = dx if inputs else dx + dinput.to(x.dtype)
     dinputs = dinputs if len(dinputs) == len(inputs) else [sum(dinputs)]
     dweights = [grad.to(x.dtype).T @ rows(x) for grad in grads] if not quant_type else [x.new_empty(0)] * len(weights)
-    dbiases = [grads[at].sum(0, dtype=bias.dtype) for at, bias in zip(biased, biases, strict=True)]
-    found = [dx, *dweights, *dbiases, *das, *dbs, *dinputs]
-    given = differentiable(group)
-    return [one.reshape(like.shape) for one, like, need in zip(found, given, needed, strict=True) if need]
+    dbiases = [grads[index].sum(0, dtype=bias.dtype) for index, bias in zip(biased, biases, strict=True)]
+    gradients = [dx, *dweights, *dbiases, *das, *dbs, *dinputs]
+    tensors = differentiable(group)
+    return [
+        gradient.reshape(like.shape) for gradient, like, need in zip(gradients, tensors, needed, strict=True) if need
+    ]
 
 
 def differentiable(group: Group) -> list[Tensor]:
-    """The arguments that may need a gradient."""
+    """List the tensors that may need a gradient."""
     return [group.x, *group.weights, *group.biases, *group.lora_a, *group.lora_b, *group.inputs]
 
 
@@ -102,25 +104,28 @@ def _check(group: Group) -> None:
     require(len(group.weights) == n > 0, lambda: f"{len(group.weights)} weights for {n} siblings")
     if group.quant_type:
         nested = (group.absmax_8bit, group.absmax_code, group.absmax_offset)
-        complete = len(group.absmax) == n and {len(one) for one in nested} in ({0}, {n})
-        require(complete, lambda: f"{len(group.absmax)} and {[len(one) for one in nested]} statistics of {n} weights")
-        for at in range(n):
-            sizes: Any = (group.features[at], K, group.blocksize, group.quant_type)
-            dequantize_4bit.check(group.weights[at], *dequantize_4bit.padded(group.statistics_of(at)), *sizes)
+        complete = len(group.absmax) == n and {len(statistics) for statistics in nested} in ({0}, {n})
+        require(
+            complete,
+            lambda: f"{len(group.absmax)} and {[len(statistics) for statistics in nested]} statistics of {n} weights",
+        )
+        for sibling in range(n):
+            sizes: Any = (group.features[sibling], K, group.blocksize, group.quant_type)
+            dequantize_4bit.check(group.weights[sibling], *dequantize_4bit.padded(group.statistics_of(sibling)), *sizes)
     require(len(group.biases) == len(group.biased), lambda: f"{len(group.biases)} biases of {group.biased}")
-    for at in range(n):
-        _check_sibling(group, at)
+    for sibling in range(n):
+        _check_sibling(group, sibling)
     for a, b, _, columns, _ in group.adapters:
         _check_factors(a, b, K, columns.stop - columns.start)
     counts = (0, min(1, len(group.lora_a)), len(group.lora_a))
     require(len(group.inputs) in counts, lambda: f"{len(group.inputs)} inputs of adapters")
-    require(all(one.shape == x.shape for one in group.inputs), lambda: "an adapter's input has another shape")
+    require(all(tensor.shape == x.shape for tensor in group.inputs), lambda: "an adapter's input has another shape")
 
 
-def _check_sibling(group: Group, at: int) -> None:
+def _check_sibling(group: Group, sibling: int) -> None:
     """Raise where a weight that is not packed, or a bias, does not fit."""
-    dtype, shape, bias = group.x.dtype, (group.features[at], group.x.shape[-1]), group.bias(at)
-    weight = group.weights[at]
+    dtype, shape, bias = group.x.dtype, (group.features[sibling], group.x.shape[-1]), group.bias(sibling)
+    weight = group.weights[sibling]
     fits = bool(group.quant_type) or (weight.shape == shape and weight.dtype == dtype)
     require(fits, lambda: f"a weight {weight.dtype} {tuple(weight.shape)} for {shape}, {dtype}")
     if bias is not None:
@@ -134,7 +139,7 @@ def _check_factors(a: Tensor, b: Tensor, columns: int, rows: int) -> None:
 
 
 def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Empty y and the products with A; raises where shapes or dtypes do not fit."""
+    """Allocate empty y and products with A; raise where shapes or dtypes do not fit."""
     group = Group(*arguments)
     _check(group)
     rank = sum(a.shape[0] for a in group.lora_a)
@@ -144,9 +149,9 @@ def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tensor]:
-    """Empty gradients, of those that are needed."""
-    *given, needed = arguments
-    group = Group(*given)
+    """Allocate the needed gradients, empty."""
+    *fields, needed = arguments
+    group = Group(*fields)
     _check(group)
     require(grad_output.shape == group.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {group.shape}")
     tensors = differentiable(group)
@@ -156,28 +161,31 @@ def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tenso
 
 
 def flops(x: torch.Size, *arguments: Any) -> int:
-    """2 for each element of a weight or an adapter, a row."""
+    """Count 2 FLOPs a row for each element of a weight or an adapter."""
     lora_a, lora_b, features = arguments[6], arguments[7], arguments[9]
-    return 2 * prod(x[:-1]) * (x[-1] * sum(features) + sum(prod(one) for one in (*lora_a, *lora_b)))
+    return 2 * prod(x[:-1]) * (x[-1] * sum(features) + sum(prod(factor) for factor in (*lora_a, *lora_b)))
 
 
 def flops_backward(grad_output: torch.Size, s: torch.Size, x: torch.Size, *arguments: Any) -> int:
-    """The same for the gradient of x or for that of the weights, twice for adapters."""
+    """Count the FLOPs of the gradient of x and of those of the weights, as needed, and twice the adapters'."""
     weights, lora_a, lora_b, features = arguments[0], arguments[6], arguments[7], arguments[9]
     products = int(arguments[-1][0]) + int(any(arguments[-1][1 : 1 + len(weights)]))
-    adapters = sum(prod(one) for one in (*lora_a, *lora_b))
+    adapters = sum(prod(factor) for factor in (*lora_a, *lora_b))
     return 2 * prod(x[:-1]) * (products * x[-1] * sum(features) + 2 * adapters)
 
 
 def scratch_bytes(*arguments: Any) -> int:
-    """The weight in 16 bits, and what lies beside x (lora_plan.forward)."""
+    """Count the bytes of the weight in 16 bits, and of what lies beside x (lora_plan.forward)."""
     from fastft.kernels import lora_plan
 
     return lora_plan.forward_scratch(Group(*arguments))
 
 
 def scratch_bytes_backward(grad_output: Tensor, s: Tensor, *arguments: Any) -> int:
-    """The weight in 16 bits, what lies beside grad_output, and parts of sums over it (lora_plan.backward)."""
+    """Count the bytes of the weight in 16 bits, of what lies beside grad_output, and of parts of sums over it.
+
+    See lora_plan.backward.
+    """
     from fastft.kernels import lora_plan
 
     return lora_plan.backward_scratch(Group(*arguments[:-1]))
@@ -192,24 +200,24 @@ def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
 def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
     from fastft.kernels import lora_plan
 
-    grad_output, s, *given, needed = arguments
-    lora_plan.backward(targets, grad_output, s, Group(*given), needed)
+    grad_output, s, *fields, needed = arguments
+    lora_plan.backward(targets, grad_output, s, Group(*fields), needed)
 
 
 def _plain(
     features: str, biased: Sequence[int], adapters: Sequence[tuple[int, str]], inputs: int = 0, widened: bool = False
 ) -> Case:
-    """A case of weights that are not quantised.
+    """Build a case of weights that are not quantised.
 
     features: names; adapters: their siblings, and names of their ranks; inputs: how many there are.
     """
     names = features.split()
     shapes = {"x": "... K"}
-    shapes |= {f"weights.{at}": f"{name} K" for at, name in enumerate(names)}
-    shapes |= {f"biases.{at}": names[sibling] for at, sibling in enumerate(biased)}
-    shapes |= {f"lora_a.{at}": f"{rank} K" for at, (_, rank) in enumerate(adapters)}
-    shapes |= {f"lora_b.{at}": f"{names[sibling]} {rank}" for at, (sibling, rank) in enumerate(adapters)}
-    shapes |= {f"inputs.{at}": "... K" for at in range(inputs)}
+    shapes |= {f"weights.{index}": f"{name} K" for index, name in enumerate(names)}
+    shapes |= {f"biases.{index}": names[sibling] for index, sibling in enumerate(biased)}
+    shapes |= {f"lora_a.{index}": f"{rank} K" for index, (_, rank) in enumerate(adapters)}
+    shapes |= {f"lora_b.{index}": f"{names[sibling]} {rank}" for index, (sibling, rank) in enumerate(adapters)}
+    shapes |= {f"inputs.{index}": "... K" for index in range(inputs)}
     return shapes, {
         "features": names, "biased": list(biased), "adapted": [sibling for sibling, _ in adapters],
         "scales": [0.5, 2.0, 1.0, 0.25][: len(adapters)], "blocksize": 0, "quant_type": "", "widened": widened,
@@ -220,16 +228,16 @@ def _four_bit(
     features: Sequence[int], columns: int, adapters: Sequence[tuple[int, int]], blocksize: int, quant_type: str,
     nested: bool = False, inputs: int = 0, widened: bool = False,
 ) -> Case:  # fmt: skip
-    """A case of 4-bit weights, whose sizes are numbers.  adapters: their siblings and ranks."""
+    """Build a case of 4-bit weights, whose sizes are numbers.  adapters: their siblings and ranks."""
     ranks = [(sibling, str(rank)) for sibling, rank in adapters]
     shapes, choice = _plain(" ".join(map(str, features)), (), ranks, inputs, widened)
     shapes = {name: spec.replace("K", str(columns)) for name, spec in shapes.items() if "weights" not in name}
-    for at, size in enumerate(features):
+    for index, size in enumerate(features):
         blocks = -(-size * columns // blocksize)
-        shapes[f"weights.{at}"] = f"bytes {-(-size * columns // 2)}"
-        shapes[f"absmax.{at}"] = str(-(-blocks // 256) if nested else blocks)
+        shapes[f"weights.{index}"] = f"bytes {-(-size * columns // 2)}"
+        shapes[f"absmax.{index}"] = str(-(-blocks // 256) if nested else blocks)
         more = {"absmax_8bit": f"bytes {blocks}", "absmax_code": "256", "absmax_offset": ""} if nested else {}
-        shapes |= {f"{name}.{at}": spec for name, spec in more.items()}
+        shapes |= {f"{name}.{index}": spec for name, spec in more.items()}
     return shapes, {**choice, "features": list(features), "blocksize": blocksize, "quant_type": quant_type}
 
 
@@ -250,12 +258,12 @@ _CASES = [
 
 
 def _backward_case(case: Case, plain: bool) -> Case:
-    """The case with a gradient of y, and all that may need a gradient, or x and the adapters alone."""
+    """Add a gradient of y to a case; all tensors need a gradient if plain, otherwise x and the adapters alone."""
     shapes, choice = case
     ranks = [spec.split()[0] for name, spec in shapes.items() if name.startswith("lora_a")]
     lead = {"grad_output": "... " + "+".join(map(str, choice["features"])), "s": "... " + ("+".join(ranks) or "0")}
     lists = ("x", "weights", "biases", "lora_a", "lora_b", "inputs")
-    names = [name for one in lists for name in shapes if parameter_of(name) == one]
+    names = [name for parameter in lists for name in shapes if parameter_of(name) == parameter]
     needed = [plain or parameter_of(name) not in ("weights", "biases") for name in names]
     return {**lead, **shapes}, {**choice, "needed": needed}
 
@@ -278,11 +286,12 @@ lora_linear_backward = define(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     group = Group(*inputs)
     ctx.lengths = [
-        len(one) if isinstance(one, (list, tuple)) else None for one in group[: group._fields.index("features")]
+        len(value) if isinstance(value, (list, tuple)) else None for value in group[: group._fields.index("features")]
     ]
     ctx.others = inputs[len(ctx.lengths) :]
     ctx.save_for_backward(
-        output[1], *(t for one in inputs[: len(ctx.lengths)] for t in ([one] if isinstance(one, Tensor) else one))
+        output[1],
+        *(t for value in inputs[: len(ctx.lengths)] for t in ([value] if isinstance(value, Tensor) else value)),
     )
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -290,26 +299,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     s, *saved = ctx.saved_tensors
-    given, at = [], 0
+    fields, first = [], 0
     for length in ctx.lengths:
-        given.append(saved[at] if length is None else saved[at : at + length])
-        at += 1 if length is None else length
-    group = Group(*given, *ctx.others)
+        fields.append(saved[first] if length is None else saved[first : first + length])
+        first += 1 if length is None else length
+    group = Group(*fields, *ctx.others)
     marks = dict(zip(Group._fields, ctx.needs_input_grad, strict=True))
     lists = ("x", "weights", "biases", "lora_a", "lora_b", "inputs")
     by_list = {name: [marks[name]] if name == "x" else list(marks[name] or []) for name in lists}
     needed = [bool(need) and grad_y is not None for name in lists for need in by_list[name]]
-    found = iter(lora_linear_backward(grad_y, s, *group, needed) if any(needed) else ())
+    computed = iter(lora_linear_backward(grad_y, s, *group, needed) if any(needed) else ())
     flags = iter(needed)
-    gradients = {name: [next(found) if next(flags) else None for _ in by_list[name]] for name in lists}
+    gradients = {name: [next(computed) if next(flags) else None for _ in by_list[name]] for name in lists}
     return tuple(
-        gradients["x"][0] if name == "x" else gradients.get(name, _no_gradient(value, at < len(ctx.lengths)))
-        for at, (name, value) in enumerate(zip(Group._fields, group, strict=True))
+        gradients["x"][0] if name == "x" else gradients.get(name, _no_gradient(value, number < len(ctx.lengths)))
+        for number, (name, value) in enumerate(zip(Group._fields, group, strict=True))
     )
 
 
 def _no_gradient(value: Any, tensors: bool) -> Any:
-    """Torch wants a None for each tensor of a list, and takes an empty list of numbers for one of tensors."""
+    """Return a None for each tensor of a list, as torch expects, which takes an empty list of numbers for one too."""
     is_list = isinstance(value, (list, tuple)) and (tensors or not value)
     return [None] * len(value) if is_list else None
 

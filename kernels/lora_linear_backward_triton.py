@@ -1,4 +1,4 @@
-"""Triton kernels of lora_linear's backward: x p and x^T s in one pass over x, which is the gradient of y.
+"""Triton kernels of lora_linear's backward: x p and x^T s in one pass over x, here the gradient of y.
 
 Each block of x's columns goes with the ranks of its own sibling alone: p is [K, BLOCK_R], and zero beside them.  What
 a program adds to x p is written apart for each block of columns, and added up in one order.
@@ -35,7 +35,7 @@ Share = tuple[int, int, int, int, int, int]  # first and end of its blocks of co
 
 @triton.jit
 def share_of(block, shares, COUNT: tl.constexpr):
-    """The share that a block of columns is in, without its end."""
+    """Return the share that a block of columns is in, without its end."""
     first_block, _, column, end_column, rank, end_rank = shares[0]
     for number in tl.static_range(1, COUNT):
         reached = block >= shares[number][0]
@@ -49,7 +49,7 @@ def share_of(block, shares, COUNT: tl.constexpr):
 
 @triton.jit
 def side_by_side(value, dtype: tl.constexpr, TERMS: tl.constexpr):
-    """The terms of float32 values [rows, ranks] beside each other: [rows, TERMS ranks]."""
+    """Split float32 values [rows, ranks] into terms of dtype, beside each other: [rows, TERMS ranks]."""
     if TERMS == 1:
         return tl.cast(value, dtype)
     shape: tl.constexpr = [value.shape[0], TERMS, value.shape[1]]
@@ -66,7 +66,7 @@ def side_by_side(value, dtype: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def sum_of_terms(value, TERMS: tl.constexpr):
-    """What is side by side, added up: [rows, TERMS ranks] to [rows, ranks]."""
+    """Add up terms that stand side by side: [rows, TERMS ranks] to [rows, ranks]."""
     if TERMS == 1:
         return value
     return tl.sum(tl.reshape(value, [value.shape[0], TERMS, value.shape[1] // TERMS]), 1)
@@ -78,6 +78,7 @@ def both_kernel(
     split_stride, copy_stride, COUNT: tl.constexpr, COPY: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Compute a block's part of x p and of x^T s over a split of the rows, and copy x if COPY."""
     block, split = tl.program_id(0), tl.program_id(1)
     first_block, column, end_column, rank, end_rank = share_of(block, shares, COUNT)
     k = column + (block - first_block) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -109,6 +110,7 @@ def sum_kernel(
     shares, product_ptr, s_ptr, spare_ptr, M, ranks, width, product_stride, s_stride, spare_stride,
     COUNT: tl.constexpr, SPARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Add up the blocks' parts of x p and, if SPARE, write spare = [product | 0]."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     long_row = tl.cast(row, tl.int64)[:, None]
@@ -135,19 +137,19 @@ def sum_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The kernels for one sibling and for three, for the tests that compile them ahead of time."""
+    """Yield the kernels for one sibling and for three, for the tests that compile them ahead of time."""
     types = {"s_ptr": "*fp32", "product_ptr": "*fp32", "majors": ON_TENSOR_CORES}
     for count in (1, 3):
-        given = {"shares": (("i32",) * 6,) * count, "COUNT": count, **types}
+        constants = {"shares": (("i32",) * 6,) * count, "COUNT": count, **types}
         for copy in (False, True):
             for x, terms in (("*fp16", 1), ("*bf16", 1), ("*bf16", ONE_PASS_TERMS)):
                 pointers = {"x_ptr": x, "p_ptr": x, "copy_ptr": x}
-                yield both_kernel, {"COPY": copy, "TERMS": terms, **pointers, **TILE, **given}
-            yield sum_kernel, {"SPARE": copy, **SUM_TILE, **given}
+                yield both_kernel, {"COPY": copy, "TERMS": terms, **pointers, **TILE, **constants}
+            yield sum_kernel, {"SPARE": copy, **SUM_TILE, **constants}
 
 
 def shares_of(columns: Sequence[slice], ranks: Sequence[slice]) -> tuple[Share, ...]:
-    """Columns with their ranks, and blocks of columns numbered from one share to the next."""
+    """Pair columns with their ranks, and number blocks of columns from one share to the next."""
     shares: list[Share] = []
     for part, own in zip(columns, ranks, strict=True):
         first = shares[-1][1] if shares else 0
@@ -160,7 +162,7 @@ def both(
     x: Tensor, s: Tensor, p: Tensor, product: Tensor, pieces: Sequence[Piece], columns: Sequence[slice],
     ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
 ) -> None:  # fmt: skip
-    """product = x p, copy = x, spare = [product | 0], and x^T s into pieces; columns[i] of x go with ranks[i].
+    """Write product = x p, copy = x, spare = [product | 0], x^T s into pieces; columns[i] of x go with ranks[i].
 
     p [K, 1 or ONE_PASS_TERMS, ONE_PASS_RANK], the terms of each row: the rows of a share's columns have its ranks from
     column 0 on, and zeros beside them.  x^T s [K, ONE_PASS_RANK] has them there too.

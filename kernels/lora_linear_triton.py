@@ -27,7 +27,7 @@ ELEMENTS = 512  # of a program that goes element by element
 
 @triton.jit
 def term_of(value, number: tl.constexpr, dtype: tl.constexpr):
-    """The first, the second or the third bfloat16 term of float32 values."""
+    """Return the first, the second or the third term of float32 values in dtype (bfloat16)."""
     for _ in tl.static_range(number):
         value -= tl.cast(tl.cast(value, dtype), tl.float32)
     return tl.cast(value, dtype)
@@ -35,7 +35,7 @@ def term_of(value, number: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def add_product(left, right, total):
-    """total + left right, by tensor cores if they are of one 16-bit dtype."""
+    """Return total + left right, by tensor cores' 16-bit products if both operands have one 16-bit dtype."""
     if left.dtype == right.dtype and left.dtype != tl.float32:
         return tl.dot(left, right, total)
     else:
@@ -47,8 +47,9 @@ def place_kernel(
     pieces, out_ptr, n_elements, columns, out_stride, term_stride, COUNT: tl.constexpr, TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column, mask = at // columns, at % columns, at < n_elements
+    """Write BLOCK elements of a matrix of scaled pieces and zeros, each as TERMS terms."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column, mask = element // columns, element % columns, element < n_elements
     value = tl.zeros([BLOCK], tl.float32)
     for which in tl.static_range(COUNT):
         source_ptr, n_rows, n_columns, stride, first_row, first_column, scale = pieces[which]
@@ -66,18 +67,19 @@ def place_kernel(
 def collect_kernel(
     pieces, partial_ptr, splits, split_stride, partial_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Sum BLOCK elements of a piece over the splits, and store them scaled."""
     for which in tl.static_range(COUNT):
         if tl.program_id(1) == which:
             target_ptr, n_elements, columns, stride, first_row, first_column, scale = pieces[which]
-            at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-            mask = at < n_elements
-            row = tl.cast(first_row + at // columns, tl.int64)
-            address = partial_ptr + row * partial_stride + first_column + at % columns
+            element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            mask = element < n_elements
+            row = tl.cast(first_row + element // columns, tl.int64)
+            address = partial_ptr + row * partial_stride + first_column + element % columns
             total = tl.zeros([BLOCK], tl.float32)
             for split in range(splits):
                 total += tl.load(address + tl.cast(split, tl.int64) * split_stride, mask=mask, other=0.0)
             total *= tl.cast(scale, tl.float32)
-            target = target_ptr + tl.cast(at // columns, tl.int64) * stride + at % columns
+            target = target_ptr + tl.cast(element // columns, tl.int64) * stride + element % columns
             tl.store(target, tl.cast(total, target_ptr.dtype.element_ty), mask=mask)
 
 
@@ -87,6 +89,7 @@ def project_kernel(
     s_stride, split_stride, copy_stride, COPY: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of s = x p over a split of K, and copy x if COPY."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     long_row = tl.cast(row, tl.int64)
@@ -113,8 +116,9 @@ def finish_kernel(
     partial_ptr, s_ptr, spare_ptr, M, R, width, splits, split_stride, s_stride, spare_stride,
     SPARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, r = tl.cast(at // width, tl.int64), at % width  # of spare, which is wider than s
+    """Sum s over the splits and, if SPARE, write spare = [s | 0]."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, r = tl.cast(element // width, tl.int64), element % width  # of spare, which is wider than s
     mask = (row < M) & (r < R)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
@@ -131,6 +135,7 @@ def outer_kernel(
     x_ptr, s_ptr, partial_ptr, M, K, R, rows, x_stride, s_stride, split_stride, partial_stride_k, partial_stride_r,
     TERMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of x^T s over a split of the rows; TERMS: of s in x's dtype, 0 for a product in float32."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * rows
@@ -154,7 +159,7 @@ def outer_kernel(
 
 
 def tile(rank: int, wide: bool, outer: bool = False, low: bool = False) -> dict[str, int]:
-    """A tile of x, and columns for these ranks; smaller for float32.
+    """Return the tile of x, and columns for these ranks; smaller for float32.
 
     low: an outer product's tile has fewer rows.  Of three terms it spills otherwise, where tensor cores want operands
     in registers (see dispatch.has_shared_operands).
@@ -178,7 +183,7 @@ ON_TENSOR_CORES = (8, 9, 10, 12)  # generations, by the first number of their ca
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The kernels for ranks of a model, for the tests that compile them ahead of time.
+    """Yield the kernels for ranks of a model, for the tests that compile them ahead of time.
 
     majors: the generations that a variant is for; such variants are compiled for each of them.
     """
@@ -191,12 +196,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             out = "*bf16" if terms == TERMS else "*row"
             yield place_kernel, {"pieces": source, "out_ptr": out, "COUNT": count, "TERMS": terms, **flat}
     for (x, p, terms), rank in itertools.product(PAIRS, RANKS):
-        given = {"x_ptr": x, "terms_ptr": p, "copy_ptr": x, **types, **tile(rank, x != p or x == "*fp32")}
+        constants = {"x_ptr": x, "terms_ptr": p, "copy_ptr": x, **types, **tile(rank, x != p or x == "*fp32")}
         for copy, dense in ((True, "terms_stride_k"), (False, "terms_stride_r")):
-            yield project_kernel, {"COPY": copy, dense: 1, "TERMS": terms, "majors": ON_TENSOR_CORES, **given}
+            yield project_kernel, {"COPY": copy, dense: 1, "TERMS": terms, "majors": ON_TENSOR_CORES, **constants}
     for (x, terms), rank in itertools.product((("*bf16", 1), ("*bf16", TERMS), ("*fp32", 0), ("*fp16", 0)), RANKS):
         for low in (False, True) if terms == TERMS else (False,):
-            majors = [one for one in ON_TENSOR_CORES if terms != TERMS or (one not in SHARED_OPERANDS) == low]
+            majors = [major for major in ON_TENSOR_CORES if terms != TERMS or (major not in SHARED_OPERANDS) == low]
             meta = tile(rank, terms == 0, True, low)
             yield outer_kernel, {"x_ptr": x, "TERMS": terms, "majors": tuple(majors), **types, **meta}
     for spare in (False, True):
@@ -208,32 +213,34 @@ Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in the whole
 
 def place(out: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * piece where each belongs in out [terms, rows, columns], whose last axis is dense; else zero."""
-    dense = [one if one.stride(1) == 1 else one.contiguous() for one, *_ in pieces]
-    given = tuple((one, *one.shape, one.stride(0), *piece[1:]) for one, piece in zip(dense, pieces, strict=True))
+    dense = [source if source.stride(1) == 1 else source.contiguous() for source, *_ in pieces]
+    operands = tuple(
+        (source, *source.shape, source.stride(0), *piece[1:]) for source, piece in zip(dense, pieces, strict=True)
+    )
     n_elements = out[0].numel()
     on_grid(place_kernel, (cdiv(n_elements, ELEMENTS),))(
-        given, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(given), TERMS=out.shape[0],
+        operands, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(operands), TERMS=out.shape[0],
         BLOCK=ELEMENTS, num_warps=4,
     )  # fmt: skip
 
 
 def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
     """Write scale * the sum over partial [splits, rows, columns] into the pieces, whose last axis is dense."""
-    given = tuple((one, one.numel(), one.shape[1], one.stride(0), *more) for one, *more in pieces)
-    on_grid(collect_kernel, (cdiv(max(one.numel() for one, *_ in pieces), ELEMENTS), len(pieces)))(
-        given, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(given), BLOCK=ELEMENTS,
+    operands = tuple((target, target.numel(), target.shape[1], target.stride(0), *more) for target, *more in pieces)
+    on_grid(collect_kernel, (cdiv(max(target.numel() for target, *_ in pieces), ELEMENTS), len(pieces)))(
+        operands, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(operands), BLOCK=ELEMENTS,
         num_warps=4,
     )  # fmt: skip
 
 
 def split(length: int, parts: int, block: int) -> tuple[int, int]:
-    """About so many parts of whole blocks: how many there are, and how long each is."""
+    """Divide length into about so many parts of whole blocks; return how many there are, and how long each is."""
     size = cdiv(cdiv(length, parts), block) * block
     return cdiv(length, size), size
 
 
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Tensor | None) -> None:
-    """s = x p; copy = x; spare = [s | 0].  terms [1 or 3, K, R] of p, of any strides."""
+    """Write s = x p; copy = x; spare = [s | 0].  terms [1 or 3, K, R] of p, of any strides."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)

@@ -1,9 +1,9 @@
-"""How lora_linear runs: which GEMMs, and what goes beside what.
+"""Run lora_linear: choose the GEMMs, and whether the adapters join them as spare columns.
 
-A 4-bit weight is written in 16 bits into scratch for one GEMM and freed with the call; torch's caching allocator gives
-the next group the same memory.  The adapters' part is either a few spare columns of that GEMM, [x | S] [W | s B]^T
-forward and [dY | dS] [W ; A] backward, or what it is added to.  Spare columns cost a copy of the GEMM's left operand,
-the other a pass over its result, so the smaller of the two decides.
+A 4-bit weight is dequantized to 16 bits into scratch for one GEMM and freed with the call; torch's caching allocator
+gives the next group the same memory.  The adapters' part is either a few spare columns of that GEMM,
+[x | S] [W | s B]^T forward and [dY | dS] [W ; A] backward, or it is what the GEMM's result is added to.  Spare columns
+cost a copy of the GEMM's left operand, the other way a pass over its result, so the smaller of the two decides.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ ALIGNED = 64  # spare columns come in such numbers: rows of 128 bytes, and a GEM
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """[..., D] as [M, D]."""
+    """Reshape [..., D] to [M, D]."""
     return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def spare_columns(group: Group, wider: int, narrower: int) -> int:
-    """How many spare columns the GEMM gets: 0 where the adapters are better added, or would overflow its dtype.
+    """Return how many spare columns the GEMM gets: 0 if adapters are better added, or would overflow its dtype.
 
     wider: columns of the left operand, which is copied; narrower: of the result, which would be read and written again.
     An adapter whose own products overflow all the same makes its siblings NaN too, through the zeros beside it.  Its
     own results are infinite then, so the loss is not finite either way, and a scaler leaves that step out.
     """
     ranks = sum(a.shape[0] for a in group.lora_a)
-    overflow = any(overflows(one, group.x.dtype) for one in (*group.lora_a, *group.lora_b))
+    overflow = any(overflows(factor, group.x.dtype) for factor in (*group.lora_a, *group.lora_b))
     if not group.quant_type or ranks == 0 or overflow or group.widened or wider >= 2 * narrower:
         return 0
     return -(-ranks // ALIGNED) * ALIGNED
 
 
 def overflows(adapter: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an adapter's products may be too large for the dtype of the activations: float16 has few exponents."""
+    """Return whether an adapter's products may overflow the activations' dtype: float16 has few exponents."""
     return dtype == torch.float16 and adapter.dtype != torch.float16
 
 
 def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
-    """The 4-bit weights of all siblings, one below the other, in x's dtype, in a larger tensor."""
+    """Dequantize all siblings' weights, one below the other, in x's dtype, into a new larger tensor."""
     n, columns = sum(group.features), group.x.shape[-1]
     weight = group.x.new_empty(n + rows_below, columns + spare)
     group.weights_into(weight[:n, :columns])
@@ -70,7 +70,7 @@ def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
 
 
 def forward_scratch(group: Group) -> int:
-    """The bytes that forward allocates beside its results, small ones left out."""
+    """Count the bytes that forward allocates beside its results, small ones left out."""
     M, K, N = prod(group.x.shape[:-1]), group.x.shape[-1], sum(group.features)
     spare = spare_columns(group, K, N)
     weight = N * (K + spare) if group.quant_type else 0
@@ -78,7 +78,7 @@ def forward_scratch(group: Group) -> int:
 
 
 def backward_scratch(group: Group) -> int:
-    """The bytes that backward allocates beside its results, small ones left out."""
+    """Count the bytes that backward allocates beside its results, small ones left out."""
     M, K, N = prod(group.x.shape[:-1]), group.x.shape[-1], sum(group.features)
     spare = 0 if group.inputs else spare_columns(group, N, K)
     weight = (N + spare) * K if group.quant_type else 0
@@ -88,22 +88,22 @@ def backward_scratch(group: Group) -> int:
 
 
 def factors_a(group: Group) -> list[Piece]:
-    """All A, one below the other: [ranks, K]."""
+    """List all A, one below the other: [ranks, K]."""
     return [(a, ranks.start, 0, 1.0) for a, _, _, _, ranks in group.adapters]
 
 
 def factors_b(group: Group) -> list[Piece]:
-    """All B, scaled, each in its sibling's rows and its own columns: [N, ranks]."""
+    """List all B, scaled, each in its sibling's rows and its own columns: [N, ranks]."""
     return [(b, part.start, ranks.start, scale) for _, b, scale, part, ranks in group.adapters]
 
 
 def bias_of(group: Group) -> Tensor | None:
-    """The biases of all siblings, zero for those without."""
+    """Concatenate the biases of all siblings, zero for those without; return None if there are none."""
     if not group.biases:
         return None
     bias = group.x.new_zeros(sum(group.features))
-    for at, value in zip(group.biased, group.biases, strict=True):
-        bias[group.columns[at]] = value
+    for sibling, value in zip(group.biased, group.biases, strict=True):
+        bias[group.columns[sibling]] = value
     return bias
 
 
@@ -134,52 +134,52 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
 
 
 def _base(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
-    """The weights' products."""
+    """Write the weights' products into y, or add them if begun."""
     if _fused(group, x):
         _few_rows(y, x, group, begun)
     elif group.quant_type:
         _accumulate(y, x, scratch(group).T, begun)
     else:
-        for at, part in enumerate(group.columns):
-            _accumulate(y[:, part], x, group.weights[at].T, begun)
+        for sibling, part in enumerate(group.columns):
+            _accumulate(y[:, part], x, group.weights[sibling].T, begun)
 
 
 def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
-    """s = x A^T of all adapters, and wider = [x | s]."""
+    """Write s = x A^T of all adapters, and wider = [x | s]."""
     columns, ranks = x.shape[1], s.shape[1]
     copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns:])
     if len(group.inputs) > 1:
-        for given, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
-            terms = terms_of([(a, 0, 0, 1.0)], a.shape[0], a.shape[1], given.dtype)
-            project(given, terms.transpose(1, 2), s[:, part])
+        for source, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
+            terms = terms_of([(a, 0, 0, 1.0)], a.shape[0], a.shape[1], source.dtype)
+            project(source, terms.transpose(1, 2), s[:, part])
     elif group.lora_a:
-        given = rows(group.read[0])
-        terms = terms_of(factors_a(group), ranks, columns, given.dtype).transpose(1, 2)
+        source = rows(group.read[0])
+        terms = terms_of(factors_a(group), ranks, columns, source.dtype).transpose(1, 2)
         together = not group.inputs
-        project(given, terms, s, copy if together else None, spare if together else None)
+        project(source, terms, s, copy if together else None, spare if together else None)
     if group.inputs and copy is not None:
         copy.copy_(x)
         write_spare(spare, s)
 
 
 def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
-    """What the weights' products are added to: y = bias + s B^T; nothing is written if there is neither."""
+    """Write what the weights' products are added to, y = bias + s B^T; write nothing if there is neither."""
     bias = bias_of(group)
     if bias is not None:
         y.copy_(bias.expand_as(y))
     elif group.lora_a and len(set(group.adapted)) < len(group.features):
         y.zero_()
     begun = set(range(len(group.features))) if bias is not None else set()
-    for (_, b, scale, part, ranks), at in zip(group.adapters, group.adapted, strict=True):
+    for (_, b, scale, part, ranks), sibling in zip(group.adapters, group.adapted, strict=True):
         safe = s.dtype if overflows(b, y.dtype) else y.dtype
         product = operands(s[:, ranks], [(b, 0, 0, scale)], b.shape[0], safe, transposed=True)
         if safe == y.dtype:
-            _accumulate(y[:, part], *product, at in begun)
-        elif at in begun:
+            _accumulate(y[:, part], *product, sibling in begun)
+        elif sibling in begun:
             y[:, part] += torch.mm(*product)
         else:
             y[:, part] = torch.mm(*product)
-        begun.add(at)
+        begun.add(sibling)
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
@@ -190,7 +190,7 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> 
 
 
 def _accumulate(out: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
-    """out += left right, or out = left right if nothing is there yet."""
+    """Add left right to out if begun, otherwise write it."""
     if begun:
         out.addmm_(left, right)
     else:
@@ -198,7 +198,7 @@ def _accumulate(out: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
 
 
 def _fused(group: Group, x: Tensor) -> bool:
-    """Whether bitsandbytes' own GEMM takes this call: for few rows on a GPU."""
+    """Return whether bitsandbytes' own GEMM takes this call: for few rows on a GPU."""
     few = group.quant_type != "" and x.is_cuda and x.shape[0] < FEW_ROWS
     takes = few and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.shape[1] % group.blocksize == 0
     return takes and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
@@ -206,30 +206,30 @@ def _fused(group: Group, x: Tensor) -> bool:
 
 def _few_rows(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
     x = _dense_at_16_bytes(x)
-    for at, part in enumerate(group.columns):
-        absmax, *nested = map(_dense_at_16_bytes, group.statistics_of(at))
+    for sibling, part in enumerate(group.columns):
+        absmax, *nested = map(_dense_at_16_bytes, group.statistics_of(sibling))
         names = ("absmax_8bit", "absmax_code", "absmax_offset")
-        packed = _dense_at_16_bytes(group.weights[at]).view(torch.uint8).view(-1, 1)  # whatever it is stored as
+        packed = _dense_at_16_bytes(group.weights[sibling]).view(torch.uint8).view(-1, 1)  # whatever it is stored as
         product = torch.ops.bitsandbytes.gemm_4bit(
-            x, packed, [group.features[at], x.shape[1]], absmax, group.blocksize, group.quant_type, None,
+            x, packed, [group.features[sibling], x.shape[1]], absmax, group.blocksize, group.quant_type, None,
             **dict(zip(names, nested, strict=False)),
         )  # fmt: skip
         y[:, part] = y[:, part] + product if begun else product
 
 
 def _dense_at_16_bytes(tensor: Tensor) -> Tensor:
-    """Itself or a copy: bitsandbytes' GEMM reads as many bytes at once, wherever a tensor begins."""
+    """Return the tensor or a dense copy aligned to 16 bytes, as many as bitsandbytes' GEMM reads at once anywhere."""
     dense = tensor.contiguous()
     return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 
 def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]) -> None:
-    """Fill the gradients that are needed."""
-    found = iter(targets)
+    """Fill the needed gradients."""
+    remaining = iter(targets)
     lists = (1, len(group.weights), len(group.biases), len(group.lora_a), len(group.lora_b), len(group.inputs))
     marks = iter(needed)
     dx, dweights, dbiases, das, dbs, dinputs = (
-        [next(found) if next(marks) else None for _ in range(length)] for length in lists
+        [next(remaining) if next(marks) else None for _ in range(length)] for length in lists
     )
     if rows(grad_output).shape[0] == 0:
         for target in targets:
@@ -239,7 +239,7 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
     ds = s.new_empty(s.shape)
     if dx[0] is not None:
         _input_gradient(rows(dx[0]), grad, s, ds, dbs, group)
-    elif any(one is not None for one in (*das, *dinputs)):
+    elif any(gradient is not None for gradient in (*das, *dinputs)):
         _adapter_gradients(grad, s, ds, dbs, group)
     else:
         _second_factors(dbs, grad, s, group)
@@ -251,18 +251,18 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
             if dinput is not None:
                 dtype = torch.promote_types(a.dtype, b.dtype)
                 rows(dinput).copy_(ds[:, ranks].to(dtype) @ a.to(dtype))
-    for at, part in enumerate(group.columns):
-        if (dweight := dweights[at]) is not None:
+    for sibling, part in enumerate(group.columns):
+        if (dweight := dweights[sibling]) is not None:
             torch.mm(grad[:, part].to(x.dtype).T, x, out=dweight)
-    for at, dbias in zip(group.biased, dbiases, strict=True):
+    for sibling, dbias in zip(group.biased, dbiases, strict=True):
         if dbias is not None:
-            dbias.copy_(torch.sum(grad[:, group.columns[at]], 0))
+            dbias.copy_(torch.sum(grad[:, group.columns[sibling]], 0))
 
 
 def _adapter_gradients(
     grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group, wider: Tensor | None = None
 ) -> None:
-    """ds = s_j dY B and dB = s_j dY^T S of each adapter, and wider = [dY | ds]: what dY is read for beside its GEMM."""
+    """Write ds = s_j dY B and dB = s_j dY^T S of each adapter, and wider = [dY | ds], reading dY once if possible."""
     n, ranks = grad.shape[1], ds.shape[1]
     if ranks == 0:
         return
@@ -271,7 +271,7 @@ def _adapter_gradients(
     if len(own) == len(group.adapted):  # no sibling has two
         factors = [(b, part.start, 0, scale) for _, b, scale, part, _ in group.adapters]
         targets = [(db, row, 0, scale) for db, (_, row, _, scale) in zip(dbs, factors, strict=True) if db is not None]
-        of_sibling = [own.get(at, slice(0, 0)) for at in range(len(group.features))]
+        of_sibling = [own.get(sibling, slice(0, 0)) for sibling in range(len(group.features))]
         if project_and_outer(grad, s, ds, factors, targets, group.columns, of_sibling, copy, spare):
             return
     _project_gradient(grad, ds, group, copy, spare)
@@ -279,7 +279,7 @@ def _adapter_gradients(
 
 
 def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | None, spare: Tensor | None) -> None:
-    """ds = s_j dY B of each adapter, copy = dY and spare = [ds | 0]."""
+    """Write ds = s_j dY B of each adapter, copy = dY and spare = [ds | 0]."""
     n, ranks = grad.shape[1], ds.shape[1]
     if ranks <= MAX_RANK:
         project(grad, terms_of(factors_b(group), n, ranks, grad.dtype), ds, copy, spare)
@@ -292,31 +292,31 @@ def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | Non
 
 
 def _second_factors(dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, group: Group) -> None:
-    """dB = s_j dY^T S, in one pass over dY if the ranks are few."""
-    found = [(db, *adapter) for db, adapter in zip(dbs, group.adapters, strict=True) if db is not None]
+    """Write dB = s_j dY^T S, in one pass over dY if the ranks are few."""
+    needed = [(db, *adapter) for db, adapter in zip(dbs, group.adapters, strict=True) if db is not None]
     if s.shape[1] <= MAX_RANK:
-        outer(grad, s, [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in found])
+        outer(grad, s, [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in needed])
         return
-    for db, _, _, scale, part, ranks in found:
+    for db, _, _, scale, part, ranks in needed:
         outer(grad[:, part], s[:, ranks], [(db, 0, 0, scale)])
 
 
 def _first_factors(das: Sequence[Tensor | None], ds: Tensor, group: Group) -> None:
-    """dA = ds^T x_j; those that read the same x share a pass over it."""
-    found = [
-        (da, given, ranks) for da, given, ranks in zip(das, group.read, group.ranks, strict=True) if da is not None
+    """Write dA = ds^T x_j; adapters that read the same x share a pass over it."""
+    needed = [
+        (da, source, ranks) for da, source, ranks in zip(das, group.read, group.ranks, strict=True) if da is not None
     ]
     if len(group.inputs) > 1:
-        for da, given, ranks in found:
-            outer(rows(given), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
-    elif found:
-        outer(rows(group.read[0]), ds, [(da, ranks.start, 0, 1.0) for da, _, ranks in found], transposed=True)
+        for da, source, ranks in needed:
+            outer(rows(source), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
+    elif needed:
+        outer(rows(group.read[0]), ds, [(da, ranks.start, 0, 1.0) for da, _, ranks in needed], transposed=True)
 
 
 def _input_gradient(
     dx: Tensor, grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group
 ) -> None:
-    """dx = dY W + ds A, where the adapters read x itself; and ds and dB."""
+    """Write dx = dY W + ds A (ds A only where the adapters read x itself), and ds and dB."""
     n, columns = grad.shape[1], dx.shape[1]
     spare = 0 if group.inputs else spare_columns(group, n, columns)
     if spare:
@@ -332,14 +332,14 @@ def _input_gradient(
     if group.quant_type:
         _accumulate(dx, grad, scratch(group), begun)
         return
-    for at, part in enumerate(group.columns):
-        _accumulate(dx, grad[:, part], group.weights[at], begun or at > 0)
+    for sibling, part in enumerate(group.columns):
+        _accumulate(dx, grad[:, part], group.weights[sibling], begun or sibling > 0)
 
 
 def _input_gradient_by_parts(
     dx: Tensor, grad: Tensor, s: Tensor, ds: Tensor, dbs: Sequence[Tensor | None], group: Group, spare: int
 ) -> None:
-    """dx = [dY | ds] [W ; A], and ds and dB, some rows at a time: the copy of dY would be as large as itself."""
+    """Write dx = [dY | ds] [W ; A], ds and dB, some rows at a time: a copy of dY would be as large as dY."""
     M, n = grad.shape
     size = _rows_of_a_part(M, n, spare, grad.element_size())
     weight, wider = scratch(group, rows_below=spare), grad.new_empty(min(size, M), n + spare)
@@ -347,24 +347,24 @@ def _input_gradient_by_parts(
     totals = dbs if size >= M else [None if db is None else torch.zeros_like(db, dtype=wide(db.dtype)) for db in dbs]
     for start in range(0, M, size):
         part = slice(start, min(start + size, M))
-        own = dbs if totals is dbs else [None if one is None else torch.empty_like(one) for one in totals]
+        own = dbs if totals is dbs else [None if total is None else torch.empty_like(total) for total in totals]
         beside = wider[: part.stop - start]
         _adapter_gradients(grad[part], s[part], ds[part], own, group, beside)
         torch.mm(beside, weight, out=dx[part])
-        for one, more in zip(totals, own, strict=True) if totals is not dbs else ():
-            if one is not None and more is not None:
-                one.add_(more)
-    for db, one in zip(dbs, totals, strict=True) if totals is not dbs else ():
-        if db is not None and one is not None:
-            db.copy_(one)
+        for total, more in zip(totals, own, strict=True) if totals is not dbs else ():
+            if total is not None and more is not None:
+                total.add_(more)
+    for db, total in zip(dbs, totals, strict=True) if totals is not dbs else ():
+        if db is not None and total is not None:
+            db.copy_(total)
 
 
 def _rows_of_a_part(M: int, n: int, spare: int, itemsize: int) -> int:
-    """Parts of one size but for the last, each of PART_BYTES at the most."""
+    """Return the rows of a part: parts of one size but for the last, of about PART_BYTES at the most."""
     count = cdiv(M * (n + spare) * itemsize, PART_BYTES)
     return cdiv(cdiv(M, count), ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 def _times_a(ds: Tensor, group: Group) -> Tensor:
-    """ds A of all adapters, in ds's dtype."""
+    """Return ds A of all adapters, in ds's dtype."""
     return ds @ torch.cat([a.to(ds.dtype) for a in group.lora_a])

@@ -1,4 +1,4 @@
-"""Products with a matrix of few columns, and pieces put together: what PyTorch has no fast call for.
+"""Multiply by a matrix of few columns, and put pieces together: PyTorch has no fast call for either.
 
 By Triton where it has tensor cores, by PyTorch elsewhere, and where a kernel cannot be compiled.
 """
@@ -22,12 +22,12 @@ Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger 
 
 
 def terms_of(pieces: Sequence[Piece], rows: int, columns: int, beside: torch.dtype) -> Tensor:
-    """A matrix [rows, columns] made of pieces and zeros, to be multiplied with a tensor of another dtype.
+    """Build a matrix [rows, columns] of pieces and zeros, to be multiplied by a tensor of another dtype.
 
-    [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
+    Returns [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
     """
-    dtype = functools.reduce(torch.promote_types, [one.dtype for one, *_ in pieces])
-    exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(one for one, *_ in pieces))
+    dtype = functools.reduce(torch.promote_types, [piece.dtype for piece, *_ in pieces])
+    exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(piece for piece, *_ in pieces))
     out = pieces[0][0].new_empty(3 if exact else 1, rows, columns, dtype=beside if exact else dtype)
     place(out, pieces)
     return out
@@ -38,14 +38,14 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 
     Each term is what those before it have left.
     """
-    tensors = [out, *(one for one, *_ in pieces)]
+    tensors = [out, *(piece for piece, *_ in pieces)]
     if pieces and _on_triton(*tensors) and dispatch.launched(_launcher("place"), tensors, out, pieces):
         return
-    if sum(one.numel() for one, *_ in pieces) < out[0].numel():
+    if sum(piece.numel() for piece, *_ in pieces) < out[0].numel():
         out.zero_()
-    for one, row, column, scale in pieces:
-        left = one.to(wide(one.dtype, out.dtype)) * scale
-        for term in out[:, row : row + one.shape[0], column : column + one.shape[1]]:
+    for piece, row, column, scale in pieces:
+        left = piece.to(wide(piece.dtype, out.dtype)) * scale
+        for term in out[:, row : row + piece.shape[0], column : column + piece.shape[1]]:
             term.copy_(left)
             left = left - term
 
@@ -53,14 +53,14 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 def operands(
     left: Tensor, pieces: Sequence[Piece], columns: int, dtype: torch.dtype, *, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """left [M, r] and a matrix of pieces [r, columns] (or [columns, r], if transposed) as a GEMM in dtype takes them.
+    """Return left [M, r] and a matrix of pieces [r, columns] ([columns, r] if transposed), for a GEMM in dtype.
 
-    For float32 in bfloat16 both are two terms, high and low: high high + low high + high low are one product along
-    3 r.  What is left out is below 2^-16 of it.  More than MAX_RANK ranks are rounded, as three times as many would
-    cost time.
+    For float32 in bfloat16 both are split into two terms, high and low: high high + low high + high low are one product
+    along 3 r.  What is left out is below 2^-16 of it.  More than MAX_RANK ranks are rounded, as three times as many
+    would cost time.
     """
     rank = left.shape[1]
-    exact = dtype == torch.bfloat16 and rank <= MAX_RANK and any(one.dtype == torch.float32 for one, *_ in pieces)
+    exact = dtype == torch.bfloat16 and rank <= MAX_RANK and any(piece.dtype == torch.float32 for piece, *_ in pieces)
     terms = 3 if exact else 1
     right = left.new_empty((columns, terms, rank) if transposed else (terms, rank, columns), dtype=dtype)
     by_term = right.transpose(0, 1) if transposed else right
@@ -76,7 +76,7 @@ def operands(
 
 
 def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spare: Tensor | None = None) -> None:
-    """s = x p, copy = x and spare = [s | 0] in one pass over x.
+    """Write s = x p, copy = x and spare = [s | 0] in one pass over x.
 
     x and copy [M, K]; terms [terms, K, r] of p, of any strides; s [M, r] float32 or float64; spare [M, r or more] as x.
     """
@@ -84,8 +84,8 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spa
     beside = spare if len(parts) == 1 else None
 
     def launch(part: slice) -> bool:
-        given = (x, terms[:, :, part], s[:, part], copy if part.start == 0 else None, beside)
-        return dispatch.launched(_launcher("project"), (x, terms), *given)
+        arguments = (x, terms[:, :, part], s[:, part], copy if part.start == 0 else None, beside)
+        return dispatch.launched(_launcher("project"), (x, terms), *arguments)
 
     if _on_triton(x, s, terms) and all(launch(part) for part in parts):
         if beside is None:
@@ -100,7 +100,7 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None = None, spa
 
 
 def write_spare(spare: Tensor | None, s: Tensor) -> None:
-    """spare = [s | 0], if there is any."""
+    """Write spare = [s | 0], if there is any."""
     if spare is not None:
         spare[:, : s.shape[1]].copy_(s)
         spare[:, s.shape[1] :].zero_()
@@ -111,30 +111,30 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = F
 
     s counts as rounded to x's dtype where all pieces have that dtype.
     """
-    rounded = all(one.dtype == x.dtype for one, *_ in pieces)
+    rounded = all(target.dtype == x.dtype for target, *_ in pieces)
 
     def launch(part: slice) -> bool:
         cut = [_within(piece, part, transposed) for piece in pieces]
         inside = [piece for piece in cut if piece is not None]
-        tensors = (x, s, *(one for one, *_ in inside))
+        tensors = (x, s, *(target for target, *_ in inside))
         return not inside or dispatch.launched(_launcher("outer"), tensors, x, s[:, part], inside, rounded, transposed)
 
     if not pieces or (_on_triton(x, s) and all(launch(part) for part in _parts(s.shape[1]))):
         return
     product = s.T @ x.to(s.dtype) if transposed else x.to(s.dtype).T @ s
-    for one, row, column, scale in pieces:
-        one.copy_(product[row : row + one.shape[0], column : column + one.shape[1]] * scale)
+    for target, row, column, scale in pieces:
+        target.copy_(product[row : row + target.shape[0], column : column + target.shape[1]] * scale)
 
 
 def project_and_outer(
     x: Tensor, s: Tensor, product: Tensor, factors: Sequence[Piece], targets: Sequence[Piece], columns: Sequence[slice],
     ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
 ) -> bool:  # fmt: skip
-    """product = x p, copy = x, spare = [product | 0] and parts of x^T s in one pass over x, if that is the better way.
+    """Write product = x p, copy = x, spare = [product | 0] and parts of x^T s in one pass; False if others are better.
 
     The columns[i] of x go with the ranks[i] of s and product alone: factors and targets have those from column 0 on.
     """
-    rank, dtypes = max(own.stop - own.start for own in ranks), {one.dtype for one, *_ in factors}
+    rank, dtypes = max(own.stop - own.start for own in ranks), {factor.dtype for factor, *_ in factors}
     exact = {torch.bfloat16: {torch.bfloat16, torch.float32}, torch.float16: {torch.float16}}.get(x.dtype, set())
     if rank > ONE_PASS_RANK or not dtypes <= exact or not targets or not _on_triton(x, s):
         return False
@@ -149,14 +149,18 @@ def _launcher(name: str) -> Callable[..., None]:
 
 
 def _within(piece: Piece, part: slice, transposed: bool) -> Piece | None:
-    """What lies among these ranks of a piece, which are rows if transposed, else columns."""
-    one, row, column, scale = piece
-    first, size = (row, one.shape[0]) if transposed else (column, one.shape[1])
+    """Cut a piece to these ranks, which are its rows if transposed, else its columns; None if nothing is left."""
+    matrix, row, column, scale = piece
+    first, size = (row, matrix.shape[0]) if transposed else (column, matrix.shape[1])
     low, high = max(first, part.start), min(first + size, part.stop)
     if low >= high:
         return None
     inside = slice(low - first, high - first)
-    return (one[inside], low - part.start, 0, scale) if transposed else (one[:, inside], row, low - part.start, scale)
+    return (
+        (matrix[inside], low - part.start, 0, scale)
+        if transposed
+        else (matrix[:, inside], row, low - part.start, scale)
+    )
 
 
 def _parts(ranks: int) -> list[slice]:
@@ -164,7 +168,7 @@ def _parts(ranks: int) -> list[slice]:
 
 
 def _on_triton(*tensors: Tensor) -> bool:
-    """Triton's products want tensor cores; without them cuBLAS is the better choice."""
+    """Return whether Triton should multiply these tensors: without tensor cores cuBLAS is the better choice."""
     device = tensors[0].device
     dtypes = dispatch.triton_dtypes(device) if dispatch.has_tensor_cores(device) else ()
     return all(tensor.dtype in dtypes and tensor.numel() > 0 for tensor in tensors)

@@ -18,7 +18,7 @@ def reference(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, offset: float,
     round_first: bool, interleaved: bool, per_pair: bool, contiguous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q', k', q_rstd and k_rstd in plain PyTorch."""
+    """Compute q', k', q_rstd and k_rstd in plain PyTorch."""
     normalized_q, q_rstd = rms_norm.reference(q, q_weight, eps, offset, round_first)
     normalized_k, k_rstd = rms_norm.reference(k, k_weight, eps, offset, round_first)
     angles = (cos, sin, interleaved, per_pair)
@@ -29,10 +29,10 @@ def reference_backward(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_rstd: Tensor,
     k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool, per_pair: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq and dk in plain PyTorch."""
-    turned = (rotate(one, cos, sin, interleaved, per_pair, back=True) for one in (grad_q, grad_k))
+    """Compute dq and dk in plain PyTorch."""
+    turned = (rotate(gradient, cos, sin, interleaved, per_pair, back=True) for gradient in (grad_q, grad_k))
     rows = zip(turned, (q, k), (q_weight, k_weight), (q_rstd, k_rstd), strict=True)
-    dq, dk = (rms_norm.reference_backward(*one, offset, round_first) for one in rows)
+    dq, dk = (rms_norm.reference_backward(*row_tensors, offset, round_first) for row_tensors in rows)
     return dq, dk
 
 
@@ -40,10 +40,12 @@ def reference_backward_weight(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_rstd: Tensor,
     k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool, per_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dq_weight and dk_weight, for trainable weights."""
-    turned = (rotate(one, cos, sin, interleaved, per_pair, back=True) for one in (grad_q, grad_k))
+    """Compute dq, dk, dq_weight and dk_weight in plain PyTorch, for trainable weights."""
+    turned = (rotate(gradient, cos, sin, interleaved, per_pair, back=True) for gradient in (grad_q, grad_k))
     rows = zip(turned, (q, k), (q_weight, k_weight), (q_rstd, k_rstd), strict=True)
-    (dq, dq_weight), (dk, dk_weight) = (rms_norm.reference_backward_weight(*one, offset, round_first) for one in rows)
+    (dq, dq_weight), (dk, dk_weight) = (
+        rms_norm.reference_backward_weight(*row_tensors, offset, round_first) for row_tensors in rows
+    )
     return dq, dk, dq_weight, dk_weight
 
 
@@ -51,7 +53,7 @@ def new_outputs(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, offset: float,
     round_first: bool, interleaved: bool, per_pair: bool, contiguous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Empty q', k', q_rstd and k_rstd."""
+    """Allocate empty q', k', q_rstd and k_rstd."""
     require(q.dim() == k.dim(), lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
     new = []
     for x, weight in ((q, q_weight), (k, k_weight)):
@@ -66,7 +68,7 @@ def new_gradients(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_rstd: Tensor,
     k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool, per_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Empty dq, dk, dq_weight and dk_weight."""
+    """Allocate empty dq, dk, dq_weight and dk_weight."""
     dq, dq_weight = rms_norm.new_gradients(grad_q, q, q_weight, q_rstd, offset, round_first)
     dk, dk_weight = rms_norm.new_gradients(grad_k, k, k_weight, k_rstd, offset, round_first)
     return dq, dk, dq_weight, dk_weight
@@ -76,18 +78,18 @@ def new_dx(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_rstd: Tensor,
     k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool, per_pair: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Empty dq and dk alone."""
+    """Allocate empty dq and dk alone."""
     dq = rms_norm.new_dx(grad_q, q, q_weight, q_rstd, offset, round_first)
     return dq, rms_norm.new_dx(grad_k, k, k_weight, k_rstd, offset, round_first)
 
 
 def _weighted(shapes: Shapes) -> Shapes:
-    """With a weight for each element of a head."""
+    """Add the shapes of the weights, one number for each element of a head."""
     return {**shapes, **dict.fromkeys(("q_weight", "k_weight"), shapes["q"].split()[-1])}
 
 
 def _backward(shapes: Shapes) -> Shapes:
-    """With gradients like q and k, and a number for each of their rows."""
+    """Add the shapes of the weights, of gradients like q and k, and of one number for each of their rows."""
     rows = {f"{name}_rstd": shapes[name].rpartition(" ")[0] for name in "qk"}
     return {**_weighted(shapes), "grad_q": shapes["q"], "grad_k": shapes["k"], **rows}
 
@@ -121,8 +123,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradients(ctx: Any, grad_q: Tensor, grad_k: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     trained = any(ctx.needs_input_grad[2:4])
     backward = norm_rotary_backward_weight if trained else norm_rotary_backward
-    found = backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
-    needed = [value if needs else None for value, needs in zip(found, ctx.needs_input_grad, strict=False)]
+    gradients = backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
+    needed = [value if needs else None for value, needs in zip(gradients, ctx.needs_input_grad, strict=False)]
     return *needed, *(None,) * (12 - len(needed))
 
 

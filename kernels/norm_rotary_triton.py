@@ -29,6 +29,7 @@ from fastft.kernels.rotary_triton import (
 
 @triton.jit
 def scaled(x, rstd, weight, offset, x_ptr, ROUND_FIRST: tl.constexpr):
+    """Return x * rstd * (offset + weight); ROUND_FIRST: x * rstd is rounded to x's dtype."""
     unit = x * rstd[:, None]
     if ROUND_FIRST:
         unit = rounded(unit, x_ptr)
@@ -37,11 +38,12 @@ def scaled(x, rstd, weight, offset, x_ptr, ROUND_FIRST: tl.constexpr):
 
 @triton.jit
 def forward_rows(
-    given, more, tile, D, half, eps, offset,
+    operand, more, tile, D, half, eps, offset,
     ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = given
+    """Normalise and rotate the rows of one tile of q or k."""
+    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = operand
     weight_ptr, rstd_ptr, rstd_strides = more
     row = tile * ROWS + tl.arange(0, ROWS)
     rows, always, origin = row < n_rows, tl.full([1], 1, tl.int1), tl.full([1], 0, tl.int64)
@@ -58,7 +60,7 @@ def forward_rows(
     weight_a, weight_b = load_pairs(weight_ptr, origin, half, always, INTERLEAVED, 1, BLOCK_H)  # [1, BLOCK_H]
     a = scaled(a, rstd, weight_a, offset, x_ptr, ROUND_FIRST)
     b = scaled(b, rstd, weight_b, offset, x_ptr, ROUND_FIRST)
-    a, b = rotated_by_angles(a, b, given, row, half, False, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
+    a, b = rotated_by_angles(a, b, operand, row, half, False, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
     store_pairs(y_ptr, y_start, half, rows, a, b, INTERLEAVED, ROWS, BLOCK_H)
     if BLOCK_P > 0:
         weight = load_tile(weight_ptr, origin, d, (d < D)[None, :])
@@ -71,7 +73,7 @@ def forward_kernel(
     ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The first q_tiles programs take the rows of q, the others those of k."""
+    """Run forward_rows: the first q_tiles programs take the rows of q, the others those of k."""
     tile = tl.program_id(0)
     if tile < q_tiles:
         forward_rows(q, q_more, tile, D, half, eps, offset, ROUND_FIRST, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H, BLOCK_P)
@@ -84,12 +86,12 @@ def forward_kernel(
 
 @triton.jit
 def backward_rows(
-    given, more, program, n_programs, D, half, offset,
+    operand, more, program, n_programs, D, half, offset,
     WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx of every n_programs-th tile, and the partial sum of dweight over them."""
-    dx_ptr, dy_ptr, _, _, n_rows, n1, n2, dy_strides, _, _ = given
+    """Compute dx of every n_programs-th tile, and the partial sum of dweight over them."""
+    dx_ptr, dy_ptr, _, _, n_rows, n1, n2, dy_strides, _, _ = operand
     x_ptr, weight_ptr, rstd_ptr, partial_ptr, x_strides, rstd_strides = more
     always, origin = tl.full([1], 1, tl.int1), tl.full([1], 0, tl.int64)
     d = 2 * half + tl.arange(0, BLOCK_P if BLOCK_P > 0 else 1)
@@ -104,7 +106,7 @@ def backward_rows(
         dy_start = starts(row, n1, n2, dy_strides)
         a, b = load_pairs(dy_ptr, dy_start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
         # The gradient of what was rotated.
-        a, b = rotated_by_angles(a, b, given, row, half, True, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
+        a, b = rotated_by_angles(a, b, operand, row, half, True, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
         rstd = tl.load(rstd_ptr + starts(row, n1, n2, rstd_strides), mask=rows, other=0.0)[:, None]
         unit_a, unit_b = load_pairs(x_ptr, start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
         unit_a, unit_b = unit_a * rstd, unit_b * rstd
@@ -140,7 +142,7 @@ def backward_kernel(
     WEIGHT: tl.constexpr, ROUND_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The first q_programs programs take the rows of q, the others those of k."""
+    """Run backward_rows: the first q_programs programs take the rows of q, the others those of k."""
     program = tl.program_id(0)
     if program < q_programs:
         backward_rows(
@@ -155,7 +157,7 @@ def backward_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     strides = ("i32",) * 3
     forward_more, backward_more = ("*row", "*fp32", strides), ("*row", "*row", "*fp32", "*fp32", strides, strides)
     for config in CONFIGS:
@@ -174,12 +176,13 @@ def forward(
     outputs: Sequence[Tensor], q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     eps: float, offset: float, round_first: bool, interleaved: bool, per_pair: bool, contiguous: bool,
 ) -> None:  # fmt: skip
+    """Compute q', k', q_rstd and k_rstd into outputs."""
     new_q, new_k, q_rstd, k_rstd = outputs
     D, half = q.shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config = config_for(CONFIGS, D)
     given_q, rstd_of_q = rows_of(new_q, q, cos, sin, q_rstd)
     given_k, rstd_of_k = rows_of(new_k, k, cos, sin, k_rstd)
-    q_tiles, k_tiles = (cdiv(one.numel(), config.rows) for one in (q_rstd, k_rstd))
+    q_tiles, k_tiles = (cdiv(rstd.numel(), config.rows) for rstd in (q_rstd, k_rstd))
     on_grid(forward_kernel, (q_tiles + k_tiles,))(
         given_q, given_k, (q_weight.contiguous(), *rstd_of_q), (k_weight.contiguous(), *rstd_of_k), D, half, q_tiles,
         eps, offset, ROUND_FIRST=round_first, INTERLEAVED=interleaved, PER_PAIR=per_pair, ROWS=config.rows,
@@ -192,23 +195,23 @@ def backward(
     q_rstd: Tensor, k_rstd: Tensor, cos: Tensor, sin: Tensor, offset: float, round_first: bool, interleaved: bool,
     per_pair: bool,
 ) -> None:  # fmt: skip
-    """dq and dk; and dq_weight and dk_weight if there are outputs for them, from float32 sums over programs."""
+    """Compute dq and dk; and dq_weight and dk_weight if there are outputs for them, from float32 sums over programs."""
     new_q, new_k, *weight_gradients = outputs
     D, half = q.shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config, trained = config_for(CONFIGS, D), bool(weight_gradients)
-    programs = [cdiv(one.numel(), config.rows) for one in (q_rstd, k_rstd)]
+    programs = [cdiv(row_rstd.numel(), config.rows) for row_rstd in (q_rstd, k_rstd)]
     if trained:
-        programs = [min(one, multiprocessors(q.device) * config.programs) for one in programs]
-    partials = [torch.empty(one if trained else 0, D, dtype=torch.float32, device=q.device) for one in programs]
-    given, more = [], []
+        programs = [min(count, multiprocessors(q.device) * config.programs) for count in programs]
+    partials = [torch.empty(count if trained else 0, D, dtype=torch.float32, device=q.device) for count in programs]
+    operands, more = [], []
     for new, grad, x, weight, rstd, partial in zip(
         (new_q, new_k), (dq, dk), (q, k), (q_weight, k_weight), (q_rstd, k_rstd), partials, strict=True
     ):
         rows, (x, x_strides), (rstd, rstd_strides) = rows_of(new, grad, cos, sin, x, rstd)
-        given.append(rows)
+        operands.append(rows)
         more.append((x, weight.contiguous(), rstd, partial, x_strides, rstd_strides))
     on_grid(backward_kernel, (sum(programs),))(
-        *given, *more, D, half, *programs, offset, WEIGHT=trained, ROUND_FIRST=round_first, INTERLEAVED=interleaved,
+        *operands, *more, D, half, *programs, offset, WEIGHT=trained, ROUND_FIRST=round_first, INTERLEAVED=interleaved,
         PER_PAIR=per_pair, ROWS=config.rows, num_warps=config.warps, **blocks(D, half),
     )  # fmt: skip
     for gradient, partial in zip(weight_gradients, partials, strict=False):

@@ -24,7 +24,7 @@ SPELLINGS = (  # offset and round_first: Llama, GPT-OSS, Gemma
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    """The forward in plain PyTorch: the specification, and the implementation where Triton does not run."""
+    """Compute y and rstd in plain PyTorch: the specification, and the implementation where Triton does not run."""
     h = x.to(wide(x.dtype))
     rstd = torch.rsqrt((h * h).mean(-1, keepdim=True) + eps)
     unit = h * rstd
@@ -39,9 +39,9 @@ def reference_backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
     addend: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dx in plain PyTorch: with unit = x * rstd, the gradient of unit is projected off unit, then scaled by rstd.
+    """Compute dx in plain PyTorch: the gradient of unit = x * rstd, projected off unit, times rstd.
 
-    addend is another gradient of x, which is added: that of a residual stream that goes on past the norm.
+    addend: another gradient of x to be added, that of the residual stream that goes on past the norm.
     """
     dtype = wide(x.dtype)
     unit = x.to(dtype) * rstd.unsqueeze(-1)
@@ -54,7 +54,7 @@ def reference_backward_weight(
     grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dweight, for a trainable weight."""
+    """Compute dx and dweight in plain PyTorch, for a trainable weight."""
     dtype = wide(x.dtype)
     unit = x.to(dtype) * rstd.unsqueeze(-1)
     scaled = unit.to(x.dtype).to(dtype) if round_first else unit  # what weight was multiplied by
@@ -64,7 +64,7 @@ def reference_backward_weight(
 
 
 def check(x: Tensor, weight: Tensor, offset: float, round_first: bool) -> None:
-    """Raise for what the op does not define."""
+    """Raise for shapes, dtypes and settings that the op does not define."""
     require(x.dim() > 0 and weight.dim() == 1, lambda: f"x {tuple(x.shape)} or weight {tuple(weight.shape)}")
     require(x.shape[-1] > 0, lambda: "the mean of an empty row")
     require(x.shape[-1] == weight.shape[0], lambda: f"x {tuple(x.shape)}, but weight {tuple(weight.shape)}")
@@ -73,19 +73,19 @@ def check(x: Tensor, weight: Tensor, offset: float, round_first: bool) -> None:
 
 
 def result_dtype(x: Tensor, weight: Tensor, round_first: bool) -> torch.dtype:
-    """y's."""
+    """Return y's dtype."""
     return torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
 
 
 def new_outputs(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    """Empty y and rstd: the fake implementation, and where the real one writes."""
+    """Allocate empty y and rstd: the fake implementation, and what the real one writes into."""
     check(x, weight, offset, round_first)
     y = torch.empty_like(x, dtype=result_dtype(x, weight, round_first))
     return y, new_rstd(y, x)
 
 
 def new_rstd(y: Tensor, x: Tensor) -> Tensor:
-    """One number for each row of y."""
+    """Allocate an empty rstd: one number for each row of y."""
     return torch.empty_like(y[..., 0], dtype=wide(x.dtype))
 
 
@@ -93,7 +93,7 @@ def new_gradients(
     grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Empty dx and dweight."""
+    """Allocate empty dx and dweight."""
     dx = new_dx(grad_output, x, weight, rstd, offset, round_first, addend)
     return dx, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
@@ -102,7 +102,7 @@ def new_dx(
     grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
     addend: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Empty dx alone."""
+    """Allocate an empty dx alone."""
     require(grad_output.shape == x.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {tuple(x.shape)}")
     require(rstd.shape == x.shape[:-1], lambda: f"rstd {tuple(rstd.shape)}, but x {tuple(x.shape)}")
     require(addend is None or addend.shape == x.shape, lambda: "addend has not the shape of x")
@@ -110,7 +110,7 @@ def new_dx(
 
 
 ROWS = {"x": "... D", "weight": "D"}
-BACKWARD_SPELLINGS = [{name: value for name, value in one.items() if name != "eps"} for one in SPELLINGS]
+BACKWARD_SPELLINGS = [{name: value for name, value in spelling.items() if name != "eps"} for spelling in SPELLINGS]
 _GRADIENT = {"grad_output": "... D", **ROWS, "rstd": "..."}
 _BACKWARD = cases([_GRADIENT, {**_GRADIENT, "addend": "... D"}], BACKWARD_SPELLINGS)
 rms_norm = define(
@@ -131,7 +131,7 @@ def gradients(
     needs_weight: bool, grad_y: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, offset: float,
     round_first: bool, addend: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dx and, if it is needed, dweight, by the op for either."""
+    """Compute dx and, if it is needed, dweight, by the op for either."""
     if grad_y is None:
         return addend, None
     if needs_weight:

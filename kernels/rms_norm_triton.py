@@ -30,7 +30,7 @@ from fastft.kernels.core.tiles import (
 
 @triton.jit
 def normalized(x, weight, D, eps, offset, x_ptr, ROUND_FIRST: tl.constexpr):
-    """y and rstd of rows x [ROWS, BLOCK_D]; x_ptr has the dtype to round to first."""
+    """Compute y and rstd of rows x [ROWS, BLOCK_D]; x_ptr has the dtype to round to first."""
     rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)  # [ROWS]
     unit = x * rstd[:, None]
     if ROUND_FIRST:
@@ -40,7 +40,7 @@ def normalized(x, weight, D, eps, offset, x_ptr, ROUND_FIRST: tl.constexpr):
 
 @triton.jit
 def input_gradient(dy, unit, scale, rstd, D):
-    """dx: the gradient of unit = x * rstd, projected off unit and scaled by rstd."""
+    """Compute dx: the gradient of unit = x * rstd, projected off unit, times rstd."""
     dunit = dy * scale[None, :]
     return (dunit - unit * (tl.sum(dunit * unit, 1) / D)[:, None]) * rstd[:, None]
 
@@ -52,6 +52,7 @@ def forward_kernel(
     eps: tl.float32, offset: tl.float32,
     ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute y and rstd of ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (row < n_rows)[:, None] & (d < D)[None, :]
@@ -68,6 +69,7 @@ def backward_kernel(
     offset: tl.float32,
     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute dx of ROWS rows, plus addend if ADD."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     mask = (row < n_rows)[:, None] & (d < D)[None, :]
@@ -87,6 +89,7 @@ def backward_weight_kernel(
     offset: tl.float32,
     ADD: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute dx, plus addend if ADD, and partial [programs, D]: sums for dweight."""
     d = tl.arange(0, BLOCK_D)
     scale = offset + load_vector(weight_ptr, d, d < D)
     dweight = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -109,7 +112,7 @@ def backward_weight_kernel(
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for config in CONFIGS:
         meta = config.meta(config.block_d)
         for add in (False, True):
@@ -123,6 +126,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
 def forward(
     outputs: tuple[Tensor, Tensor], x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> None:
+    """Compute y and rstd into outputs."""
     y, rstd = outputs
     n_rows, D = rstd.numel(), y.shape[-1]
     config = config_for(CONFIGS, D)
@@ -137,6 +141,7 @@ def backward(
     outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
     addend: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Compute dx, plus addend if there is one, into outputs."""
     (dx,) = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)
@@ -151,6 +156,7 @@ def backward_weight(
     outputs: tuple[Tensor, Tensor], dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float,
     round_first: bool, addend: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Compute dx and dweight into outputs, dweight from float32 sums over programs."""
     dx, dweight = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
     config = config_for(CONFIGS, D)

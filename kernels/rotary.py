@@ -5,7 +5,7 @@ in any order and with any strides; cos and sin [..., R] broadcast over them, R <
 are.
 interleaved: the pairs are (x[2i], x[2i+1]) as in GPT-J, otherwise (x[i], x[R/2 + i]) as in Llama.
 per_pair: cos and sin have one number a pair, R/2 in all, otherwise one an element, which need not be equal in a pair.
-contiguous: y is, otherwise it has the memory order of x.  Its dtype is that to which x and cos promote.
+contiguous: whether y is contiguous; otherwise it has the memory order of x.  Its dtype is that x and cos promote to.
 The backward is the rotation back.  Neither cos nor sin gets a gradient.
 """
 
@@ -22,20 +22,22 @@ LONGEST_HEAD = 1024  # that the Triton kernels take
 
 
 def pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The first and the second elements of the pairs."""
+    """Return the first and the second elements of the pairs."""
     return (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :])
 
 
 def joined(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
-    """The pairs as one tensor again."""
+    """Join the elements of the pairs to one tensor again."""
     return torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, *, back: bool = False) -> Tensor:
-    """x rotated, or rotated back, in plain PyTorch."""
+    """Rotate x, or rotate it back, in plain PyTorch."""
     rotated = cos.shape[-1] * (2 if per_pair else 1)
     a, b = pairs(x[..., :rotated], interleaved)
-    (cos_a, cos_b), (sin_a, sin_b) = ((one, one) if per_pair else pairs(one, interleaved) for one in (cos, sin))
+    (cos_a, cos_b), (sin_a, sin_b) = (
+        (angles, angles) if per_pair else pairs(angles, interleaved) for angles in (cos, sin)
+    )
     if back:
         a, b = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:
@@ -45,32 +47,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: boo
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool) -> Tensor:
-    """One tensor rotated."""
+    """Rotate one tensor in plain PyTorch."""
     return rotate(x, cos, sin, interleaved, per_pair)
 
 
 def reference_backward(grad_output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool) -> Tensor:
-    """Its gradient, in the dtype of grad_output."""
+    """Compute the gradient of x, in the dtype of grad_output."""
     return rotate(grad_output, cos, sin, interleaved, per_pair, back=True).to(grad_output.dtype)
 
 
 def reference_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys rotated by the same angles."""
+    """Rotate queries and keys by the same angles."""
     return rotate(q, cos, sin, interleaved, per_pair), rotate(k, cos, sin, interleaved, per_pair)
 
 
 def reference_qk_backward(
     grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool
 ) -> tuple[Tensor, Tensor]:
-    """Their gradients."""
+    """Compute the gradients of queries and keys."""
     angles = (cos, sin, interleaved, per_pair)
     return reference_backward(grad_q, *angles), reference_backward(grad_k, *angles)
 
 
 def check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool) -> None:
-    """Raise for what the op does not define."""
+    """Raise for shapes and dtypes that the op does not define."""
     rotated = cos.shape[-1] * (2 if per_pair else 1)
     require(cos.shape == sin.shape, lambda: f"cos {tuple(cos.shape)}, but sin {tuple(sin.shape)}")
     require(1 <= cos.dim() <= x.dim(), lambda: f"x {tuple(x.shape)}, but cos {tuple(cos.shape)}")
@@ -85,7 +87,7 @@ def new_output(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Empty y; dtype is that of what is rotated, if it is not x itself."""
+    """Allocate an empty y; dtype is that of what is rotated, if it is not x itself."""
     check(x, cos, sin, interleaved, per_pair)
     dtype = torch.promote_types(torch.promote_types(dtype or x.dtype, cos.dtype), sin.dtype)
     layout = torch.contiguous_format if contiguous else torch.preserve_format
@@ -93,17 +95,20 @@ def new_output(
 
 
 def new_gradient(grad_output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool) -> Tensor:
+    """Allocate an empty gradient of x."""
     check(grad_output, cos, sin, interleaved, per_pair)
     return torch.empty_like(grad_output)
 
 
 def new_outputs_qk(q: Tensor, k: Tensor, *angles: Any) -> tuple[Tensor, Tensor]:
+    """Allocate empty rotated queries and keys."""
     require(q.dim() == k.dim(), lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
     require(q.shape[-1] == k.shape[-1], lambda: f"q {tuple(q.shape)}, but k {tuple(k.shape)}")
     return new_output(q, *angles), new_output(k, *angles)
 
 
 def new_gradients_qk(grad_q: Tensor, grad_k: Tensor, *angles: Any) -> tuple[Tensor, Tensor]:
+    """Allocate empty gradients of queries and keys."""
     return new_gradient(grad_q, *angles), new_gradient(grad_k, *angles)
 
 
@@ -111,16 +116,16 @@ _WAYS = (("B H S", "B 1 S"), ("B S H", "B S 1"), ("B S H", "1 S 1"), ("B H S", "
 
 
 def angle_cases(*heads: str, choices: Sequence[Choice] = ({},)) -> list[Case]:
-    """All of each head rotated or a part of it, in every way; heads names the tensors."""
-    found: list[Case] = []
+    """Build cases that rotate all of each head or a part of it, in every way; heads names the tensors."""
+    cases: list[Case] = []
     for size, interleaved, per_pair in itertools.product(("2*R", "2*R+P"), (False, True), (False, True)):
         for _ in range(2):
-            axes, angles = _WAYS[len(found) // 2 % len(_WAYS)]
+            axes, angles = _WAYS[len(cases) // 2 % len(_WAYS)]
             shapes = {name: f"{axes.replace('H', 'H' + str(index))} {size}" for index, name in enumerate(heads)}
             shapes |= dict.fromkeys(("cos", "sin"), f"{angles} {'R' if per_pair else '2*R'}")
-            choice = choices[len(found) % len(choices)]
-            found.append((shapes, {"interleaved": interleaved, "per_pair": per_pair, **choice}))
-    return found
+            choice = choices[len(cases) % len(choices)]
+            cases.append((shapes, {"interleaved": interleaved, "per_pair": per_pair, **choice}))
+    return cases
 
 
 _LAYOUTS = [{"contiguous": False}, {"contiguous": True}]
@@ -159,8 +164,8 @@ def _setup_context_qk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _backward_qk(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    found = rotary_qk_backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.angles)
-    needed = zip(found, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+    gradients = rotary_qk_backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.angles)
+    needed = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     return *(value.to(dtype) if needs else None for value, dtype, needs in needed), *(None,) * 5
 
 

@@ -29,7 +29,7 @@ CONFIGS = (  # 8 pairs a thread, so that loads are 16 bytes wide
 
 @triton.jit
 def load_pairs(ptr, start, half, rows, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The first and the second elements of the pairs of each row, [ROWS, BLOCK_H] each; zeros outside."""
+    """Load the first and the second elements of each row's pairs, [ROWS, BLOCK_H] each; 0 outside."""
     if INTERLEAVED:
         d = tl.arange(0, 2 * BLOCK_H)
         tile = load_tile(ptr, start, d, rows[:, None] & (d < 2 * half)[None, :])
@@ -43,6 +43,7 @@ def load_pairs(ptr, start, half, rows, INTERLEAVED: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def store_pairs(ptr, start, half, rows, a, b, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Store the first and the second elements of each row's pairs, [ROWS, BLOCK_H] each."""
     if INTERLEAVED:
         d = tl.arange(0, 2 * BLOCK_H)
         tile = tl.reshape(tl.join(a, b), [ROWS, 2 * BLOCK_H])
@@ -59,7 +60,7 @@ def load_angles(
     ptr, start, half, rows,
     INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """cos or sin for the first and for the second elements of the pairs."""
+    """Load cos or sin for the first and for the second elements of the pairs."""
     if PER_PAIR:
         i = tl.arange(0, BLOCK_H)
         a = load_tile(ptr, start, i, rows[:, None] & (i < half)[None, :])
@@ -71,6 +72,7 @@ def load_angles(
 
 @triton.jit
 def rotated(a, b, cos_a, cos_b, sin_a, sin_b, BACK: tl.constexpr):
+    """Rotate the pairs (a, b), or rotate them back."""
     if BACK:
         first, second = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:
@@ -80,16 +82,17 @@ def rotated(a, b, cos_a, cos_b, sin_a, sin_b, BACK: tl.constexpr):
 
 @triton.jit
 def starts(row, n1, n2, strides):
+    """Compute where rows begin, by three strides."""
     return row_start(row, n1, n2, strides[0], strides[1], strides[2])
 
 
 @triton.jit
 def rotated_by_angles(
-    a, b, given, row, half,
+    a, b, operand, row, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The pairs a and b of these rows, rotated by the angles that rows_of gave."""
-    _, _, cos_ptr, sin_ptr, n_rows, n1, n2, _, cos_strides, sin_strides = given
+    """Rotate the pairs a and b of these rows by the angles of an operand from rows_of."""
+    _, _, cos_ptr, sin_ptr, n_rows, n1, n2, _, cos_strides, sin_strides = operand
     rows = row < n_rows
     cos_start, sin_start = starts(row, n1, n2, cos_strides), starts(row, n1, n2, sin_strides)
     cos_a, cos_b = load_angles(cos_ptr, cos_start, half, rows, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
@@ -99,16 +102,17 @@ def rotated_by_angles(
 
 @triton.jit
 def rotate_rows(
-    given, tile, D, half,
+    operand, tile, D, half,
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = given
+    """Rotate the rows of one tile and copy the elements that are not rotated."""
+    y_ptr, x_ptr, _, _, n_rows, n1, n2, x_strides, _, _ = operand
     row = tile * ROWS + tl.arange(0, ROWS)
     rows = row < n_rows
     start, y_start = starts(row, n1, n2, x_strides), tl.cast(row, tl.int64) * D
     a, b = load_pairs(x_ptr, start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
-    a, b = rotated_by_angles(a, b, given, row, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
+    a, b = rotated_by_angles(a, b, operand, row, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
     store_pairs(y_ptr, y_start, half, rows, a, b, INTERLEAVED, ROWS, BLOCK_H)
     if BLOCK_P > 0:
         d = 2 * half + tl.arange(0, BLOCK_P)
@@ -122,7 +126,7 @@ def rotary_kernel(
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The first q_tiles programs rotate the rows of q, the others those of k; q and k are what rows_of gives."""
+    """Rotate the rows of q in the first q_tiles programs, of k in the others; q and k are what rows_of returns."""
     tile = tl.program_id(0)
     if tile < q_tiles:
         rotate_rows(q, tile, D, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H, BLOCK_P)
@@ -131,7 +135,7 @@ def rotary_kernel(
 
 
 def blocks(D: int, half: int) -> dict[str, int]:
-    """The sizes of the tiles for the pairs and for what is passed through."""
+    """Return the sizes of the tiles for the pairs and for what is passed through."""
     passed = D - 2 * half
     return {
         "BLOCK_H": triton.next_power_of_2(half),
@@ -140,7 +144,7 @@ def blocks(D: int, half: int) -> dict[str, int]:
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel as it can be launched, for the tests that compile them ahead of time."""
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for config in CONFIGS:
         meta = {"ROWS": config.rows, "num_warps": config.warps}
         for interleaved in (False, True):
@@ -157,24 +161,25 @@ SIGNATURE = ("*row", "*row", "*row", "*row", "i32", "i32", "i32", _STRIDES, _STR
 
 
 def rows_of(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *more: Tensor) -> tuple[Any, ...]:
-    """What the kernel needs to know of one tensor, then each of more with its strides."""
-    angles = [one if layout.has_unit_rows(one) else one.contiguous() for one in (cos, sin)]
-    angles = [one.expand(*x.shape[:-1], one.shape[-1]) for one in angles]
+    """Return what the kernel needs to know about one tensor, then each of more with its strides."""
+    angles = [angle if layout.has_unit_rows(angle) else angle.contiguous() for angle in (cos, sin)]
+    angles = [angle.expand(*x.shape[:-1], angle.shape[-1]) for angle in angles]
     n1, n2, (x, cos, sin, *others), strides = layout.rows(y, x, *angles, *more)
-    given = (y, x, cos, sin, y.numel() // y.shape[-1], n1, n2, *strides[:3])
-    return given, *zip(others, strides[3:], strict=True)
+    operand = (y, x, cos, sin, y.numel() // y.shape[-1], n1, n2, *strides[:3])
+    return operand, *zip(others, strides[3:], strict=True)
 
 
 def launch(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool,
     back: bool,
 ) -> None:  # fmt: skip
+    """Rotate one input, or two by the same angles, into outputs."""
     D, half = outputs[0].shape[-1], cos.shape[-1] // (1 if per_pair else 2)
     config = config_for(CONFIGS, D)
-    given = [rows_of(y, x, cos, sin)[0] for y, x in zip(outputs, inputs, strict=True)]
-    q_tiles, *k_tiles = (cdiv(one[4], config.rows) for one in given)
+    operands = [rows_of(y, x, cos, sin)[0] for y, x in zip(outputs, inputs, strict=True)]
+    q_tiles, *k_tiles = (cdiv(operand[4], config.rows) for operand in operands)
     on_grid(rotary_kernel, (q_tiles + sum(k_tiles),))(
-        given[0], given[-1], D, half, q_tiles, BACK=back, INTERLEAVED=interleaved, PER_PAIR=per_pair,
+        operands[0], operands[-1], D, half, q_tiles, BACK=back, INTERLEAVED=interleaved, PER_PAIR=per_pair,
         ROWS=config.rows, num_warps=config.warps, **blocks(D, half),
     )  # fmt: skip
 
@@ -182,12 +187,14 @@ def launch(
 def forward(
     outputs: Sequence[Tensor], x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
 ) -> None:
+    """Rotate x into outputs."""
     launch(outputs, (x,), cos, sin, interleaved, per_pair, back=False)
 
 
 def backward(
     outputs: Sequence[Tensor], dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool
 ) -> None:
+    """Rotate dy back into outputs."""
     launch(outputs, (dy,), cos, sin, interleaved, per_pair, back=True)
 
 
@@ -195,10 +202,12 @@ def forward_qk(
     outputs: Sequence[Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool,
     contiguous: bool,
 ) -> None:  # fmt: skip
+    """Rotate q and k into outputs."""
     launch(outputs, (q, k), cos, sin, interleaved, per_pair, back=False)
 
 
 def backward_qk(
     outputs: Sequence[Tensor], dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool
 ) -> None:
+    """Rotate dq and dk back into outputs."""
     launch(outputs, (dq, dk), cos, sin, interleaved, per_pair, back=True)

@@ -12,6 +12,7 @@ from fastft.rewriter.matching.rule import Rule
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
+    """Return y of fastft::rms_norm alone."""
     return torch.ops.fastft.rms_norm(x, weight, eps, offset, round_first)[0]
 
 

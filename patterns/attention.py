@@ -1,4 +1,4 @@
-"""Attention -> fastft::attention, with whatever mask is added or passed; rewriter/attention.py finds out what it means.
+"""Attention -> fastft::attention, with whatever mask is added or passed; rewriter/attention/ finds out what it means.
 
 The references differ in how they scale, where they mask, and what they do to the scores.  Source: Vaswani et al.,
 Attention Is All You Need, arXiv:1706.03762.
@@ -20,17 +20,17 @@ from fastft.rewriter.matching.rule import Rule
 
 
 def attended(scores: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    """Values weighted by a softmax in float32, in the dtype of the queries."""
+    """Weight the values by a softmax in float32, cast to the dtype of the queries."""
     return torch.matmul(torch.softmax(scores, -1, torch.float32).to(q.dtype), v)
 
 
 def widened(scores: Tensor, q: Tensor, v: Tensor) -> Tensor:
-    """The same, with the scores cast before."""
+    """Weight the values as attended does, with the scores cast to float32 before the softmax."""
     return torch.matmul(torch.softmax(scores.float(), -1).to(q.dtype), v)
 
 
 def product(q: Tensor, k: Tensor) -> Tensor:
-    """Of every query with every key."""
+    """Multiply every query by every key."""
     return torch.matmul(q, k.transpose(2, 3))
 
 
@@ -154,9 +154,9 @@ def attention(
     softcap: float = 0.0, dropout: float = 0.0, is_causal: bool = False,
 ) -> Tensor:  # fmt: skip
     """fastft::attention"""
-    dtype = next((one for one in autocast.state() if one is not None), None)
+    dtype = next((autocast_dtype for autocast_dtype in autocast.state() if autocast_dtype is not None), None)
     if dtype is not None:
-        q, k, v = (one.to(dtype) for one in (q, k, v))
+        q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
     if masked is not None:
         mask = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, value)
     seed = q.new_empty(1, dtype=torch.int64).random_(2**31) if dropout else None
@@ -166,7 +166,7 @@ def attention(
 
 
 def decline_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> str | None:
-    """What the op does not do, or not here."""
+    """Return why the op cannot compute this attention, or cannot here; None if it can."""
     if mask is not None and mask.requires_grad:
         return Reason("the mask is trained", "mask.per_head")
     if mask is not None and mask.dtype != torch.bool and mask.dim() > 2 and mask.shape[-3] != 1:
@@ -189,15 +189,15 @@ GROUPS = {"q": "B H S D", "k": "B G T D", "v": "B G T D"}
 def rules(
     reference: Callable, anchor: Callable, shapes: dict[str, str], orders: tuple[bool, ...] = (False, True), **more: Any
 ) -> tuple[Rule, ...]:
-    """One for each memory order that the result may have."""
+    """Build a rule for each memory order that the result may have."""
     return tuple(
-        Rule(reference, partial(attention, contiguous=one), anchor, shapes, decline_if=decline_attention, **more)
-        for one in orders
+        Rule(reference, partial(attention, contiguous=contiguous), anchor, shapes, decline_if=decline_attention, **more)
+        for contiguous in orders
     )
 
 
 def eager_rules(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
-    """Other softmaxes are not worth telling: routers have them too."""
+    """Build the rules of a written-out attention; misses are not reported, as routers have softmaxes too."""
     shapes = {**HEADS, **tensors}
     first = "v" if "sinks" in shapes else "q"  # whose dtype the weights are cast to
     same_dtype_as = {name: first for name in ("q", "k", "v", "sinks") if name in shapes and name != first}

@@ -94,11 +94,13 @@ def glu_packed(gate_up: Tensor, activation: str) -> Tensor:
 
 
 def separate(reference: Callable, activation: str, anchor: Callable, **more: Any) -> Rule:
+    """Build the rule of an activation whose gate and up are two tensors."""
     shapes = {"gate": "... I", "up": "... I"}
     return Rule(reference, partial(glu, activation=activation), anchor, shapes, **more)
 
 
 def packed(reference: Callable, activation: str, anchor: Callable) -> Rule:
+    """Build the rule of an activation whose gate and up are halves of one tensor."""
     return Rule(reference, partial(glu_packed, activation=activation), anchor, {"gate_up": "... I"})
 
 

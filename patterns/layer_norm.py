@@ -49,7 +49,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 
 def rounds_first(x: Tensor, **_: object) -> str | None:
-    """The op rounds once, at the end."""
+    """Decline what rounds before it scales: the op rounds once, at the end."""
     early = None if x.dtype == torch.float32 else "it rounds before it scales, which a LayerNorm does not"
     return decline_float64(x=x) or early
 

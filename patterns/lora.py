@@ -1,4 +1,4 @@
-"""What a LoRA layer adds to a linear layer -> fastft::lora_add, which rewriter/projections.py makes one op with it.
+"""What a LoRA layer adds to a linear layer -> fastft::lora_add, which rewriter/projections/ merges with it to one op.
 
 The references differ in how the two factors are multiplied, in the scale and in a cast.  Source: Hu et al., LoRA,
 arXiv:2106.09685.
@@ -80,13 +80,13 @@ def lora_add_transposed_unscaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor
 
 
 def decline_full_rank(a: Tensor, b: Tensor, **_: object) -> str | None:
-    """Two layers of an MLP without an activation are no adapter."""
+    """Decline factors of full rank: two layers of an MLP without an activation are no adapter."""
     (rank, inner), outer = a.shape, b.shape[0]
     return None if rank < min(inner, outer) else f"a rank of {rank} between {inner} and {outer} is not low"
 
 
 def decline_full_rank_transposed(a: Tensor, b: Tensor, **_: object) -> str | None:
-    """The same of factors that are not transposed."""
+    """Decline full rank as decline_full_rank does, of factors that are not transposed."""
     return decline_full_rank(a.t(), b.t())
 
 

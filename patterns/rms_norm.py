@@ -16,7 +16,7 @@ from fastft.rewriter.matching.rule import Rule
 
 
 def unit(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square, in float32."""
+    """Divide x by its root mean square, in float32."""
     h = x.float()
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
 
@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: 
 
 
 def decline_float64(x: Tensor, **_: object) -> str | None:
-    """The op computes float64 in float64, as torch.nn.RMSNorm does; the written-out norms do not."""
+    """Decline float64: the op computes it in float64, as torch.nn.RMSNorm does, but the written-out norms do not."""
     return Reason("x is float64 and is rounded to float32 first", "dtype.float64") if x.dtype == torch.float64 else None
 
 

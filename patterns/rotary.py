@@ -16,12 +16,12 @@ from fastft.rewriter.matching.rule import Rule
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """(-b, a) of halves a and b."""
+    """Return (-b, a) of halves a and b."""
     return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
 
 
 def rotate_every_two(x: Tensor) -> Tensor:
-    """(-b, a) of every two elements a and b."""
+    """Return (-b, a) of every two elements a and b."""
     return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
 
 
@@ -81,7 +81,7 @@ def widened(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def one_angle_a_pair(x: Tensor, cos: Tensor, **_: object) -> str | None:
-    """A single angle would broadcast over all pairs."""
+    """Decline angles that are not one a pair: a single angle would broadcast over all pairs."""
     whole = 2 * cos.shape[-1] == x.shape[-1]
     return None if whole else f"cos has {cos.shape[-1]} angles for {x.shape[-1]} elements and not one a pair"
 
@@ -91,7 +91,7 @@ PART = {"x": "... D", "cos": "* R", "sin": "* R"}
 
 
 def rule(reference: Callable, interleaved: bool, shapes: dict[str, str] = WHOLE, **more: Any) -> Rule:
-    """Joined halves and parts are contiguous, as torch.cat is; otherwise the result is laid out as x."""
+    """Build a rule; joined halves and parts are contiguous, as torch.cat is, other results are laid out as x."""
     per_pair, contiguous = reference is half_by_parts, shapes is PART
     replacement = partial(rotary, interleaved=interleaved, per_pair=per_pair, contiguous=contiguous)
     settings: dict[str, Any] = {"anchor": torch.neg, "shapes": shapes, **more}
@@ -99,6 +99,7 @@ def rule(reference: Callable, interleaved: bool, shapes: dict[str, str] = WHOLE,
 
 
 def wide_rule(reference: Callable, interleaved: bool) -> Rule:
+    """Build a rule for a reference that rotates in float32 and rounds at the end."""
     return Rule(
         reference,
         partial(widened, interleaved=interleaved),

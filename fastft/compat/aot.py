@@ -25,14 +25,14 @@ __all__ = ["CustomPartitionerFn", "cache_folder", "min_cut_rematerialization_par
 
 
 @contextlib.contextmanager
-def isolated_tracing_context(given: Iterable[Any]) -> Iterator[FakeTensorMode]:
-    """Compile a part of a graph: what AOTAutograd notes about it stays out of what Dynamo guards for the whole.
+def isolated_tracing_context(inputs: Iterable[Any]) -> Iterator[FakeTensorMode]:
+    """Compile part of a graph without its AOTAutograd notes reaching the guards that Dynamo makes for the whole.
 
-    Gives the mode in which to compile: that of Dynamo, or else of the inputs given for the whole.  Guards on sizes
-    still reach Dynamo, which owns the symbols.
+    Yields the mode in which to compile: that of Dynamo, or else of the whole graph's inputs.  Guards on sizes still
+    reach Dynamo, which owns the symbols.
     """
     around = TracingContext.try_get()
-    mode = (around.fake_mode if around is not None else None) or mode_of(given)
+    mode = (around.fake_mode if around is not None else None) or mode_of(inputs)
     if mode is None:
         raise RuntimeError("there is no fake tensor to learn the mode from")
     context = TracingContext(mode)
@@ -45,9 +45,9 @@ def isolated_tracing_context(given: Iterable[Any]) -> Iterator[FakeTensorMode]:
 def compile_fx(
     gm: GraphModule, example_inputs: Sequence[Any], version: str, partitioner: CustomPartitionerFn | None = None
 ) -> Callable:
-    """Inductor, with its caches kept apart for each ``version`` of what the graph alone does not tell.
+    """Compile by Inductor, with caches kept apart for each ``version`` of what the graph alone does not tell.
 
-    partitioner: decides what forward keeps for backward, in place of torch's own.
+    partitioner: decides what forward saves for backward, in place of torch's own.
     """
     tag = f"{torch.compiler.config.cache_key_tag}{version}"
     patches = {"custom_partitioner_fn": partitioner} if partitioner is not None else None
@@ -56,7 +56,7 @@ def compile_fx(
 
 
 def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: CustomPartitionerFn) -> Callable:
-    """A graph's forward and backward as they are, divided by this partitioner; backward may run twice."""
+    """Split a graph into forward and backward by this partitioner and leave both as is; backward may run twice."""
 
     def as_it_is(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable:
         cast(Any, TracingContext.get()).fw_metadata.bw_donated_idxs = []  # what else there is, None, forbids it
@@ -67,13 +67,13 @@ def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: Cus
 
 
 def saved_by(forward: GraphModule, outputs: int) -> list[str]:
-    """The tensors that a forward returns for backward behind its outputs, in the order in which autograd saves them."""
+    """List the tensors that a forward returns for backward after its outputs, in the order that autograd saves them."""
     saved = cast(Any, forward.graph.output_node().args[0])[outputs:]
     return [node.name for node in saved if isinstance(node.meta.get("val"), Tensor)]
 
 
 def cache_counts() -> Counter[str]:
-    """How often AOTAutograd's cache had a graph, had it not, or could not be asked, so far."""
+    """Count how often AOTAutograd's cache has hit, missed or been bypassed so far."""
     prefix = "autograd_cache_"
-    found = counters["aot_autograd"]
-    return Counter({name: found[prefix + name] for name in ("hit", "miss", "bypass")})
+    counts = counters["aot_autograd"]
+    return Counter({name: counts[prefix + name] for name in ("hit", "miss", "bypass")})

@@ -15,33 +15,33 @@ from torch.fx import GraphModule
 
 
 class TraceAgain(TensorifyScalarRestartAnalysis):
-    """Makes Dynamo trace again what it compiles; of this class, which torch lets pass from a backend."""
+    """Makes Dynamo trace again what it compiles; a subclass of an exception that torch lets pass from a backend."""
 
 
 def optimizer() -> Any:
-    """The DDPOptimizer between Dynamo and the backend in this compilation; None without one."""
+    """Return the DDPOptimizer between Dynamo and the backend in this compilation, or None."""
     owner = getattr(InstructionTranslator.current_tx().output.compiler_fn, "__self__", None)
     return owner if hasattr(owner, "backend_compile_fn") else None
 
 
 def is_cut(gm: GraphModule) -> bool:
-    """Whether this is a piece of a graph that torch cut at the buckets of DistributedDataParallel."""
+    """Return whether this is a piece of a graph that torch cut at the buckets of DistributedDataParallel."""
     return "DDPOptimizer" in str(getattr(gm, "compile_subgraph_reason", ""))
 
 
 def keep_whole() -> bool:
-    """Let this compilation's graph be of one bucket; False where that changes nothing any more, or is not possible."""
+    """Give this compilation's graph a single bucket; return False if it has one already or that is not possible."""
     try:
-        found = optimizer()
-        finite = found is not None and found.bucket_bytes_cap < math.inf
+        ddp_optimizer = optimizer()
+        finite = ddp_optimizer is not None and ddp_optimizer.bucket_bytes_cap < math.inf
     except Exception:  # called without Dynamo, or by another torch
         return False
     if finite:
-        found.bucket_bytes_cap = found.first_bucket_cap = math.inf
+        ddp_optimizer.bucket_bytes_cap = ddp_optimizer.first_bucket_cap = math.inf
     return finite
 
 
 def uncut(gm: GraphModule) -> None:
-    """Raise TraceAgain at a piece of a cut graph, so that the whole comes next; return where nothing can be done."""
+    """Raise TraceAgain at a piece of a cut graph, so that the whole comes next; return where that is not possible."""
     if is_cut(gm) and keep_whole():
         raise TraceAgain(restart_reason="fastft compiles whole what torch cut at the buckets of DDP")

@@ -27,7 +27,7 @@ break_log = torch._logging.getArtifactLogger("torch._dynamo.symbolic_convert", "
 
 
 def describe_input(placeholder: Node, source: Node) -> None:
-    """Give a region's input what AOTAutograd reads of Dynamo's inputs."""
+    """Copy to a region's input what AOTAutograd reads of Dynamo's inputs."""
     placeholder.meta = {key: source.meta[key] for key in ("example_value", "tensor_dict") if key in source.meta}
     placeholder._dynamo_source = None  # a region serves many layers: no guard on one of them
 
@@ -41,9 +41,9 @@ def inherit_capture_metadata(part: GraphModule, whole: GraphModule) -> GraphModu
 
 
 def compile_once(function: Callable, backend: Callable) -> Callable:
-    """torch.compile for a call or two that leaves no compiled code behind, nor counts as a recompilation.
+    """Compile for a call or two, leaving no compiled code behind and counting no recompilation.
 
-    Code that was compiled before keeps one entry more: to take it out would take the others out too.
+    Code that was compiled before keeps one more entry: removing it would remove the others too.
     """
     compiled = torch.compile(function, backend=backend)
     known = _compiled_code()
@@ -62,19 +62,19 @@ def compile_once(function: Callable, backend: Callable) -> Callable:
 
 
 def _compiled_code() -> set[CodeType]:
-    """Every code object that Dynamo has compiled, those among them that it made to resume after a break."""
+    """Return every code object that Dynamo has compiled, including those that resume after a graph break."""
     return {code for reference in convert_frame.input_codes.seen if (code := reference()) is not None}
 
 
 def _forget(code: CodeType) -> None:
-    """Let Dynamo meet this code as if for the first time."""
+    """Make Dynamo treat this code as if it met it for the first time."""
     tracker = convert_frame.input_codes
     tracker.seen[:] = [reference for reference in tracker.seen if reference() is not code]
     tracker.seen_ids.discard(id(code))
 
 
 def copy_graph(graph: Graph) -> Graph:
-    """A copy of the graph whose inputs still know where Dynamo got them from, which AOTAutograd asks."""
+    """Copy a graph whose inputs keep their Dynamo source, which AOTAutograd reads."""
     result = copy.deepcopy(graph)
     for node, original in zip(result.nodes, graph.nodes, strict=True):
         if hasattr(original, "_dynamo_source"):
@@ -83,19 +83,19 @@ def copy_graph(graph: Graph) -> Graph:
 
 
 def recompile_reason() -> str:
-    """Why Dynamo compiles again what it compiles now; "" for a first time."""
+    """Return why Dynamo recompiles what it compiles now; "" for a first compilation."""
     metrics = get_metrics_context()
     return (metrics._metrics.get("recompile_reason", "unknown") or "") if metrics.in_progress() else ""
 
 
 def current_code() -> tuple[CodeType, Any]:
-    """The code that Dynamo compiles now, and the module that it is a method of, or None."""
+    """Return the code that Dynamo compiles now, and the module that it is a method of, or None."""
     tx = InstructionTranslator.current_tx()
     return tx.f_code, tx.f_locals.get("self")
 
 
 def current_backend() -> Any:
-    """The backend that torch.compile was given, with its options."""
+    """Return the backend that torch.compile was given, with its options."""
     backend: Any = InstructionTranslator.current_tx().output.compiler_fn
     if (between := ddp.optimizer()) is not None:
         backend = between.backend_compile_fn
@@ -105,7 +105,7 @@ def current_backend() -> Any:
 
 
 def remembered_sizes() -> dict[str, SizeEntry]:
-    """What Dynamo remembers of the inputs of the code that it compiles now; empty where it is to learn nothing."""
+    """Return the sizes that Dynamo remembers for inputs of the current code; empty without automatic dynamic shapes."""
     if not torch._dynamo.config.automatic_dynamic_shapes:
         return {}
     tx = InstructionTranslator.current_tx()
@@ -115,7 +115,7 @@ def remembered_sizes() -> dict[str, SizeEntry]:
 
 
 def source_name(placeholder: Node) -> str:
-    """Where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
+    """Return where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
     source = getattr(placeholder, "_dynamo_source", None)
     return source.name if source is not None else ""
 

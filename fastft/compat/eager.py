@@ -16,37 +16,37 @@ as_plain_tensors = torch._C.DisableTorchFunctionSubclass  # within it no __torch
 
 
 def without_storage(kind: type, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of this subclass that holds no memory."""
+    """Make a tensor of this subclass that holds no memory."""
     return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
 
 
 def version(tensor: Tensor) -> int:
-    """How often this tensor or a view of it was written to."""
+    """Count the in-place writes to this tensor and its views so far."""
     return tensor._version
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on, for which the ops have no formula."""
+    """Return whether forward-mode differentiation is on, for which the ops have no formula."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def same_addresses(values: Sequence[Any], pointers: list[int | None], places: list[int]) -> bool:
-    """Whether the tensors at these places lie at these addresses; one call for thousands of tensors."""
+    """Return whether the tensors at these places lie at these addresses; one call for thousands of tensors."""
     return torch._C._tensors_data_ptrs_at_indices_equal(list(values), pointers, places)
 
 
 def clone_all(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each tensor, in few launches."""
+    """Copy each tensor, in few launches."""
     grouped = [tensor for tensor in tensors if tensor.is_floating_point()]
     copied = iter(torch._foreach_mul(grouped, 1.0) if grouped else [])
     return [next(copied) if tensor.is_floating_point() else tensor.clone() for tensor in tensors]
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Whether torch.autograd.graph.saved_tensors_hooks is in force, of which only the innermost are asked."""
+    """Return whether torch.autograd.graph.saved_tensors_hooks are active; autograd calls only the innermost."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def after_backward(call: Callable[[], None]) -> None:
-    """Call this once the backward that is running has made all gradients."""
+    """Call this once the running backward has computed all gradients."""
     torch.autograd.Variable._execution_engine.queue_callback(call)

@@ -1,4 +1,4 @@
-"""What a node computes, as the fake tensor that Dynamo saw: reading, recording, comparing."""
+"""The value that a node computes, as the fake tensor that Dynamo saw: reading, recording, comparing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["tree_map_only"]  # what is only passed on
 
 
 def value_of(argument: Any) -> Any:
-    """What a node computes, as the fake tensor or number that Dynamo saw; anything but a node is its own value."""
+    """Return the fake tensor or number that Dynamo saw a node compute; anything but a node is its own value."""
     return argument.meta.get("example_value") if isinstance(argument, Node) else argument
 
 
@@ -29,7 +29,7 @@ def set_value(node: Node, value: Any) -> None:
 
 
 def infer_example_value(node: Node) -> None:
-    """Record what a new call computes, from what its arguments are."""
+    """Record what a new call computes, from the values of its arguments."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
     with fake_mode_of(tensors_in((args, kwargs))), torch.no_grad():
         function = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
@@ -41,12 +41,13 @@ def infer_example_value(node: Node) -> None:
 
 @contextlib.contextmanager
 def fake_mode_of(values: Any) -> Iterator[None]:
-    """The mode under which these fake tensors were made, if any; sizes stay symbols in torch 2.11's linear too."""
+    """Enter the mode of these fake tensors, if any; sizes stay symbols in torch 2.11's linear too."""
     with mode_of(values) or contextlib.nullcontext(), enable_python_dispatcher():
         yield
 
 
 def mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    """Return the FakeTensorMode of the first fake tensor among these values, or None."""
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
 
 
@@ -54,18 +55,18 @@ _template_mode = FakeTensorMode()
 
 
 def fake_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A fake tensor that belongs to no graph."""
+    """Make a fake tensor that belongs to no graph."""
     with _template_mode:
         return torch.empty(tuple(shape), dtype=dtype)
 
 
 def written_to(tensor: torch.Tensor) -> bool:
-    """Whether anything wrote to this tensor or a view of it while the graph was captured."""
+    """Return whether this tensor or a view of it was mutated while the graph was captured."""
     return not tensor.is_inference() and tensor._version > 0 and tensor._version > _made_by_writing(tensor)
 
 
 def _made_by_writing(tensor: torch.Tensor) -> int:
-    """How many writes it takes to make a fake of this graph input: some if it lies at an offset in its storage."""
+    """Count the writes that faking this graph input takes: some if it lies at an offset in its storage."""
     at_offset = tensor.is_leaf and not tensor._is_view() and not statically_known_true(tensor.storage_offset() == 0)
     return _writes_at_offset() if at_offset else 0
 
@@ -76,12 +77,12 @@ def _writes_at_offset() -> int:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """The same number for a tensor and all its views."""
+    """Return a number that a tensor and all its aliases share: the identity of their storage."""
     return tensor.untyped_storage()._cdata
 
 
 def empty_like_fake(value: Any, mode: FakeTensorMode) -> Any:
-    """A fake tensor of ``mode`` with the metadata of ``value``, in storage of its own; a size is its own value."""
+    """Make a fake tensor of ``mode`` with the metadata of ``value``, in storage of its own; return a size as it is."""
     if not isinstance(value, Tensor):
         return value
     with mode, torch.no_grad():
@@ -97,17 +98,17 @@ def empty_like_fake(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a node's value, which may be a tuple."""
+    """List the tensors in a node's value, which may be a tuple."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def is_plain(value: Any) -> bool:
-    """Whether this is a strided tensor of no subclass, or a size."""
+    """Return whether this is a strided tensor of no subclass, or a size."""
     return isinstance(value, torch.SymInt) or (type(value) is FakeTensor and value.layout is torch.strided)
 
 
 def kind_of_input(node: Node) -> tuple:
-    """What compiled code relies on in an input: equal kinds may be passed to the same code."""
+    """Return what compiled code assumes about an input: inputs of equal kind may be passed to the same code."""
     value = value_of(node)
     if not isinstance(value, Tensor):
         return type(value), repr(value)
@@ -118,5 +119,5 @@ def kind_of_input(node: Node) -> tuple:
 
 
 def stays_in_place(node: Node) -> str | None:
-    """Dynamo's word for inputs that stay where they are: parameters and buffers."""
+    """Return Dynamo's type of static input (parameters and buffers keep their address), or None."""
     return (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")

@@ -11,7 +11,7 @@ __all__ = ["OpOverload"]  # what is only passed on
 
 
 def is_view(target: Any) -> bool:
-    """Whether an operator's result shares the memory of its first argument."""
+    """Return whether an operator's result aliases its first argument."""
     if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return False
     return any(result.alias_info is not None for result in target._schema.returns)
@@ -22,17 +22,17 @@ ENTER_AUTOCAST = torch.amp._enter_autocast  # as autocast inside a graph is capt
 
 
 def is_higher_order(target: Any) -> bool:
-    """Whether the node's target takes graph bodies as arguments (checkpoint, autograd.Function, ...)."""
+    """Return whether a node's target takes graph bodies as arguments (checkpoint, autograd.Function, ...)."""
     return isinstance(target, HigherOrderOperator)
 
 
 def is_operator(target: Any) -> bool:
-    """Whether the node's target is a registered operator (``torch.ops.library.name``)."""
+    """Return whether a node's target is a registered operator (``torch.ops.library.name``)."""
     return isinstance(target, (OpOverload, OpOverloadPacket))
 
 
 def is_mutable(target: Any) -> bool:
-    """Whether a registered operator may write to an argument."""
+    """Return whether a registered operator may mutate an argument."""
     if isinstance(target, OpOverloadPacket):
         return any(is_mutable(getattr(target, overload)) for overload in target.overloads())
     return isinstance(target, OpOverload) and target._schema.is_mutable

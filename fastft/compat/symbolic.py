@@ -1,4 +1,4 @@
-"""Sizes that are symbols: reading them, their examples, and expressions of them that outlive a graph."""
+"""Symbolic sizes: reading them, their hints, and expressions of them that outlive a graph."""
 
 from __future__ import annotations
 
@@ -19,41 +19,42 @@ Sizes = dict[Any, int]  # the symbols of a graph's sizes, and what they are
 
 
 def expression(size: Any) -> Any:
-    """A size as what outlives its graph: a number, or an expression of symbols."""
+    """Convert a size to what outlives its graph: a number, or an expression of symbols."""
     return size.node.expr if isinstance(size, torch.SymInt) else int(size)
 
 
 def evaluate(expression: Any, sizes: dict[Any, int]) -> int:
-    """An expression's value where its symbols have these values."""
+    """Evaluate an expression, given the values of its symbols."""
     return expression if isinstance(expression, int) else int(expression.xreplace(sizes))
 
 
 def hints_of(value: Tensor) -> dict[Any, int]:
-    """The symbols in a tensor's shape and strides, with their values in the example."""
-    found: dict[Any, int] = {}
+    """Return the symbols in a tensor's shape and strides, with their values in the example."""
+    hints: dict[Any, int] = {}
     for size in (*value.shape, *value.stride()):
         if isinstance(size, torch.SymInt):
             env = size.node.shape_env
             known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch 2.11
-            found |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
-    return found
+            hints |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
+    return hints
 
 
 def is_zero(size: Any) -> bool:
+    """Return whether a size is the number 0; False for a symbol."""
     return isinstance(size, int) and size == 0
 
 
 def hint(size: Any) -> int:
-    """A size in the example."""
+    """Return a size's value in the example."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def size_inputs(graph: Graph) -> dict[Any, Node]:
-    """For each symbol in the graph's shapes, the input that is its value."""
+    """Map each symbol in the graph's shapes to the input that holds its value."""
     inputs = [(node, value_of(node)) for node in graph.find_nodes(op="placeholder")]
     return {value.node.expr: node for node, value in inputs if isinstance(value, torch.SymInt)}
 
 
 def symbols_of(value: Any) -> list[Any]:
-    """The symbols in a tensor's shape and strides, by name."""
+    """List the symbols in a tensor's shape and strides, sorted by name."""
     return sorted(free_symbols(value), key=str) if type(value) is FakeTensor else []

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton where device, dtypes and row length allow it, the op's reference elsewhere."""
+"""Choose the implementation: Triton where device, dtypes and row length allow it, the op's reference elsewhere."""
 
 import functools
 import importlib.util
@@ -23,13 +23,13 @@ _verdicts: dict[Hashable, bool] = {}  # by op, row length, devices and dtypes: w
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for the compiler, so that kernels run on CPU tensors."""
+    """Return whether Triton's interpreter replaces the compiler, so that kernels run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def triton_dtypes(device: torch.device) -> frozenset[torch.dtype]:
-    """What the Triton kernels take on this device."""
+    """Return the floating-point dtypes that the Triton kernels support on this device; none where they cannot run."""
     everywhere = frozenset({torch.float32, torch.float16})
     if importlib.util.find_spec("triton") is None:
         return frozenset()
@@ -47,7 +47,7 @@ def triton_dtypes(device: torch.device) -> frozenset[torch.dtype]:
 
 @functools.cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton's products of tiles use them on this device; in the interpreter there is nothing to be faster."""
+    """Return whether tl.dot uses tensor cores here; True in the interpreter, where nothing else would be faster."""
     if device.type != "cuda" or torch.version.hip is not None:
         return device.type == "cuda" or interpreting()
     return torch.cuda.get_device_capability(device) >= TENSOR_CORES_FROM
@@ -55,19 +55,21 @@ def has_tensor_cores(device: torch.device) -> bool:
 
 @functools.cache
 def has_shared_operands(device: torch.device) -> bool:
-    """Whether tensor cores read both operands from shared memory: large tiles then need few registers."""
+    """Return whether tensor cores read both operands from shared memory: large tiles then need few registers."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] in SHARED_OPERANDS
 
 
 def takes(row_length: int, longest_row: int | None, tensors: Sequence[Tensor]) -> bool:
-    """Whether the Triton kernels can do this call."""
+    """Return whether the Triton kernels support a call: one device, their dtypes, rows of at most longest_row."""
     device = tensors[0].device
     dtypes = triton_dtypes(device)
     fits = longest_row is None or row_length <= longest_row
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    return fits and all(one.device == device for one in tensors) and all(one.dtype in dtypes for one in floats)
+    return (
+        fits and all(tensor.device == device for tensor in tensors) and all(tensor.dtype in dtypes for tensor in floats)
+    )
 
 
 def fill(
@@ -77,14 +79,14 @@ def fill(
     op: Reference,
     longest_row: int | None = MAX_ROW,
 ) -> None:
-    """Write what the reference op(*arguments) returns into outputs, by launcher()(outputs, *arguments) if it can be.
+    """Write the results of the reference op(*arguments) into outputs, by launcher()(outputs, *arguments) if possible.
 
-    The first output has the rows; launcher is called only where Triton runs, as Triton may not be installed.
+    The row length is that of the first output; launcher is called only where Triton runs, as it may not be installed.
     """
     tensors = [value for value in (*outputs, *arguments) if isinstance(value, Tensor)]
     row_length = outputs[0].shape[-1]
-    given = [one if isinstance(one, bool) else one is None for one in arguments]
-    key = (op, row_length, *given, *[(tensor.device, tensor.dtype) for tensor in tensors])
+    flags = [argument if isinstance(argument, bool) else argument is None for argument in arguments]
+    key = (op, row_length, *flags, *[(tensor.device, tensor.dtype) for tensor in tensors])
     if all(tensor.numel() > 0 for tensor in tensors):
         if key not in _verdicts:
             _verdicts[key] = takes(row_length, longest_row, tensors)
@@ -109,13 +111,13 @@ def _filled(
 
 
 def launched(launch: Callable[..., None], tensors: Sequence[Tensor], *arguments: Any) -> bool:
-    """Call launch(*arguments) for a part of an op; False where its kernel could not be compiled for these tensors."""
+    """Call launch(*arguments) for a part of an op; return False if its kernel cannot be compiled for these tensors."""
     key = (launch, *dict.fromkeys((tensor.device, tensor.dtype) for tensor in tensors))
     return _verdicts.setdefault(key, True) and _launched(key, tensors[0], launch, *arguments)
 
 
 def _launched(key: tuple[Any, ...], beside: Tensor, launch: Callable[..., None], *arguments: Any) -> bool:
-    """Launch; False, with a warning the first time, if the kernel cannot be compiled for this device."""
+    """Launch; return False, with a warning the first time, if the kernel cannot be compiled for this device."""
     try:
         with torch.cuda.device_of(beside):  # Triton launches on the current device
             launch(*arguments)

@@ -1,4 +1,4 @@
-"""Rows of tensors: addressed where they lie, copied only where three strides cannot reach them.
+"""Address the rows of strided tensors in place; copy a tensor only where three strides cannot reach its rows.
 
 A row is the last axis.  The leading axes, in the memory order of one dense tensor, are merged to at most three,
 so that row r = (i0 * n1 + i1) * n2 + i2 of a tensor starts at i0 * s0 + i1 * s1 + i2 * s2.  Four axes always fit:
@@ -24,12 +24,12 @@ class Rows(NamedTuple):
 
 
 def has_unit_rows(tensor: Tensor) -> bool:
-    """Whether the elements of a row lie side by side."""
+    """Return whether the elements of each row are adjacent in memory (stride 1)."""
     return tensor.shape[-1] == 1 or tensor.stride(-1) == 1
 
 
 def merge(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The fewest axes that address the same elements, in the same order, in every tensor (one stride list each)."""
+    """Merge axes to the fewest that address the same elements, in order, in every tensor (one stride list each)."""
     merged_sizes: list[int] = []
     merged_strides: list[list[int]] = [[] for _ in strides]
     for axis, size in enumerate(sizes):
@@ -48,9 +48,9 @@ def merge(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[
 
 
 def rows(dense: Tensor, *tensors: Tensor) -> Rows:
-    """Addresses of the rows of tensors, numbered in the memory order of dense.
+    """Compute the addresses of the rows of tensors, numbered in the memory order of dense.
 
-    Each tensor has the leading axes of dense, and either its last axis too or (one value a row) none.
+    Each tensor has the leading axes of dense, and either its last axis too or, with one value a row, none.
     """
     lead = dense.dim() - 1
     dense_strides = dense.stride()

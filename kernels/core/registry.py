@@ -1,6 +1,6 @@
-"""How an op is made: one call of define gives it a name, a fake, a FLOP formula, a dispatch and a row in REGISTRY.
+"""Define ops: one call of define registers an op, its fake, FLOP formula and dispatch, and enters it in REGISTRY.
 
-The tests and the benchmarks find every op in REGISTRY and draw inputs for it from what its entry says of them.
+The tests and the benchmarks find every op in REGISTRY and draw inputs for it from the cases of its entry.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ Case = tuple[Shapes, Choice]
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of an op.
+    """What is known about an op.
 
     reference: plain PyTorch with the op's signature, differentiable if the op is: the specification.
-    cases: what it may be called with: the shapes of its tensors, by parameter, and the other arguments.  Sizes are
+    cases: what it may be called with: the shapes of its tensors by parameter, and the other arguments.  Sizes are
         names or sums and products of them, "..." is any number of leading ones, as in {"x": "... D", "weight": "D"} or
         {"q": "B S H 2*R+P"}.  A tensor left out is None.
         "weights.0" and "weights.1" are the elements of a list, which is empty where none is named, and "bytes N" is
         uint8.  A list of names among the other arguments is one of their sizes.
     statistics: tensors that are float32 whatever the others are (float64 beside float64).
-    alike: tensors, or lists of them, that have one dtype.
+    alike: tensors, or lists of them, that share one dtype.
     gradients: the tensors, or lists of them, that the op has a gradient for; () for an op without autograd.
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
-    scratch: the bytes that a call allocates beside its results, at the most, of its arguments; None if it is nothing.
-    replayed: what a call does follows from its arguments' metadata alone.
+    scratch: returns from a call's arguments the most bytes that it allocates beside its results; None if it is nothing.
+    replayed: whether a call's launches depend on its arguments' metadata alone.
     launches: where its Triton kernels are launched, as ``file.function``.
     """
 
@@ -64,26 +64,26 @@ class Entry:
     launches: str = ""
 
     def compute(self, *arguments: Any) -> Results:
-        """What the op gives, by our own kernels."""
+        """Compute the op's results with our own kernels."""
         results = self.outputs(*arguments)
         self.fill((results,) if isinstance(results, Tensor) else results, arguments)
         return results
 
     def complete(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """All arguments of a call, in order."""
+        """Return all arguments of a call in order, defaults included."""
         return (*args, *(kwargs.get(name, self.defaults.get(name)) for name in self.parameters[len(args) :]))
 
     def arguments(self, tensors: Mapping[str, Tensor], choice: Choice) -> tuple[Any, ...]:
-        """A call's arguments, in order; tensors by name, those of a list as "weights.0"."""
+        """Arrange a call's arguments in order; tensors come by name, those of a list as "weights.0"."""
         lists: dict[str, list[Tensor]] = {}
         for name, tensor in tensors.items():
             lists.setdefault(parameter_of(name), []).append(tensor)
-        given = {**choice, **lists, **tensors}
-        return tuple(given.get(name, () if name in self.lists else None) for name in self.parameters)
+        values = {**choice, **lists, **tensors}
+        return tuple(values.get(name, () if name in self.lists else None) for name in self.parameters)
 
 
 def parameter_of(name: str) -> str:
-    """The parameter that a tensor is given for: weights, for "weights.0"."""
+    """Return the parameter that a tensor belongs to: weights, for "weights.0"."""
     return name.partition(".")[0]
 
 
@@ -109,19 +109,19 @@ def define(
     scratch: Callable[..., int] | None = None,
     replayed: bool = True,
 ) -> CustomOpDef:
-    """Make the op ``fastft::name`` and enter it; the caller adds autograd.
+    """Define the op ``fastft::name`` and enter it in REGISTRY; the caller adds autograd.
 
-    outputs: empty results for the same arguments, or an error: the fake, and where the real op writes.
-    launcher: ``file.function`` in this folder, launches Triton: (outputs, *arguments).  Loaded when first needed.
+    outputs: allocates empty results for the same arguments, or raises: the fake, and what the real op writes into.
+    launcher: ``file.function`` in this folder that launches Triton: (outputs, *arguments), imported when first needed.
         Or a function that fills the outputs by itself, as Entry.fill.
     flops: floating-point operations for each element of the first tensor, casts not counted; or a function of the
         arguments, in which a tensor is its shape.
     longest_row: the longest last axis that the Triton kernels take.
-    engine: called first, gives the results of a kernel of torch's own where that is the fastest, laid out as those of
-        outputs, or None.
-    multiplies: the Triton kernels are made of products of tiles, and only run on tensor cores.
-    scratch: the bytes that a call allocates beside its results, at the most, of its arguments.
-    replayed: what is called, engine aside, follows from the arguments' metadata alone (replay.py).
+    engine: called first; returns the results of one of torch's own kernels where that is the fastest, laid out as those
+        of outputs, or None.
+    multiplies: the Triton kernels multiply tiles (tl.dot), and only run on tensor cores.
+    scratch: returns from the arguments the most bytes that a call allocates beside its results.
+    replayed: whether the calls, engine aside, depend on the arguments' metadata alone (replay.py).
     """
 
     def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
@@ -134,8 +134,8 @@ def define(
     again = replay.Replayed(lambda *arguments: REGISTRY[f"fastft::{name}"].compute(*arguments))
 
     def run(*arguments: Any) -> Results:
-        if engine is not None and (found := engine(*arguments)) is not None:
-            return found
+        if engine is not None and (computed := engine(*arguments)) is not None:
+            return computed
         device = arguments[0].device.type
         function = again if replayed and device in REPLAYED_ON else again.compute
         if torch.is_autocast_enabled(device):  # an op says itself what it computes in: its products are not cast
@@ -151,35 +151,36 @@ def define(
     _library.impl(name, run, "CUDA")
     op.register_fake(outputs)
 
-    def count(*given: Any, **_: Any) -> int:
+    def count(*shapes: Any, **_: Any) -> int:
         if callable(flops):
-            return flops(*given)
-        return flops * prod(next(one for one in given if isinstance(one, torch.Size)))
+            return flops(*shapes)
+        return flops * prod(next(shape for shape in shapes if isinstance(shape, torch.Size)))
 
     register_flop_formula(getattr(torch.ops.fastft, name))(count)
     parameters = inspect.signature(reference).parameters
     REGISTRY[f"fastft::{name}"] = Entry(
         op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
-        tuple(parameters), frozenset(name for name, one in parameters.items() if "Sequence" in str(one.annotation)),
-        scratch, {name: one.default for name, one in parameters.items() if one.default is not one.empty}, replayed,
+        tuple(parameters),
+        frozenset(name for name, parameter in parameters.items() if "Sequence" in str(parameter.annotation)), scratch,
+        {name: value.default for name, value in parameters.items() if value.default is not value.empty}, replayed,
         launcher if isinstance(launcher, str) else f"{launcher.__module__.rpartition('.')[2]}.{launcher.__name__}",
     )  # fmt: skip
     return op
 
 
 def cases(shapes: Sequence[Shapes], choices: Sequence[Choice] = ({},)) -> tuple[Case, ...]:
-    """Each of these shapes with each of these choices."""
+    """Combine each of these shapes with each of these choices."""
     return tuple(itertools.product(shapes, choices))
 
 
 def require(condition: Any, message: Callable[[], str]) -> None:
-    """torch._check, without its cost where the condition is known: an op has up to thirty of them."""
+    """Call torch._check, but skip its cost where the condition is known to be true: an op has up to thirty of them."""
     if condition is not True:
         torch._check(condition, message)
 
 
 def load(launcher: str) -> Callable[..., None]:
-    """The function that ``file.function`` names; Triton is imported here and not before."""
+    """Import and return the function that ``file.function`` names; Triton is imported here and not before."""
     file, _, function = launcher.rpartition(".")
     return getattr(_module(file), function)
 
@@ -190,7 +191,7 @@ def _module(file: str) -> ModuleType:
 
 
 def bytes_moved(values: Iterable[Any]) -> int:
-    """The bytes of these tensors, each element once: what a call has to read and write.  Expanded axes cost nothing."""
+    """Count the bytes that a call has to read and write: each element of tensors once.  Expanded axes cost nothing."""
     total_bytes = 0
     for value in values:
         if isinstance(value, Tensor):
@@ -200,7 +201,7 @@ def bytes_moved(values: Iterable[Any]) -> int:
 
 
 def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """What is computed in: float32, or float64 where one of these is float64."""
+    """Return the dtype to compute in: float32, or float64 where one of these is float64."""
     result = torch.float32
     for dtype in dtypes:
         result = torch.promote_types(result, dtype)

@@ -1,14 +1,14 @@
-"""What an op did for arguments of one kind, done again without asking again.
+"""Record the ATen and Triton calls of an op for one metadata signature; replay them as generated Python.
 
-An op asks much in Python before it launches little: do the shapes fit, which GEMM, which tile, where does a row begin.
-All of it follows from its arguments' metadata, so for the same metadata the same calls come out.  The second time that
-a kind of arguments is met, these calls are recorded, PyTorch's and Triton's, and written down as a function that makes
-them one after the other, with each tensor freed behind its last use.  For small batches, whose kernels take less time
-than the Python between them, that is what a step without CUDA graphs waits for (docs/performance.md).
+An op does much in Python before it launches little: it checks shapes, chooses a GEMM and a tile, computes strides.
+All of it depends on the arguments' metadata alone, so the same metadata leads to the same calls.  The second time that
+a signature is met, these calls, PyTorch's and Triton's, are recorded and written down as a function that makes them one
+after the other, each tensor freed after its last use.  For small batches, whose kernels take less time than the Python
+between them, that Python is what a step without CUDA graphs waits for (docs/performance.md).
 
-An op is right to be replayed if its calls depend on nothing else: not on values, global settings or random numbers.
-Where a recording meets what it cannot write down, a number read from a tensor or a tensor from elsewhere, the op runs
-as it is for ever.
+An op may be replayed if its calls depend on nothing else: not on values, global settings or random numbers.  Where a
+recording meets what it cannot write down, such as a number read from a tensor or a tensor from elsewhere, the op runs
+unrecorded from then on.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ _constants: dict[int, Tensor] = {}
 
 
 class NotReplayable(Exception):  # noqa: N818
-    """A call that cannot be written down."""
+    """Raised where a call cannot be recorded."""
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """Itself, which a recording may use, as it lives for ever and never changes."""
+    """Register a tensor that recordings may refer to, as it is never freed and never changes; return it."""
     _constants[id(tensor)] = tensor
     return tensor
 
 
 def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """kernel[grid], of Triton."""
+    """Return Triton's kernel[grid], or a function that also records the launch while a recording is under way."""
     recorder = getattr(_thread, "recorder", None)
     return kernel[grid] if recorder is None else functools.partial(recorder.launch, kernel, grid)
 
 
 class Replayed:
-    """A function of tensors, lists of them and other values, which gives a tensor or several."""
+    """A function of tensors, lists of them and other values; recorded, then replayed, for each metadata signature."""
 
     def __init__(self, compute: Callable[..., Any]) -> None:
         self.compute = compute
@@ -81,15 +81,15 @@ class Replayed:
 
 
 def kind_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """What an op's calls may depend on."""
+    """Return the metadata signature of a call: everything that an op's calls may depend on."""
     return tuple(
         [
-            _metadata(one)
-            if isinstance(one, Tensor)
-            else tuple([_metadata(inner) if isinstance(inner, Tensor) else inner for inner in one])
-            if isinstance(one, (list, tuple))
-            else one
-            for one in arguments
+            _metadata(argument)
+            if isinstance(argument, Tensor)
+            else tuple([_metadata(inner) if isinstance(inner, Tensor) else inner for inner in argument])
+            if isinstance(argument, (list, tuple))
+            else argument
+            for argument in arguments
         ]
     )
 
@@ -99,7 +99,7 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Callable[..., Any] | None]:
-    """What compute gives for these arguments, and a function that does the same for others of their kind."""
+    """Return compute(*arguments), and a function that replays it for the same metadata; None if that is impossible."""
     arguments = _told_apart(arguments)
     recorder = Recorder(arguments)
     _thread.recorder = recorder
@@ -116,7 +116,7 @@ def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any
 
 
 def _told_apart(arguments: Sequence[Any]) -> list[Any]:
-    """The arguments, with an object of its own for a tensor that is given twice: the next time it may be two."""
+    """Give each use of a tensor that is passed twice an object of its own: the next call may pass two tensors."""
     seen: set[int] = set()
 
     def own(tensor: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _told_apart(arguments: Sequence[Any]) -> list[Any]:
 
 
 class Line(NamedTuple):
-    """A call as Python: the names that it reads, those that it makes; needed: it is made even if nobody reads them."""
+    """A recorded call as Python: the names it reads and those it makes; needed: it stays even if nobody reads them."""
 
     text: str
     read: list[str]
@@ -137,10 +137,10 @@ class Line(NamedTuple):
 
 
 class Recorder(eager.TorchDispatchMode):
-    """Writes calls down as Python.
+    """Record calls as lines of Python, one each.
 
-    names: of tensors by id, as long as they live, with the tensor that owns their memory: its name and address.  For
-    a view that is what it is a view of, and a kernel that is given its address needs no view.  lines: a call each.
+    names: for each live tensor, by id: its name, and the name and address of the tensor that owns its memory.  For a
+    view that is its base, so a kernel that takes an address needs no view.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
@@ -154,12 +154,16 @@ class Recorder(eager.TorchDispatchMode):
         self.reason = ""
         self.busy = False  # within a call that is written down as a whole
         self.unpacked: list[str] = []
-        for at, one in enumerate(arguments):
-            if isinstance(one, Tensor):
-                self._name(one, f"a{at}")
-            elif isinstance(one, (list, tuple)) and one and all(isinstance(inner, Tensor) for inner in one):
-                names = [self._name(inner, f"a{at}_{number}") for number, inner in enumerate(one)]
-                self.unpacked.append(f"{', '.join(names)}, = a{at}")
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                self._name(argument, f"a{index}")
+            elif (
+                isinstance(argument, (list, tuple))
+                and argument
+                and all(isinstance(inner, Tensor) for inner in argument)
+            ):
+                names = [self._name(inner, f"a{index}_{number}") for number, inner in enumerate(argument)]
+                self.unpacked.append(f"{', '.join(names)}, = a{index}")
         self.count = len(arguments)
 
     def __torch_dispatch__(
@@ -170,7 +174,7 @@ class Recorder(eager.TorchDispatchMode):
         if not outermost or self.reason or not fake_tensors.tensors_in((args, kwargs, result)):
             return result  # that of dtypes, say, is the same whatever the tensors are
         mutable = operators.is_mutable(func)
-        same = next((one for one in args if _is_whole(result, one)), None)
+        same = next((argument for argument in args if _is_whole(result, argument)), None)
         if same is not None and id(same) in self.names and not mutable:
             self._name(result, *self.names[id(same)])
         else:
@@ -178,6 +182,7 @@ class Recorder(eager.TorchDispatchMode):
         return result
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        """Launch a Triton kernel and record the launch."""
         with self._own_call() as outermost:  # the interpreter makes calls of its own
             compiled = kernel[grid](*args, **meta)
         if not outermost or self.reason:
@@ -186,12 +191,12 @@ class Recorder(eager.TorchDispatchMode):
             self._note(kernel[grid], args, meta, None, needed=True)
             return
         # What has been compiled takes all arguments in their order, constants too.
-        given = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
-        self._note(compiled[(*grid, 1, 1)[:3]], given, {}, None, needed=True, write=self._address)
+        arguments = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
+        self._note(compiled[(*grid, 1, 1)[:3]], arguments, {}, None, needed=True, write=self._address)
 
     @contextmanager
     def _own_call(self) -> Iterator[bool]:
-        """A call, and whether it is the op's own, not one within another."""
+        """Enter a call; yield whether it is the op's own, not one nested within another."""
         outermost, self.busy = not self.busy, True
         try:
             yield outermost
@@ -199,12 +204,12 @@ class Recorder(eager.TorchDispatchMode):
             self.busy = not outermost
 
     def function(self, results: Any) -> Callable[..., Any]:
-        """All calls in a row."""
+        """Generate the function that makes all recorded calls and returns results; else raise NotReplayable."""
         if self.reason:
             raise NotReplayable(self.reason)
         returned, read = self._text(results)
         body = [*self.unpacked, *_live(self.lines, read), f"return {returned}"]
-        source = f"def replay({', '.join(f'a{at}' for at in range(self.count))}):\n    " + "\n    ".join(body)
+        source = f"def replay({', '.join(f'a{index}' for index in range(self.count))}):\n    " + "\n    ".join(body)
         exec(compile(source, "<replay>", "exec"), self.globals)
         function = self.globals["replay"]
         if unknown := set(function.__code__.co_names) - set(self.globals) - {"data_ptr"}:
@@ -215,12 +220,14 @@ class Recorder(eager.TorchDispatchMode):
         self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, *, needed: bool,
         write: Callable[[Tensor], Text] | None = None,
     ) -> None:  # fmt: skip
-        """Write a call down.  write: how it is given a tensor, if not by name."""
-        found = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
+        """Record one call.  write: how a tensor argument is written, if not by name."""
+        results = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
         try:
-            texts = [self._text(one, write or self._named) for one in args]
-            texts += [(f"{name}={text}", read) for name, one in kwargs.items() for text, read in [self._text(one)]]
-            if not all(isinstance(one, Tensor) for one in found):
+            texts = [self._text(argument, write or self._named) for argument in args]
+            texts += [
+                (f"{name}={text}", read) for name, argument in kwargs.items() for text, read in [self._text(argument)]
+            ]
+            if not all(isinstance(tensor, Tensor) for tensor in results):
                 raise NotReplayable("it gives what is no tensor")
             if function is torch.ops.aten.as_strided.default:
                 raise NotReplayable("it counts from where a storage begins")
@@ -233,9 +240,9 @@ class Recorder(eager.TorchDispatchMode):
             if id(result) not in self.names:
                 self._name(result, self.views[call], owner)
             return
-        is_new = [id(one) not in self.names for one in found]
-        made = [f"t{len(self.lines)}_{at}" if new else "_" for at, new in enumerate(is_new)]
-        new_names = [self._name(one, name, owner) for one, name in zip(found, made, strict=True) if name != "_"]
+        is_new = [id(tensor) not in self.names for tensor in results]
+        made = [f"t{len(self.lines)}_{index}" if new else "_" for index, new in enumerate(is_new)]
+        new_names = [self._name(tensor, name, owner) for tensor, name in zip(results, made, strict=True) if name != "_"]
         if owner is not None:
             self.views[call] = made[0]
         comma = "," if isinstance(result, (tuple, list)) else ""
@@ -243,10 +250,14 @@ class Recorder(eager.TorchDispatchMode):
         self.lines.append(Line(text, [name for _, read in texts for name in read], new_names, needed))
 
     def _owner(self, result: Tensor, args: Sequence[Any]) -> Owner | None:
-        """Whose memory a result is in, if that is an argument's."""
+        """Return the owner of a result's memory if it is known and the result shares it with an argument."""
         storage = result.untyped_storage().data_ptr()
-        sources = [one for one in args if isinstance(one, Tensor) and one.untyped_storage().data_ptr() == storage]
-        owners = {self.names[id(one)][1] for one in sources if id(one) in self.names}
+        sources = [
+            argument
+            for argument in args
+            if isinstance(argument, Tensor) and argument.untyped_storage().data_ptr() == storage
+        ]
+        owners = {self.names[id(source)][1] for source in sources if id(source) in self.names}
         return owners.pop() if len(owners) == 1 and storage else None
 
     def _name(self, tensor: Tensor, name: str, owner: Owner | None = None) -> str:
@@ -268,7 +279,7 @@ class Recorder(eager.TorchDispatchMode):
         raise NotReplayable("a tensor from elsewhere")
 
     def _address(self, tensor: Tensor) -> Text:
-        """Its address, by that of its owner: Triton takes a number too."""
+        """Write a tensor's address as that of its owner plus an offset: Triton takes a number too."""
         if id(tensor) not in self.names:
             return self._named(tensor)
         owner, begin = self.names[id(tensor)][1]
@@ -276,11 +287,11 @@ class Recorder(eager.TorchDispatchMode):
         return f"{owner}.data_ptr()" + (f" + {offset}" if offset else ""), [owner]
 
     def _text(self, value: Any, write: Callable[[Tensor], Text] | None = None) -> Text:
-        """An argument as Python writes it, and the names in it.  write: for tensors."""
+        """Write an argument as Python, and list the names in it.  write: how to write a tensor."""
         if isinstance(value, Tensor):
             return (write or self._named)(value)
         if isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
-            texts = [self._text(one, write) for one in value]
+            texts = [self._text(item, write) for item in value]
             inside = "".join(f"{text}, " for text, _ in texts)
             return (f"[{inside}]" if isinstance(value, list) else f"({inside})"), [n for _, read in texts for n in read]
         if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
@@ -298,13 +309,13 @@ class Recorder(eager.TorchDispatchMode):
 
 
 def _is_whole(view: Any, tensor: Any) -> bool:
-    """Whether a view has all of a tensor, as it is laid out: a slice of everything, say."""
+    """Return whether a view covers all of a tensor with the same layout, as a slice of everything does."""
     both = isinstance(view, Tensor) and isinstance(tensor, Tensor) and view is not tensor and view.numel() > 0
     return both and _metadata(view) == _metadata(tensor) and view.data_ptr() == tensor.data_ptr()
 
 
 def _live(lines: Sequence[Line], returned: Sequence[str]) -> Iterator[str]:
-    """The lines whose results are read or that have to be, and behind each the end of what is not read any more."""
+    """Return the lines whose results are read or that are needed, each followed by a del of what is read no more."""
     wanted, kept = set(returned), []
     for text, read, made, needed in reversed(lines):
         if not needed and not wanted.intersection(made):

@@ -1,4 +1,4 @@
-"""What Triton kernels over rows share: tiles of [ROWS, BLOCK_D], float32 inside, at addresses from layout.rows."""
+"""Shared parts of Triton kernels over rows: tiles of [ROWS, BLOCK_D], float32 inside, at addresses from layout.rows."""
 # mypy: allow-untyped-defs
 
 import functools
@@ -16,7 +16,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True)
 class Config:
-    """A launch for rows of at most block_d elements; programs a multiprocessor, where a program takes many tiles."""
+    """A launch for rows of at most block_d elements; programs: per multiprocessor, where a program takes many tiles."""
 
     block_d: int
     rows: int
@@ -24,7 +24,7 @@ class Config:
     programs: int = 4
 
     def meta(self, row_length: int) -> dict[str, int]:
-        """The launch's meta-parameters for rows of this length."""
+        """Return the launch's meta-parameters for rows of this length."""
         return {"ROWS": self.rows, "BLOCK_D": padded(row_length), "num_warps": self.warps}
 
 
@@ -40,24 +40,24 @@ CONFIGS = (  # of whole rows; 8 to 32 elements a thread, so that loads are 16 by
 
 
 def config_for(configs: Sequence[Config], row_length: int) -> Config:
-    """The first that holds row_length elements."""
+    """Return the first configuration that holds row_length elements."""
     return next(config for config in configs if row_length <= config.block_d)
 
 
 def padded(length: int) -> int:
-    """The smallest axis of a tile that holds it."""
+    """Return the smallest length of a tile's axis that holds length elements: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(length))
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many there are; two stand for the interpreter's, so that a program meets several tiles there too."""
+    """Count the device's multiprocessors; 2 for the interpreter, so that a program meets several tiles there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit
 def row_start(row, n1, n2, s0, s1, s2):
-    """Where rows [ROWS] begin, in elements; int64, as a tensor may have more than 2**31."""
+    """Compute where rows [ROWS] begin, in elements; int64, as a tensor may have more than 2**31."""
     outer = row // n2
     start = tl.cast(outer // n1, tl.int64) * s0 + tl.cast(outer % n1, tl.int64) * s1
     return start + tl.cast(row % n2, tl.int64) * s2
@@ -65,40 +65,43 @@ def row_start(row, n1, n2, s0, s1, s2):
 
 @triton.jit
 def load_tile(ptr, start, d, mask):
+    """Load a tile [ROWS, BLOCK_D] as float32, 0 outside the mask."""
     return tl.cast(tl.load(ptr + start[:, None] + d[None, :], mask=mask, other=0.0), tl.float32)  # [ROWS, BLOCK_D]
 
 
 @triton.jit
 def load_vector(ptr, d, mask):
+    """Load a vector [BLOCK_D] as float32, 0 outside the mask."""
     return tl.cast(tl.load(ptr + d, mask=mask, other=0.0), tl.float32)  # [BLOCK_D]
 
 
 @triton.jit
 def store_at(ptr, start, d, tile, mask):
+    """Store a tile [ROWS, BLOCK_D] whose rows begin at start, in ptr's dtype."""
     tl.store(ptr + start[:, None] + d[None, :], tl.cast(tile, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_tile(ptr, row, d, D, tile, mask):
-    """To a dense tensor."""
+    """Store a tile to a dense tensor, row r at r * D."""
     store_at(ptr, tl.cast(row, tl.int64) * D, d, tile, mask)
 
 
 @triton.jit
 def rounded(tile, ptr):
-    """As it will be once it is stored at ptr."""
+    """Round to the dtype of ptr, as storing there does, and return float32."""
     return tl.cast(tl.cast(tile, ptr.dtype.element_ty), tl.float32)
 
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """By exp2; exactly, without a difference of near numbers: a polynomial where x is small."""
+    """Compute tanh by exp2; EXACT: without cancellation, by a polynomial where x is small."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
-    found = tl.where(x < 0.0, -far, far)
+    result = tl.where(x < 0.0, -far, far)
     if EXACT:
         square = x * x
         series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * 62.0 / 2835.0)
         series = x * (1.0 + square * (-1.0 / 3.0 + square * series))
-        found = tl.where(tl.abs(x) < 0.15, series, found)
-    return found
+        result = tl.where(tl.abs(x) < 0.15, series, result)
+    return result
