@@ -40,7 +40,7 @@ ENGINE = (
         ("two values where there is one", "matching/matcher._differs", "same = bound[expected] is actual or", "same = bound[expected] is not None or"),
         ("keywords not compared", "matching/matcher._differs", " or not _same(dict(expected.kwargs), dict(actual.kwargs))", ""),
         ("functions not compared", "matching/matcher._differs", " or actual.target != expected.target", ""),
-        ("the smaller match first", "matching/apply._lift_at", "-len(match.calls)", "len(match.calls)"),
+        ("the smaller match first", "matching/apply._apply_at", "-len(match.calls)", "len(match.calls)"),
         ("sizes that are the template's", "matching/pattern._opened", "type(first) is int and first != second", "type(first) is int and first == second"),
         ("the second result nowhere", "matching/matcher._candidates", "if user > first", "if user < first"),
     ),

@@ -110,7 +110,7 @@ def calls(draw: st.DrawFn, op: str) -> Call:
     specs = []
     for at, (name, spec) in enumerate(shapes.items()):
         dtype = fixed_dtype(entry, name, spec) or (
-            draw(dtypes) if mixed and parameter_of(name) not in entry.same_dtype_as else common
+            draw(dtypes) if mixed and parameter_of(name) not in entry.alike else common
         )
         alone = scale if at == 0 and entry.gradients else 1.0  # products of several large factors overflow float16
         layout, seed = draw(st.sampled_from(LAYOUTS)), draw(seeds)
