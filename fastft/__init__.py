@@ -10,6 +10,7 @@ from fastft.rewriter.options import Options, OptionsError
 
 if TYPE_CHECKING:
     from fastft.quantize import Quantized, quantize_
+    from fastft.rewriter.bisect import Culprit, bisect
     from fastft.rewriter.explain import explain
     from fastft.rewriter.memory.planner import BudgetError
     from fastft.rewriter.report.history import compilations
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 __version__ = _version("fastft")
 __all__ = [
-    "BudgetError", "Options", "OptionsError", "Quantized", "Report", "__version__", "compilations", "explain",
-    "quantize_", "set_memory_budget",
+    "BudgetError", "Culprit", "Options", "OptionsError", "Quantized", "Report", "__version__", "bisect", "compilations",
+    "explain", "quantize_", "set_memory_budget",
 ]  # fmt: skip
 
 _LATER = {
     "BudgetError": "fastft.rewriter.memory.planner",
+    "Culprit": "fastft.rewriter.bisect",
+    "bisect": "fastft.rewriter.bisect",
     "compilations": "fastft.rewriter.report.history",
     "explain": "fastft.rewriter.explain",
     "Quantized": "fastft.quantize",

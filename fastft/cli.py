@@ -1,4 +1,4 @@
-"""The command ``fastft``: finetune, explain, env.  Heavy packages are imported only once a command needs them."""
+"""The command ``fastft``: finetune, explain, bisect, env.  Heavy packages are imported only once a command needs them."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _add_finetune(commands)
     _add_explain(commands)
+    _add_bisect(commands)
     _add(commands, "env", show_env, "show versions, the device and the usable kernels")
     return top
 
@@ -145,6 +146,28 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     it.add_argument("--seq-len", type=at_least_two, default=128, help="(default: %(default)s)")
 
 
+def _add_bisect(commands: argparse._SubParsersAction) -> None:
+    it = _add(
+        commands,
+        "bisect",
+        bisect,
+        "find what makes a model differ from eager",
+        "Find the rule, and its application, that makes a model's loss or gradients differ from eager.",
+    )
+    it.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hub id, folder or preset, with random weights; or SCRIPT.py, whose make() returns a model and a batch",
+    )
+    it.add_argument(
+        "--layers", type=positive(int), default=2, help="of a MODEL, so many are built (default: %(default)s)"
+    )
+    it.add_argument("--rank", type=positive(int), default=8, help="rank of a MODEL's adapters (default: %(default)s)")
+    it.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    it.add_argument("--lower", choices=("inductor", "eager"), default="eager", help="(default: %(default)s)")
+    it.add_argument("--tolerance", type=positive(float), help="share of a result's norm (default: by its dtype)")
+
+
 def finetune(options: argparse.Namespace) -> int:
     """Run ``fastft finetune``."""
     from dataclasses import fields
@@ -168,6 +191,25 @@ def explain(options: argparse.Namespace) -> int:
     model, batch = on_meta(options.model, rank=rank, batch_size=options.batch_size, seq_len=options.seq_len)
     explain_model(model, **batch).print()
     return 0
+
+
+def bisect(options: argparse.Namespace) -> int:
+    """Run ``fastft bisect``; exit code 1 where something differs."""
+    from fastft import bisect as find_culprit
+    from fastft.finetune import quieten
+    from fastft.models import made_by, small
+
+    quieten()
+    if options.model.endswith(".py"):
+        model, batch = made_by(options.model)
+    else:
+        model, batch = small(options.model, layers=options.layers, rank=options.rank, device=options.device)
+    arguments, named = (batch, {}) if isinstance(batch, tuple) else ((), batch)
+    culprit = find_culprit(
+        model, *arguments, options={"lower": options.lower}, tolerance=options.tolerance, say=print, **named
+    )
+    print(culprit or "The loss and all gradients are as in eager.")
+    return 1 if culprit else 0
 
 
 def show_env(options: argparse.Namespace) -> int:

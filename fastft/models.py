@@ -213,6 +213,44 @@ def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int) -> tuple[Any
     return model.train(), batch
 
 
+def small(name: str, *, layers: int, rank: int, device: str) -> tuple[Any, dict[str, Any]]:
+    """Build a model with random weights and few layers, with adapters, and a batch of 2 rows of 32 tokens for it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = find(name)
+    model_config = without_dropout(load_config(source))
+    model_config.num_hidden_layers = layers
+    if getattr(model_config, "layer_types", None):
+        model_config.layer_types = model_config.layer_types[:layers]
+    torch.manual_seed(0)
+    with explained(source):
+        model = AutoModelForCausalLM.from_config(model_config)
+    model.config.use_cache = False
+    model = add_lora(model, rank=rank, random_base=source.preset).to(device)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:  # zeros at first, behind which nothing of the adapters would be seen
+                torch.nn.init.normal_(parameter, std=0.02)
+    ids = torch.randint(model.config.vocab_size, (2, 32), device=device)
+    return model.train(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def made_by(script: str) -> tuple[Any, Any]:
+    """Run a script and return what its ``make()`` returns: a model, and its batch as a dict or a tuple."""
+    import runpy
+
+    if not Path(script).is_file():
+        raise UserError(f"There is no script {script!r}.")
+    make = runpy.run_path(script).get("make")
+    if not callable(make):
+        raise UserError(f"{script!r} has no function make(), which returns a model and a batch for it.")
+    made = make()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], (dict, tuple))):
+        raise UserError(f"make() in {script!r} has to return a model and a batch, a dict or a tuple of its arguments.")
+    return made
+
+
 def moved(source: Source, staging: Path, output: Path) -> Source:
     """Return the same source as it is once the staging folder has been renamed to the output folder."""
     if Path(source.location).is_relative_to(staging):

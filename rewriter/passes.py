@@ -100,11 +100,16 @@ def _run(each: Pass, gm: GraphModule, context: Context) -> None:
                 each.run(body, context)
 
 
+def rule_names() -> list[str]:
+    """List the names of all that may be applied: the rules, and what passes of their own do."""
+    own = (bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES)
+    return list(dict.fromkeys((*(rule.name for rule in patterns.RULES), *own)))
+
+
 def check_disabled(options: Options) -> None:
     """Raise OptionsError for a name in ``options.disable`` that nothing has, which would be ignored in silence."""
     ops = {name.removeprefix("fastft::").removesuffix("_backward") for name in REGISTRY}
-    valid = [rule.name for rule in patterns.RULES]
-    valid += [bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES]
+    valid = rule_names()
     valid += [f"pass:{each.name}" for each in PASSES if not each.required] + [f"op:{op}" for op in sorted(ops)]
     for name in options.disable:
         if name.partition("@")[0] not in valid:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -17,6 +19,7 @@ from fastft.rewriter.report.report import Report
 
 LIMIT = 256
 _graphs: deque[GraphReport] = deque(maxlen=LIMIT)
+_listeners: list[list[GraphReport]] = []
 
 
 def compilations() -> Report:
@@ -25,6 +28,17 @@ def compilations() -> Report:
     It holds text and numbers alone: no graph, tensor or model lives longer for it.
     """
     return Report(graphs=list(_graphs))
+
+
+@contextmanager
+def recorded() -> Iterator[list[GraphReport]]:
+    """Collect the reports of the graphs that are compiled meanwhile."""
+    reports: list[GraphReport] = []
+    _listeners.append(reports)
+    try:
+        yield reports
+    finally:
+        _listeners[:] = [other for other in _listeners if other is not reports]
 
 
 class Recording:
@@ -41,7 +55,8 @@ class Recording:
         report.cache = Counter(aot.cache_counts())
         report.cache.subtract(self.cache)
         report.seconds = time.perf_counter() - self.began
-        _graphs.append(report)
+        for reports in (_graphs, *_listeners):
+            reports.append(report)
 
 
 def _reason() -> str:
