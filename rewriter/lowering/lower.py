@@ -16,7 +16,7 @@ from fastft.rewriter.outline import partition, stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.report import compile_progress
 from fastft.rewriter.report.data import GraphReport
-from fastft.rewriter.runtime import cuda_graphs
+from fastft.rewriter.runtime import cuda_graphs, profiling
 from fastft.rewriter.runtime.planned_graph import Planned
 
 
@@ -46,7 +46,7 @@ def lower(
     layers = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
     if layers is not None:
         pieces = cuda_graph_policy.graph_layers(pieces, calls, layers, offloader)
-    stitched = stitch.stitch(gm, pieces, calls)
+    stitched = stitch.stitch(gm, pieces, profiling.named(pieces, calls))
     if planned is None:
         return stitched
     planned.run, report.plan = stitched, planned.report
