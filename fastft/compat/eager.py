@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["TorchDispatchMode"]  # what is only passed on
@@ -50,3 +51,18 @@ def has_saved_tensors_hooks() -> bool:
 def after_backward(call: Callable[[], None]) -> None:
     """Call this once the running backward has computed all gradients."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def backward_id() -> int:
+    """Which run of autograd's engine this is in; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def is_profiling() -> bool:
+    """Whether a profiler of torch runs, be it of this thread or not."""
+    return profiler._is_profiler_enabled
+
+
+def is_emitting_nvtx() -> bool:
+    """Whether that profiler is torch.autograd.profiler.emit_nvtx, of this thread."""
+    return torch._C._autograd._profiler_type() == torch._C._profiler.ActiveProfilerType.NVTX

@@ -131,7 +131,7 @@ def define(
             longest = 0 if multiplies and not dispatch.has_tensor_cores(arguments[0].device) else longest_row
             dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest)
 
-    again = replay.Replayed(lambda *arguments: REGISTRY[f"fastft::{name}"].compute(*arguments))
+    again = replay.Replayed(lambda *arguments: REGISTRY[f"fastft::{name}"].compute(*arguments), f"fastft::{name}")
 
     def run(*arguments: Any) -> Results:
         if engine is not None and (computed := engine(*arguments)) is not None:

@@ -14,6 +14,8 @@ unrecorded from then on.
 from __future__ import annotations
 
 import functools
+import itertools
+import linecache
 import logging
 import threading
 import weakref
@@ -36,6 +38,7 @@ Owner = tuple[str, int]  # of memory: its name, and its address
 
 _thread = threading.local()  # recorder: of this thread's recording, if there is one
 _constants: dict[int, Tensor] = {}
+_numbers = itertools.count()
 
 
 class NotReplayable(Exception):  # noqa: N818
@@ -55,10 +58,13 @@ def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 
 class Replayed:
-    """A function of tensors, lists of them and other values; recorded, then replayed, for each metadata signature."""
+    """A function of tensors, lists of them and other values; recorded, then replayed, for each metadata signature.
 
-    def __init__(self, compute: Callable[..., Any]) -> None:
-        self.compute = compute
+    name: by which tracebacks and profiles know what is replayed.
+    """
+
+    def __init__(self, compute: Callable[..., Any], name: str = "an op") -> None:
+        self.compute, self.name = compute, name
         self.functions: dict[Any, Callable[..., Any] | None] = {}  # None where it runs as it is
         self.met: set[Any] = set()
 
@@ -76,7 +82,7 @@ class Replayed:
                 self.functions.clear()
             self.met.add(kind)
             return self.compute(*arguments)
-        results, self.functions[kind] = recorded(self.compute, arguments)
+        results, self.functions[kind] = recorded(self.compute, arguments, self.name)
         return results
 
 
@@ -98,7 +104,7 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % ALIGNMENT
 
 
-def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Callable[..., Any] | None]:
+def recorded(compute: Callable[..., Any], arguments: Sequence[Any], name: str) -> tuple[Any, Callable[..., Any] | None]:
     """Return compute(*arguments), and a function that replays it for the same metadata; None if that is impossible."""
     arguments = _told_apart(arguments)
     recorder = Recorder(arguments)
@@ -109,9 +115,9 @@ def recorded(compute: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any
     finally:
         _thread.recorder = None
     try:
-        return results, recorder.function(results)
+        return results, recorder.function(results, name)
     except NotReplayable as reason:
-        log.debug("%s is not replayed: %s", getattr(compute, "__qualname__", compute), reason)
+        log.debug("%s is not replayed: %s", name, reason)
         return results, None
 
 
@@ -203,17 +209,19 @@ class Recorder(eager.TorchDispatchMode):
         finally:
             self.busy = not outermost
 
-    def function(self, results: Any) -> Callable[..., Any]:
+    def function(self, results: Any, name: str) -> Callable[..., Any]:
         """Generate the function that makes all recorded calls and returns results; else raise NotReplayable."""
         if self.reason:
             raise NotReplayable(self.reason)
         returned, read = self._text(results)
         body = [*self.unpacked, *_live(self.lines, read), f"return {returned}"]
         source = f"def replay({', '.join(f'a{index}' for index in range(self.count))}):\n    " + "\n    ".join(body)
-        exec(compile(source, "<replay>", "exec"), self.globals)
-        function = self.globals["replay"]
+        file = f"<replay {next(_numbers)} of {name}>"
+        exec(compile(source, file, "exec"), self.globals)
+        function = self.globals.pop("replay")  # which would keep itself alive there
         if unknown := set(function.__code__.co_names) - set(self.globals) - {"data_ptr"}:
             raise NotReplayable(f"it would read {unknown}")  # a mistake of ours
+        _show_source(function, file, source)
         return function
 
     def _note(
@@ -306,6 +314,12 @@ class Recorder(eager.TorchDispatchMode):
             self.places[key] = f"g{len(self.globals)}"
             self.globals[self.places[key]] = value  # which keeps its id its own
         return self.places[key]
+
+
+def _show_source(function: Callable[..., Any], file: str, source: str) -> None:
+    """Let tracebacks and debuggers find a function's lines under the name of its file, for as long as it lives."""
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # None: it is on no disk
+    weakref.finalize(function, linecache.cache.pop, file, None).atexit = False
 
 
 def _is_whole(view: Any, tensor: Any) -> bool:

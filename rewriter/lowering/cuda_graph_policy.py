@@ -10,6 +10,7 @@ from torch import Tensor
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.outline import stitch
 from fastft.rewriter.outline.partition import Piece
+from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.cuda_graphs import Graphed, log
 from fastft.rewriter.runtime.offload import Offloader
 
@@ -41,8 +42,8 @@ def graph_layers(
     """The pieces with those layers as one, which runs as CUDA graphs.  offloader: what the layers offload with."""
     inside = pieces[layers.start : layers.stop]
     stack = stitch.join(inside)
-    call = stitch.chain(inside, calls, stack.inputs, tuple(stack.outputs))
-    calls[stack] = Graphed(call, moving_inputs(stack), offloader)
+    call = stitch.chain(inside, profiling.named(inside, calls), stack.inputs, tuple(stack.outputs))
+    calls[stack] = Graphed(call, moving_inputs(stack), offloader, profiling.span(inside[0].name, inside[-1].name))
     return [*pieces[: layers.start], stack, *pieces[layers.stop :]]
 
 

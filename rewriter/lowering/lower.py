@@ -17,6 +17,7 @@ from fastft.rewriter.outline import partition, stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.report import compile_progress
 from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.cuda_graphs import Graphed
 from fastft.rewriter.runtime.offload import Offloader
 from fastft.rewriter.runtime.planned_graph import Call, Planned
@@ -72,7 +73,7 @@ def _lower_pieces(
     running, called = pieces, dict(calls)
     if graphed is not None:
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, offloader)
-    run = stitch.stitch(gm, running, called)
+    run = stitch.stitch(gm, running, profiling.named(running, called))
     if planned is None or offloader is None:
         return run
     result = Planned(

@@ -7,8 +7,9 @@ its kind.  PyTorch's DDPOptimizer splits graphs in the same way (torch/_dynamo/b
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -22,7 +23,7 @@ from fastft.compat.fake_tensors import value_of
 from fastft.reasons import Declined
 from fastft.rewriter.fx.bodies import size
 from fastft.rewriter.fx.effects import is_transform, mutated_args, switches_mode
-from fastft.rewriter.fx.metadata import module_path, name_of
+from fastft.rewriter.fx.metadata import layer_of, module_path, name_of
 from fastft.rewriter.outline import layer_detection
 from fastft.rewriter.report.data import GraphReport, Region
 
@@ -34,7 +35,7 @@ class Piece:
     """A stretch of the graph that runs as one call.
 
     inputs: nodes of the graph that it reads, sizes included.  outputs: those of its nodes that others read.  layer:
-    whether it is one of a stack of layers.  key: equal for pieces of the same structure.
+    whether it is one of a stack of layers.  key: equal for pieces of the same structure.  name: what profiles call it.
     """
 
     nodes: list[Node]
@@ -42,13 +43,12 @@ class Piece:
     inputs: list[Node] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
     key: Any = None
+    name: str = ""
 
     @property
     def module(self) -> str:
         """The module that all of a layer's nodes are in; "" where that is the model itself."""
-        paths = [path.split(".") for node in self.nodes if (path := module_path(node))]
-        common = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-        return ".".join(names[0] for names in common) if self.layer else ""
+        return _common(filter(None, map(module_path, self.nodes))) if self.layer else ""
 
 
 def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
@@ -86,7 +86,28 @@ def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> 
     _check_writes(gm, pieces, owner)
     for piece in pieces:
         piece.key = _key(gm, piece)
+    _name(pieces)
     return pieces
+
+
+def _name(pieces: Sequence[Piece]) -> None:
+    """Name the layers by their modules, and the others by where they are."""
+    layers = [at for at, piece in enumerate(pieces) if piece.layer] or [0]
+    for at, piece in enumerate(pieces):
+        if not piece.layer:
+            place = "before" if at < layers[0] else "between" if at < layers[-1] else ""
+            piece.name = f"({place} the layers)" if place else "(the rest)"
+            continue
+        # Without what the model does between two layers, which is the first one's too.
+        paths = [path for node in piece.nodes if layer_of(path := module_path(node))]
+        numbered = re.match(r"(?:.*\.)?\d+(?=\.|$)", _common(paths))
+        piece.name = numbered.group() if numbered else f"(layer {layers.index(at)})"
+
+
+def _common(paths: Iterable[str]) -> str:
+    """The path that all of these begin with."""
+    common = takewhile(lambda names: len(set(names)) == 1, zip(*(path.split(".") for path in paths), strict=False))
+    return ".".join(names[0] for names in common)
 
 
 def _connect(gm: GraphModule, pieces: Sequence[Piece]) -> None:

@@ -42,11 +42,12 @@ def chain(pieces: Sequence[Piece], calls: Mapping[Piece, Callable], inputs: Sequ
         if id(function) not in names:
             names[id(function)] = f"region_{len(names)}"
             root.add_module(names[id(function)], _Call(function))
-        call = graph.call_module(names[id(function)], tuple(values[node] for node in piece.inputs))
+        given = tuple(values[node] for node in piece.inputs)
+        call = graph.create_node("call_module", names[id(function)], given, name=piece.name or None)  # for tracebacks
         for place, node in enumerate(piece.outputs):
             values[node] = graph.call_function(operator.getitem, (call, place))
     graph.output(map_arg(outputs, values.__getitem__))
-    return GraphModule(root, graph).forward
+    return GraphModule(root, graph, class_name="Stitched").forward
 
 
 class _Call(nn.Module):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.compat import eager
+from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.offload import Offloader
 
 log = logging.getLogger("fastft")
@@ -36,10 +37,14 @@ class Graphed:
     """``call`` as CUDA graphs, once it has been called twice with inputs of the same shapes.
 
     call takes tensors and numbers and returns tensors; it writes to none of its inputs.  moving: positions
-    of inputs that are at another address in every call.
+    of inputs that are at another address in every call.  name: what profiles call the graphs.
     """
 
-    def __init__(self, call: Callable[..., tuple], moving: Sequence[int], offloader: Offloader | None = None) -> None:
+    def __init__(
+        self, call: Callable[..., tuple], moving: Sequence[int], offloader: Offloader | None = None,
+        name: str = "(the layers)",
+    ) -> None:  # fmt: skip
+        self.replay = profiling.in_range(name, _Replay.apply)
         self.call, self.moving, self.offloader = call, sorted(moving), offloader
         self.enabled, self.pool_bytes = True, 0
         self.addresses: dict[Any, list[int | None]] = {}  # by shapes: where the inputs were in the last plain call
@@ -60,7 +65,7 @@ class Graphed:
                 return self.call(*inputs)
         token = ReplayToken()
         self.waiting = weakref.ref(token)
-        return _Replay.apply(capture, token, inputs, *(inputs[place] for place in capture.trained))
+        return self.replay(capture, token, inputs, *(inputs[place] for place in capture.trained))
 
     def reset(self, *, enabled: bool) -> None:
         """Let go of what was captured, and capture anew if enabled: the layers will do something else."""

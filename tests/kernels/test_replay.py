@@ -1,7 +1,11 @@
 """Calls done again: the same bits as the first time, and nothing is done again that is not sure to be the same."""
 
 import ctypes
+import gc
+import linecache
+import re
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,6 +120,36 @@ def test_kinds_that_keep_coming_are_forgotten_in_time(monkeypatch: pytest.Monkey
             assert torch.equal(replayed(torch.zeros(length)), torch.ones(length))
         assert len(replayed.met) <= 3
         assert len(replayed.functions) <= 3
+        assert len(files_of("an op")) <= 3
+    del replayed
+    assert files_of("an op") == []
+
+
+def files_of(name: str) -> list[str]:
+    """The generated files of an op whose lines Python knows."""
+    return [file for file in linecache.cache if re.fullmatch(rf"<replay \d+ of {name}>", file)]
+
+
+def test_a_traceback_has_the_line_of_the_call_that_failed() -> None:
+    def compute(x: Tensor) -> Tensor:
+        return torch.cat([x.double(), x.double()]).exp()
+
+    replayed = Replayed(compute, "fastft_tests::twice")
+    for _ in range(2):
+        replayed(torch.zeros(2))
+    (file,) = files_of("fastft_tests::twice")
+    (function,) = replayed.functions.values()
+    assert function is not None
+    with pytest.raises(RuntimeError, match="None") as raised:
+        function(None)
+    linecache.checkcache()  # as the traceback module does
+    assert f'File "{file}", line 2, in replay' in (told := "".join(traceback.format_exception(raised.value)))
+    assert "(a0" in told.split(file)[1]
+    replayed.functions.clear()
+    assert files_of("fastft_tests::twice") == [file], "while somebody holds the function"
+    del function, raised
+    gc.collect()  # the exception's frames
+    assert files_of("fastft_tests::twice") == []
 
 
 class Living(TorchDispatchMode):
