@@ -1,4 +1,4 @@
-"""The command ``fastft``: finetune, explain, bisect, env.  Heavy packages are imported only once a command needs them."""
+"""The command ``fastft``: finetune, explain, bisect, env.  Heavy packages are imported once a command needs them."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def fastft(
     gm: GraphModule,
     example_inputs: list[torch.Tensor],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Options | None = None,
     mode: str | None = None,
 ) -> Callable:
     """The function that torch.compile calls for each graph it captures; found by the name "fastft".

@@ -187,7 +187,7 @@ class _Trial:
     def _leaves(self) -> dict[str, Tensor]:
         """List the parameters and inputs that need a gradient, by name."""
         module = getattr(self.model, "__self__", self.model)
-        named = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
+        named: dict[str, Tensor] = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
         named |= {f"input {number}": tensor for number, tensor in enumerate(tensors_in((self.args, self.batch)))}
         return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
