@@ -31,8 +31,8 @@ class Options:
     lazy_logits: logits that a model returns are computed when they are read, and not at all if nobody does; False
         computes them in every forward.
     logits_memory: what a loss may take for logits, in bytes or as "256MiB": it is computed for so many tokens at once.
-    disable: what to leave out, to find out whose fault something is: names of rules ("glu.swiglu"), of one
-        application of a rule ("glu.swiglu@layers.3.mlp"), of passes ("pass:attention"), and of
+    disable: what to leave out, to find out whose fault something is: names of rules ("glu.silu"), of one
+        application of a rule ("glu.silu@layers.3.mlp"), of passes ("pass:attention"), and of
         ops ("op:glu").  ``fastft bisect`` finds the name.
     strict: raise where fastft would otherwise warn and compile the graph as the user wrote it.
     """

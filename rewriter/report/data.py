@@ -56,6 +56,11 @@ class RuleRecord:
     applied: int = 0
     seconds: float = 0.0
 
+    def add(self, other: RuleRecord) -> None:
+        """Add another graph's counts."""
+        self.attempts, self.matches = self.attempts + other.attempts, self.matches + other.matches
+        self.applied, self.seconds = self.applied + other.applied, self.seconds + other.seconds
+
 
 @dataclass
 class Region:

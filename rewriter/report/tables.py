@@ -11,13 +11,27 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss, ReportData
+from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss, ReportData, RuleRecord
 from fastft.rewriter.report.reasons import with_advice
 
 BREAKS, FAILURES, MISSED = "Graph breaks", "Failures in fastft (these graphs run as they were)", "Not lifted"
 LIFTED, FUSED = "Lifted", "Of these, fused"
 MEMORY, FATES = "Memory", "What layers do with their activations"
-_NUMBERS = ("graph", "times", "calls", "nodes", "seconds", "MiB", "µs")  # columns
+SLOWEST = 8  # rules that are shown
+_NUMBERS = (
+    "after",
+    "tried",
+    "matched",
+    "applied",
+    "ms",
+    "graph",
+    "times",
+    "calls",
+    "nodes",
+    "seconds",
+    "MiB",
+    "µs",
+)  # columns
 
 
 def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
@@ -38,6 +52,8 @@ def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[s
         ("Logits that are computed only when they are read", ("module", "read"), _deferred(graphs)),
         (MISSED, ("module", "times", "at", "reason"), _by_reason(report.near_misses)),
         (FAILURES, ("graph", "cause"), _failures(graphs)),
+        ("What passes took", ("pass", "nodes", "after", "ms"), _passes(graphs)),
+        (f"What rules took, the slowest {SLOWEST}", ("rule", "tried", "matched", "applied", "ms"), _rules(graphs)),
     ]
     return [table for table in found if table[2]]
 
@@ -103,6 +119,33 @@ def _plans(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
 
 def _fates(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
     return [row for graph in graphs if graph.plan is not None for row in graph.plan.rows()]
+
+
+def _passes(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    """List the passes over all graphs, those that took less than a millisecond and changed nothing left out."""
+    rows: dict[str, list[float]] = {}
+    for graph in graphs:
+        for record in graph.passes:
+            sums = rows.setdefault(record.name, [0, 0, 0.0])
+            sums[:] = sums[0] + record.nodes_before, sums[1] + record.nodes_after, sums[2] + record.seconds
+    return [
+        (name, str(before), str(after), f"{seconds * 1e3:,.0f}")
+        for name, (before, after, seconds) in rows.items()
+        if seconds >= 1e-3 or before != after
+    ]
+
+
+def _rules(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    """List the slowest rules: at how many anchors each was tried, matched and was applied."""
+    sums: dict[str, RuleRecord] = {}
+    for graph in graphs:
+        for name, record in graph.rules.items():
+            sums.setdefault(name, RuleRecord()).add(record)
+    slowest = sorted(sums.items(), key=lambda pair: -pair[1].seconds)[:SLOWEST]
+    return [
+        (name, str(record.attempts), str(record.matches), str(record.applied), f"{record.seconds * 1e3:,.0f}")
+        for name, record in slowest
+    ]
 
 
 def _inlined(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
