@@ -81,7 +81,8 @@ def test_the_tree_is_the_packages() -> None:
 
 def test_files_that_pages_name_are_there() -> None:
     """By their path or the end of it."""
-    pages = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name not in HISTORY)]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    pages += [path for path in (ROOT / "docs").glob("*.md") if path.name not in HISTORY]
     folders = ("fastft", "rewriter", "patterns", "kernels", "tests", "benchmarks")
     files = [f"/{path.relative_to(ROOT).as_posix()}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
     named = [(page.name, name) for page in pages for name in re.findall(r"`([\w/.]+\.py)`", page.read_text("utf-8"))]
