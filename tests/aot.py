@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 def through_aot(
     gm: GraphModule, example_inputs: list[Any], version: str, partitioner: Callable | None = None
 ) -> Callable:
-    """In place of rewriter.compat.compile_fx: the decompositions and the partitioner that Inductor would use."""
+    """In place of fastft.compat.aot.compile_fx: the decompositions and the partitioner that Inductor would use."""
     partition = partial(partitioner or min_cut_rematerialization_partition, compiler="inductor")
     run = lambda graph, _: make_boxed_func(graph.forward)  # noqa: E731
     compiler = aot_autograd(

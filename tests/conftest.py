@@ -44,8 +44,9 @@ QUICK = (
     "rewriter/matching/test_checks.py", "rewriter/projections/test_merge.py", "rewriter/loss/test_heads.py",
     "rewriter/memory/test_step_memory.py", "rewriter/attention/masks/test_terms.py",
     "rewriter/attention/masks/test_substitution.py", "kernels/test_dispatch.py",
-    "kernels/test_layout.py", "kernels/test_lora_plan.py", "kernels/test_strategies.py", "benchmarks/test_occupancy.py",
-    "benchmarks/test_peak.py", "cli/test_data.py", "test_mutants.py", "test_project.py",
+    "kernels/test_layout.py", "kernels/test_lora_plan.py", "kernels/test_strategies.py", "benchmarks/test_compare.py",
+    "benchmarks/test_occupancy.py", "benchmarks/test_peak.py", "cli/test_data.py", "test_imports.py", "test_mutants.py",
+    "test_project.py",
 )  # fmt: skip
 SLOWER = re.compile(r"\b(compiled|captured|explain|same)\(|torch\.compile|compile_in_place|subprocess|\.launch\(")
 

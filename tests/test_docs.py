@@ -35,7 +35,7 @@ def test_no_block_is_of_another_language() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if not re.match(r"https?://", target):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,12 +1,13 @@
 """What may import what: the stages of the compiler lie one above another, and nothing imports upward."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from test_project import ROOT, SOURCES
+from test_project import ARCHITECTURE, ROOT, SOURCES, section
 
-# From the ground up.  A module belongs to the longest of these names that it begins with.
+# From the ground up, as docs/architecture.md lists them.  A module belongs to the longest of these that it begins with.
 LEVELS = (
     ("fastft.errors", "fastft.reasons", "fastft.capability", "fastft.units", "fastft.source_digest"),
     ("fastft.compat",),
@@ -98,3 +99,9 @@ def test_the_graph_is_the_packages() -> None:
     """Or the tests above would pass of nothing."""
     assert "fastft.rewriter.passes" in GRAPH["fastft.rewriter.backend"]
     assert all(place(module)[1] != "fastft" or module.count(".") < 2 for module in MODULES), "a folder without a level"
+
+
+def test_the_levels_are_those_of_the_page() -> None:
+    lines = [line for line in section("levels", ARCHITECTURE).splitlines() if line]
+    assert [line.partition(". ")[0] for line in lines] == [str(number) for number in range(1, len(LEVELS) + 1)]
+    assert [tuple(re.findall(r"`([\w.]+)`", line)) for line in lines] == list(LEVELS)

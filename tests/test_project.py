@@ -1,5 +1,6 @@
 """What the repository promises about itself."""
 
+import ast
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,14 @@ SOURCES = sorted(
 )
 
 
-def section(name: str) -> str:
-    """What stands in README.md between two comments."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert found, f"README.md has no section {name}"
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+HISTORY = {"decisions.md", "performance.md", "CHANGELOG.md"}  # their entries speak of their time
+
+
+def section(name: str, text: str = README) -> str:
+    """What stands in a page between two comments."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert found, f"there is no section {name}"
     return found.group(1)
 
 
@@ -51,3 +56,35 @@ def test_files_stay_short() -> None:
 def test_the_engine_names_no_model() -> None:
     engine = sorted((ROOT / "rewriter").rglob("*.py"))
     assert lines_with(r"llama|qwen|gemma|mistral|\bphi", engine, re.IGNORECASE) == []
+
+
+def folders_of_the_tree() -> dict[str, str]:
+    """The folders that docs/architecture.md draws, with what it says of each."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for indent, name, purpose in re.findall(r"^( *)(\w+)/ +(.+)$", section("tree", ARCHITECTURE), re.MULTILINE):
+        above = [*above[: len(indent) // 2], name]
+        found["/".join(above)] = purpose
+    return found
+
+
+def test_the_tree_is_the_packages() -> None:
+    """Folder by folder, each with the first line of its docstring."""
+    packages = [path.parent for path in SOURCES if path.name == "__init__.py"]
+    docstrings = {
+        path.relative_to(ROOT).as_posix(): ast.get_docstring(ast.parse((path / "__init__.py").read_text("utf-8"))) or ""
+        for path in packages
+    }
+    first_lines = {folder: text.partition("\n")[0].replace("``", "") for folder, text in docstrings.items()}
+    assert folders_of_the_tree() == first_lines
+
+
+def test_files_that_pages_name_are_there() -> None:
+    """By their path or the end of it."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    pages += [path for path in (ROOT / "docs").glob("*.md") if path.name not in HISTORY]
+    folders = ("fastft", "rewriter", "patterns", "kernels", "tests", "benchmarks")
+    files = [f"/{path.relative_to(ROOT).as_posix()}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    named = [(page.name, name) for page in pages for name in re.findall(r"`([\w/.]+\.py)`", page.read_text("utf-8"))]
+    assert named
+    assert [(page, name) for page, name in named if not any(path.endswith(f"/{name}") for path in files)] == []

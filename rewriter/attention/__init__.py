@@ -1,0 +1,1 @@
+"""Attention that was lifted, made simpler: what its mask means, which heads it reads."""

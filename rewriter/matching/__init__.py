@@ -1,0 +1,1 @@
+"""Rules: found in a graph, checked, and carried out."""

@@ -1,0 +1,1 @@
+"""What a step runs through: plans at work, offloading, CUDA graphs, logits computed when read."""

@@ -168,17 +168,17 @@ def test_a_larger_budget_is_never_slower_and_never_exceeded() -> None:
     call, made = compiled(model, "max-speed")
     call(**batch(padded=False, length=64))
     (planned,) = made
-    book = planned.controller
-    low = planner.plan(planned.sequence, book.facts, 0)
-    high = planner.plan(planned.sequence, book.facts, None)
+    controller = planned.controller
+    low = planner.plan(planned.sequence, controller.facts, 0)
+    high = planner.plan(planned.sequence, controller.facts, None)
     budgets = [low.peak_bytes + (high.peak_bytes - low.peak_bytes) * share // 16 for share in range(17)]
-    plans = [planner.plan(planned.sequence, book.facts, budget) for budget in budgets]
+    plans = [planner.plan(planned.sequence, controller.facts, budget) for budget in budgets]
     assert all(plan.peak_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
     assert all(one.seconds >= other.seconds for one, other in pairwise(plans))
     assert len({plan.choices for plan in plans}) > 6  # the trade is smooth
-    assert plans == [planner.plan(planned.sequence, book.facts, budget) for budget in budgets]
+    assert plans == [planner.plan(planned.sequence, controller.facts, budget) for budget in budgets]
     with pytest.raises(fastft.BudgetError, match=r"at the least, in backward of .*held before .*use a smaller batch"):
-        planner.plan(planned.sequence, book.facts, low.peak_bytes - 1)
+        planner.plan(planned.sequence, controller.facts, low.peak_bytes - 1)
 
 
 def test_what_is_saved_is_what_was_planned() -> None:
@@ -232,7 +232,7 @@ def test_checkpoints_of_the_user_give_way_to_the_plan(device: str) -> None:
         assert (one - other).float().norm() <= tolerance * other.float().norm()
 
 
-def test_forwards_before_backwards_share_a_ledger() -> None:
+def test_forwards_before_backwards_share_a_plan() -> None:
     """Two models of one structure are one graph, which runs twice: both together keep to the budget of one."""
     models = [model_of("cpu", dropout=0.0), model_of("cpu", dropout=0.0)]
     expected = [gradients(model, model, "cpu") for model in models]
@@ -253,11 +253,11 @@ def test_forwards_before_backwards_share_a_ledger() -> None:
         losses = [call(**batch(padded=False, length=64)).loss for call in calls]
         sum(losses).backward()
     (planned,) = all_made[0]
-    book = planned.controller
-    assert book.forwards == [planned, planned]
-    assert book.plan is not None
-    assert book.plan.peak_bytes <= budget
-    assert len({*book.choices}) == 2  # the first keeps less, as it keeps it for longer
+    controller = planned.controller
+    assert controller.forwards == [planned, planned]
+    assert controller.plan is not None
+    assert controller.plan.peak_bytes <= budget
+    assert len({*controller.choices}) == 2  # the first keeps less, as it keeps it for longer
     for model, grads in zip(models, expected, strict=True):
         for one, other in zip((p.grad for p in model.parameters() if p.grad is not None), grads, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
@@ -270,9 +270,9 @@ def test_of_two_budgets_at_once_the_strictest_rules() -> None:
     second, _ = compiled(lean, "min")
     second(**batch(padded=False, length=64)).loss.backward()
     waiting.backward()
-    (book,) = {id(one.controller): one.controller for one in made_first}.values()
-    assert len(book.members) == 2
-    assert book.limit_bytes == 0
+    (controller,) = {id(one.controller): one.controller for one in made_first}.values()
+    assert len(controller.members) == 2
+    assert controller.limit_bytes == 0
 
 
 def test_the_report_says_what_becomes_of_each_tensor(tmp_path: Path) -> None:
