@@ -21,19 +21,20 @@ from fastft.rewriter.bisect import NOT_A_RULE, _first
 @contextmanager
 def wrong(name: str, change: Callable[[Tensor], Tensor] = lambda tensor: 1.05 * tensor) -> Iterator[None]:
     """Make a rule's replacement compute something else."""
-    (rule,) = {rule for rule in patterns.RULES if rule.name == name}
-    right = rule.replacement
-    assert right is not None
+    rights = {rule: rule.replacement for rule in patterns.RULES if rule.name == name}
+    assert rights
+    for rule, right in rights.items():
 
-    def replacement(*args: Any, **named: Any) -> Any:
-        results = right(*args, **named)
-        return tuple(map(change, results)) if isinstance(results, tuple) else change(results)
+        def replacement(*args: Any, right: Any = right, **named: Any) -> Any:
+            results = right(*args, **named)
+            return tuple(map(change, results)) if isinstance(results, tuple) else change(results)
 
-    object.__setattr__(rule, "replacement", replacement)
+        object.__setattr__(rule, "replacement", replacement)
     try:
         yield
     finally:
-        object.__setattr__(rule, "replacement", right)
+        for rule, right in rights.items():
+            object.__setattr__(rule, "replacement", right)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_the_rule_and_its_first_application_in_a_hand_written_model() -> None:
     assert culprit.application is not None
     assert culprit.application.module == "layers.0"
     file, _, line = culprit.application.source.rpartition(":")
-    assert "rsqrt" in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+    assert "self.norm" in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
     assert culprit.difference.error > 0.01
     for part in ("rms_norm.llama", "layers.0", "small_stack.py:", "options={'disable': ['rms_norm.llama']}"):
         assert part in str(culprit)
@@ -135,19 +136,27 @@ class Noisy(Stack):
         return super().forward(x + noise)
 
 
+class Counting(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return super().forward(x)
+
+
 def test_a_model_that_does_not_repeat_itself_is_refused() -> None:
     with pytest.raises(ValueError, match="does not repeat itself"):
         fastft.bisect(Noisy(), X)
 
 
 def test_nothing_of_the_model_changes() -> None:
-    model = tuned()
-    model.register_buffer("seen", torch.zeros(()))
-    model.register_forward_pre_hook(lambda module, args: module.seen.add_(1))
+    model = Counting()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     with wrong("glu.silu"):
-        fastft.bisect(model, **batch(0))
+        fastft.bisect(model, X)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
