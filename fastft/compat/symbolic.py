@@ -48,6 +48,11 @@ def hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
+def number(value: Any) -> Any:
+    """A size, or a number that Dynamo made an input of, as it is in the example."""
+    return float(value.node.hint) if isinstance(value, torch.SymFloat) else hint(value)
+
+
 def size_inputs(graph: Graph) -> dict[Any, Node]:
     """For each symbol in the graph's shapes, the input that is its value."""
     inputs = [(node, value_of(node)) for node in graph.find_nodes(op="placeholder")]
