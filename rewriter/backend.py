@@ -21,6 +21,7 @@ from fastft.rewriter.lowering.lower import WholeError, lower
 from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.passes import rewrite
+from fastft.rewriter.report import repro_writer
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.history import Recording
 from fastft.rewriter.report.reasons import with_advice
@@ -51,6 +52,7 @@ def fastft(
     dynamic_shapes.watch(gm)
     cache_dirs.ensure_writable()
     recording = Recording(gm)
+    repro_writer.dump(gm, parsed)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)
     log_report(report)
@@ -77,24 +79,33 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options) -> tu
     except Exception as error:
         if options.strict:
             raise
-        return _as_it_was(original, gm, example_inputs, options, error), GraphReport(failure=describe(error))
+        return _as_it_was(original, gm, example_inputs, options, error)
 
 
 def _as_it_was(
     original: Snapshot, gm: GraphModule, example_inputs: list[Any], options: Options, error: Exception
-) -> Callable:
-    """The user's own graph by Inductor, or by nobody where Inductor fails too: at a kernel of another library, say."""
+) -> tuple[Callable, GraphReport]:
+    """The user's own graph by Inductor, or by nobody where Inductor fails too: at a kernel of another library, say.
+
+    The warning names a file that shows what failed, but of a graph that was cut, as what cut it is not in the graph.
+    """
     original.restore()
+    report = GraphReport(failure=describe(error))
+    # Inductor may change the graph, so it is written down before.
+    repro = repro_writer.text(gm, options, report.failure) if not isinstance(error, CutError) else ""
     try:
-        compiled = compile_graph(gm, example_inputs, options)
-        warn_once(f"fastft left a graph as it was, because of {describe(error)}")
-        return compiled
+        compiled: Callable = compile_graph(gm, example_inputs, options)
+        message = f"fastft left a graph as it was, because of {report.failure}"
     except dynamo.RestartAnalysis:
         raise
     except Exception as other:
         original.restore()
-        warn_once(f"fastft runs a graph as it was and without Inductor, which failed with {describe(other)}")
-        return gm.forward
+        compiled = gm.forward
+        message = f"fastft runs a graph as it was and without Inductor, which failed with {describe(other)}"
+    if message not in _warned:
+        report.repro = repro
+        warn_once(message, repro_writer.saved_as(repro))
+    return compiled, report
 
 
 def _rewritten(
@@ -113,11 +124,11 @@ def _rewritten(
     return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 
-def warn_once(message: str) -> None:
-    """Warn, once a process for each message."""
+def warn_once(message: str, more: str = "") -> None:
+    """Warn, once a process for each message, whatever ``more`` there is to say about it."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message.rstrip(".") + more if more else message, RuntimeWarning, stacklevel=2)
 
 
 def log_report(report: GraphReport) -> None:
