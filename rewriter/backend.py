@@ -52,7 +52,8 @@ def fastft(
     dynamic_shapes.watch(gm)
     cache_dirs.ensure_writable()
     recording = Recording(gm)
-    repro_writer.dump(gm, parsed)
+    if (folder := repro_writer.dump_folder()) is not None:
+        repro_writer.dump(gm, parsed, folder)
     compiled, report = _compile(gm, example_inputs, parsed)
     recording.end(report)
     log_report(report)

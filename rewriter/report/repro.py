@@ -35,7 +35,7 @@ class Repro:
     gm: GraphModule
     mode: Any
     example_inputs: list[Any]
-    inputs: list[Input | int]
+    inputs: list[Input | int | None]
 
 
 def load(build: Build, state: Mapping[str, Any] | None = None, device: str = "") -> Repro:
@@ -98,7 +98,7 @@ def smallest_table(gm: GraphModule) -> int:
     return min((int(table.shape[0]) for table in tables if isinstance(table, Tensor)), default=2)
 
 
-def _step(function: Callable, inputs: Sequence[Input | int], below: int) -> dict[str, Tensor]:
+def _step(function: Callable, inputs: Sequence[Input | int | None], below: int) -> dict[str, Tensor]:
     """Forward and, from the loss or from everything, backward: outputs and gradients by name."""
     passed = repro_inputs.drawn(inputs, below)
     torch.manual_seed(0)

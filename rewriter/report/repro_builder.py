@@ -36,12 +36,12 @@ class Builder:
     def __init__(self, mode: Any, device: str = "", given: Sequence[Any] = ()) -> None:
         self.mode, self.device, self.given = mode, device, list(given)
         self.graph, self.root = Graph(), nn.Module()
-        self.inputs: list[Input | int] = []
+        self.inputs: list[Input | int | None] = []
         self.result: Any = None
         self._place: dict[str, Any] = {}
         self._storages: dict[int, Any] = {}
         self._bodies: dict[str, tuple[Build, int]] = {}
-        self._contexts: dict[Node, Any] = {}
+        self._unnoted: dict[Node, Any] = {}
 
     def built(self, build: Build) -> GraphModule:
         """The graph that a function of a builder makes."""
@@ -71,6 +71,13 @@ class Builder:
             node, self._given(lambda: self._symbol(value, symbol) if symbol and value > 1 else value)
         )
 
+    def unknown(self, name: str) -> Node:
+        """Add what a graph is given that Dynamo noted no value of, so that its nodes have none here either."""
+        node = self.graph.create_node("placeholder", name, name=name)
+        self.inputs.append(None)
+        self._unnoted[node] = self._given(lambda: None)
+        return node
+
     def constant(self, name: str, dtype: torch.dtype, size: Sequence[int], /, **more: Any) -> Node:
         """Add a tensor that the graph holds."""
         one = self._input(name, dtype, size, more)
@@ -94,7 +101,7 @@ class Builder:
     def output(self, value: Any) -> None:
         """Say what the graph returns."""
         self.graph.output(value)
-        self.result = map_arg(value, value_of)
+        self.result = map_arg(value, self._value)
 
     def named(self, target: str) -> Any:
         """Find what is given to a call and is neither a number, a string nor a tensor."""
@@ -129,13 +136,13 @@ class Builder:
 
     def _with_value(self, node: Node, value: Any) -> Node:
         if isinstance(value, torch.autocast):  # entered: Dynamo notes no value of it either
-            self._contexts[node] = value
+            self._unnoted[node] = value
         else:
             fake_tensors.set_value(node, value)
         return node
 
     def _value(self, node: Node) -> Any:
-        return self._contexts[node] if node in self._contexts else value_of(node)
+        return self._unnoted[node] if node in self._unnoted else value_of(node)
 
     def _moved(self, value: Any) -> Any:
         """Put a device, or the name of one, where everything is to be."""
@@ -148,14 +155,14 @@ class Builder:
         """Build the graphs that a call runs, where possible on what it gives them, and compute it."""
         kind = node.target.name()  # type: ignore[union-attr]
         names = [one.name for one in node.all_input_nodes if one.name in self._bodies]
-        given = [value_of(one) if isinstance(one, Node) else one for one in node.args[len(names) :]]
+        given = [self._value(one) if isinstance(one, Node) else one for one in node.args[len(names) :]]
         known = given if kind in (*_INLINED, _FUNCTION) else []
         first = self._build_body(names[0], known) if names else None
         for name in names[1:]:  # an autograd.Function's backward: of gradients like the results, and what was saved
             self._build_body(name, _flat(first.result) if kind == _FUNCTION and first is not None else [])
         if kind in _INLINED and first is not None:
             return first.result
-        return self._computed(node, lambda one: getattr(self.root, one.name) if one.name in names else value_of(one))
+        return self._computed(node, lambda one: getattr(self.root, one.name) if one.name in names else self._value(one))
 
     def _build_body(self, name: str, given: Sequence[Any]) -> Builder | None:
         """given: of which the last are the graph's inputs; None for a graph that another call has built."""

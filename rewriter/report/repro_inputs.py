@@ -76,7 +76,7 @@ class Input:
         return self.tensor if self.leaf else self.tensor.clone()
 
 
-def drawn(sequence: Sequence[Input | int], below: int) -> list[Any]:
+def drawn(sequence: Sequence[Input | int | None], below: int) -> list[Any]:
     """Values for all of them, the same in every call."""
     for seed, one in enumerate(sequence):
         if isinstance(one, Input):

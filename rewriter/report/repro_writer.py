@@ -103,28 +103,33 @@ def saved_as(written: str) -> str:
         return ""
 
 
-def dump(gm: GraphModule, options: Options) -> None:
-    """Write the file of a graph that is to be compiled, where FASTFT_DUMP names a folder for it."""
+def dump(gm: GraphModule, options: Options, folder: Path) -> None:
+    """Write the file of a graph that is to be compiled into a folder, if that is possible."""
     try:
-        if (folder := os.environ.get("FASTFT_DUMP")) and (written := text(gm, options)):
-            write(written, _new_folder(Path(folder)))
+        if written := text(gm, options):
+            write(written, folder)
     except Exception as error:
-        log.debug("the reproducer was not written: %r", error)
+        log.debug("a graph has no reproducer: %r", error)
 
 
-def _new_folder(around: Path) -> Path:
-    """Make the first of ``graph_0``, ``graph_1`` ... that there is not yet; processes may share the folder around."""
-    for number in itertools.count():
+def dump_folder() -> Path | None:
+    """Make a new folder for a graph in that which FASTFT_DUMP names: ``graph_0``, ``graph_1`` ...; None without it."""
+    around = os.environ.get("FASTFT_DUMP", "")
+    for number in itertools.count() if around else ():
+        folder = Path(around) / f"graph_{number}"
         try:
-            (around / f"graph_{number}").mkdir(parents=True)
-            break
-        except FileExistsError:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another graph's, or another process's
             continue
-    return around / f"graph_{number}"
+        except OSError as error:
+            log.debug("nothing is written to %s: %r", around, error)
+            break
+    return None
 
 
 class _Writer:
-    """Turns a graph and its nested graphs into functions of a builder G (repro.Builder)."""
+    """Turn a graph and its nested graphs into functions of a builder G (repro_builder.py)."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm, self.place = gm, ("", "")
@@ -172,6 +177,8 @@ class _Writer:
         """The call that makes an input: what is not as of any new tensor is said."""
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
             return f"number({name!r}, {symbolic.number(value)!r}, {_symbol(value)!r})"
+        if value is None:
+            return f"unknown({name!r})"
         if not isinstance(value, Tensor):
             return f"number({name!r}, {self._text(value)})"
         size, stride = _hints(value.shape), _hints(value.stride())

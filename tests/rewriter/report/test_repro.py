@@ -31,7 +31,7 @@ from fastft.rewriter.passes import rewrite
 from fastft.rewriter.report import history, repro, repro_writer
 from fastft.rewriter.report.repro_builder import named
 
-EAGER = {"lower": "eager"}
+EAGER: dict[str, Any] = {"lower": "eager"}
 FAULT = """
 from fastft.rewriter.attention import simplify
 
@@ -182,7 +182,7 @@ def test_memory_that_inputs_share_and_writes() -> None:
     whole = torch.zeros(4, 6)
     left, right, other = whole[:, :4].detach(), whole[1:].detach(), torch.zeros(2, 3).t().requires_grad_()
 
-    def write(left: Tensor, right: Tensor, other: Tensor) -> Tensor:
+    def write(left: Tensor, right: Tensor, other: Tensor) -> tuple[Tensor, ...]:
         right.mul_(2)
         return left + 1, other[..., None, 1:] * right.sum(), torch.full((2,), float("inf"))
 
