@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from fastft.rewriter.lowering.plan_builder import should_plan
 from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.passes import check_disabled, rewrite
+from fastft.rewriter.report import repro_writer
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.history import Recording
+from fastft.rewriter.report.pass_log import dump_folder
 from fastft.rewriter.report.reasons import with_advice
 from fastft.rewriter.runtime import lazy_logits
 
@@ -53,7 +56,9 @@ def fastft(
     dynamic_shapes.watch(gm)
     cache_dirs.ensure_writable()
     recording = Recording(gm)
-    compiled, report = _compile(gm, example_inputs, parsed, recording.place)
+    if (folder := dump_folder(recording.place)) is not None:
+        repro_writer.dump(gm, parsed, folder)
+    compiled, report = _compile(gm, example_inputs, parsed, folder)
     recording.end(report)
     log_report(report)
     return compiled
@@ -63,7 +68,9 @@ class CutError(Exception):
     """A piece of a graph that torch cut and did not hand over whole: it is compiled as a piece, as torch expects it."""
 
 
-def _compile(gm: GraphModule, example_inputs: list[Any], options: Options, place: str) -> tuple[Callable, GraphReport]:
+def _compile(
+    gm: GraphModule, example_inputs: list[Any], options: Options, folder: Path | None
+) -> tuple[Callable, GraphReport]:
     """Compile a graph as fastft does, or, where anything of that fails, as the user wrote it."""
     original = Snapshot(gm)
     try:
@@ -71,53 +78,70 @@ def _compile(gm: GraphModule, example_inputs: list[Any], options: Options, place
             raise CutError("torch cut it at the buckets of DistributedDataParallel (optimize_ddp)")
         try:
             plan = should_plan(gm, options)
-            return _rewritten(gm, example_inputs, options, place, plan=plan, inline=plan)
+            return _rewritten(gm, example_inputs, options, folder, plan=plan, inline=plan)
         except WholeError:  # the user's checkpoints are all that saves memory
             original.restore()
-            return _rewritten(gm, example_inputs, options, place, plan=plan, inline=False)
+            return _rewritten(gm, example_inputs, options, folder, plan=plan, inline=False)
     except (BudgetError, dynamo.RestartAnalysis):  # the user's, and Dynamo's to trace again with a number it now knows
         raise
     except Exception as error:
         if options.strict:
             raise
-        return _as_it_was(original, gm, example_inputs, options, error), GraphReport(failure=describe(error))
+        return _as_it_was(original, gm, example_inputs, options, error)
 
 
 def _as_it_was(
     original: Snapshot, gm: GraphModule, example_inputs: list[Any], options: Options, error: Exception
-) -> Callable:
-    """The user's own graph by Inductor, or by nobody where Inductor fails too: at a kernel of another library, say."""
+) -> tuple[Callable, GraphReport]:
+    """The user's own graph by Inductor, or by nobody where Inductor fails too: at a kernel of another library, say.
+
+    The warning names a file that shows what failed, but of a graph that was cut, as what cut it is not in the graph.
+    """
     original.restore()
+    report = GraphReport(failure=describe(error))
+    # Inductor may change the graph, so it is written down before.
+    repro = repro_writer.text(gm, options, report.failure) if not isinstance(error, CutError) else ""
     try:
-        compiled = compile_graph(gm, example_inputs, options)
-        warn_once(f"fastft left a graph as it was, because of {describe(error)}")
-        return compiled
+        compiled: Callable = compile_graph(gm, example_inputs, options)
+        message = f"fastft left a graph as it was, because of {report.failure}"
     except dynamo.RestartAnalysis:
         raise
     except Exception as other:
         original.restore()
-        warn_once(f"fastft runs a graph as it was and without Inductor, which failed with {describe(other)}")
-        return gm.forward
+        compiled = gm.forward
+        message = f"fastft runs a graph as it was and without Inductor, which failed with {describe(other)}"
+    if message not in _warned:
+        report.repro = repro
+        warn_once(message, repro_writer.saved_as(repro))
+    return compiled, report
 
 
 def _rewritten(
-    gm: GraphModule, example_inputs: list[Any], options: Options, place: str, *, plan: bool, inline: bool
+    gm: GraphModule, example_inputs: list[Any], options: Options, folder: Path | None, *, plan: bool, inline: bool
 ) -> tuple[Callable, GraphReport]:
-    """Rewrite and lower.  inline: whether the plan is to decide about what the user checkpointed."""
+    """Rewrite and lower.
+
+    folder: where the graph is written to after each pass.  inline: whether the plan is to decide about what the user
+    checkpointed.
+    """
     count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     deferred: list[Deferred] = []
     report = rewrite(
-        gm, options=options, deferred=deferred if options.lazy_logits else None, inline_checkpoints=inline, place=place
+        gm,
+        options=options,
+        deferred=deferred if options.lazy_logits else None,
+        inline_checkpoints=inline,
+        folder=folder,
     )
     compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined))
     return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 
-def warn_once(message: str) -> None:
-    """Warn, once a process for each message."""
+def warn_once(message: str, more: str = "") -> None:
+    """Warn, once a process for each message, whatever ``more`` there is to say about it."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message.rstrip(".") + more if more else message, RuntimeWarning, stacklevel=2)
 
 
 def log_report(report: GraphReport) -> None:

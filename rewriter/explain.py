@@ -22,6 +22,7 @@ from fastft.rewriter.memory import stages
 from fastft.rewriter.options import Options
 from fastft.rewriter.outline.partition import outline
 from fastft.rewriter.passes import rewrite
+from fastft.rewriter.report import repro_writer
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.graph_breaks import record_breaks
 from fastft.rewriter.report.graph_listing import lines
@@ -44,7 +45,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
 
     def capture(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
         ddp.uncut(gm)
-        original = Snapshot(gm)
+        original, repro = Snapshot(gm), repro_writer.text(gm)
         try:
             before = lines(gm)
             graph = rewrite(gm, deferred=[])
@@ -55,6 +56,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
             raise
         except Exception as error:
             graph = GraphReport(failure=describe(error))
+        graph.repro = repro
         report.graphs.append(graph)
         original.restore()
         return _without_activations(gm)

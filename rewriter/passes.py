@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -65,15 +66,15 @@ def rewrite(
     options: Options | None = None,
     deferred: list[Deferred] | None = None,
     inline_checkpoints: bool = False,
-    place: str = "",
+    folder: Path | None = None,
 ) -> GraphReport:
     """Rewrite ``gm`` and its bodies in place, pass by pass.  Raises what a pass raises.
 
     rules: what is lifted; merging: what is made of it.  deferred: outputs that the graph does not compute any more are
-    added here; without it they all stay.  inline_checkpoints: see Context.  place: the code that the graph is from.
+    added here; without it they all stay.  inline_checkpoints: see Context.  folder: where the graph is written to after each pass.
     """
     context = Context(options or Options(), GraphReport(), rules, merging, inline_checkpoints, deferred)
-    report, log = context.report, PassLog(gm, place)
+    report, log = context.report, PassLog(gm, folder)
     report.passes = log.records
     report.nodes_before = _size(gm)
     for each in PASSES:

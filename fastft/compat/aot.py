@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,11 @@ def isolated_tracing_context(inputs: Iterable[Any]) -> Iterator[FakeTensorMode]:
         context.tensor_to_context = around.tensor_to_context  # the symbols of inputs that are not fake yet
     with tracing(context):
         yield mode
+
+
+def tracing_in(mode: FakeTensorMode) -> AbstractContextManager:
+    """What Dynamo has around a backend: the mode of its fake tensors is known."""
+    return tracing(TracingContext(mode))
 
 
 def compile_fx(

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    statically_known_true,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["tree_map_only"]  # what is only passed on
@@ -58,6 +64,28 @@ def fake_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Make a fake tensor that belongs to no graph."""
     with _template_mode:
         return torch.empty(tuple(shape), dtype=dtype)
+
+
+def new_mode() -> FakeTensorMode:
+    """A mode such as Dynamo makes for a graph, with symbols of its own."""
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def as_captured(mode: FakeTensorMode, tensor: Tensor, name: str, symbolic: Collection[int] = ()) -> Tensor:
+    """A graph's input as Dynamo makes it a fake tensor; symbolic: the axes of which it makes symbols.
+
+    As with Dynamo, axes that are equally long in the example share a symbol.
+    """
+    kinds = [DimDynamic.DUCK if axis in symbolic else DimDynamic.STATIC for axis in range(tensor.dim())]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+    return mode.from_tensor(tensor, source=ConstantSource(name), symbolic_context=context)
+
+
+@contextlib.contextmanager
+def computing_in(mode: FakeTensorMode) -> Iterator[None]:
+    """Compute fake tensors of this mode."""
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def written_to(tensor: torch.Tensor) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.fx.node import _get_qualified_name
 
 __all__ = ["OpOverload"]  # what is only passed on
 
@@ -36,3 +38,12 @@ def is_mutable(target: Any) -> bool:
     if isinstance(target, OpOverloadPacket):
         return any(is_mutable(getattr(target, overload)) for overload in target.overloads())
     return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def qualified_name(target: Any) -> str:
+    """The dotted name by which Python has a function, a class or an operator: ``torch.ops.higher_order.wrap``."""
+    if is_higher_order(target):
+        return f"torch.ops.higher_order.{target.name()}"
+    if is_operator(target):
+        return f"torch.ops.{target}"
+    return re.sub(r"^_operator\.", "operator.", _get_qualified_name(target))

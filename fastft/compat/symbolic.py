@@ -49,6 +49,11 @@ def hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
+def number(value: Any) -> Any:
+    """A size, or a number that Dynamo made an input of, as it is in the example."""
+    return float(value.node.hint) if isinstance(value, torch.SymFloat) else hint(value)
+
+
 def size_inputs(graph: Graph) -> dict[Any, Node]:
     """Map each symbol in the graph's shapes to the input that holds its value."""
     inputs = [(node, value_of(node)) for node in graph.find_nodes(op="placeholder")]

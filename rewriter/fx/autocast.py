@@ -56,6 +56,11 @@ def state() -> State:
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in _KINDS)
 
 
+def entered() -> dict[str, torch.dtype]:
+    """The kinds of devices for which autocast is on now, and what it makes of matrices there."""
+    return {kind: dtype for kind, dtype in zip(_KINDS, state(), strict=True) if dtype is not None}
+
+
 @contextmanager
 def reproduced_on_cpu(wanted: State) -> Iterator[None]:
     """Give tensors on the CPU the autocast dtype that ``wanted`` has for whichever device."""

@@ -89,7 +89,8 @@ class GraphReport:
     before, after: its calls, where they were asked for; device: where most of its inputs are.
     passes: what each pass did; rules: what each rule that was tried did, by name.
     deferred: modules whose logits are computed when they are read; reads: how often that was, by
-    ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.
+    ``file:line``.  failure: what went wrong in fastft, in which case the graph runs as the user wrote it.  repro: a
+    Python file that compiles the graph again, of what was explained and what failed; see ``Report.save_repro``.
 
     Known of graphs that were compiled: place, the code that it was captured from.  reason: why Dynamo compiled that
     code again ("" for a first time, "unknown" where Dynamo does not tell).  seconds: what the backend took.  dynamic:
@@ -120,6 +121,7 @@ class GraphReport:
     seconds: float = 0.0
     dynamic: list[str] = field(default_factory=list)
     cache: Counter[str] = field(default_factory=Counter)
+    repro: str = field(default="", repr=False)
 
 
 @dataclass

@@ -24,25 +24,25 @@ from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.report.data import PassRecord
 
 log = logging.getLogger("fastft")
-_numbers = itertools.count()  # of the graphs that are dumped in this process
 
 
 class PassLog:
-    """Watches the passes over one graph.  place: the code that the graph is from, for the names of files."""
+    """Watches the passes over one graph.  folder: where it is written to after each that changes it, if anywhere."""
 
-    def __init__(self, gm: GraphModule, place: str = "") -> None:
-        self.gm = gm
+    def __init__(self, gm: GraphModule, folder: Path | None = None) -> None:
+        self.gm, self.folder = gm, folder
         self.records: list[PassRecord] = []
-        self.folder = _folder(place)
         self.text = ""
+        self.calls = calls(gm)
         self._show("captured", lambda: readable(gm))
 
     @contextmanager
     def observe(self, name: str) -> Iterator[None]:
         """Record what happens to the graph meanwhile as the pass of this name."""
-        before, began = calls(self.gm), time.perf_counter()
+        before, began = self.calls, time.perf_counter()
         yield
-        seconds, after = time.perf_counter() - began, calls(self.gm)
+        seconds = time.perf_counter() - began
+        after = self.calls = calls(self.gm)
         record = PassRecord(name, seconds, before.total(), after.total(), _difference(before, after))
         self.records.append(record)
         log.debug("pass %s", record)
@@ -62,19 +62,24 @@ class PassLog:
             log.debug("a graph is not shown: %s", error)
 
 
-def _folder(place: str) -> Path | None:
-    """Make a folder of its own for a graph under FASTFT_DUMP, None where that is not set or cannot be written."""
+def dump_folder(place: str) -> Path | None:
+    """Make a new folder for a graph in the one that FASTFT_DUMP names; None without it, or where that fails.
+
+    place: the code that the graph is from, which the folder is called after.
+    """
     root = os.environ.get("FASTFT_DUMP")
-    if not root:
-        return None
     name = re.sub(r"\W+", "_", place.partition(" ")[0]).strip("_") or "graph"
-    folder = Path(root) / f"{os.getpid()}_{next(_numbers):03}_{name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        log.warning("FASTFT_DUMP=%s cannot be written: %s", root, error.strerror)
-        return None
-    return folder
+    for number in itertools.count() if root else ():
+        folder = Path(root or "") / f"{number:03}_{name}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another graph's, or another process's
+            continue
+        except OSError as error:
+            log.warning("FASTFT_DUMP=%s cannot be written: %s", root, error.strerror)
+            break
+    return None
 
 
 def readable(gm: GraphModule) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from fastft.rewriter.report import html, tables
+from fastft.errors import UserError
+from fastft.rewriter.report import html, repro_writer, tables
 from fastft.rewriter.report.data import ReportData
 
 
@@ -27,6 +28,22 @@ class Report(ReportData):
     def save(self, path: str | Path) -> None:
         """Write the report as one self-contained HTML page."""
         Path(path).write_text(self._repr_html_(), encoding="utf-8")
+
+    def save_repro(self, folder: str | Path) -> list[Path]:
+        """Write ``graph_0/repro.py`` ... into the folder, which compile these graphs again anywhere; return the paths.
+
+        A file holds a graph's calls, the shapes of its inputs, names of modules, files and versions, and what failed;
+        no weights, batches or texts: inputs are drawn at random.  ``python repro.py`` compares outputs and gradients
+        with those of the graph as it is, or ends with fastft's error.  Graphs have one that were explained, and those
+        in which something failed and was warned of; raises UserError where none has.
+        """
+        written = {f"graph_{number}": graph.repro for number, graph in enumerate(self.graphs) if graph.repro}
+        if not written:
+            raise UserError(
+                "No graph here has a reproducer: call fastft.explain(model, **batch).save_repro(folder), or set "
+                "FASTFT_DUMP to a folder before training, into which one is written for each graph."
+            )
+        return [repro_writer.write(text, Path(folder) / name) for name, text in written.items()]
 
     def tables(self) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
         """Title, columns and rows of all that there is to tell."""
