@@ -71,7 +71,8 @@ def rewrite(
     """Rewrite ``gm`` and its bodies in place, pass by pass.  Raises what a pass raises.
 
     rules: what is lifted; merging: what is made of it.  deferred: outputs that the graph does not compute any more are
-    added here; without it they all stay.  inline_checkpoints: see Context.  folder: where the graph is written to after each pass.
+    added here; without it they all stay.  inline_checkpoints: see Context.  folder: where the graph is written to
+    after each pass.
     """
     context = Context(options or Options(), GraphReport(), rules, merging, inline_checkpoints, deferred)
     report, log = context.report, PassLog(gm, folder)

@@ -34,7 +34,7 @@ class PassRecord:
     """What a pass did to a graph: seconds, nodes before and after, and how many more of each call there are."""
 
     name: str
-    seconds: float
+    seconds: float = field(compare=False)
     nodes_before: int
     nodes_after: int
     changes: Mapping[str, int]
@@ -54,7 +54,7 @@ class RuleRecord:
     attempts: int = 0
     matches: int = 0
     applied: int = 0
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     def add(self, other: RuleRecord) -> None:
         """Add another graph's counts."""

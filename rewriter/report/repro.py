@@ -108,9 +108,11 @@ def _step(function: Callable, inputs: Sequence[Input | int | None], below: int) 
     if roots:
         torch.manual_seed(1)
         torch.autograd.backward(roots, [torch.randn_like(one) if one.dim() else torch.ones_like(one) for one in roots])
-    found = {f"output {at}": one.detach().clone() for at, one in enumerate(outputs) if isinstance(one, Tensor)}
-    leaves = [one for one in inputs if isinstance(one, Input) and one.tensor.grad is not None]
-    return found | {f"gradient of {one.name}": one.tensor.grad for one in leaves}
+    results = {f"output {at}": one.detach().clone() for at, one in enumerate(outputs) if isinstance(one, Tensor)}
+    for leaf in inputs:
+        if isinstance(leaf, Input) and leaf.tensor.grad is not None:
+            results[f"gradient of {leaf.name}"] = leaf.tensor.grad
+    return results
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -35,10 +35,10 @@ EAGER: dict[str, Any] = {"lower": "eager"}
 FAULT = """
 from fastft.rewriter.attention import simplify
 
-def broken(gm, report):
+def broken(gm):
     raise ValueError("no graph is like this one.")
 
-simplify.simplify = broken
+simplify._Masks = broken
 """
 
 
@@ -217,7 +217,7 @@ def fall_back(monkeypatch: pytest.MonkeyPatch, times: int = 1) -> list[str]:
     """Let a pass fail; what is warned of."""
     from fastft.rewriter.attention import simplify
 
-    monkeypatch.setattr(simplify, "simplify", simplify.simplify)
+    monkeypatch.setattr(simplify, "_Masks", simplify._Masks)
     exec(FAULT, {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -274,8 +274,9 @@ def test_a_folder_for_every_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert fastft.compilations().graphs[0].repro == "", "what is compiled as ever keeps no text"
     fall_back(monkeypatch)
     names = sorted(path.name for path in (tmp_path / "dump").iterdir())
-    assert [re.sub("repro-.*", "repro-", name) for name in names] == ["fastft-repro-", "graph_0", "graph_1", "graph_2"]
-    first, second = [(tmp_path / "dump" / f"graph_{number}" / "repro.py").read_text() for number in (0, 1)]
+    told = [re.sub("repro-.*", "repro-", name) for name in names]
+    assert told == ["000_Stack_forward", "001_Stack_forward", "002_Stack_forward", "fastft-repro-"]
+    first, second = [(tmp_path / "dump" / name / "repro.py").read_text() for name in names[:2]]
     assert "torch.int64, (2, 5)" in first
     assert "torch.int64, (1, 5)" in second
     assert "OPTIONS = {'lower': 'eager'}" in first
