@@ -1,14 +1,14 @@
 """Record the ATen and Triton calls of an op for one metadata signature; replay them as generated Python.
 
-An op does much in Python before it launches little: it checks shapes, chooses a GEMM and a tile, computes strides.
-All of it depends on the arguments' metadata alone, so the same metadata leads to the same calls.  The second time that
-a signature is met, these calls, PyTorch's and Triton's, are recorded and written down as a function that makes them one
-after the other, each tensor freed after its last use.  For small batches, whose kernels take less time than the Python
-between them, that Python is what a step without CUDA graphs waits for (docs/performance.md).
+An op runs much Python for few kernel launches: it checks shapes, chooses a GEMM and a tile, computes strides.  All of
+it depends on the arguments' metadata alone, so the same metadata leads to the same calls.  The second time that a
+signature occurs, these calls, PyTorch's and Triton's, are recorded, and a function is generated that makes the same
+calls in the same order and frees each tensor after its last use.  For small batches, whose kernels take less time than
+the Python between them, a step without CUDA graphs waits for that Python (docs/performance.md).
 
-An op may be replayed if its calls depend on nothing else: not on values, global settings or random numbers.  Where a
-recording meets what it cannot write down, such as a number read from a tensor or a tensor from elsewhere, the op runs
-unrecorded from then on.
+An op may be replayed if its calls depend on nothing else: not on values, global settings or random numbers.  If a
+recording meets something that it cannot write down, such as a number read from a tensor or a tensor that is neither an
+argument nor made in the op, the op runs without replay for this signature from then on.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch import Tensor
 from fastft.compat import eager, fake_tensors, operators
 
 log = logging.getLogger("fastft")
-MOST_KINDS = 1024  # of arguments that an op remembers
+MOST_KINDS = 1024  # metadata signatures that an op remembers
 ALIGNMENT = 16  # bytes: what Triton's kernels are specialised on
 
-Text = tuple[str, list[str]]  # of Python, and the names of tensors in it
-Owner = tuple[str, int]  # of memory: its name, and its address
+Text = tuple[str, list[str]]  # a Python expression, and the names of tensors in it
+Owner = tuple[str, int]  # the tensor that owns some memory: its name and address
 
 _thread = threading.local()  # recorder: of this thread's recording, if there is one
 _constants: dict[int, Tensor] = {}
@@ -60,13 +60,13 @@ def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 class Replayed:
     """A function of tensors, lists of them and other values; recorded, then replayed, for each metadata signature.
 
-    name: by which tracebacks and profiles know what is replayed.
+    name: the name of the replayed code in tracebacks and profiles.
     """
 
     def __init__(self, compute: Callable[..., Any], name: str = "an op") -> None:
         self.compute, self.name = compute, name
-        self.functions: dict[Any, Callable[..., Any] | None] = {}  # None where it runs as it is
-        self.met: set[Any] = set()
+        self.functions: dict[Any, Callable[..., Any] | None] = {}  # by signature; None where it cannot be replayed
+        self.met: set[Any] = set()  # signatures that have occurred
 
     def __call__(self, *arguments: Any) -> Any:
         kind = kind_of(arguments)
@@ -76,7 +76,7 @@ class Replayed:
                 return function(*arguments)
         if kind in self.functions or getattr(_thread, "recorder", None) is not None:
             return self.compute(*arguments)
-        if kind not in self.met:  # lengths that come once are not worth it
+        if kind not in self.met:  # lengths that occur only once are not worth recording
             if len(self.met) >= MOST_KINDS:
                 self.met.clear()
                 self.functions.clear()
@@ -106,7 +106,7 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
 
 def recorded(compute: Callable[..., Any], arguments: Sequence[Any], name: str) -> tuple[Any, Callable[..., Any] | None]:
     """Return compute(*arguments), and a function that replays it for the same metadata; None if that is impossible."""
-    arguments = _told_apart(arguments)
+    arguments = _distinct(arguments)
     recorder = Recorder(arguments)
     _thread.recorder = recorder
     try:
@@ -121,7 +121,7 @@ def recorded(compute: Callable[..., Any], arguments: Sequence[Any], name: str) -
         return results, None
 
 
-def _told_apart(arguments: Sequence[Any]) -> list[Any]:
+def _distinct(arguments: Sequence[Any]) -> list[Any]:
     """Give each use of a tensor that is passed twice an object of its own: the next call may pass two tensors."""
     seen: set[int] = set()
 
@@ -134,7 +134,7 @@ def _told_apart(arguments: Sequence[Any]) -> list[Any]:
 
 
 class Line(NamedTuple):
-    """A recorded call as Python: the names it reads and those it makes; needed: it stays even if nobody reads them."""
+    """A recorded call as a line of Python, and the names it reads and makes; needed: kept even if these are unread."""
 
     text: str
     read: list[str]
@@ -143,22 +143,22 @@ class Line(NamedTuple):
 
 
 class Recorder(eager.TorchDispatchMode):
-    """Record calls as lines of Python, one each.
+    """Record calls as lines of Python, one line for each call.
 
-    names: for each live tensor, by id: its name, and the name and address of the tensor that owns its memory.  For a
-    view that is its base, so a kernel that takes an address needs no view.
+    names: by the id of each live tensor: its name, and the name and address of the tensor that owns its memory.  For a
+    view, the owner is its base, so that a kernel that takes an address needs no view.
     """
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         super().__init__()
         self.names: dict[int, tuple[str, Owner]] = {}
-        self.views: dict[str, str] = {}  # names by the calls that made them
+        self.views: dict[str, str] = {}  # the names of views by the text of the calls that made them
         self.references: dict[int, weakref.ref[Tensor]] = {}
         self.lines: list[Line] = []
         self.globals: dict[str, Any] = {}
-        self.places: dict[Any, str] = {}  # of globals by value or id
-        self.reason = ""
-        self.busy = False  # within a call that is written down as a whole
+        self.places: dict[Any, str] = {}  # the names of globals by value or id
+        self.reason = ""  # why the op cannot be replayed
+        self.busy = False  # within a call that is recorded as a whole
         self.unpacked: list[str] = []
         for index, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
@@ -175,10 +175,10 @@ class Recorder(eager.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with self._own_call() as outermost:  # an op of ours may call others, whose launches are its own
+        with self._own_call() as outermost:  # calls and launches within a fastft op are part of it
             result = func(*args, **(kwargs or {}))
         if not outermost or self.reason or not fake_tensors.tensors_in((args, kwargs, result)):
-            return result  # that of dtypes, say, is the same whatever the tensors are
+            return result  # a call on dtypes, for example, has the same result at every replay
         mutable = operators.is_mutable(func)
         same = next((argument for argument in args if _is_whole(result, argument)), None)
         if same is not None and id(same) in self.names and not mutable:
@@ -189,20 +189,20 @@ class Recorder(eager.TorchDispatchMode):
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         """Launch a Triton kernel and record the launch."""
-        with self._own_call() as outermost:  # the interpreter makes calls of its own
+        with self._own_call() as outermost:  # Triton's interpreter calls ATen ops itself
             compiled = kernel[grid](*args, **meta)
         if not outermost or self.reason:
             return
         if compiled is None:
             self._note(kernel[grid], args, meta, None, needed=True)
             return
-        # What has been compiled takes all arguments in their order, constants too.
+        # A compiled kernel takes all arguments in order, constants too.
         arguments = (*args, *(meta[name] for name in kernel.arg_names[len(args) :]))
         self._note(compiled[(*grid, 1, 1)[:3]], arguments, {}, None, needed=True, write=self._address)
 
     @contextmanager
     def _own_call(self) -> Iterator[bool]:
-        """Enter a call; yield whether it is the op's own, not one nested within another."""
+        """Enter a call; yield whether the op itself makes it, not another call."""
         outermost, self.busy = not self.busy, True
         try:
             yield outermost
@@ -218,9 +218,9 @@ class Recorder(eager.TorchDispatchMode):
         source = f"def replay({', '.join(f'a{index}' for index in range(self.count))}):\n    " + "\n    ".join(body)
         file = f"<replay {next(_numbers)} of {name}>"
         exec(compile(source, file, "exec"), self.globals)
-        function = self.globals.pop("replay")  # which would keep itself alive there
+        function = self.globals.pop("replay")  # removed, as it would keep itself alive there
         if unknown := set(function.__code__.co_names) - set(self.globals) - {"data_ptr"}:
-            raise NotReplayable(f"it would read {unknown}")  # a mistake of ours
+            raise NotReplayable(f"it would read {unknown}")  # a bug in the recorder
         _show_source(function, file, source)
         return function
 
@@ -228,7 +228,7 @@ class Recorder(eager.TorchDispatchMode):
         self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, *, needed: bool,
         write: Callable[[Tensor], Text] | None = None,
     ) -> None:  # fmt: skip
-        """Record one call.  write: how a tensor argument is written, if not by name."""
+        """Record one call.  write: writes a tensor argument as text, by default its name."""
         results = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
         try:
             texts = [self._text(argument, write or self._named) for argument in args]
@@ -287,7 +287,7 @@ class Recorder(eager.TorchDispatchMode):
         raise NotReplayable("a tensor from elsewhere")
 
     def _address(self, tensor: Tensor) -> Text:
-        """Write a tensor's address as that of its owner plus an offset: Triton takes a number too."""
+        """Return a tensor's address as text, its owner's plus an offset: Triton also takes numbers as pointers."""
         if id(tensor) not in self.names:
             return self._named(tensor)
         owner, begin = self.names[id(tensor)][1]
@@ -295,7 +295,7 @@ class Recorder(eager.TorchDispatchMode):
         return f"{owner}.data_ptr()" + (f" + {offset}" if offset else ""), [owner]
 
     def _text(self, value: Any, write: Callable[[Tensor], Text] | None = None) -> Text:
-        """Write an argument as Python, and list the names in it.  write: how to write a tensor."""
+        """Return an argument as Python text, and the names in it.  write: writes a tensor, by default its name."""
         if isinstance(value, Tensor):
             return (write or self._named)(value)
         if isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
@@ -312,7 +312,7 @@ class Recorder(eager.TorchDispatchMode):
         key = value if isinstance(value, (torch.device, torch.dtype)) else id(value)
         if key not in self.places:
             self.places[key] = f"g{len(self.globals)}"
-            self.globals[self.places[key]] = value  # which keeps its id its own
+            self.globals[self.places[key]] = value  # kept alive, so that its id stays unique
         return self.places[key]
 
 
@@ -329,7 +329,7 @@ def _is_whole(view: Any, tensor: Any) -> bool:
 
 
 def _live(lines: Sequence[Line], returned: Sequence[str]) -> Iterator[str]:
-    """Return the lines whose results are read or that are needed, each followed by a del of what is read no more."""
+    """Return the lines that are needed or whose results are read, each with a del of the names that it reads last."""
     wanted, kept = set(returned), []
     for text, read, made, needed in reversed(lines):
         if not needed and not wanted.intersection(made):

@@ -1,1 +1,1 @@
-"""From the rewritten graph to a function: pieces compiled by kind, a plan built, CUDA graphs chosen."""
+"""From the rewritten graph to a function: compile pieces by kind, build a memory plan, choose CUDA graphs."""

@@ -1,4 +1,4 @@
-"""Folders that torch and Triton keep compiled code in, and another where one cannot be written."""
+"""The folders where torch and Triton cache compiled code, and a replacement for one that cannot be written."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ LEAST_FREE_BYTES = 2**26  # a model's code takes a few MiB
 
 
 def inductor_folder() -> Path:
-    """Inductor's: TORCHINDUCTOR_CACHE_DIR, or what torch takes instead."""
+    """Return Inductor's cache folder: TORCHINDUCTOR_CACHE_DIR, or torch's default."""
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or aot.cache_folder())
 
 
 def triton_folder() -> Path:
-    """Triton's own: TRITON_CACHE_DIR, or one in the home folder."""
+    """Return Triton's cache folder: TRITON_CACHE_DIR, or one in TRITON_HOME or the home folder."""
     home = os.environ.get("TRITON_HOME") or Path.home()
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
 
 
 def folders() -> dict[str, Path]:
-    """What is compiled on this machine goes there, by the variable that says where."""
+    """Return the cache folders that this machine uses, by the environment variable that sets each."""
     triton = {"TRITON_CACHE_DIR": triton_folder()} if torch.cuda.is_available() else {}
     return {"TORCHINDUCTOR_CACHE_DIR": inductor_folder(), **triton}
 
 
 def ensure_writable() -> None:
-    """Set the variable of a folder that cannot be written to a new one that can, with one warning.
+    """Replace each cache folder that cannot be written by a new one, set in its environment variable, with a warning.
 
-    What was compiled is then lost when the process ends, and nothing else is.  Where no folder can be written, torch
-    will say so.
+    Code that is compiled there is lost for later processes, and nothing else is.  If no folder can be written, nothing
+    is changed, and torch will raise an error.
     """
     for variable, folder in folders().items():
         reason = unwritable_reason(folder)
@@ -49,7 +49,7 @@ def ensure_writable() -> None:
 
 
 def unwritable_reason(folder: Path) -> str:
-    """Why nothing can be written there; "" if it can."""
+    """Return why a folder cannot be written, or "" if it can; a missing folder is created."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,4 +1,4 @@
-"""Which pieces run as CUDA graphs, and the pieces with those in place."""
+"""Decide which pieces run as CUDA graphs, and replace them by one piece that does."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what gr
 
 
 def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
-    """The pieces from the first layer to the last, if they should and can run as CUDA graphs.
+    """Return the range of the pieces from the first layer to the last if they should and can run as CUDA graphs.
 
-    asked: the user's word; None takes graphs where sizes are fixed and small.
+    Returns None otherwise.  asked: the user's option; None uses CUDA graphs where sizes are fixed and small.
     """
     layers = [number for number, piece in enumerate(pieces) if piece.layer]
     if asked is False or not layers:
@@ -39,7 +39,10 @@ def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
 def graph_layers(
     pieces: Sequence[Piece], calls: dict[Piece, Callable], layers: range, offloader: Offloader | None = None
 ) -> list[Piece]:
-    """The pieces with those layers as one, which runs as CUDA graphs.  offloader: what the layers offload with."""
+    """Return the pieces with these layers joined to one that runs as CUDA graphs, and add its call to ``calls``.
+
+    offloader: the one that the layers use, if any.
+    """
     inside = pieces[layers.start : layers.stop]
     stack = stitch.join(inside)
     call = stitch.chain(inside, profiling.named(inside, calls), stack.inputs, tuple(stack.outputs))
@@ -48,7 +51,7 @@ def graph_layers(
 
 
 def moving_inputs(stack: Piece) -> list[int]:
-    """Places of the inputs that are not of the graph, or are no tensors."""
+    """Return the positions of the inputs that are not inputs of the whole graph, or are not tensors."""
     return [
         place for place, node in enumerate(stack.inputs)
         if node.op != "placeholder" or not isinstance(value_of(node), Tensor)
@@ -56,6 +59,6 @@ def moving_inputs(stack: Piece) -> list[int]:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether this is of a fixed size, and if it is a hidden state, so small that launching it takes long."""
+    """Return whether a value has a fixed size and, if a hidden state, is so small that launch overhead matters."""
     fixed = isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)
     return fixed and (not value.is_floating_point() or value.numel() <= SMALL)

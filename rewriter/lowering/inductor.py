@@ -1,4 +1,4 @@
-"""How one graph becomes a function: AOTAutograd and Inductor, or as it is."""
+"""Compile one graph to a function, with AOTAutograd and Inductor or, for debugging, without."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from fastft.source_digest import sources
 def compile_graph(
     gm: GraphModule, example_inputs: list[Any], options: Options, partitioner: aot.CustomPartitionerFn | None = None
 ) -> Callable:
-    """Compile one graph.  partitioner: says what forward keeps; without Inductor a graph is divided only for one."""
+    """Compile one graph.
+
+    partitioner: chooses what forward saves for backward.  With ``lower="eager"`` the graph is split into forward and
+    backward only if a partitioner is given.
+    """
     if options.lower == "eager":
         return gm.forward if partitioner is None else aot.partitioned(gm, example_inputs, partitioner)
     return aot.compile_fx(gm, example_inputs, f"fastft-{sources()}", partitioner or Partitioner())

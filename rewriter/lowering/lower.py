@@ -1,4 +1,4 @@
-"""Lower: what the rewriter made of a graph becomes a function, each kind of layer compiled once."""
+"""Lower a rewritten graph to a function, each kind of layer compiled once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastft.rewriter.runtime.planned_graph import Call, Planned
 
 
 class WholeError(Exception):
-    """A graph that has no layers to plan for, but had checkpoints."""
+    """Raised for a graph that had checkpoints, but has no layers to plan for."""
 
 
 def lower(
@@ -36,9 +36,10 @@ def lower(
     plan: bool,
     planned_only: bool = False,
 ) -> Callable:
-    """Compile a graph in regions where it has layers, else whole; what was done goes into ``report``.
+    """Compile a graph in regions if it has layers, else as a whole; ``report`` records what was done.
 
-    plan: whether to plan its memory.  planned_only: raise WholeError where no plan can be made.
+    plan: whether to plan its memory.  planned_only: raise WholeError where it cannot be planned.  Raises BudgetError
+    where a number of bytes that the user named is too small.
     """
     pieces = partition.outline(gm, report) if options.outline else []
     if planned_only and not pieces:
@@ -62,10 +63,10 @@ def _lower_pieces(
     *,
     plan: bool,
 ) -> Callable:
-    """Compile each region, in the ways that a plan wants if there is one, and call the pieces one after another."""
+    """Compile each region, in the variants that its plan needs if it has one, and stitch the pieces together."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    given = dict(zip(placeholders, example_inputs, strict=True))
-    regions = {key: RegionCompiler(gm, alike[0], given, options) for key, alike in by_kind(pieces).items()}
+    examples = dict(zip(placeholders, example_inputs, strict=True))
+    regions = {key: RegionCompiler(gm, alike[0], examples, options) for key, alike in by_kind(pieces).items()}
     graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
     planned = plan_builder.plan_graph(gm, pieces, regions, options, graphed, say) if plan else None
     offloader = Offloader(planned.device, planned.facts.host) if planned is not None else None
@@ -94,7 +95,7 @@ def _compile_regions(
     planned: GraphPlan | None,
     offloader: Offloader | None,
 ) -> dict[Piece, Callable]:
-    """What each piece calls, in the order of the graph; regions are compiled in the order of the report."""
+    """Return the call of each piece, in the order of the graph; compile the regions in the order of the report."""
     calls: dict[Piece, Callable] = dict.fromkeys(pieces, _not_yet)
     if planned is not None and offloader is not None:
         calls |= plan_builder.planned_calls(pieces, regions, planned, offloader)
@@ -107,7 +108,7 @@ def _compile_regions(
             calls |= dict.fromkeys(alike, regions[key].compile())
         for piece in alike:
             call = calls[piece]
-            if isinstance(call, Call):  # and where sizes change, all that another size may want
+            if isinstance(call, Call):  # with dynamic sizes, also all variants that plans for other sizes may need
                 call.prepare(stages[piece].kind.choices if planned and planned.sequence.hints else ())
         region.seconds += time.perf_counter() - began
     return calls

@@ -1,4 +1,4 @@
-"""Plan a graph's memory before anything is compiled: trace its regions, simulate, choose what each layer does."""
+"""Plan a graph's memory before anything is compiled: trace its regions, simulate a step, choose for each layer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from fastft.rewriter.runtime.planned_graph import Call, Variants
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """The plan for one graph, and what it was made of.
+    """The plan for one graph, and what it was computed from.
 
-    budget: as the user gave it, bytes already where it has a unit.
+    budget: as the user gave it, converted to bytes if it has a unit.
     """
 
     sequence: StageSequence
@@ -47,7 +47,7 @@ class GraphPlan:
 
 
 def should_plan(gm: GraphModule, options: Options) -> bool:
-    """Tell whether to plan a graph's memory: if it may go backward, on a CPU only for a budget of the user's."""
+    """Return whether to plan a graph's memory: if it may go backward; on a CPU, only if the user set a budget."""
     wanted = stages.device_of(gm).type == "cuda" or options.memory_budget is not None
     return wanted and options.outline and torch.is_grad_enabled()
 
@@ -60,10 +60,10 @@ def plan_graph(
     graphed: range | None,
     say: Callable[[str], None],
 ) -> GraphPlan | None:
-    """Plan a graph; None where nothing in it goes backward.
+    """Plan a graph; return None if nothing in it goes backward.
 
-    regions: by the kind of piece.  graphed: the pieces that may run as CUDA graphs.  say: told what is done now.
-    Raises BudgetError where the bytes that the user named are too few.
+    regions: by the kind of piece.  graphed: the range of pieces that may run as CUDA graphs.  say: takes messages on
+    progress.  Raises BudgetError where a number of bytes that the user named is too small.
     """
     for region in regions.values():
         say(f"planning the memory of {region.name}")
@@ -77,7 +77,7 @@ def plan_graph(
     gradient_bytes = sum(stage.gradient_bytes for stage in sequence.stages)
     facts = device_budget.facts(device, stages.input_bytes(gm), gradient_bytes)
     limit_bytes = device_budget.budget_bytes(options.budget, device)
-    # Of another graph of the same step, which has run, activations are counted in what is allocated now.
+    # If another graph of the same step has run, the bytes allocated now include its activations.
     strict = isinstance(options.budget, int) and not any(graph.waiting() for graph in controller.alive)
     plan = controller.plan_or_leanest(sequence, facts, limit_bytes, {}, strict=strict)
     if sequence.hints:
@@ -87,9 +87,9 @@ def plan_graph(
 
 
 def _keep_few_choices(sequence: StageSequence, chosen: Sequence[Choice]) -> None:
-    """Leave each kind of layer the ways that are compiled now: its fastest, its leanest, and those that are chosen.
+    """Limit each kind of layer to choices that are compiled now: the fastest, the leanest and those that are chosen.
 
-    Where sizes change, a plan for other sizes may want another; guards that compiling adds later would be lost.
+    With dynamic sizes, a plan for other sizes could use others, but guards that a later compilation adds would be lost.
     """
     kinds = {id(stage.kind): stage.kind for stage in sequence.stages}
     used: dict[int, set[tuple[str, ...]]] = {key: set() for key in kinds}
@@ -103,7 +103,7 @@ def _keep_few_choices(sequence: StageSequence, chosen: Sequence[Choice]) -> None
 def planned_calls(
     pieces: Sequence[Piece], regions: Mapping[Any, RegionCompiler], plan: GraphPlan, offloader: Offloader
 ) -> dict[Piece, Call]:
-    """Make a call for each piece that does what the plan says; nothing is compiled yet."""
+    """Make a call for each piece that follows the plan; nothing is compiled yet."""
     joints = {piece.key: stage.kind.joint for piece, stage in zip(pieces, plan.sequence.stages, strict=True)}
     variants = {key: Variants(region.compile, region.saved_places(joints[key])) for key, region in regions.items()}
     last = len(pieces) - 1
@@ -114,7 +114,7 @@ def planned_calls(
 
 
 def sizes_of(placeholders: Sequence[Node]) -> Callable[[Sequence[Any]], Sizes]:
-    """Return a function that gives a graph's symbols their values, by its inputs."""
+    """Return a function that computes the values of a graph's size symbols from the graph's inputs."""
     values = [value_of(node) for node in placeholders]
     symbols = {
         symbolic.expression(value): place for place, value in enumerate(values) if isinstance(value, torch.SymInt)

@@ -1,4 +1,4 @@
-"""A region: one kind of piece as a graph of its own, traced for a plan and compiled in whichever ways it asks for."""
+"""A region: one kind of piece as a graph of its own, traced for a plan and compiled in the variants that it needs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastft.rewriter.outline.partition import Piece
 
 
 class RegionCompiler:
-    """Compiles one kind of piece, also when Dynamo has long forgotten the graph that it is from.
+    """Compiles one kind of piece, even after Dynamo has dropped the graph that it is from.
 
-    given: the graph's placeholders and the example inputs that Dynamo gave for them.
+    given: Dynamo's example inputs by the graph's placeholders.
     """
 
     def __init__(self, gm: GraphModule, piece: Piece, given: Mapping[Node, Any], options: Options) -> None:
@@ -34,12 +34,12 @@ class RegionCompiler:
         self.capture: JointGraphCapture | None = None
 
     def trace(self) -> None:
-        """Get the joint graph of forward and backward, where a result needs a gradient."""
+        """Capture the joint graph of forward and backward, if a result needs a gradient."""
         if self.trained:
             capture = JointGraphCapture()
             try:
                 self._compile(capture)
-            except Exception:  # how the capture ends a compilation
+            except Exception:  # the capture ends the compilation by raising
                 if capture.joint is None:
                     raise
             self.capture = capture
@@ -47,7 +47,7 @@ class RegionCompiler:
     def compile(self, kept: tuple[str, ...] = ()) -> Callable:
         """Compile a function of the piece's inputs.
 
-        kept: the ops whose results forward keeps for backward; without a joint graph torch's partitioner decides.
+        kept: the ops whose results forward saves for backward; without a joint graph, torch's partitioner decides.
         """
         return self._compile(Partitioner(kept) if self.capture is not None else None)
 
@@ -59,7 +59,7 @@ class RegionCompiler:
             )
 
     def saved_places(self, joint: Joint | None) -> Callable[[Choice], frozenset[int]]:
-        """Return a function that says which of the tensors that autograd saves a choice offloads, by their places."""
+        """Return a function that gives the positions of a choice's offloaded tensors among all that autograd saves."""
 
         def find(choice: Choice) -> frozenset[int]:
             assert self.capture is not None
@@ -72,7 +72,7 @@ class RegionCompiler:
 
 
 def by_kind(pieces: Sequence[Piece]) -> dict[Any, list[Piece]]:
-    """Group the pieces of each kind, kinds in the order in which they are first met."""
+    """Group pieces by kind, kinds in the order in which they first occur."""
     kinds: dict[Any, list[Piece]] = {}
     for piece in pieces:
         kinds.setdefault(piece.key, []).append(piece)

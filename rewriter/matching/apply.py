@@ -1,4 +1,4 @@
-"""Lift: pieces of the graph become the ops that the rules name."""
+"""Lift parts of the graph: replace them by the ops that the rules name."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def lift(gm: GraphModule, context: Context) -> None:
-    """Apply the rules for what models write to one graph; what matched and what nearly did goes into the report."""
+    """Apply the rules for PyTorch code to one graph; the report gets what was lifted and the near misses."""
     context.report.lifted += _Application(gm, context.rules, context, context.report.near_misses).run()
 
 
 def fuse(gm: GraphModule, context: Context) -> None:
-    """Apply the rules that merge what was lifted to one graph.  What stays unmerged is no near miss.
+    """Apply the rules that merge lifted ops to one graph.  What stays unmerged is not reported as a near miss.
 
-    A rule that spans layers is applied only where the graph is compiled whole: two tensors instead of one would go from
-    layer to layer, and the first and the last layer would be of kinds of their own.
+    A rule that spans layers is applied only where the graph is compiled as a whole: otherwise two tensors instead of
+    one would pass from layer to layer, and the first and the last layer would each be a kind of its own.
     """
     across_layers = not context.options.outline
     context.report.fused += _Application(gm, context.merging, context, [], across_layers=across_layers).run()
@@ -53,7 +53,7 @@ class _Application:
         self.rules, self.context, self.near_misses, self.across_layers = rules, context, near_misses, across_layers
         graph = self.graph = gm.graph
         self.view, self.originals = view(graph)
-        self.casts = set(graph.nodes) - set(self.originals.values())  # what returns its input, as the view saw
+        self.casts = set(graph.nodes) - set(self.originals.values())  # no-ops, which the view leaves out
         self.replaced: set[Node] = set()  # of the view
         self.unused: list[Node] = []  # of the graph
         self.applied: list[Lifted] = []
@@ -62,7 +62,7 @@ class _Application:
         self.dtypes = frozenset(value.dtype for value in values if isinstance(value, Tensor)) & DTYPES
 
     def run(self) -> list[Lifted]:
-        """Go through the anchors in the order of the graph and return what was applied."""
+        """Apply the rules at each anchor, in graph order; return what was applied."""
         for anchor in self.view.nodes:
             rules = [rule for rule in self.rules if anchor.target == rule.anchor]
             if rules and anchor not in self.replaced:
@@ -77,9 +77,9 @@ class _Application:
         return self.applied
 
     def _apply_at(self, anchor: Node, rules: Sequence[Rule]) -> None:
-        """Apply the rule that explains most of the graph around this anchor, or keep the nearest's reason.
+        """Apply the largest match at this anchor that is not refused; if there is none, record a near miss.
 
-        Of two that match, the larger is the more specific: a norm and its cast, not the norm with the cast left over.
+        Of two matches, the larger is the more specific: a norm and its cast, not the norm with the cast left over.
         """
         attempts = [attempt for rule in rules for attempt in self._attempts(anchor, rule)]
         matches = [attempt for attempt in attempts if isinstance(attempt, Match)]
@@ -118,7 +118,7 @@ class _Application:
         record.seconds += time.perf_counter() - began
 
     def _refusal(self, match: Match) -> str | None:
-        """Return why a match is not carried out, None if it is."""
+        """Return why a match may not be replaced, or None if it may."""
         calls, module = match.calls.values(), module_path(match.roots[0])
         if reason := self.context.refusal(match.rule.name, module, *_ops(match.rule)):
             return reason
@@ -129,30 +129,30 @@ class _Application:
         with self._timed(match.rule):
             return self.verifier.reason(match)
 
-    def _replace(self, found: Match) -> None:
-        """Put the replacement's calls where all they need is known, and take the matched nodes out."""
-        assert found.rule.replacement is not None
-        self.applied.append(Lifted(found.rule.name, *_place(found.roots[0])))
-        self.context.report.rules[found.rule.name].applied += 1
-        roots = [self.originals[root] for root in found.roots]
-        at, tracer = self.originals[placement(found)], GraphAppendingTracer(self.graph)
+    def _replace(self, match: Match) -> None:
+        """Insert the replacement's calls where all their arguments are computed, and drop the matched nodes."""
+        assert match.rule.replacement is not None
+        self.applied.append(Lifted(match.rule.name, *_place(match.roots[0])))
+        self.context.report.rules[match.rule.name].applied += 1
+        roots = [self.originals[root] for root in match.roots]
+        successor, tracer = self.originals[placement(match)], GraphAppendingTracer(self.graph)
         arguments = {
             name: Proxy(self.originals[bound], tracer) if isinstance(bound, Node) else bound
-            for name, bound in found.arguments.items()
+            for name, bound in match.arguments.items()
         }
-        previous = at.prev
-        with self.graph.inserting_before(at):
-            given = found.rule.replacement(**arguments)
-        results = [one.node for one in (given if isinstance(given, tuple) else (given,))]
+        previous = successor.prev
+        with self.graph.inserting_before(successor):
+            returned = match.rule.replacement(**arguments)
+        results = [proxy.node for proxy in (returned if isinstance(returned, tuple) else (returned,))]
         latest = max(roots)
-        made = list(between(previous, at))
+        made = list(between(previous, successor))
         for node in made:
             annotate_like(node, latest)
             infer_requires_grad(node)
         fold(self.graph, made)  # a dtype that the replacement asks for
-        self.replaced.update(found.calls.values())
-        self.unused += [self.originals[node] for node in found.calls.values()]
-        for view_root, root, result in zip(found.roots, roots, results, strict=True):
+        self.replaced.update(match.calls.values())
+        self.unused += [self.originals[node] for node in match.calls.values()]
+        for view_root, root, result in zip(match.roots, roots, results, strict=True):
             fake_tensors.set_value(result, value_of(root))
             root.replace_all_uses_with(result)
             self.originals[view_root] = result
@@ -163,6 +163,6 @@ def _place(node: Node) -> tuple[str, str]:
 
 
 def _ops(rule: Rule) -> set[str]:
-    """Name the ops that a rule's replacement calls."""
+    """Return the names of the ops that a rule's replacement calls."""
     function = getattr(rule.replacement, "func", rule.replacement)  # a partial's own function
     return {name for name in function.__code__.co_names if f"fastft::{name}" in REGISTRY} if function else set()

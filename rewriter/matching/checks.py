@@ -1,4 +1,7 @@
-"""The checks between a structural match and a rewrite.  Each returns the reason to decline, or None."""
+"""Six checks before a match is rewritten: conditions, retrace, escapes, side effects, placement, replacement.
+
+Each check returns the reason to decline, or None.
+"""
 
 from __future__ import annotations
 

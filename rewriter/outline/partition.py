@@ -32,10 +32,10 @@ LEAST_SAVING = 0.1  # of the nodes: below it, cutting the graph costs more fusio
 
 @dataclass(eq=False)
 class Piece:
-    """A stretch of the graph that runs as one call.
+    """A stretch of consecutive nodes that runs as one call.
 
     inputs: nodes of the graph that it reads, sizes included.  outputs: those of its nodes that others read.  layer:
-    whether it is one of a stack of layers.  key: equal for pieces of the same structure.  name: what profiles call it.
+    whether it is one of a stack of layers.  key: equal for pieces of the same structure.  name: its name in profiles.
     """
 
     nodes: list[Node]
@@ -47,12 +47,15 @@ class Piece:
 
     @property
     def module(self) -> str:
-        """The module that all of a layer's nodes are in; "" where that is the model itself."""
+        """The path of the module that all of a layer's nodes are in; "" where that is the model, or for no layer."""
         return _common(filter(None, map(module_path, self.nodes))) if self.layer else ""
 
 
 def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
-    """Cut a graph into pieces; return [] where it is faster, or safer, compiled as a whole."""
+    """Cut a graph into pieces; return [] where compiling it as a whole is faster or safer.
+
+    The report gets the regions, or the reason why the graph stays whole.
+    """
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     report.whole = "nothing in it repeats"
     for stretches in layer_detection.proposals(nodes):
@@ -70,7 +73,7 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
 
 
 def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> list[Piece]:
-    """Make pieces of the stretches and of what is before, between and after them.  Raises Declined."""
+    """Make pieces of the stretches and of the nodes before, between and after them.  Raises Declined."""
     pieces, done = [], 0
     for stretch in (*stretches, range(len(nodes), len(nodes))):
         if done < stretch.start:
@@ -91,21 +94,21 @@ def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> 
 
 
 def _name(pieces: Sequence[Piece]) -> None:
-    """Name the layers by their modules, and the others by where they are."""
-    layers = [at for at, piece in enumerate(pieces) if piece.layer] or [0]
-    for at, piece in enumerate(pieces):
+    """Name the layers by their modules, and the other pieces by their position relative to the layers."""
+    layers = [index for index, piece in enumerate(pieces) if piece.layer] or [0]
+    for index, piece in enumerate(pieces):
         if not piece.layer:
-            place = "before" if at < layers[0] else "between" if at < layers[-1] else ""
+            place = "before" if index < layers[0] else "between" if index < layers[-1] else ""
             piece.name = f"({place} the layers)" if place else "(the rest)"
             continue
-        # Without what the model does between two layers, which is the first one's too.
+        # Leave out what the model does between two layers, which is part of the first layer's piece.
         paths = [path for node in piece.nodes if layer_of(path := module_path(node))]
         numbered = re.match(r"(?:.*\.)?\d+(?=\.|$)", _common(paths))
-        piece.name = numbered.group() if numbered else f"(layer {layers.index(at)})"
+        piece.name = numbered.group() if numbered else f"(layer {layers.index(index)})"
 
 
 def _common(paths: Iterable[str]) -> str:
-    """The path that all of these begin with."""
+    """Return the longest module path that all of these begin with."""
     common = takewhile(lambda names: len(set(names)) == 1, zip(*(path.split(".") for path in paths), strict=False))
     return ".".join(names[0] for names in common)
 
@@ -143,7 +146,7 @@ def _check_modes(piece: Piece) -> None:
 
 
 def _check_values(piece: Piece) -> None:
-    """Check that only plain tensors and sizes go from piece to piece.  Raises Declined."""
+    """Check that only plain tensors and sizes pass from piece to piece.  Raises Declined."""
     for node in piece.inputs:
         value = value_of(node)
         if node.op != "placeholder" and not fake_tensors.is_plain(value):
@@ -151,7 +154,7 @@ def _check_values(piece: Piece) -> None:
 
 
 def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node, Piece]) -> None:
-    """Check that a storage is only mutated by the piece that made it, before another reads it.  Raises Declined."""
+    """Check that a storage is mutated only by the piece that made it, before another reads it.  Raises Declined."""
     made: dict[int, Any] = {}  # by storage: the piece in which it first occurs, None for the graph's inputs
     for node in gm.graph.nodes:
         for tensor in fake_tensors.tensors_in(value_of(node)):

@@ -1,4 +1,4 @@
-"""Pieces of a graph as graphs and calls: extract one, join several, run all one after another."""
+"""Turn pieces of a graph into graphs and calls: extract a piece, join several, run all in order."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastft.rewriter.outline.partition import Piece
 
 
 def stitch(gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable]) -> Callable:
-    """The graph as calls of its compiled pieces, one function of the graph's inputs."""
+    """Return a function of the graph's inputs that runs the whole graph by the calls of its pieces."""
     return chain(pieces, calls, gm.graph.find_nodes(op="placeholder"), gm.graph.output_node().args[0])
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
-    """Consecutive pieces as one."""
+    """Join consecutive pieces to one."""
     joined = Piece([node for piece in pieces for node in piece.nodes], layer=False, key=tuple(map(id, pieces)))
     inside = set(joined.nodes)
     joined.inputs = [
-        node for node in dict.fromkeys(one for piece in pieces for one in piece.inputs) if node not in inside
+        node for node in dict.fromkeys(value for piece in pieces for value in piece.inputs) if node not in inside
     ]
     candidates = [node for piece in pieces for node in piece.outputs]
     joined.outputs = [node for node in candidates if not inside.issuperset(node.users)]
@@ -33,7 +33,7 @@ def join(pieces: Sequence[Piece]) -> Piece:
 
 
 def chain(pieces: Sequence[Piece], calls: Mapping[Piece, Callable], inputs: Sequence[Node], outputs: Any) -> Callable:
-    """A function of ``inputs`` that calls the pieces one after another and lets go of what is no longer needed."""
+    """Return a function of ``inputs`` that calls the pieces in order and frees each value after its last use."""
     graph, root = Graph(), nn.Module()
     values = {node: graph.placeholder(node.name) for node in inputs}
     names: dict[int, str] = {}
@@ -42,8 +42,8 @@ def chain(pieces: Sequence[Piece], calls: Mapping[Piece, Callable], inputs: Sequ
         if id(function) not in names:
             names[id(function)] = f"region_{len(names)}"
             root.add_module(names[id(function)], _Call(function))
-        given = tuple(values[node] for node in piece.inputs)
-        call = graph.create_node("call_module", names[id(function)], given, name=piece.name or None)  # for tracebacks
+        args = tuple(values[node] for node in piece.inputs)
+        call = graph.create_node("call_module", names[id(function)], args, name=piece.name or None)  # for tracebacks
         for place, node in enumerate(piece.outputs):
             values[node] = graph.call_function(operator.getitem, (call, place))
     graph.output(map_arg(outputs, values.__getitem__))
@@ -51,7 +51,7 @@ def chain(pieces: Sequence[Piece], calls: Mapping[Piece, Callable], inputs: Sequ
 
 
 class _Call(nn.Module):
-    """A function where FX wants a module."""
+    """Wraps a function as the module that a call_module node needs."""
 
     def __init__(self, function: Callable) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Call(nn.Module):
 
 
 def extract(gm: GraphModule, piece: Piece) -> GraphModule:
-    """The piece as a graph of its own, which returns a tuple."""
+    """Copy a piece to a graph of its own, which returns a tuple."""
     graph, values = Graph(), {}
     for node in piece.inputs:
         values[node] = graph.placeholder(node.name)
@@ -74,9 +74,9 @@ def extract(gm: GraphModule, piece: Piece) -> GraphModule:
 
 
 def example_inputs(piece: Piece, given: Mapping[Node, Any], mode: Any) -> list[Any]:
-    """Empty tensors like those that Dynamo saw; what it gave itself for inputs that are no plain tensors.
+    """Make a piece's example inputs: empty fake tensors, and Dynamo's own example where an input is no plain tensor.
 
-    mode: the one that the empty tensors are fakes of.
+    given: Dynamo's example inputs by the graph's placeholders.  mode: the empty tensors' FakeTensorMode.
     """
     return [
         fake_tensors.empty_like_fake(value, mode) if fake_tensors.is_plain(value := value_of(node)) else given[node]

@@ -1,1 +1,1 @@
-"""What a step runs through: plans at work, offloading, CUDA graphs, logits computed when read."""
+"""What a training step runs through: memory plans, offloading, CUDA graphs, lazy logits, profiler ranges."""

@@ -1,4 +1,4 @@
-"""Plans at work: which layer runs in which way now, what a step was measured to take, and what is done about it."""
+"""Run memory plans: the active choice of each layer, the measured peak, re-planning."""
 
 from __future__ import annotations
 
@@ -25,52 +25,56 @@ if TYPE_CHECKING:
     from fastft.rewriter.runtime.planned_graph import Planned
 
 log = logging.getLogger("fastft")
-# Calls after which the peak is read: compiled and captured by then, with the optimizer's state allocated.
+# Steps after which the peak is checked: all is compiled and captured by then, and the optimizer's state allocated.
 CHECK_AFTER_STEPS = 3
-MOST_CORRECTIONS = 2  # the second only of a plan that is above its budget
-TOLERANCE = 0.02  # of the planned peak: less is not worth another plan
-AFTER_OUT_OF_MEMORY = 0.9  # of what the plan took, or of what there is: the next has to do with that
-MOST_PLANS = 64  # for sizes that were met
-MOST_WAITING = 4  # forwards of one graph that are planned for together; what waits beyond is as planned for the last
+MOST_CORRECTIONS = 2  # the second only for a plan that is above its budget
+TOLERANCE = 0.02  # of the planned peak: a smaller error is not worth another plan
+AFTER_OUT_OF_MEMORY = 0.9  # the next plan's limit: this share of the failed plan's peak, or of the available memory
+MOST_PLANS = 64  # that are cached, by sizes
+MOST_WAITING = 4  # pending forwards of one graph that are planned together; further ones follow the last one's choices
 
 
 class MemoryController:
-    """The forwards whose activations are in memory together, in their order, and their one plan.
+    """The forwards whose activations are in memory at the same time, in execution order, and one plan for all of them.
 
-    forwards: a graph for each; more than once, if it runs again before its backward.  They are referred to weakly: a
-    model that is deleted is not kept, with all that was compiled for it, by another that it once shared a step with.
-    budget: as the user gave it.  A step is from one first forward to the next.
+    forwards: the graph of each forward; a graph that runs again before its backward is listed more than once.  Graphs
+    are held by weak references, so that a deleted model, with all that was compiled for it, is not kept alive by
+    another that it once shared a step with.  budget: as the user gave it.  A step lasts from one first forward to the
+    next.
     """
 
     def __init__(self, forwards: list[Planned], facts: Facts, budget: Any) -> None:
-        self.references, self.facts, self.budget = [weakref.ref(one) for one in forwards], facts, budget
+        self.references, self.facts, self.budget = [weakref.ref(graph) for graph in forwards], facts, budget
         self.device = forwards[0].device
         self.limit_bytes = device_budget.budget_bytes(budget, self.device)
-        self.sequences = [one.sequence for one in forwards]
+        self.sequences = [graph.sequence for graph in forwards]
         self.sequence = planner.concatenate(self.sequences)
-        self.plans: dict[Any, Plan | None] = {}  # by sizes; None where rounded ones do not fit
+        self.plans: dict[Any, Plan | None] = {}  # by sizes; None where no plan fits the rounded sizes
         self.plan: Plan | None = None
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
         self.seen, self.corrections = 0, 0
-        self.peak_before, self.peak = 0, 0  # allocated before the steps that are measured, and in them
+        self.peak_before, self.peak = 0, 0  # peak allocated bytes before the measured steps, and in them
         self.sizes: Sizes = {}
 
     @property
     def forwards(self) -> list[Planned | None]:
-        """The graph of each forward; None for one that is no more."""
+        """The graph of each forward; None for a graph that was deleted."""
         return [reference() for reference in self.references]
 
     @property
     def members(self) -> list[Planned]:
-        """The graphs that still are, each once."""
-        return [one for one in dict.fromkeys(self.forwards) if one is not None]
+        """The graphs that are still alive, each once."""
+        return [graph for graph in dict.fromkeys(self.forwards) if graph is not None]
 
     def begin(self, member: Planned) -> None:
-        """A forward begins; with the first graph's a step, so that the one before can be judged."""
+        """Prepare for a forward of ``member``; the first graph's starts a step, and the previous step can be checked.
+
+        Raises BudgetError where a number of bytes that the user named is too small for the new sizes.
+        """
         sizes: Sizes = {}
         members = self.members
-        for one in members:
-            sizes |= one.sizes
+        for graph in members:
+            sizes |= graph.sizes
         if sizes != self.sizes:
             self.sizes = sizes
             self.replan()
@@ -84,7 +88,7 @@ class MemoryController:
         elif self.measuring:
             self.sample_peak()
         self.seen += 1
-        if _count_of_ooms(self.device) > ooms[self.device.index]:  # in backward, say, where nobody asks us
+        if _count_of_ooms(self.device) > ooms[self.device.index]:  # e.g. in backward, where this code does not run
             self.replan_after_oom("the batch that failed may be repeated")
             torch.cuda.empty_cache()
         elif self.seen == CHECK_AFTER_STEPS + 1:
@@ -92,17 +96,18 @@ class MemoryController:
 
     @property
     def measuring(self) -> bool:
-        """Whether a step is under way whose peak is to be compared with the plan's."""
+        """Whether a step is running whose peak will be compared with the plan's."""
         return self.device.type == "cuda" and 0 < self.seen <= CHECK_AFTER_STEPS
 
     def sample_peak(self) -> None:
-        """Note the peak so far: who logs memory starts torch's count anew, where a step ends or begins."""
+        """Record the peak so far: code that logs memory resets torch's peak counter where a step ends or begins."""
         self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
 
     def replan(self, *, strict: bool = True) -> None:
-        """Follow the plan for the sizes at hand, or for the least above them that there is a plan for.
+        """Follow a plan for the current sizes rounded up; if none fits, follow a plan for exactly the current sizes.
 
-        strict: raise BudgetError where bytes that the user named are too few; else do with the leanest plan.
+        strict: raise BudgetError where a number of bytes that the user named is too small; otherwise follow the
+        leanest plan.
         """
         rounded = {symbol: planner.rounded(size) for symbol, size in self.sizes.items()}
         key = tuple(rounded.values())
@@ -121,7 +126,7 @@ class MemoryController:
         self._follow_all(plan)
 
     def adopt(self, plan: Plan) -> None:
-        """Follow a plan that was made for the sizes at hand."""
+        """Follow a plan that was made for the current sizes."""
         self.plans[tuple(self.sizes.values())] = plan
         self._follow_all(plan)
 
@@ -132,33 +137,33 @@ class MemoryController:
             end = done + len(sequence.stages)
             self.choices.append(self.plan.choices[done:end])
             done = end
-        for one in self.members:
-            self._follow(one, 0)
-            describe(one.report, self.sequence, plan, self.budget, self.limit_bytes, self.device)
+        for graph in self.members:
+            self._follow(graph, 0)
+            describe(graph.report, self.sequence, plan, self.budget, self.limit_bytes, self.device)
 
     def _exact(self, *, strict: bool) -> Plan:
-        """Plan for just these sizes."""
+        """Return a plan for exactly the current sizes."""
         strict = strict and isinstance(self.budget, int)
         return plan_or_leanest(self.sequence, self.facts, self.limit_bytes, self.sizes, strict=strict)
 
     def _follow(self, member: Planned, before: int) -> None:
-        """Let a graph do what the plan says for one of its forwards.  before: how many of them wait for backward."""
+        """Let a graph follow the plan for its next forward.  before: how many of its forwards wait for backward."""
         assert self.plan is not None
-        places = [at for at, one in enumerate(self.forwards) if one is member]
-        member.follow(self.choices[places[min(before, len(places) - 1)]], graphs=self.plan.graphed)
+        positions = [position for position, graph in enumerate(self.forwards) if graph is member]
+        member.follow(self.choices[positions[min(before, len(positions) - 1)]], graphs=self.plan.graphed)
 
     def _check(self) -> None:
-        """Compare the plan with the peak of the steps so far, and plan again if it was wrong."""
+        """Compare the planned peak with the measured one, and plan again if it was wrong."""
         measured = self._measured()
-        if measured is None:  # what came before took more: measure the steps from here on
+        if measured is None:  # more was allocated before the first step: measure from here on
             torch.cuda.reset_peak_memory_stats(self.device)
             self.peak_before, self.peak, self.seen = 0, 0, 1
             return
         assert self.plan is not None
         planned = self.plan.peak_bytes
         log.info("memory: planned %.2f GiB, measured %.2f", planned / GIB, measured / GIB)
-        for one in self.members:
-            one.report.measured_bytes = measured
+        for graph in self.members:
+            graph.report.measured_bytes = measured
         above = bool(self.limit_bytes) and measured > (self.limit_bytes or 0)
         wrong = abs(measured - planned) > TOLERANCE * planned
         if (self.corrections == 0 and wrong) or (self.corrections < MOST_CORRECTIONS and above):
@@ -166,6 +171,7 @@ class MemoryController:
             self._correct(measured - planned)
 
     def _correct(self, error_bytes: int) -> None:
+        """Plan again with a measured error: the bytes by which the measured peak exceeds the planned one."""
         self.facts = planner.corrected(self.facts, error_bytes)
         self.plans.clear()
         try:
@@ -173,28 +179,32 @@ class MemoryController:
         except BudgetError as error:
             warnings.warn(f"fastft: {error}", RuntimeWarning, stacklevel=2)
             self.replan(strict=False)
-        for one in self.members:
-            one.report.corrections += 1
+        for graph in self.members:
+            graph.report.corrections += 1
 
     def _measured(self) -> int | None:
-        """The most that was allocated since the first step; None if more was before.
+        """Return the peak of allocated bytes since the first step; None if more was allocated before it.
 
-        While CUDA graphs do not run, torch counts but the ends of what they hold.
+        Torch counts only the inputs and outputs of CUDA graphs as allocated, not the rest of their memory pool.  With
+        CUDA graphs, the result is therefore at least the plan's estimate outside them plus the measured pool.
         """
         assert self.plan is not None
         known = self.peak if self.peak > self.peak_before else None
         beside = next((moment for moment in self.plan.moments if moment.label == OUTSIDE_CUDA_GRAPHS), None)
-        pool = sum(graphed.pool_bytes for one in self.members for graphed in one.graphed)
+        pool = sum(graphed.pool_bytes for graph in self.members for graphed in graph.graphed)
         if beside is None or not pool:
             return known
         return max(beside.bytes - beside.parts[POOL] - beside.parts[ERROR] + pool, known or 0)
 
     def replan_after_oom(self, then: str) -> bool:
-        """Plan for less memory after it ran out; False if there is no leaner plan."""
+        """Plan for less memory after it ran out; return False if there is no leaner plan.
+
+        then: what the warning says will happen next.
+        """
         assert self.plan is not None
         ooms[self.device.index] = _count_of_ooms(self.device)
         before, had_graphs = self.plan.peak_bytes, self.sequence.graphed is not None
-        within = min(before, device_budget.available_bytes(self.device))  # others may have taken some
+        within = min(before, device_budget.available_bytes(self.device))  # other processes may have taken some
         self.limit_bytes, self.sequence.graphed = int(AFTER_OUT_OF_MEMORY * within), None
         self.plans.clear()
         self.replan(strict=False)
@@ -211,7 +221,7 @@ class MemoryController:
 def plan_or_leanest(
     sequence: StageSequence, facts: Facts, limit_bytes: int | None, sizes: Sizes, *, strict: bool
 ) -> Plan:
-    """Plan for these sizes; if none fits, raise BudgetError where that is strict, else take the leanest of all."""
+    """Return a plan for these sizes; if none fits, raise BudgetError if strict, else return the leanest plan."""
     try:
         return planner.plan(sequence, facts, limit_bytes, sizes)
     except BudgetError as error:
@@ -222,45 +232,49 @@ def plan_or_leanest(
 
 
 def shared(member: Planned) -> MemoryController:
-    """The controller of a forward and of all whose backward is still to come: the strictest of their budgets rules."""
-    waiting = Counter({one: one.waiting() for one in alive if one.device == member.device})
+    """Return the one controller of a forward and of all forwards whose backward is pending; make it if need be.
+
+    The strictest of their budgets applies.
+    """
+    waiting = Counter({graph: graph.waiting() for graph in alive if graph.device == member.device})
     waiting[member] += 1
-    wanted = Counter({one: min(count, MOST_WAITING) for one, count in waiting.items()})
+    wanted = Counter({graph: min(count, MOST_WAITING) for graph, count in waiting.items()})
     forwards = member.controller.forwards
-    known = Counter(one for one in forwards if one is not None)
+    known = Counter(graph for graph in forwards if graph is not None)
     if wanted <= known and None not in forwards:
         return member.controller
-    others = [one for one in wanted if wanted[one] and one is not member]
-    first = next((one for one in others if one.controller.members[0] is one), member)
-    firsts = Counter(one for one in first.controller.forwards if one is not None)
+    others = [graph for graph in wanted if wanted[graph] and graph is not member]
+    first = next((graph for graph in others if graph.controller.members[0] is graph), member)
+    firsts = Counter(graph for graph in first.controller.forwards if graph is not None)
     together = list((firsts | Counter(others) | known | wanted).elements())
-    before = [one.controller for one in together]
-    strictest = min(before, key=lambda one: float("inf") if one.limit_bytes is None else one.limit_bytes)
+    before = [graph.controller for graph in together]
+    strictest = min(before, key=lambda former: float("inf") if former.limit_bytes is None else former.limit_bytes)
     controller = MemoryController(
-        together, max((one.facts for one in before), key=lambda facts: facts.before), strictest.budget
+        together, max((former.facts for former in before), key=lambda facts: facts.before), strictest.budget
     )
-    for one in controller.members:
-        one.controller = controller
-    controller.replan(strict=False)  # of this step a part has run already
+    for graph in controller.members:
+        graph.controller = controller
+    controller.replan(strict=False)  # a part of this step has run already
     return controller
 
 
 def set_memory_budget(budget: int | float | str | None) -> None:
-    """Let all graphs that were compiled in this process keep to another budget from their next step on.
+    """Set the memory budget of all graphs that were compiled in this process, from their next step on.
 
-    budget: as the option memory_budget.  Raises OptionsError for what is none, and BudgetError for too little.
+    budget: as the option memory_budget.  Raises OptionsError for an invalid budget, and BudgetError for one that is
+    too small.
     """
     parsed = budget_of(budget)
-    for controller in {id(one.controller): one.controller for one in alive}.values():
+    for controller in {id(graph.controller): graph.controller for graph in alive}.values():
         controller.budget, controller.limit_bytes = parsed, device_budget.budget_bytes(parsed, controller.device)
         controller.seen = controller.corrections = 0
-        controller.facts = replace(controller.facts, error=0)  # it was that of another plan
+        controller.facts = replace(controller.facts, error=0)  # it was measured for another plan
         controller.plans.clear()
         controller.replan()
 
 
 alive: weakref.WeakSet[Planned] = weakref.WeakSet()
-ooms: dict[Any, int] = {}  # by device: how often memory ran out, as far as was looked at
+ooms: dict[Any, int] = {}  # by device: how often memory ran out, as last read
 
 
 def _count_of_ooms(device: torch.device) -> int:

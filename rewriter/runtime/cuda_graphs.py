@@ -1,11 +1,11 @@
 """A stack of layers as two CUDA graphs: one launch for its forward, one for its backward.
 
-What is captured reads and writes fixed addresses.  Parameters are read where they lie; what moves from call to call is
-copied into buffers first.  Outputs and gradients are copied out, so that whatever a training loop keeps (the losses of
-earlier steps, accumulated gradients) is its own.  Activations stay inside, where a second forward would overwrite them:
-while one waits for its backward, a further call is run without graphs.
+A captured graph reads and writes fixed addresses.  Parameters are read in place; inputs whose address changes from call
+to call are copied into static buffers first.  Outputs and gradients are copied out, so that no replay overwrites what a
+training loop keeps (the losses of earlier steps, accumulated gradients).  Activations stay in the graphs' memory pool,
+where a second forward would overwrite them: while a forward waits for its backward, further calls run without graphs.
 
-The method is that of torch.cuda.make_graphed_callables, which hands out its static outputs and gradients themselves.
+The method is that of torch.cuda.make_graphed_callables, which returns its static outputs and gradients themselves.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from fastft.rewriter.runtime.offload import Offloader
 
 log = logging.getLogger("fastft")
 _one_at_a_time = threading.Lock()  # captures share a stream
-MOST_SHAPES = 64  # that are remembered until they come again
-MOST_CAPTURES = 8  # of one stack: for shapes, and for parameters that were moved
+MOST_SHAPES = 64  # that are remembered until they occur a second time
+MOST_CAPTURES = 8  # of one stack: for different shapes, and after parameters were moved
 
 
 class Graphed:
-    """``call`` as CUDA graphs, once it has been called twice with inputs of the same shapes.
+    """``call`` as CUDA graphs, captured once it has been called twice with inputs of the same shapes.
 
-    call takes tensors and numbers and returns tensors; it writes to none of its inputs.  moving: positions
-    of inputs that are at another address in every call.  name: what profiles call the graphs.
+    call takes tensors and numbers and returns tensors; it writes to none of its inputs.  moving: positions of inputs
+    whose address changes with every call.  name: the name of the graphs in profiles.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Graphed:
         self.replay = profiling.in_range(name, _Replay.apply)
         self.call, self.moving, self.offloader = call, sorted(moving), offloader
         self.enabled, self.pool_bytes = True, 0
-        self.addresses: dict[Any, list[int | None]] = {}  # by shapes: where the inputs were in the last plain call
+        self.addresses: dict[Any, list[int | None]] = {}  # by shapes: of the inputs in the last uncaptured call
         self.captures: dict[Any, Capture] = {}
         self.moved_once: set[int] = set()
         self.attempts = 0
@@ -68,12 +68,12 @@ class Graphed:
         return self.replay(capture, token, inputs, *(inputs[place] for place in capture.trained))
 
     def reset(self, *, enabled: bool) -> None:
-        """Let go of what was captured, and capture anew if enabled: the layers will do something else."""
+        """Drop all captures because the layers' choices change; if enabled, later calls capture again."""
         self.enabled, self.attempts, self.pool, self.pool_bytes = enabled, 0, None, 0
         self.captures.clear()
 
     def _capture(self, shapes: Any, inputs: Sequence[Any]) -> Capture | None:
-        """Capture from the second call on; None if not yet, or if it cannot be done."""
+        """Capture from the second call on; return None if it is too early or impossible."""
         before = self.addresses.get(shapes)
         while before is None and len(self.addresses) >= MOST_SHAPES:
             del self.addresses[next(iter(self.addresses))]
@@ -85,7 +85,7 @@ class Graphed:
             return None
         self.attempts += 1
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what lies in the cache is of no use to a graph, which has memory of its own
+        torch.cuda.empty_cache()  # a graph cannot use cached blocks: it has a memory pool of its own
         reserved = torch.cuda.memory_reserved()
         try:
             with _one_at_a_time:
@@ -98,10 +98,10 @@ class Graphed:
         return self.captures.get(shapes)
 
     def _moved(self, shapes: Any, before: Sequence[int | None]) -> bool:
-        """Whether inputs that are read in place have moved; those that do so again and again are copied from now on.
+        """Return whether inputs that are read in place have moved; copy those that move repeatedly from now on.
 
-        What moves before anything is captured is the batch.  Later it may be the parameters, once (``model.to``), or
-        an input that lay at one address by chance.
+        What moves before the first capture is the batch.  Later it may be the parameters, once (``model.to``), or an
+        input that kept its address by chance.
         """
         pairs = enumerate(zip(before, self.addresses[shapes], strict=True))
         moved = {place for place, (old, new) in pairs if old != new} - set(self.moving)
@@ -114,18 +114,19 @@ class Graphed:
 
 
 class ReplayToken:
-    """Lives as long as a forward may be followed by its backward."""
+    """A token that lives as long as a forward may still be followed by its backward."""
 
 
 @dataclass
 class Buffer:
-    """Where an input that moves is copied to; ``written`` is the part of it that is no repetition (stride 0)."""
+    """A static copy of a moving input; ``written`` is the part of it without repetition (stride 0)."""
 
     static: Tensor
     written: Tensor
 
     @classmethod
     def like(cls, value: Tensor) -> Buffer:
+        """Allocate a buffer with the layout of a tensor."""
         part = _without_repetition(value)
         written = torch.empty_strided(part.shape, part.stride(), dtype=value.dtype, device=value.device)
         static = written.as_strided(value.shape, value.stride()).requires_grad_(value.requires_grad)
@@ -134,9 +135,9 @@ class Buffer:
 
 @dataclass
 class Capture:
-    """The two graphs of a stack for inputs of one kind, and the tensors at their ends."""
+    """The forward and backward CUDA graph of a stack for inputs of one kind, with their static inputs and outputs."""
 
-    places: list[int]  # of the inputs that stay
+    places: list[int]  # of the inputs that are read in place
     pointers: list[int | None]  # of all inputs
     buffers: dict[int, Buffer]
     trained: list[int]  # places of the inputs that need a gradient
@@ -144,7 +145,7 @@ class Capture:
     differentiable: list[bool] = field(default_factory=list)  # which of them have a gradient
     forward: Any = None
     backward: Any = None
-    grad_outputs: list[Tensor] = field(default_factory=list)  # of those outputs that have one
+    grad_outputs: list[Tensor] = field(default_factory=list)  # of the outputs that have one
     grad_inputs: list[Tensor | None] = field(default_factory=list)  # in the order of trained
 
     @classmethod
@@ -152,7 +153,10 @@ class Capture:
         cls, call: Callable[..., tuple], moving: Sequence[int], inputs: Sequence[Any], pool: Any,
         offloader: Offloader | None = None,
     ) -> Capture:  # fmt: skip
-        """Run once to compile and to tune what has not been yet, then capture.  The random state stays as it is."""
+        """Run the stack once, which compiles and tunes what has not been yet, then capture it.
+
+        The RNG state is left unchanged.  Raises ValueError where an output has gaps or repetitions.
+        """
         tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
         buffers = {place: Buffer.like(inputs[place]) for place in moving if isinstance(inputs[place], Tensor)}
         places = [place for place in tensors if place not in buffers]
@@ -160,7 +164,7 @@ class Capture:
         capture = cls(places, _addresses(inputs), buffers, trained)
         capture.load(inputs)
         static = list(inputs)
-        for place in trained:  # leaves of their own: no hook of the user's parameters belongs into a graph
+        for place in trained:  # new leaves: hooks on the user's parameters must not be captured
             static[place] = inputs[place].detach().requires_grad_()
         for place, buffer in buffers.items():
             static[place] = buffer.static
@@ -172,14 +176,14 @@ class Capture:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(state)
         torch.cuda.empty_cache()
-        # threads that load data may go on meanwhile; torch's own stream for captures may be another device's
+        # thread_local: data loading threads may go on; stream: torch's own for captures may be on another device
         capturing = functools.partial(torch.cuda.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         with offloader.owned_by(capture) if offloader is not None else nullcontext():
             capture._run(call, static, capturing)
         return capture
 
     def _run(self, call: Callable[..., tuple], static: Sequence[Any], capturing: Callable) -> None:
-        """Forward and backward, each in the context that ``capturing`` makes of its graph."""
+        """Run forward and backward, each in the context that ``capturing`` makes for its graph."""
         leaves = [static[place] for place in self.trained]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with capturing(self.forward):
@@ -197,18 +201,18 @@ class Capture:
         self.grad_inputs = list(grads)
 
     def fits(self, inputs: Sequence[Any]) -> bool:
-        """Whether the inputs that are read in place are where they were."""
+        """Return whether the inputs that are read in place are still at their captured addresses."""
         return eager.same_addresses(inputs, self.pointers, self.places)
 
     def load(self, inputs: Sequence[Any]) -> None:
-        """Copy in what moves."""
+        """Copy the moving inputs into their static buffers."""
         with torch.no_grad():
             for place, buffer in self.buffers.items():
                 buffer.written.copy_(_without_repetition(inputs[place]))
 
 
 class _Replay(torch.autograd.Function):
-    """Replays a capture's forward, and its backward, once."""
+    """Replays a capture's forward, and its backward at most once."""
 
     @staticmethod
     def forward(ctx: Any, capture: Capture, token: ReplayToken, inputs: Sequence[Any], *trained: Tensor) -> tuple:
@@ -216,10 +220,10 @@ class _Replay(torch.autograd.Function):
         capture.forward.replay()
         outputs = tuple(eager.clone_all(capture.outputs))
         ctx.capture, ctx.token = capture, token
-        ctx.inputs = inputs  # they are read again, at their addresses
-        ctx.save_for_backward(*trained)  # so that one that changes before backward is an error, as ever
+        ctx.inputs = inputs  # kept alive: backward reads them at their addresses
+        ctx.save_for_backward(*trained)  # so that autograd raises where one is written to before backward
         ctx.mark_non_differentiable(
-            *(one for one, grown in zip(outputs, capture.differentiable, strict=True) if not grown)
+            *(output for output, grown in zip(outputs, capture.differentiable, strict=True) if not grown)
         )
         return outputs
 
@@ -229,8 +233,8 @@ class _Replay(torch.autograd.Function):
         if ctx.token is None:
             raise RuntimeError("a CUDA graph goes backward once; set cuda_graphs=False to use retain_graph=True.")
         capture, _ = ctx.capture, ctx.saved_tensors
-        given = [one for one, grown in zip(grad_outputs, capture.differentiable, strict=True) if grown]
-        for buffer, grad in zip(capture.grad_outputs, given, strict=True):
+        incoming = [grad for grad, grown in zip(grad_outputs, capture.differentiable, strict=True) if grown]
+        for buffer, grad in zip(capture.grad_outputs, incoming, strict=True):
             buffer.copy_(grad)
         capture.backward.replay()
         grads = iter(eager.clone_all([grad for grad in capture.grad_inputs if grad is not None]))
@@ -240,28 +244,28 @@ class _Replay(torch.autograd.Function):
 
 @functools.cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """The one stream that everything is captured on: cuBLAS keeps a workspace, 64 MiB, for each that it was used on."""
+    """Return the device's only capture stream: cuBLAS keeps a workspace of 64 MiB for every stream it was used on."""
     return torch.cuda.Stream(device)
 
 
 def _end_capture_of_random_numbers() -> None:
-    """Let torch draw random numbers again.
+    """Let torch draw random numbers again after a failed capture.
 
-    Where a capture fails, torch leaves the device's generator as if it were still under way, and every later call for a
-    random number is an error.  A copy of its state is not in a capture.
+    Torch leaves the device's generator in capture mode then, and every later use of it raises an error.  A copy of its
+    state is not in capture mode.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())
 
 
 def _on_current_device(inputs: Sequence[Any]) -> bool:
-    """Whether a stream that is made now is one of the device that the layers run on."""
-    return all(one.device.index == torch.cuda.current_device() for one in inputs if isinstance(one, Tensor))
+    """Return whether the layers run on the current device, where the capture stream is created."""
+    return all(value.device.index == torch.cuda.current_device() for value in inputs if isinstance(value, Tensor))
 
 
 def _addresses(inputs: Sequence[Any]) -> list[int | None]:
-    """Where the inputs lie; None for numbers."""
-    return [one.data_ptr() if isinstance(one, Tensor) else None for one in inputs]
+    """Return the address of each input; None for numbers."""
+    return [value.data_ptr() if isinstance(value, Tensor) else None for value in inputs]
 
 
 def _shape(value: Any) -> Any:
@@ -271,5 +275,5 @@ def _shape(value: Any) -> Any:
 
 
 def _without_repetition(value: Tensor) -> Tensor:
-    """One of each element of an expanded tensor."""
+    """Return the part of an expanded tensor that holds each element once."""
     return value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]

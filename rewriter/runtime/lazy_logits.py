@@ -1,11 +1,11 @@
-"""Logits that are computed when they are read: a tensor by all it says of itself, of no memory until its numbers count.
+"""LazyLogits: a tensor subclass with metadata and no storage, computed at the first read.
 
-LazyLogits holds hidden states and a head.  What keeps the vocabulary whole (casts, slices along tokens, reshapes) gives
-another one; a cross entropy, or the log-probabilities of given tokens, is computed in chunks.  Anything else computes
-the logits, once, and from then on works with the tensor they became.
+LazyLogits holds hidden states and a head.  Calls that keep the vocabulary dimension whole (casts, slices along tokens,
+reshapes) return further LazyLogits; a cross entropy, or the log-probabilities of given tokens, is computed in chunks.
+Any other call computes the logits, once, and all later calls use the computed tensor.
 
-It takes part in autograd as any result of a model does: whatever gradient arrives at it goes on to the hidden states
-and the head, be it from the tensor that it became or from an autograd.Function that was given it.
+It takes part in autograd like any output of a model: whatever gradient arrives goes on to the hidden states and the
+head, both from the computed tensor and from an autograd.Function that takes the LazyLogits itself as an input.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _APART = (
 VIEWS = frozenset(
     ["view", "reshape", "__getitem__", "flatten", "select", "narrow", "unsqueeze", "squeeze", "transpose", "permute"]
 )
-# What a tensor tells of itself without its numbers.
+# What can be asked of a tensor without computing its values.
 _GETTERS = (
     "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
     "is_nested is_mkldnn is_mps is_xpu is_xla names itemsize nbytes output_nr retains_grad"
@@ -50,9 +50,9 @@ _METHODS = (
 
 def _metadata() -> frozenset[Any]:
     getters = [getattr(Tensor, name) for name in _GETTERS.split() if hasattr(Tensor, name)]
-    found = [one.__get__ for one in getters] + [getattr(Tensor, name) for name in _METHODS.split()]
+    methods = [getter.__get__ for getter in getters] + [getattr(Tensor, name) for name in _METHODS.split()]
     functions = (torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference)
-    return frozenset((*found, *functions))
+    return frozenset((*methods, *functions))
 
 
 METADATA = _metadata()
@@ -60,11 +60,11 @@ METADATA = _metadata()
 
 @dataclass(eq=False)
 class Source:
-    """What some logits are made of, and what they became.
+    """What some logits are computed from, and the tensor that they became.
 
-    logits: of tensors that belong to the graph of autograd, or of detached ones where no gradient is wanted.
-    versions: how often they had been written to.  base, view: the logits that these share memory with, and the call
-    that made them of those.
+    logits: their tensors are in the autograd graph, or detached where no gradient is wanted.  versions: the tensors
+    with their version counters at that time.  base, view: the logits that these share memory with, and the call that
+    made these from those.
     """
 
     logits: Logits
@@ -75,12 +75,15 @@ class Source:
     base: LazyLogits | None = None
     view: Callable[[Tensor], Tensor] | None = None
     views: list[weakref.ref[Source]] = field(default_factory=list)
-    values: Tensor | None = None  # without a history
-    read: Tensor | None = None  # what anyone who reads them gets
+    values: Tensor | None = None  # detached
+    read: Tensor | None = None  # the tensor that every reader gets
     written: bool = False
 
     def numbers(self) -> Tensor:
-        """The logits, apart from the graph of autograd."""
+        """Return the values of the logits, detached; compute them at the first call and count the read.
+
+        Raises RuntimeError where a tensor that they are computed from has changed.
+        """
         if self.values is None:
             self.check()
             self.reads[_reader()] += 1
@@ -88,17 +91,17 @@ class Source:
         return self.values.detach()
 
     def check(self) -> None:
-        """Raise where a tensor is not what it was in the model's forward."""
+        """Raise RuntimeError where a tensor has been written to since the model's forward."""
         self.computation.check()
         if changed(self.versions):
             raise RuntimeError(STALE)
 
 
 class LazyLogits(Tensor):
-    """Logits [..., V] that are computed when something needs their numbers; the module says what does not."""
+    """Logits [..., V] that are computed when a call needs their values; the module's docstring says which do not."""
 
     source: Source
-    node: Any  # its place in autograd's graph when it was made
+    node: Any  # its grad_fn when it was made
 
     @staticmethod
     def __new__(cls, source: Source) -> LazyLogits:
@@ -109,16 +112,19 @@ class LazyLogits(Tensor):
 
     @classmethod
     def of(cls, logits: Logits, chunk_bytes: int, reads: Counter[str], derived: LazyLogits | None = None) -> LazyLogits:
-        """These logits, which others may be derived from.  A gradient reaches what they are made of in grad mode."""
+        """Make lazy logits.  In grad mode, gradients reach the tensors that they are computed from.
+
+        reads: counts the reads by source line.  derived: the lazy logits that these are derived from, if any.
+        """
         tensors = logits.values
         if derived is None:
             versions = versions_of(tensors)
         else:
             versions = derived.source.versions
-        if not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
-            apart = logits.with_values([one.detach() for one in tensors])
-            logits = replace(apart, trained=(False,) * len(logits.trained))
-        parameters = [(one, count) for one, count in versions if is_parameter(one)]
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            detached = logits.with_values([tensor.detach() for tensor in tensors])
+            logits = replace(detached, trained=(False,) * len(logits.trained))
+        parameters = [(tensor, version) for tensor, version in versions if is_parameter(tensor)]
         computation = Computation(logits.with_values(range(len(logits.values))), parameters)
         computation.stale = derived is not None and derived.source.computation.stale
         unread.add(computation)
@@ -127,7 +133,7 @@ class LazyLogits(Tensor):
         return made
 
     @classmethod
-    @torch.compiler.disable  # what is compiled breaks here, and goes on with results
+    @torch.compiler.disable  # compiled code has a graph break here, and goes on with the results
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with eager.as_plain_tensors():
@@ -147,7 +153,10 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Below autograd, for callers that do not ask: those that are given the tensor itself, autograd.Functions."""
+        """Run an op on the computed values, below autograd, for callers that bypass __torch_function__.
+
+        These are callers that take the tensor itself, such as autograd.Functions.
+        """
         args, kwargs = fake_tensors.tree_map_only(
             LazyLogits, lambda lazy: lazy.source.numbers(), (tuple(args), kwargs or {})
         )
@@ -155,14 +164,14 @@ class LazyLogits(Tensor):
 
 
 def _lazily(lazy: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
-    """The result of a call that needs no numbers, or none but in chunks; None for any other."""
+    """Return the result of a call that needs no values, or only chunks of them; None for any other call."""
     name, source = getattr(func, "__name__", ""), lazy.source
-    if name == "kl_div":  # a teacher's log-probabilities are needed as they are
+    if name == "kl_div":  # a teacher's log-probabilities are needed as a tensor
         args, kwargs = fake_tensors.tree_map_only(LazyLogits, read, (tuple(args), kwargs))
     if lazy.grad_fn is not lazy.node or _mentions_lazy(args, kwargs):
         return None  # another autograd.Function returned it: gradients have to go through that
     make = functools.partial(LazyLogits.of, chunk_bytes=source.chunk_bytes, reads=source.reads, derived=lazy)
-    widened, copies = _widened(name, source.logits), any(one is True for one in (*args, kwargs.get("copy")))
+    widened, copies = _widened(name, source.logits), any(argument is True for argument in (*args, kwargs.get("copy")))
     if name == "detach" and not args and not kwargs:
         with torch.no_grad():
             return _as_view(make(source.logits), lazy, func, args, kwargs)
@@ -177,20 +186,20 @@ def _lazily(lazy: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> An
 
 
 def _as_view(made: LazyLogits, base: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> LazyLogits:
-    """Note that these share memory with those."""
+    """Note that ``made``, the result of a call on ``base``, shares memory with it; return ``made``."""
     made.source.base, made.source.view = base, lambda tensor: func(tensor, *args, **kwargs)
     base.source.views.append(weakref.ref(made.source))
     return made
 
 
 def _mentions_lazy(args: Sequence[Any], kwargs: Any) -> bool:
-    found: list[Any] = []
-    fake_tensors.tree_map_only(LazyLogits, found.append, (tuple(args), kwargs))
-    return bool(found)
+    lazy: list[Any] = []
+    fake_tensors.tree_map_only(LazyLogits, lazy.append, (tuple(args), kwargs))
+    return bool(lazy)
 
 
 def _widened(name: str, logits: Logits) -> torch.dtype | None:
-    """The dtype that autocast gives the result of a softmax or of a loss; None where it is off."""
+    """Return the dtype that autocast gives the result of a softmax or a loss; None for other calls or without it."""
     device = logits.hidden.device.type
     if name not in autocast.LOSSES or not torch.is_autocast_enabled(device):
         return None
@@ -198,7 +207,7 @@ def _widened(name: str, logits: Logits) -> torch.dtype | None:
 
 
 def _is_read(lazy: LazyLogits) -> bool:
-    """Whether these are an ordinary tensor by now, or share memory with one that was written to."""
+    """Return whether these logits have become a tensor, or share memory with one that was written to."""
     base = lazy.source.base
     return lazy.source.read is not None or (base is not None and _is_written(base))
 
@@ -209,7 +218,7 @@ def _is_written(lazy: LazyLogits) -> bool:
 
 
 def read(lazy: LazyLogits) -> Tensor:
-    """The tensor that these logits become: always the same one, so that what is written to it stays."""
+    """Return the tensor that these logits become: the same one at every call, so that in-place writes to it persist."""
     source = lazy.source
     if source.read is None and source.base is not None and _is_written(source.base):
         assert source.view is not None
@@ -223,12 +232,15 @@ def read(lazy: LazyLogits) -> Tensor:
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
-    """Whether a call writes to its first argument, or to another given for that."""
+    """Return whether a call writes to its first argument, or to ``out``."""
     return names_a_write(getattr(func, "__name__", "")) or kwargs.get("out") is not None
 
 
 def _before_write(lazy: LazyLogits) -> None:
-    """Let all that share memory with these do so as tensors, too."""
+    """Mark the base as written to, so that all logits that share its memory become views of one tensor.
+
+    Raises RuntimeError where some of them were read as separate tensors before.
+    """
     source = lazy.source
     if source.base is not None and not _is_written(source.base):
         if source.read is not None:
@@ -241,12 +253,12 @@ def _before_write(lazy: LazyLogits) -> None:
 
 
 def _all_views(source: Source) -> list[Source]:
-    own = [one for reference in source.views if (one := reference()) is not None]
-    return own + [deeper for one in own for deeper in _all_views(one)]
+    own = [view for reference in source.views if (view := reference()) is not None]
+    return own + [deeper for view in own for deeper in _all_views(view)]
 
 
 def _reader() -> str:
-    """``file:line`` of the code that reads: the innermost that is neither torch's nor of this package."""
+    """Return ``file:line`` of the code that reads: the innermost frame that is in neither torch nor this package."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "").split(".")[0]
@@ -257,14 +269,17 @@ def _reader() -> str:
 
 
 class _Made(torch.autograd.Function):
-    """The logits in autograd's graph: hidden states and the head below, whatever is done to them above."""
+    """The node of lazy logits in the autograd graph: its inputs are the hidden states and the head."""
 
     @staticmethod
     def forward(ctx: Any, source: Source, *tensors: Tensor) -> LazyLogits:
         ctx.computation = source.computation
-        ctx.source = weakref.ref(source)  # it holds what was read, which leads back here
-        # not saved, so that hooks of the user's do not copy them for every view of logits; let go of by backward
-        ctx.tensors = [one if is_parameter(one) else one.detach().requires_grad_(one.requires_grad) for one in tensors]
+        ctx.source = weakref.ref(source)  # weak: it holds the tensor that was read, whose grad_fn leads back here
+        # not saved tensors, so that the user's hooks do not copy them for every view of the logits; freed by backward
+        ctx.tensors = [
+            tensor if is_parameter(tensor) else tensor.detach().requires_grad_(tensor.requires_grad)
+            for tensor in tensors
+        ]
         ctx.versions = versions_of(ctx.tensors)
         return LazyLogits(source)
 
@@ -281,29 +296,29 @@ class _Made(torch.autograd.Function):
 
 
 class _Read(torch.autograd.Function):
-    """The numbers; their gradient is that of the logits, which is told what they are made of."""
+    """Reads the values; backward passes their gradient to the logits, and the tensors to the logits' computation."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyLogits, *tensors: Tensor) -> Tensor:
         ctx.computation = lazy.source.computation
-        # parameters live anyway: a hook that copies what is saved should not copy them
-        ctx.parameters = [one if is_parameter(one) else None for one in tensors]
-        ctx.save_for_backward(*(one for one in tensors if not is_parameter(one)))
+        # parameters stay alive anyway: hooks that copy saved tensors should not copy them
+        ctx.parameters = [tensor if is_parameter(tensor) else None for tensor in tensors]
+        ctx.save_for_backward(*(tensor for tensor in tensors if not is_parameter(tensor)))
         return lazy.source.numbers()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
-        ctx.computation.tensors = [next(saved) if one is None else one for one in ctx.parameters]
+        ctx.computation.tensors = [next(saved) if parameter is None else parameter for parameter in ctx.parameters]
         return grad, *(None for _ in ctx.parameters)
 
 
 def restore(
     compiled: Callable, deferred: Sequence[Deferred], outputs: int, chunk_bytes: int, reads: Counter[str]
 ) -> Callable:
-    """A function that returns what the graph as it was returned; logits as LazyLogits.
+    """Return a function that returns what the original graph returned, with deferred logits as LazyLogits.
 
-    outputs: how many results the graph had before others were appended.
+    outputs: the number of results that the graph had before others were appended.
     """
     if not deferred:
         return compiled
@@ -311,10 +326,10 @@ def restore(
     def call(*inputs: Any) -> Any:
         results = list(compiled(*inputs))
         made = {}
-        for one in deferred:
-            values = [(inputs if kind == "input" else results)[at] for kind, at in one.values]
-            logits = one.logits.with_values([results[one.position], *values])
-            made[one.position] = LazyLogits.of(logits, chunk_bytes, reads)
+        for output in deferred:
+            values = [(inputs if kind == "input" else results)[index] for kind, index in output.values]
+            logits = output.logits.with_values([results[output.position], *values])
+            made[output.position] = LazyLogits.of(logits, chunk_bytes, reads)
         return tuple(made.get(position, result) for position, result in enumerate(results[:outputs]))
 
     return call

@@ -1,4 +1,4 @@
-"""How logits that are not computed yet are computed, and whether they still may be."""
+"""Compute lazy logits and their gradients, and check that nothing they are computed from has changed."""
 
 from __future__ import annotations
 
@@ -26,37 +26,43 @@ _USED = (
 
 @dataclass(eq=False)
 class Computation:
-    """How some logits are computed, and the small graph of autograd that this leaves until a backward has used it.
+    """How some logits are computed, and the small autograd graph of that computation until a backward has used it.
 
-    It is all that their node in the graph of autograd holds: a tensor with a history that leads back to that node would
-    keep both alive for ever, since Python cannot see a cycle that runs through autograd's nodes.
+    Their node in the user's autograd graph holds nothing else: a tensor whose history leads back to that node would
+    keep both alive for ever, since Python's garbage collector does not see cycles through autograd nodes.
 
-    bare: the logits, with numbers in the places of tensors.  parameters: the head's, and how often they had been
-    written to.  stale: whether an optimizer has changed one of them since.
+    bare: the logits, with numbers in the places of tensors.  parameters: the head's, with their version counters at
+    that time.  stale: whether an optimizer has changed one of them since.
     """
 
     bare: Logits
     parameters: list[tuple[Tensor, int]]
     stale: bool = False
-    leaves: list[Tensor] = field(default_factory=list)  # stand for all tensors
-    computed: Tensor | None = None  # of the leaves
-    tensors: Sequence[Tensor] | None = None  # while a backward is on its way from what was read to the logits
+    leaves: list[Tensor] = field(default_factory=list)  # detached, one for each tensor
+    computed: Tensor | None = None  # from the leaves
+    tensors: Sequence[Tensor] | None = None  # set between the backward of the tensor that was read and the logits'
 
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Compute the logits of these tensors, apart from the graph of autograd; keep what a backward needs."""
+        """Compute the logits from these tensors; return them detached, and keep what a backward needs.
+
+        Raises RuntimeError where a parameter has changed.
+        """
         self.check()
-        self.leaves = [one.detach().requires_grad_(one.requires_grad) for one in tensors]
+        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             self.computed = self.bare.with_values(self.leaves).compute()
         return self.computed.detach()
 
     def check(self) -> None:
-        """Raise where a parameter is not what it was in the model's forward."""
+        """Raise RuntimeError where a parameter has changed since the model's forward."""
         if self.stale or changed(self.parameters):
             raise RuntimeError(STALE)
 
     def gradients(self, grad: Tensor, tensors: Sequence[Tensor] | None) -> list[Tensor | None]:
-        """Of all tensors, given that of the logits.  A second backward computes the logits again."""
+        """Return the gradients of all tensors from that of the logits; None for tensors that need none.
+
+        A second backward computes the logits again.  Raises RuntimeError where their tensors are gone by then.
+        """
         tensors, self.tensors = self.tensors or tensors, None
         if self.computed is None:
             if tensors is None:
@@ -66,32 +72,34 @@ class Computation:
         computed, leaves = self.computed, self.leaves
         self.computed, self.leaves = None, []
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(computed, wanted, grad, allow_unused=True))
-        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+        gradients = iter(torch.autograd.grad(computed, wanted, grad, allow_unused=True))
+        return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
 def is_parameter(tensor: Tensor) -> bool:
-    """Whether an optimizer may be given this tensor."""
+    """Return whether a tensor may be a parameter of an optimizer."""
     return isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
-    return [(one, eager.version(one)) for one in tensors if not one.is_inference()]
+    """Pair the tensors with their version counters; leave out inference tensors, which have none."""
+    return [(tensor, eager.version(tensor)) for tensor in tensors if not tensor.is_inference()]
 
 
 def changed(versions: Sequence[tuple[Tensor, int]]) -> bool:
-    return any(eager.version(one) != version for one, version in versions)
+    """Return whether one of the tensors has been written to since its version was noted."""
+    return any(eager.version(tensor) != version for tensor, version in versions)
 
 
-unread: weakref.WeakSet[Computation] = weakref.WeakSet()  # all that may be computed yet
+unread: weakref.WeakSet[Computation] = weakref.WeakSet()  # all that may still be computed
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Mark what was made of the weights that an optimizer changed: not every one counts its writes as torch does."""
-    if waiting := [one for one in unread if one.computed is None]:
-        changed = {one.data_ptr() for group in optimizer.param_groups for one in group["params"]}
+    """Mark computations stale whose weights an optimizer changed: not every optimizer increments version counters."""
+    if waiting := [computation for computation in unread if computation.computed is None]:
+        changed = {parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
         for computation in waiting:
-            computation.stale |= any(one.data_ptr() in changed for one, _ in computation.parameters)
+            computation.stale |= any(parameter.data_ptr() in changed for parameter, _ in computation.parameters)
 
 
 register_optimizer_step_post_hook(_after_step)

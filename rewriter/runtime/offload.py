@@ -1,12 +1,12 @@
-"""Activations in pinned host memory: copied out behind the layer that made them, back before the layer that reads them.
+"""Activations in pinned host memory: copied out after the layer that makes them, back before the layer that reads them.
 
 Copies run on a stream of their own.  A layer's tensors stay on the device until the next layer has been launched, and
-come back while the layer above is at work, so that one layer's are on their way in either direction (double buffering).
-Host memory is taken from a bounded pool and given back as soon as nobody can read it any more; where the pool is full,
-or a tensor is not what was planned, it stays on the device.
+come back while the layer above runs, so that one layer's tensors are in flight in either direction (double buffering).
+Host memory is taken from a bounded pool and returned as soon as nothing can read it any more; a tensor stays on the
+device where the pool is full, or where the tensor is not as planned.
 
-What autograd saves is an OffloadedTensor, so that a forward that never goes backward, several forwards before one
-backward, and retain_graph need nothing more.
+What autograd saves is an OffloadedTensor.  A forward without a backward, several forwards before one backward, and
+retain_graph therefore need no special handling.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fastft.compat import eager
 
 
 class Pool:
-    """Pinned buffers by size, which is a power of two: so torch allocates them, and lengths that change share them.
+    """Pinned buffers by size, a power of two: torch's allocator rounds up to one, and varying lengths share buffers.
 
-    limit_bytes: what all of them may take.
+    limit_bytes: the most that all buffers may take together.
     """
 
     def __init__(self, limit_bytes: int, *, pinned: bool) -> None:
@@ -35,7 +35,7 @@ class Pool:
         self.free: dict[int, list[Tensor]] = defaultdict(list)
 
     def take(self, size: int) -> Tensor | None:
-        """A buffer of at least this many bytes; None if there is no room for it."""
+        """Return a buffer of at least ``size`` bytes; None if there is no room for it."""
         size = _rounded(size)
         if self.free[size]:
             return self.free[size].pop()
@@ -47,16 +47,17 @@ class Pool:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
 
     def give(self, buffer: Tensor) -> None:
+        """Return a buffer to the pool."""
         self.free[buffer.numel()].append(buffer)
 
     def shrink(self) -> None:
-        """Let go of the buffers that nobody uses."""
+        """Free the buffers that are not in use."""
         self.total_bytes -= sum(size * len(buffers) for size, buffers in self.free.items())
         self.free.clear()
 
 
 class OffloadedTensor:
-    """A tensor that is on the host, or will be: what autograd saves in its place."""
+    """A tensor that is on the host or on its way there: what autograd saves in its place."""
 
     def __init__(self, offloader: Offloader, transfer: LayerTransfer, tensor: Tensor, buffer: Tensor) -> None:
         self.transfer, self.buffer = transfer, buffer
@@ -65,18 +66,18 @@ class OffloadedTensor:
         self.incoming: Tensor | None = None
         if offloader.captured is None:
             weakref.finalize(self, offloader.pool.give, buffer).atexit = False
-        else:  # a CUDA graph writes there whenever it is replayed
+        else:  # a CUDA graph writes to it at every replay
             offloader.captured.append(buffer)
 
     def on_host(self) -> Tensor:
-        """The buffer, laid out like the tensor."""
+        """Return the host buffer as a tensor with the original's shape, strides and dtype."""
         return self.buffer.view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class LayerTransfer:
-    """One layer's tensors in one forward.
+    """The offloaded tensors of one layer in one forward.
 
-    previous_layer: that of the nearest layer before it, which comes back next.
+    previous_layer: the transfer of the nearest layer before it that offloads, which is fetched next.
     """
 
     def __init__(self, previous_layer: LayerTransfer | None) -> None:
@@ -88,7 +89,10 @@ class LayerTransfer:
 
 
 class Offloader:
-    """Of one graph.  captured: while a CUDA graph is captured, the buffers that it will use, for it to own."""
+    """Offloads one graph's activations.
+
+    captured: during a CUDA graph capture, the buffers that the graph will use and own; otherwise None.
+    """
 
     def __init__(self, device: torch.device, limit_bytes: int) -> None:
         self.cuda = device.type == "cuda"
@@ -100,7 +104,7 @@ class Offloader:
 
     @contextmanager
     def owned_by(self, owner: Any) -> Iterator[None]:
-        """Buffers that are taken meanwhile are used for as long as their owner lives."""
+        """Let the buffers that are taken meanwhile stay in use for as long as their owner lives."""
         taken: list[Tensor] = []
         self.captured = taken
         try:
@@ -111,14 +115,14 @@ class Offloader:
                 weakref.finalize(owner, self.pool.give, buffer).atexit = False
 
     def begin(self) -> None:
-        """A forward begins: nothing below its first layer comes back with it."""
+        """Begin a forward: its first layer has no previous layer to fetch."""
         self.last = None
         self.wait()
 
     def call(self, function: Callable, inputs: Sequence[Any], chosen: Set[int]) -> Any:
-        """Run a layer.  chosen: which of the tensors that it saves go to the host, by their place."""
-        before, self.leaving = self.leaving, None  # if function raises, nothing of the layer before is held here
-        if not chosen or eager.has_saved_tensors_hooks():  # the user's own hooks: theirs is the say
+        """Run a layer.  chosen: the tensors to offload, by their positions among all that autograd saves in it."""
+        before, self.leaving = self.leaving, None  # cleared first, so that it is not kept alive if function raises
+        if not chosen or eager.has_saved_tensors_hooks():  # saved tensor hooks of the user's own take precedence
             results = function(*inputs)
             if before is not None:
                 self._finish_copy_out(before)
@@ -150,7 +154,7 @@ class Offloader:
         return offloaded
 
     def _start_copy_out(self, transfer: LayerTransfer) -> None:
-        """Copy a layer's tensors out behind what has been launched."""
+        """Start copying a layer's tensors to the host, after all work launched so far."""
         if not transfer.leaving:
             return
         with self._on_copy_stream() as event:
@@ -161,14 +165,14 @@ class Offloader:
         self.leaving = transfer
 
     def _finish_copy_out(self, transfer: LayerTransfer) -> None:
-        """What is launched from now on may use the memory of what was copied out."""
+        """Let work that is launched from now on reuse the device memory of the tensors that were copied out."""
         self._wait_for(transfer.departed)
         for offloaded in transfer.leaving:
             offloaded.outgoing = None
         transfer.leaving = []
 
     def wait(self) -> None:
-        """Nothing is on its way out any more."""
+        """Finish the copies to the host that are still pending."""
         if self.leaving is not None:
             self._finish_copy_out(self.leaving)
             self.leaving = None
@@ -189,10 +193,10 @@ class Offloader:
         return tensor.detach()
 
     def _fetch(self, transfer: LayerTransfer) -> None:
-        """Copy a layer's tensors back, behind what has been launched."""
+        """Start copying a layer's tensors back to the device, after all work launched so far."""
         tensors = [offloaded for reference in transfer.tensors if (offloaded := reference()) is not None]
         coming = [offloaded for offloaded in tensors if offloaded.incoming is None and offloaded.outgoing is None]
-        for offloaded in coming:  # made on the stream that will free them
+        for offloaded in coming:  # allocated on the stream that will free them
             offloaded.incoming = torch.empty_strided(
                 offloaded.shape, offloaded.stride, dtype=offloaded.dtype, device=self.device
             )
@@ -204,7 +208,7 @@ class Offloader:
 
     @contextmanager
     def _on_copy_stream(self) -> Iterator[Callable[[], Any]]:
-        """On the stream of copies, behind what has been launched; gives what makes the event of their end."""
+        """Enter the copy stream, after all work launched so far; yield a function that records the copies' event."""
         if self.stream is None:
             yield lambda: True
             return
@@ -218,12 +222,12 @@ class Offloader:
 
 
 def _rounded(size: int) -> int:
-    """What torch's allocator of pinned memory takes for so many bytes: the next power of two."""
+    """Round bytes up to what torch's pinned memory allocator takes for them: the next power of two."""
     return 1 << (size - 1).bit_length()
 
 
 def _extent(tensor: Tensor) -> int:
-    """The bytes of a tensor without gaps or repetitions; -1 for any other."""
+    """Return the bytes of a tensor without gaps or repetitions; -1 for any other tensor."""
     steps = sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     expected = 1
     for step, size in steps:

@@ -1,4 +1,4 @@
-"""A graph that runs by a memory plan: its calls, each in the way that the plan chose for its layer."""
+"""A graph that runs by a memory plan: each of its calls follows the plan's choice for its layer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ log = logging.getLogger("fastft")
 
 @dataclass(eq=False)
 class Variants:
-    """A kind of piece, compiled for each set of ops that it may keep.
+    """One kind of piece, compiled for each set of ops whose results it may keep for backward.
 
-    build: compiles it.  places: which of the tensors that it saves go to the host.
+    build: compiles it for such a set.  places: returns the positions of the saved tensors that a choice offloads.
     """
 
     build: Callable[[tuple[str, ...]], Callable]
@@ -36,7 +36,10 @@ class Variants:
     offloads: dict[Choice, frozenset[int]] = field(default_factory=dict)
 
     def get(self, choice: Choice) -> Callable:
-        """What runs this choice; where it cannot be compiled any more, what was compiled first."""
+        """Return the function for a choice, compiled at its first use.
+
+        If it cannot be compiled any more, the function that was compiled first takes its place; raise if there is none.
+        """
         if choice.kept not in self.compiled:
             try:
                 self.compiled[choice.kept] = self.build(choice.kept)
@@ -48,20 +51,24 @@ class Variants:
         return self.compiled[choice.kept]
 
     def offloaded(self, choice: Choice) -> frozenset[int]:
+        """Return the positions of the saved tensors that a choice offloads."""
         if choice.offloaded and choice not in self.offloads:
             self.offloads[choice] = self.places(choice)
         return self.offloads.get(choice, frozenset())
 
 
 class Call:
-    """A stage's call.  first, last: whether it is the graph's first or last that may offload."""
+    """A stage's call.  first, last: whether it is the first or last of the graph's calls, which may offload."""
 
     def __init__(self, variants: Variants, offloader: Offloader, choice: Choice, *, first: bool, last: bool) -> None:
         self.variants, self.offloader, self.first, self.last = variants, offloader, first, last
         self.choice = choice
 
     def prepare(self, choices: Sequence[Choice] = ()) -> None:
-        """Compile what is wanted now, and what may be later where nothing can be compiled then."""
+        """Compile the current choice, and further ``choices`` that may be needed when nothing can be compiled any more.
+
+        Raises what the compiler raises if no choice has been compiled before.
+        """
         for choice in (self.choice, *choices):
             self.variants.get(choice)
 
@@ -80,9 +87,9 @@ class Call:
 class Planned:
     """A graph that runs by a plan: a function of the graph's inputs.
 
-    plan: for the sizes of the example.  run: calls the pieces one after another; calls: those of its pieces, in order;
-    graphed: its CUDA graphs, if it has any.  sizes_of: gives its symbols' values by inputs.  choices: what its stages
-    do now.
+    plan: for the sizes of the example inputs.  run: calls the pieces one after another.  calls: the calls of the
+    pieces, in order.  graphed: the CUDA graphs, if any.  sizes_of: returns the values of the graph's size symbols for
+    given inputs.  choices: the stages' active choices.
     """
 
     def __init__(
@@ -103,7 +110,7 @@ class Planned:
         controller.alive.add(self)
 
     def follow(self, choices: Sequence[Choice], *, graphs: bool) -> None:
-        """Let every stage do what the plan says."""
+        """Let every stage follow its choice.  graphs: whether to run CUDA graphs."""
         changed = self.choices != tuple(choices)
         self.choices = tuple(choices)
         for call, choice in zip(self.calls, choices, strict=True):
@@ -113,8 +120,10 @@ class Planned:
                 graphed.reset(enabled=graphs)
 
     def waiting(self) -> int:
-        """How many forwards have run whose backward is still to come."""
-        self.pending = [one for one in self.pending if (pending := one()) is not None and not pending.closed]
+        """Return how many forwards have run whose backward is pending."""
+        self.pending = [
+            reference for reference in self.pending if (pending := reference()) is not None and not pending.closed
+        ]
         return len(self.pending)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -127,11 +136,11 @@ class Planned:
         return self._opened(self._run(inputs))
 
     def _watch(self, inputs: Sequence[Any]) -> None:
-        """Free memory with the model: Dynamo keeps what was compiled for it, and thereby this, until it is reset."""
+        """Free memory when the model is deleted: Dynamo keeps its compiled code, and thereby this, until a reset."""
         if self.watched:
             return
         self.watched = True
-        parameter = next((one for one in inputs if isinstance(one, torch.nn.Parameter)), None)
+        parameter = next((value for value in inputs if isinstance(value, torch.nn.Parameter)), None)
         if parameter is not None:
             weakref.finalize(parameter, _release, weakref.ref(self)).atexit = False
 
@@ -144,24 +153,24 @@ class Planned:
         except torch.OutOfMemoryError:
             if not self.controller.replan_after_oom("the step is run again"):
                 raise
-        torch.cuda.empty_cache()  # here, where what the failed one had made is gone
+        torch.cuda.empty_cache()  # only here, where the failed run's tensors have been freed
         torch.cuda.set_rng_state(state, self.device)
         return self.run(*inputs)
 
     def _opened(self, results: Any) -> Any:
-        """Note that a backward may come: until it does, what this graph keeps is in memory beside others'."""
-        made: Any = next(
-            (one.grad_fn for one in results if isinstance(one, torch.Tensor) and one.grad_fn is not None), None
+        """Note that a backward is pending: until it begins, this graph's activations are in memory beside others'."""
+        node: Any = next(
+            (value.grad_fn for value in results if isinstance(value, torch.Tensor) and value.grad_fn is not None), None
         )
-        if made is not None:
+        if node is not None:
             pending = _PendingBackward()
-            made.metadata["fastft"] = pending
-            made.register_hook(lambda *_: self._close(pending))
+            node.metadata["fastft"] = pending
+            node.register_hook(lambda *_: self._close(pending))
             self.pending.append(weakref.ref(pending))
         return results
 
     def _close(self, pending: _PendingBackward) -> None:
-        """Its backward has begun."""
+        """Mark a forward as no longer pending: its backward has begun."""
         pending.closed = True
         if self.controller.measuring:
             eager.after_backward(self.controller.sample_peak)

@@ -1,11 +1,11 @@
 """Ranges by module in a profile: ``model.layers.7 forward`` and ``model.layers.7 backward``.
 
-A kind of layer is compiled once and called for every layer, so it is the call that has a name.  While a profiler of
-torch runs, each call is a range of ``record_function``, and hooks on the backward nodes that it has made open and close
-another.  Otherwise a call asks whether one runs, and that is all: nothing is attached to anything.
+A kind of layer is compiled once and called for every layer, so the range's name belongs to the call.  While torch's
+profiler runs, each call is a ``record_function`` range, and hooks on the backward nodes that it made open and close
+another.  Otherwise a call only checks whether a profiler runs; no hook is registered.
 
-Tools that read NVTX alone, as Nsight Systems does, are told in the same way; under ``emit_nvtx`` torch tells them
-itself.
+Tools that read only NVTX, such as Nsight Systems, get NVTX ranges in the same way; under ``emit_nvtx`` torch emits
+these itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastft.rewriter.outline.partition import Piece
 
 
 def wants_nvtx(environment: Mapping[str, str]) -> bool:
-    """Whether NVTX ranges are asked for: by FASTFT_NVTX, else by the variable with which tools attach to NVTX."""
+    """Return whether to emit NVTX ranges: by FASTFT_NVTX, else by the variable with which tools attach to NVTX."""
     asked = environment.get("FASTFT_NVTX", environment.get("NVTX_INJECTION64_PATH", ""))
     return asked not in ("", "0") and torch.version.cuda is not None
 
@@ -33,12 +33,12 @@ NVTX = wants_nvtx(os.environ)
 
 
 def named(pieces: Sequence[Piece], calls: Mapping[Piece, Callable]) -> dict[Piece, Callable]:
-    """The pieces' calls, each of which tells profilers whose it is."""
+    """Return the pieces' calls, each within a profiler range of its piece's name."""
     return {piece: in_range(piece.name, calls[piece]) if piece.name else calls[piece] for piece in pieces}
 
 
 def in_range(name: str, function: Callable) -> Callable:
-    """A function that does the same, within a range of this name while a profiler runs."""
+    """Return a function that does the same, with its forward and backward in ranges of this name in a profiler."""
 
     def call(*inputs: Any) -> Any:
         if eager.is_profiling() or NVTX:
@@ -52,12 +52,12 @@ def in_range(name: str, function: Callable) -> Callable:
 
 
 def span(first: str, last: str) -> str:
-    """A name for what begins and ends with these: ``layers.0 … 31``."""
+    """Return a name for a stack that begins and ends with these layers: ``layers.0 … 31``."""
     return first if first == last else f"{first} … {last.removeprefix(first.rpartition('.')[0] + '.')}"
 
 
 def _range(name: str, *, crosses: bool = False) -> AbstractContextManager:
-    """A range.  crosses: it begins within one of the engine's own and ends within another, so it is on no stack."""
+    """Make a range.  crosses: it begins in one range of the autograd engine and ends in another, so is on no stack."""
     if crosses and eager.is_emitting_nvtx():
         return _nvtx_off_stack(name)
     return torch.profiler.record_function(name) if eager.is_profiling() else torch.cuda.nvtx.range(name)
@@ -73,13 +73,13 @@ def _nvtx_off_stack(name: str) -> Iterator[None]:
 
 
 class _OpenRanges(threading.local):
-    """The backward ranges that are open in a thread: one, and more where a node starts a backward of its own."""
+    """The open backward ranges of a thread: usually one, more where a node starts a backward of its own."""
 
     def __init__(self) -> None:
         self.stack: list[_Open] = []
 
     def settle(self) -> None:
-        """Close those that are over, from the innermost outwards."""
+        """Close the ranges that are over, from the innermost outwards."""
         while self.stack and self.stack[-1].over:
             self.stack.pop().range.__exit__(None, None, None)
 
@@ -88,10 +88,10 @@ _ranges = _OpenRanges()
 
 
 class _Backward:
-    """What a call has made for its backward, whose nodes have its methods as hooks; it holds no node and no tensor.
+    """The backward of one call, whose nodes have this object's methods as hooks; it refers to no node and no tensor.
 
-    exits: by how many nodes a backward leaves it.  crosses: whether it is several nodes, each of which is a range of
-    the engine's: the first node's and the last one's are then partly in this one.
+    exits: the number of nodes by which a backward leaves it.  crosses: whether it has several nodes.  The autograd
+    engine has a range for each node; those of the first and the last node are then only partly within this one.
     """
 
     def __init__(self, name: str, exits: int, *, crosses: bool) -> None:
@@ -99,7 +99,7 @@ class _Backward:
 
     @classmethod
     def watch(cls, name: str, inputs: Sequence[Any], results: Sequence[Any]) -> None:
-        """Let the backward of these results, as far as these inputs, be a range."""
+        """Register hooks that make the backward from these results to these inputs a range."""
         entries, exits = ends(inputs, results)
         backward = cls(name, len(exits), crosses=len(entries) > 1 or entries != exits)
         for node in entries:
@@ -109,7 +109,7 @@ class _Backward:
 
     @torch.compiler.disable
     def begin(self, _: Any) -> None:
-        """Open the range before the first node.  A backward is in one range at a time, so another's ends here."""
+        """Open the range before the first node.  A backward is in one range at a time: another call's ends here."""
         task = eager.backward_id()
         if not (eager.is_profiling() or NVTX) or task < 0:
             return
@@ -125,7 +125,7 @@ class _Backward:
     def leave(self, *_: Any) -> None:
         """Close the range after the last node.
 
-        Where some of its nodes are not run, nobody having asked for what they give, what runs next closes it.
+        If some of its nodes do not run, because nothing needs their gradients, whatever runs next closes it.
         """
         opened = _ranges.stack[-1] if _ranges.stack else None
         if opened is not None and opened.backward is self:
@@ -135,7 +135,7 @@ class _Backward:
 
 
 class _Open:
-    """A range that is open: of which call, in which run of autograd's engine.  exits: nodes that have yet to run."""
+    """An open range.  task: the run of the autograd engine that it is in.  exits: exit nodes that have yet to run."""
 
     def __init__(self, backward: _Backward, task: int) -> None:
         self.backward, self.task, self.exits, self.over = backward, task, backward.exits, False
@@ -144,38 +144,40 @@ class _Open:
 
 
 class _AtEnd:
-    """Ends a range that is still open with the engine's run, which calls this, or lets go of it where it fails."""
+    """Ends a range that is still open when the engine's run ends, which calls this, or fails, which deletes this."""
 
     def __init__(self, opened: _Open) -> None:
         self.opened = opened
 
     def __call__(self) -> None:
-        self.opened.over = True  # in another thread than the range's, which closes it when it opens the next
+        self.opened.over = True  # the range's own thread, if it is another, closes it when it opens the next
         _ranges.settle()
 
     __del__ = __call__
 
 
 def ends(inputs: Sequence[Any], results: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The nodes by which a backward enters what has made these results of those inputs, and those by which it leaves.
+    """Return the nodes by which a backward enters the graph from these inputs to these results, and those it leaves by.
 
     The first node that runs is one of the former, the last one of the latter.
     """
     outside = _makers(inputs)
     entries = [node for node in _makers(results) if node not in outside]
-    found, exits = dict.fromkeys(entries), []
+    known, exits = dict.fromkeys(entries), []
     todo = list(entries)
     while todo:
         node = todo.pop()
-        following = {one for one, _ in node.next_functions if one is not None}
-        inside = [one for one in following if one not in outside and one.next_functions]  # a leaf's node has none
+        following = {successor for successor, _ in node.next_functions if successor is not None}
+        inside = [  # without the nodes of leaves, which have no next functions
+            successor for successor in following if successor not in outside and successor.next_functions
+        ]
         if len(inside) < len(following) or not following:
             exits.append(node)
-        todo += [one for one in inside if one not in found]
-        found.update(dict.fromkeys(inside))
+        todo += [successor for successor in inside if successor not in known]
+        known.update(dict.fromkeys(inside))
     return entries, exits
 
 
 def _makers(values: Sequence[Any]) -> dict[Any, None]:
-    """The backward nodes of tensors, in order, each once."""
-    return {one.grad_fn: None for one in values if isinstance(one, Tensor) and one.grad_fn is not None}
+    """Return the backward nodes of tensors, in order, each once."""
+    return {value.grad_fn: None for value in values if isinstance(value, Tensor) and value.grad_fn is not None}
