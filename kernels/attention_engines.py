@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.compat.operators import attention_engine
+
 _triton_alone = False  # set by only_triton
 CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
 FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
@@ -21,12 +23,6 @@ FLASH_SMALL_HEAD = 192  # its backward refuses longer ones where a block has lit
 EFFICIENT_FROM = (7, 5)
 SHORTEST = 64  # for cuDNN, which crashes at 1; where queries are few, in decoding, FlashAttention-2 splits the keys
 ALIGNED_BYTES = 16
-
-
-@functools.cache
-def _operator(engine: str, *, backward: bool = False) -> Any:
-    """Return the ATen operator of one of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
-    return getattr(torch.ops.aten, f"_scaled_dot_product_{engine}_attention" + ("_backward" if backward else ""))
 
 
 @contextmanager
@@ -124,7 +120,7 @@ def forward(
     if engine == "efficient":
         k, v = (tensor.repeat_interleave(H // k.shape[1], 1) for tensor in (k, v))
     extra = () if engine == "flash" else (None, True)  # no bias, and the log-sum-exp
-    results = _operator(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
+    results = attention_engine(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
     out = results[0].contiguous() if contiguous else _beside(results[0])
     return out, results[1].reshape(B, H, -1)[..., :S].contiguous()
 
@@ -144,9 +140,9 @@ def backward(
     none: Any = torch.empty(0, dtype=torch.int64, device=q.device)  # of dropout's generator
     if engine == "cudnn":
         extra = (lse[..., None], none, none, None, None, None, S, T, 0.0, causal)  # neither bias nor cumulative lengths
-        gradients = _operator(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
+        gradients = attention_engine(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
     elif engine == "flash":
-        gradients = _operator(engine, backward=True)(
+        gradients = attention_engine(engine, backward=True)(
             dout, q, k, v, out, lse, None, None, S, T, 0.0, causal, none, none, scale=scale
         )
     else:
@@ -160,7 +156,7 @@ def _efficient_backward(
     group = q.shape[1] // k.shape[1]
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
     wide = (tensor.repeat_interleave(group, 1) for tensor in (k, v))
-    dq, dk, dv, _ = _operator("efficient", backward=True)(
+    dq, dk, dv, _ = attention_engine("efficient", backward=True)(
         dout, q, *wide, None, out, lse, none, none, 0.0, [True, True, True, False], causal, scale=scale
     )
     return dq, *(gradient.unflatten(1, (-1, group)).sum(2) for gradient in (dk, dv))

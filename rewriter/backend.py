@@ -41,7 +41,7 @@ def fastft(
     options: Mapping[str, Any] | Options | None = None,
     mode: str | None = None,
 ) -> Callable:
-    """The function that torch.compile calls for each graph it captures; found by the name "fastft".
+    """Compile one graph that torch.compile captured; found by the name "fastft".
 
     The first graph is for the sizes of the first batch; once a size changes, the second is for any batch and length.
     Only 0 and 1 are sizes that Dynamo compiles for apart, before it asks a backend.
@@ -93,7 +93,7 @@ def _compile(
 def _as_it_was(
     original: Snapshot, gm: GraphModule, example_inputs: list[Any], options: Options, error: Exception
 ) -> tuple[Callable, GraphReport]:
-    """The user's own graph by Inductor, or by nobody where Inductor fails too: at a kernel of another library, say.
+    """Compile the user's own graph by Inductor, or run it as it is where Inductor fails too.
 
     The warning names a file that shows what failed, but of a graph that was cut, as what cut it is not in the graph.
     """
@@ -145,7 +145,7 @@ def warn_once(message: str, more: str = "") -> None:
 
 
 def log_report(report: GraphReport) -> None:
-    """What happened to a graph, for ``logging.getLogger("fastft")``."""
+    """Log what happened to a graph."""
     regions = f"{len(report.regions)} regions" if report.regions else "one piece"
     lifted, missed = len(report.lifted), len(report.near_misses)
     log.info("compiled in %s, %.1f s; %d lifted, %d near misses", regions, report.seconds, lifted, missed)

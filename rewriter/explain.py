@@ -72,7 +72,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
 
 
 def _planned(gm: GraphModule, pieces: Any, example_inputs: list[Tensor]) -> Any:
-    """The plan's report; None where nothing is to be planned, or where it cannot be."""
+    """Plan a training step's memory and describe the plan; None where nothing can be planned."""
     if not pieces or not torch.is_grad_enabled():
         return None
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))

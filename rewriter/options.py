@@ -76,7 +76,7 @@ class Options:
 
 
 def nearest(word: str, valid: list[str]) -> str:
-    """The valid word most like ``word``."""
+    """Return the valid word most like ``word``."""
     return max(valid, key=lambda candidate: difflib.SequenceMatcher(None, word, candidate).ratio())
 
 
@@ -93,7 +93,7 @@ def bytes_of(name: str, value: int | str) -> int:
 
 
 def budget_of(value: Any) -> int | float | str | None:
-    """A memory budget with bytes as an int and a share as a float; raises OptionsError for what is none."""
+    """Parse a memory budget: bytes as an int, a share as a float.  Raises OptionsError for anything else."""
     if value in (None, "min", "max-speed"):
         return value
     share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None

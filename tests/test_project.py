@@ -44,6 +44,7 @@ def lines_with(pattern: str, paths: Sequence[Path], flags: int = 0) -> list[str]
 
 def test_private_torch_symbols_are_in_compat_alone() -> None:
     private = r"\btorch(\.\w+)*\._(?!check\b)\w+"  # torch._check is documented
+    private += r"|\._schema\b|\.node\.(expr|hint|shape_env)\b|\baten, f?\"_"
     assert lines_with(private, [path for path in SOURCES if path.parent != COMPAT]) == []
     assert lines_with(private, [COMPAT / "dynamo.py"]), "none is found where they are"
 
@@ -88,3 +89,85 @@ def test_files_that_pages_name_are_there() -> None:
     named = [(page.name, name) for page in pages for name in re.findall(r"`([\w/.]+\.py)`", page.read_text("utf-8"))]
     assert named
     assert [(page, name) for page, name in named if not any(path.endswith(f"/{name}") for path in files)] == []
+
+
+# What a sentence about a value begins with; a docstring says what a function does.
+NO_VERBS = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "whether",
+        "what",
+        "every",
+        "of",
+        "one",
+        "how",
+        "all",
+        "where",
+        "why",
+        "which",
+        "nothing",
+        "each",
+        "as",
+        "by",
+        "these",
+        "those",
+        "in",
+        "with",
+        "its",
+        "their",
+        "from",
+        "to",
+        "for",
+        "only",
+        "no",
+        "two",
+        "three",
+        "without",
+        "under",
+        "below",
+        "beyond",
+        "something",
+        "itself",
+        "it",
+        "this",
+        "that",
+        "if",
+        "when",
+        "while",
+        "both",
+        "neither",
+        "either",
+        "another",
+        "other",
+        "others",
+        "some",
+        "any",
+        "most",
+        "more",
+        "less",
+        "fewer",
+        "such",
+        "same",
+        "own",
+        "torch's",
+        "dynamo's",
+    ]
+)
+
+
+def test_docstrings_begin_with_a_verb() -> None:
+    """But for references and replacements of rules, whose docstrings are README's table, and formulas of kernels."""
+    functions = (function for rule in patterns.RULES for function in (rule.reference, rule.replacement))
+    tables = {getattr(function, "func", function).__name__ for function in functions if function is not None}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {doc.splitlines()[0]}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node))
+        if not any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if not (path.parent.name == "patterns" and node.name in tables)
+        if doc.split()[0].strip(",.:;").lower() in NO_VERBS
+    ]
+    assert found == []

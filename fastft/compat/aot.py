@@ -44,7 +44,7 @@ def isolated_tracing_context(inputs: Iterable[Any]) -> Iterator[FakeTensorMode]:
 
 
 def tracing_in(mode: FakeTensorMode) -> AbstractContextManager:
-    """What Dynamo has around a backend: the mode of its fake tensors is known."""
+    """Enter the tracing context that Dynamo has around a backend, with this mode of fake tensors."""
     return tracing(TracingContext(mode))
 
 

@@ -54,15 +54,15 @@ def after_backward(call: Callable[[], None]) -> None:
 
 
 def backward_id() -> int:
-    """Which run of autograd's engine this is in; -1 outside of any."""
+    """Return which run of autograd's engine this is in; -1 outside of any."""
     return torch._C._current_graph_task_id()
 
 
 def is_profiling() -> bool:
-    """Whether a profiler of torch runs, be it of this thread or not."""
+    """Return whether a profiler of torch runs, in this thread or another."""
     return profiler._is_profiler_enabled
 
 
 def is_emitting_nvtx() -> bool:
-    """Whether that profiler is torch.autograd.profiler.emit_nvtx, of this thread."""
+    """Return whether that profiler is torch.autograd.profiler.emit_nvtx, in this thread."""
     return torch._C._autograd._profiler_type() == torch._C._profiler.ActiveProfilerType.NVTX

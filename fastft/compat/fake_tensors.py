@@ -67,12 +67,12 @@ def fake_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def new_mode() -> FakeTensorMode:
-    """A mode such as Dynamo makes for a graph, with symbols of its own."""
+    """Make a mode such as Dynamo makes for a graph, with symbols of its own."""
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
 def as_captured(mode: FakeTensorMode, tensor: Tensor, name: str, symbolic: Collection[int] = ()) -> Tensor:
-    """A graph's input as Dynamo makes it a fake tensor; symbolic: the axes of which it makes symbols.
+    """Make a graph's input a fake tensor as Dynamo does; symbolic: the axes whose sizes become symbols.
 
     As with Dynamo, axes that are equally long in the example share a symbol.
     """

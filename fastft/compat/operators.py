@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -41,9 +42,15 @@ def is_mutable(target: Any) -> bool:
 
 
 def qualified_name(target: Any) -> str:
-    """The dotted name by which Python has a function, a class or an operator: ``torch.ops.higher_order.wrap``."""
+    """Return the dotted name of a function, a class or an operator: ``torch.ops.higher_order.wrap``."""
     if is_higher_order(target):
         return f"torch.ops.higher_order.{target.name()}"
     if is_operator(target):
         return f"torch.ops.{target}"
     return re.sub(r"^_operator\.", "operator.", _get_qualified_name(target))
+
+
+@functools.cache
+def attention_engine(engine: str, *, backward: bool = False) -> Any:
+    """Return the ATen operator of one of scaled_dot_product_attention's engines: cudnn, flash or efficient."""
+    return getattr(torch.ops.aten, f"_scaled_dot_product_{engine}_attention" + ("_backward" if backward else ""))

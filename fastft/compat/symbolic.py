@@ -50,7 +50,7 @@ def hint(size: Any) -> int:
 
 
 def number(value: Any) -> Any:
-    """A size, or a number that Dynamo made an input of, as it is in the example."""
+    """Return a size, or a number that Dynamo made an input of, as it is in the example."""
     return float(value.node.hint) if isinstance(value, torch.SymFloat) else hint(value)
 
 

@@ -57,7 +57,7 @@ def state() -> State:
 
 
 def entered() -> dict[str, torch.dtype]:
-    """The kinds of devices for which autocast is on now, and what it makes of matrices there."""
+    """Return the kinds of devices for which autocast is on now, with the dtype of matrix products there."""
     return {kind: dtype for kind, dtype in zip(_KINDS, state(), strict=True) if dtype is not None}
 
 

@@ -53,7 +53,7 @@ def _note(text: str) -> None:
 
 
 def _draw(text: str) -> None:
-    """One line without a newline, over the one before: no live display, of which a process can have but one."""
+    """Draw one line without a newline over the one before: a process can have but one live display."""
     console = Console(stderr=True)
     console.control(_ERASE)
     if text:
@@ -62,7 +62,7 @@ def _draw(text: str) -> None:
 
 
 def _own_terminal() -> bool:
-    """Whether stderr is a terminal that no live display of rich draws on."""
+    """Return whether stderr is a terminal that no live display of rich draws on."""
     try:
         shared = rich.get_console()
         live = getattr(shared, "_live_stack", None) or getattr(shared, "_live", None)

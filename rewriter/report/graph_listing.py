@@ -28,7 +28,7 @@ class Line:
 
 
 def lines(gm: GraphModule) -> list[Line]:
-    """Every call of a graph and of its nested bodies, in order."""
+    """List every call of a graph and of its nested bodies, in order."""
     found = [
         Line(module_path(node), name_of(node.target), _result(value_of(node)))
         for body in bodies(gm)

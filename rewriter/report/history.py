@@ -23,7 +23,7 @@ _listeners: list[list[GraphReport]] = []
 
 
 def compilations() -> Report:
-    """A report of the last 256 graphs that fastft compiled in this process, in their order, fallbacks included.
+    """Report the last 256 graphs that fastft compiled in this process, in their order, fallbacks included.
 
     It holds text and numbers alone: no graph, tensor or model lives longer for it.
     """
@@ -60,7 +60,7 @@ class Recording:
 
 
 def _reason() -> str:
-    """Dynamo's reason in one line, without the number of the compilation and the remark behind it."""
+    """Return Dynamo's reason in one line, without the number of the compilation and the remark behind it."""
     try:
         return " ".join(re.sub(r"^\d+/\d+: |\s+# .*", "", dynamo.recompile_reason(), flags=re.DOTALL).split())[:300]
     except Exception:  # told by a part of torch that is not for others to read
@@ -68,7 +68,7 @@ def _reason() -> str:
 
 
 def _place() -> str:
-    """The code that Dynamo compiles: ``Class.forward (file:line)``."""
+    """Name the code that Dynamo compiles: ``Class.forward (file:line)``."""
     try:
         code, owner = dynamo.current_code()
     except Exception:  # called without Dynamo
@@ -80,7 +80,7 @@ def _place() -> str:
 
 
 def _dynamic(gm: GraphModule) -> list[str]:
-    """The sizes of inputs that are symbols, such as ``batch['input_ids'].size(1)``; each symbol once."""
+    """List the sizes of inputs that are symbols, such as ``batch['input_ids'].size(1)``; each symbol once."""
     first: dict[str, str] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         value = value_of(node)

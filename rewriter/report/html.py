@@ -39,7 +39,7 @@ summary{cursor:pointer}.soft{opacity:.7}
 
 
 def page(report: ReportData) -> str:
-    """The whole page: what goes wrong, then pictures, then the tables that no picture stands for."""
+    """Return the whole page: what goes wrong, then pictures, then the tables that no picture stands for."""
     tables = {title: _table(columns, rows) for title, columns, rows in text.tables(report)}
     fates, graphs = tables.pop(FATES, ""), report.graphs
     for title in (MEMORY, LIFTED, FUSED):
@@ -115,7 +115,7 @@ def _matrix(report: ReportData) -> str:
 
 
 def _before_and_after(graph: GraphReport) -> str:
-    """For each kind of layer the calls of one, module by module; the rest of the graph folded up."""
+    """Show one layer of each kind before and after, module by module; the rest of the graph folded up."""
     if not graph.before:
         return ""
     kinds = [region for region in graph.regions if region.module]
@@ -139,7 +139,7 @@ def _side_by_side(graph: GraphReport, layer: str) -> str:
 
 
 def _by_module(lines: Sequence[Line], layer: str) -> dict[str, list[Line]]:
-    """Those inside a layer; of no layer, if layer is ""."""
+    """Group the lines inside a layer by module; those of no layer, if layer is ""."""
     found: dict[str, list[Line]] = {}
     for line in lines:
         inside = line.module == layer or line.module.startswith(f"{layer}.") if layer else not LAYER.match(line.module)
@@ -173,7 +173,7 @@ def _memory(graph: GraphReport) -> str:
 
 
 def _kernels(graphs: Sequence[GraphReport]) -> str:
-    """Which ops there are, and what computes them on the device that the model is on."""
+    """List the ops, and what computes them on the device that the model is on."""
     rows = []
     for graph in graphs:
         counts = Counter(line.call for line in graph.after if line.ours)

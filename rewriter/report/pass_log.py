@@ -97,6 +97,6 @@ def calls(gm: GraphModule) -> Counter[str]:
 
 
 def _difference(before: Counter[str], after: Counter[str]) -> dict[str, int]:
-    """How many more of each call there are afterwards, those that are more first."""
+    """Return how many more of each call there are afterwards, the largest gain first."""
     changes = {name: after[name] - before[name] for name in (*before, *after) if after[name] != before[name]}
     return dict(sorted(changes.items(), key=lambda change: (-change[1], change[0])))

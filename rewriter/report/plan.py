@@ -61,7 +61,7 @@ class PlanReport:
         )
 
     def rows(self) -> list[tuple[str, ...]]:
-        """layers, tensor, shape, fate, MiB and microseconds, for a table."""
+        """Return layers, tensor, shape, fate, MiB and microseconds of each item, for a table."""
         return [
             (one.layers, one.tensor, one.shape, one.fate, f"{one.bytes / MIB:,.2f}", f"{one.microseconds:,.0f}")
             for one in self.items
@@ -74,7 +74,7 @@ class PlanReport:
         memory_plot.draw(moments, limits, f"a step's memory as planned, budget {self.budget}", target, form)
 
     def html(self) -> str:
-        """The picture as an <img> of its own, "" where it cannot be drawn."""
+        """Return the picture as an <img> that needs no file, "" where it cannot be drawn."""
         buffer = io.BytesIO()
         try:
             self.draw(buffer)
@@ -86,7 +86,7 @@ class PlanReport:
 
 
 def _drawn(parts: dict[str, int]) -> dict[str, int]:
-    """What holds memory; where less was measured than simulated, the largest part that is no fact is that much less."""
+    """Return bytes by holder; what was measured below the simulation is taken off the largest activations."""
     less = -min(0, parts.get(ERROR, 0))
     if less:
         largest = max(ACTIVATIONS, key=lambda name: parts.get(name, 0))

@@ -45,13 +45,13 @@ _OF_DYNAMO = (  # graph breaks and recompilations, in torch's words; the first t
 
 
 def advice(reason: str) -> str:
-    """What to do about it, in words that end without a full stop; "" where nothing is known to help."""
+    """Return what to do about a reason, without a full stop; "" where nothing is known to help."""
     if isinstance(reason, Reason):
         return ADVICE[reason.code]
     return next((text for pattern, text in _OF_DYNAMO if re.search(pattern, reason)), "")
 
 
 def with_advice(reason: str) -> str:
-    """The reason, and what to do about it on a line of its own."""
+    """Return the reason, with what to do about it on a line of its own."""
     text = advice(reason)
     return f"{reason}\n→ {text}" if text else reason

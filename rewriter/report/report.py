@@ -46,7 +46,7 @@ class Report(ReportData):
         return [repro_writer.write(text, Path(folder) / name) for name, text in written.items()]
 
     def tables(self) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
-        """Title, columns and rows of all that there is to tell."""
+        """Return title, columns and rows of all tables that have any."""
         return tables.tables(self)
 
     def __rich__(self) -> RenderableType:

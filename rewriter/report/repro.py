@@ -92,7 +92,7 @@ def run(
 
 
 def smallest_table(gm: GraphModule) -> int:
-    """The rows of the smallest embedding in a graph, below which every integer is an index of it; 2 without any."""
+    """Return the rows of the smallest embedding in a graph: integers below index every table; 2 without any."""
     nodes = [node for body in bodies(gm) for node in body.graph.nodes if name_of(node.target) == "embedding"]
     tables = [value_of(node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")) for node in nodes]
     return min((int(table.shape[0]) for table in tables if isinstance(table, Tensor)), default=2)
@@ -116,7 +116,7 @@ def _step(function: Callable, inputs: Sequence[Input | int | None], below: int) 
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value; NaN where both are is none."""
+    """Return the largest difference, relative to the largest value; NaN in both counts as equal."""
     one, other = actual.double(), expected.double()
     different = ~((one == other) | (one.isnan() & other.isnan()))
     if not different.any():

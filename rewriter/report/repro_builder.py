@@ -44,7 +44,7 @@ class Builder:
         self._unnoted: dict[Node, Any] = {}
 
     def built(self, build: Build) -> GraphModule:
-        """The graph that a function of a builder makes."""
+        """Return the graph that a function of a builder makes."""
         build(self)
         return GraphModule(self.root, self.graph)
 
@@ -165,7 +165,7 @@ class Builder:
         return self._computed(node, lambda one: getattr(self.root, one.name) if one.name in names else self._value(one))
 
     def _build_body(self, name: str, given: Sequence[Any]) -> Builder | None:
-        """given: of which the last are the graph's inputs; None for a graph that another call has built."""
+        """Build a nested graph; None for one that another call has built.  given: the last are the graph's inputs."""
         if hasattr(self.root, name):
             return None
         build, inputs = self._bodies[name]
@@ -176,7 +176,7 @@ class Builder:
 
 
 def _flat(returned: Any) -> list[Any]:
-    """What a forward returns, and after it what it saves."""
+    """List what a forward returns, then what it saves."""
     results, saved = returned
     return [*(results if isinstance(results, (tuple, list)) else [results]), *saved]
 
@@ -197,7 +197,7 @@ def named(target: str) -> Any:
 
 
 def _module_of(parts: Sequence[str]) -> tuple[int, Any]:
-    """How many parts of a dotted name name a module, and that module; Python's own functions have none."""
+    """Find the longest beginning of a dotted name that is a module: its number of parts, and the module."""
     for end in range(len(parts) - 1, 0, -1):
         with suppress(ImportError):
             return end, importlib.import_module(".".join(parts[:end]))

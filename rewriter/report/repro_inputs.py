@@ -55,7 +55,7 @@ class Input:
         self.tensor.requires_grad_(self.requires_grad)
 
     def fake(self, mode: Any) -> Tensor:
-        """As Dynamo had it when it traced."""
+        """Return the fake tensor that Dynamo would trace with."""
         return fake_tensors.as_captured(mode, self.passed(), self.name, self.symbols)
 
     def fill(self, seed: int = 0, below: int = 2) -> None:
@@ -72,12 +72,12 @@ class Input:
         flat.copy_(values)
 
     def passed(self) -> Tensor:
-        """What to call the graph with."""
+        """Return what to call the graph with."""
         return self.tensor if self.leaf else self.tensor.clone()
 
 
 def drawn(sequence: Sequence[Input | int | None], below: int) -> list[Any]:
-    """Values for all of them, the same in every call."""
+    """Draw values for all inputs, the same in every call."""
     for seed, one in enumerate(sequence):
         if isinstance(one, Input):
             one.fill(seed, below)

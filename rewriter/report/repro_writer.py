@@ -121,7 +121,7 @@ class _Writer:
         self.storages, self.names = _shared_storages(gm), _names(gm)
 
     def function(self, name: str) -> Iterator[str]:
-        """The lines of the function that builds this graph, after those of the graphs that it runs."""
+        """Iterate over the lines of the function that builds this graph, after those of the graphs that it runs."""
         lines = [line for node in self.gm.graph.nodes for line in self._lines(node, name)]
         for inner, body in self.nested:
             yield from _Writer(body).function(inner)
@@ -158,7 +158,7 @@ class _Writer:
         raise TypeError(f"a graph that holds a {type(owner).__name__} cannot be written")
 
     def _input(self, name: str, value: Any, static: str | None, kind: str = "input") -> str:
-        """The call that makes an input: what is not as of any new tensor is said."""
+        """Return the call that makes an input, with whatever differs from a new tensor."""
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
             return f"number({name!r}, {symbolic.number(value)!r}, {_symbol(value)!r})"
         if value is None:
@@ -187,7 +187,7 @@ class _Writer:
         return f"{self.names[node]} = G.{kind}({', '.join(given)})"
 
     def _text(self, value: Any) -> str:
-        """An argument as Python."""
+        """Spell an argument as Python."""
         if isinstance(value, Node):
             known = value_of(value)
             return repr(symbolic.number(known)) if isinstance(known, torch.SymFloat) else self.names[value]
@@ -208,7 +208,7 @@ class _Writer:
 
 
 def _names(gm: GraphModule) -> dict[Node, str]:
-    """What each node is called in the file: as in the graph, but for inputs whose long names would hide the rest."""
+    """Name each node for the file: as in the graph, but for inputs whose long names would hide the rest."""
     taken = {node.name for node in gm.graph.nodes}
     numbered = (name for number in itertools.count() if (name := f"in{number}") not in taken)
     short = {node: next(numbered) for node in gm.graph.find_nodes(op="placeholder") if len(node.name) > LONG}
@@ -216,7 +216,7 @@ def _names(gm: GraphModule) -> dict[Node, str]:
 
 
 def _shared_storages(gm: GraphModule) -> dict[int, tuple[int, int]]:
-    """For each storage that several inputs lie in its number and its bytes."""
+    """Number each storage that several inputs share; return number and bytes."""
     ends: dict[int, list[int]] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         if isinstance(value := value_of(node), Tensor):
@@ -230,7 +230,7 @@ def _shared_storages(gm: GraphModule) -> dict[int, tuple[int, int]]:
 
 
 def _remark(value: Any) -> str:
-    """What comes out, for the reader."""
+    """Describe a node's result for the reader."""
     if not isinstance(value, Tensor):
         return ""
     sizes = ", ".join(map(str, value.shape))
@@ -250,13 +250,13 @@ def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _told(options: Options) -> dict[str, Any]:
-    """The options that are not as they are by default."""
+    """Return the options that differ from their defaults."""
     default = asdict(Options())
     return {name: value for name, value in asdict(options).items() if value != default[name]}
 
 
 def _state() -> dict[str, Any]:
-    """What is around the graph: gradients, autocast."""
+    """Return the state around the graph: gradients, autocast."""
     kinds = {kind: str(dtype).removeprefix("torch.") for kind, dtype in autocast.entered().items()}
     return {"grad": torch.is_grad_enabled(), "autocast": kinds}
 
@@ -272,5 +272,5 @@ def _versions() -> Iterator[str]:
 
 
 def _in_docstring(text: str) -> str:
-    """A line of text so that it may stand in a docstring."""
+    """Escape a line of text so that it may stand in a docstring."""
     return text.replace("\\", "\\\\").replace('"', "'")

@@ -35,7 +35,7 @@ _NUMBERS = (
 
 
 def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[str]]]]:
-    """Title, columns and rows of all that there is to tell."""
+    """Return title, columns and rows of all tables that have any."""
     graphs = report.graphs
     found: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [
         (BREAKS, ("at", "reason"), [(_short(at), with_advice(why)) for why, at in report.breaks]),
@@ -97,7 +97,7 @@ def _cache(counts: Counter[str]) -> str:
 
 
 def _regions(graphs: Sequence[GraphReport]) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Columns and rows; the graph only where there are several, and seconds where anything was compiled."""
+    """Return columns and rows; the graph only where there are several, seconds where anything was compiled."""
     rows = [(number, graph.seconds > 0, region) for number, graph in enumerate(graphs) for region in graph.regions]
     cells = [
         {
@@ -193,7 +193,7 @@ def _times(modules: Counter[str]) -> str:
 
 
 def _layerless(module: str) -> str:
-    """Layers told apart only by their number are one line: ``layers.*.input_layernorm``."""
+    """Replace numbers in a path, so that layers share a line: ``layers.*.input_layernorm``."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", module) or "(the model itself)"
 
 
