@@ -14,9 +14,9 @@ from rich.table import Table
 
 from fastft.capability import BFLOAT16_FROM, TRITON_FROM
 from fastft.errors import UserError
+from fastft.units import GIB
 
 PACKAGES = ("fastft", "torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-GIB = 2**30
 
 
 def versions() -> dict[str, str]:

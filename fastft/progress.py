@@ -8,23 +8,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from fastft.units import format_bytes
+
 if TYPE_CHECKING:
     from fastft.training import Run
 
 LINES = 20  # how many steps are printed where there is no terminal
 
 
-def readable_bytes(count: int) -> str:
-    """Format a number of bytes as ``13.4 GiB`` or ``512 MiB``."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 def describe(run: Run) -> str:
     """Describe the last step in one line."""
     last = run.steps[-1]
-    return (
-        f"loss {last.loss:.4f}   {last.tokens / last.seconds:>7,.0f} tokens/s   peak {readable_bytes(run.peak_bytes)}"
-    )
+    return f"loss {last.loss:.4f}   {last.tokens / last.seconds:>7,.0f} tokens/s   peak {format_bytes(run.peak_bytes)}"
 
 
 class Reporter:

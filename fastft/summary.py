@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from fastft.models import Source, nf4_arguments
-from fastft.progress import readable_bytes
+from fastft.units import format_bytes
 
 if TYPE_CHECKING:
     from fastft.training import Run
@@ -31,7 +31,7 @@ def table(runs: list[Run]) -> Table:
         "first step, with compilation": lambda run: f"{run.first_seconds:.1f} s",
         "median step": lambda run: f"{1000 * run.median_seconds:,.1f} ms",
         "tokens/s": lambda run: f"{run.tokens_per_second:,.0f}",
-        "peak memory": lambda run: readable_bytes(run.peak_bytes),
+        "peak memory": lambda run: format_bytes(run.peak_bytes),
         "first loss": lambda run: f"{run.steps[0].loss:.4f}",
         "last loss": lambda run: f"{run.steps[-1].loss:.4f}",
     }

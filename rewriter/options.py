@@ -119,7 +119,11 @@ def _check(name: str, value: object, hint: Any) -> None:
         budget_of(value)
         return
     if name == "disable":
-        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        if (
+            isinstance(value, str)
+            or not isinstance(value, Sequence)
+            or not all(isinstance(name, str) for name in value)
+        ):
             raise OptionsError(f"option 'disable' is a list of names such as ['pass:attention'], not {value!r}.")
         return
     if bool in (hint, *get_args(hint)):

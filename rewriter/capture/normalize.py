@@ -83,7 +83,7 @@ ALIASES: dict[Callable, Callable] = {
 }
 _RENAMED_METHODS = [function for function in ALIASES if getattr(torch, function.__name__, None) is function]
 _METHODS = {function.__name__: function for function in [*SIGNATURES, *_RENAMED_METHODS]}
-_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # NumPy's argument names, which torch accepts too
+NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # NumPy's argument names, which torch accepts too
 
 COMMUTATIVE = frozenset({torch.add, torch.mul})
 _CASTS = ("float", "half", "bfloat16", "double", "to", "type", "type_as")
@@ -297,7 +297,7 @@ def arguments_of(node: Node) -> tuple[tuple, dict[str, Any]] | None:
 
 def _bind(form: Signature, node: Node) -> tuple[tuple, dict[str, Any]] | None:
     """Return positional arguments without trailing defaults, and keyword-only ones that differ from the default."""
-    named = {_RENAMED.get(name, name): argument for name, argument in node.kwargs.items()}
+    named = {NUMPY_NAMES.get(name, name): argument for name, argument in node.kwargs.items()}
     try:
         bound = form.bind(*node.args, **named)
     except TypeError:

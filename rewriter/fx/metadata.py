@@ -12,6 +12,8 @@ from torch.fx import Node
 
 from fastft.compat import operators, symbolic
 
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
 
 def same_kind(left: Tensor, right: Tensor) -> bool:
     """Tell whether two fake tensors have the same dtype, device, shape and strides."""
@@ -58,6 +60,11 @@ def name_of(target: Any) -> str:
     if operators.is_operator(target):
         return str(target).removesuffix(".default")
     return getattr(target, "__name__", None) or str(target)
+
+
+def place_of(node: Node) -> tuple[str, str]:
+    """Return the module and the source line that made a node, as reports name them."""
+    return module_path(node), source_line(node)
 
 
 def module_path(node: Node) -> str:

@@ -25,13 +25,12 @@ from fastft.rewriter.capture.normalize import arguments_of
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
 from fastft.rewriter.fx.effects import check_mutation, may_alias, mutated_args, switches_mode, transformed
-from fastft.rewriter.fx.metadata import module_path, name_of, same_kind, source_line
+from fastft.rewriter.fx.metadata import FLOATING, module_path, name_of, place_of, same_kind, source_line
 from fastft.rewriter.loss.head import Head, Logits
 from fastft.rewriter.loss.logits import consume, follow
 from fastft.rewriter.report.data import Lifted, NearMiss
 
 RULE = "linear_cross_entropy"
-_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _TRANSPOSES: dict[str, list[Any]] = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
 LAZY = "lazy_logits"
 RULES = (LAZY, *(f"{RULE}.{loss}" for loss in ("cross_entropy", "nll_loss", "kl_div", "log_probability")))
@@ -70,16 +69,12 @@ def lift(gm: GraphModule, context: Context) -> None:
             lifting.undo()
             last = root is heads[-1][0]
             if lifting.losses or (last and known and has_loss):
-                report.near_misses.append(NearMiss(RULE, *_place(root), declined.reason))
+                report.near_misses.append(NearMiss(RULE, *place_of(root), declined.reason))
             continue
-        report.lifted += [Lifted(f"{RULE}.{name}", *_place(node)) for node, name in lifting.losses]
+        report.lifted += [Lifted(f"{RULE}.{name}", *place_of(node)) for node, name in lifting.losses]
         if deferred is not None:
             deferred += outputs
         report.deferred += [output.module for output in outputs]
-
-
-def _place(node: Node) -> tuple[str, str]:
-    return module_path(node), source_line(node)
 
 
 def _embeddings(graph: Graph) -> Iterator[int]:
@@ -112,7 +107,7 @@ def _heads(graph: Graph) -> Iterator[tuple[Node, Logits]]:
             isinstance(operand, Tensor) and type(operand) is not Tensor and fake_tensors.is_plain(operand)
             for operand in values
         )
-        if plain and value_of(hidden).dtype in _FLOATING and values[1].dim() == values[0].dim() > 1:
+        if plain and value_of(hidden).dtype in FLOATING and values[1].dim() == values[0].dim() > 1:
             yield node, Logits(hidden, head, values[1].dtype, _trained(node, hidden, head))
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
@@ -18,14 +17,12 @@ from fastft.rewriter.capture.normalize import splits, view
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
-from fastft.rewriter.fx.metadata import layer_of, module_path, source_line
+from fastft.rewriter.fx.metadata import FLOATING, layer_of, module_path, place_of
 from fastft.rewriter.matching.checks import Verifier, placement
 from fastft.rewriter.matching.matcher import Match, Mismatch, find
 from fastft.rewriter.matching.pattern import fold, templates
 from fastft.rewriter.matching.rule import Rule
 from fastft.rewriter.report.data import Lifted, NearMiss, RuleRecord
-
-DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})  # what a reference is traced at
 
 
 def lift(gm: GraphModule, context: Context) -> None:
@@ -59,7 +56,9 @@ class _Application:
         self.applied: list[Lifted] = []
         self.verifier = Verifier(gm, self.view)
         values = [value_of(node) for node in graph.nodes]
-        self.dtypes = frozenset(value.dtype for value in values if isinstance(value, Tensor)) & DTYPES
+        self.dtypes = (
+            frozenset(value.dtype for value in values if isinstance(value, Tensor)) & FLOATING
+        )  # what a reference is traced at
 
     def run(self) -> list[Lifted]:
         """Apply the rules at each anchor, in graph order; return what was applied."""
@@ -101,7 +100,7 @@ class _Application:
             refusals.append((nearest.rule, nearest.reason))
         if refusals:
             rule, reason = refusals[0]
-            self.near_misses.append(NearMiss(rule.name, *_place(anchor), reason))
+            self.near_misses.append(NearMiss(rule.name, *place_of(anchor), reason))
 
     def _attempts(self, anchor: Node, rule: Rule) -> list[Match | Mismatch]:
         """Look for the rule's pattern around its anchor, traced at each assignment of the graph's dtypes."""
@@ -132,7 +131,7 @@ class _Application:
     def _replace(self, match: Match) -> None:
         """Insert the replacement's calls where all their arguments are computed, and drop the matched nodes."""
         assert match.rule.replacement is not None
-        self.applied.append(Lifted(match.rule.name, *_place(match.roots[0])))
+        self.applied.append(Lifted(match.rule.name, *place_of(match.roots[0])))
         self.context.report.rules[match.rule.name].applied += 1
         roots = [self.originals[root] for root in match.roots]
         successor, tracer = self.originals[placement(match)], GraphAppendingTracer(self.graph)
@@ -156,10 +155,6 @@ class _Application:
             fake_tensors.set_value(result, value_of(root))
             root.replace_all_uses_with(result)
             self.originals[view_root] = result
-
-
-def _place(node: Node) -> tuple[str, str]:
-    return module_path(node), source_line(node)
 
 
 def _ops(rule: Rule) -> set[str]:

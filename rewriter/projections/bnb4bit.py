@@ -26,7 +26,7 @@ from fastft.rewriter.capture.normalize import arguments_of
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import check_mutation, only_reads
-from fastft.rewriter.fx.metadata import module_path, represents_exactly, same_kind, source_line
+from fastft.rewriter.fx.metadata import place_of, represents_exactly, same_kind
 from fastft.rewriter.report.data import Lifted, NearMiss
 
 RULE = "lora_linear.four_bit"
@@ -64,7 +64,7 @@ def lift(gm: GraphModule, context: Context) -> None:
     for node in list(gm.graph.nodes):
         if not any(_is_op(call, "gemm_4bit", "dequantize_4bit") for call in _calls(gm, node)):
             continue
-        place = module_path(node), source_line(node)
+        place = place_of(node)
         try:
             if refusal := context.refusal(RULE, place[0], "lora_linear"):
                 raise Declined(refusal)

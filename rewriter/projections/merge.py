@@ -20,7 +20,7 @@ from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.editing import annotate_like, between
 from fastft.rewriter.fx.effects import check_effects_between, check_mutation, may_alias, may_use_rng, maybe_mutated_args
-from fastft.rewriter.fx.metadata import module_path, name_of, source_line
+from fastft.rewriter.fx.metadata import module_path, name_of, place_of
 from fastft.rewriter.projections.siblings import LISTS, RULE, Origin, Projection, find, miss
 from fastft.rewriter.report.data import GraphReport, Lifted
 
@@ -56,8 +56,7 @@ def group(gm: GraphModule, context: Context) -> None:
             miss(report, siblings[0].end, refusal)
             continue
         for part in _try(gm, siblings, became, report):
-            places = module_path(part[0].end), source_line(part[0].end)
-            report.fused.append(Lifted(RULE, *places))
+            report.fused.append(Lifted(RULE, *place_of(part[0].end)))
 
 
 def _of_one_dtype(siblings: Sequence[Projection]) -> Iterator[list[Projection]]:

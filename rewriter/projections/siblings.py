@@ -23,12 +23,18 @@ from fastft.kernels.core.registry import wide
 from fastft.kernels.lora_group import Group
 from fastft.rewriter.capture.normalize import arguments_of, cast_dtype
 from fastft.rewriter.fx.effects import maybe_mutated_args
-from fastft.rewriter.fx.metadata import layer_of, module_path, name_of, represents_exactly, source_line
+from fastft.rewriter.fx.metadata import (
+    FLOATING,
+    layer_of,
+    module_path,
+    name_of,
+    place_of,
+    represents_exactly,
+)
 from fastft.rewriter.report.data import GraphReport, NearMiss
 
 RULE = "lora_linear.group"
 LISTS = ("weights", "absmax", "absmax_8bit", "absmax_code", "absmax_offset")
-_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 @dataclass
@@ -100,7 +106,7 @@ def find(graph: Graph, report: GraphReport) -> list[list[Projection]]:
 
 def miss(report: GraphReport, node: Node, reason: str) -> None:
     """Report why this node is not merged."""
-    report.near_misses.append(NearMiss(RULE, module_path(node), source_line(node), reason))
+    report.near_misses.append(NearMiss(RULE, *place_of(node), reason))
 
 
 def _key(projection: Projection) -> Any:
@@ -146,7 +152,7 @@ def _cast_of(node: Node) -> Node | None:
     if cast_dtype(node) is None or not isinstance(source := node.args[0], Node):
         return None
     before, after = value_of(source), value_of(node)
-    plain = {before.dtype, after.dtype} <= _FLOATING and before.requires_grad == after.requires_grad
+    plain = {before.dtype, after.dtype} <= FLOATING and before.requires_grad == after.requires_grad
     return source if plain else None
 
 
@@ -195,7 +201,7 @@ def _plain(node: Node) -> Projection | None:
     values = [value_of(operand) for operand in (x, weight, node)]
     if (
         not all(type(value) is Tensor or fake_tensors.is_plain(value) for value in values)
-        or values[0].dtype not in _FLOATING
+        or values[0].dtype not in FLOATING
     ):
         return None
     features = values[1].shape[0]

@@ -98,9 +98,9 @@ def _text(cell: str) -> str:
 def _matrix(report: ReportData) -> str:
     """Rules by layers: how often each applies in each."""
     counts: dict[str, Counter[int]] = {}
-    for one in (*report.lifted, *report.fused, *report.masks):
-        found = LAYER.match(one.module)
-        counts.setdefault(one.rule, Counter())[int(found[2]) if found else -1] += 1
+    for lifted in (*report.lifted, *report.fused, *report.masks):
+        found = LAYER.match(lifted.module)
+        counts.setdefault(lifted.rule, Counter())[int(found[2]) if found else -1] += 1
     layers = sorted({layer for row in counts.values() for layer in row})
     if not layers:
         return ""
@@ -184,6 +184,6 @@ def _kernels(graphs: Sequence[GraphReport]) -> str:
             forward = REGISTRY.get(f"fastft::{name}")
             backward = REGISTRY.get(f"fastft::{name}_backward")
             here = "Triton, or a kernel of torch's where that is faster" if dtypes else f"plain PyTorch, on {device}"
-            launches = " · ".join(one.launches for one in (forward, backward) if one is not None)
+            launches = " · ".join(entry.launches for entry in (forward, backward) if entry is not None)
             rows.append((f"fastft::{name}", str(times), launches, here))
     return _table(("op", "calls", "forward · backward, in kernels/", "computed here by"), rows)

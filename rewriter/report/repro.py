@@ -72,9 +72,9 @@ def run(
 ) -> list[str]:
     """Compile the graph, step with it and with the graph as it is, and return lines that compare the results."""
     repro = load(build, state, device)
-    if not device and any(isinstance(one, Input) and one.device == "meta" for one in repro.inputs):
+    if not device and any(isinstance(tensor, Input) and tensor.device == "meta" for tensor in repro.inputs):
         return run(build, backend, options, state, "cpu")  # the model that was explained had no values, but these have
-    below, changing = smallest_table(repro.gm), sum(not isinstance(one, Input) for one in repro.inputs)
+    below, changing = smallest_table(repro.gm), sum(not isinstance(value, Input) for value in repro.inputs)
     original = Snapshot(repro.gm)
     with around(state, device), aot.tracing_in(repro.mode):
         compiled = backend(repro.gm, repro.example_inputs, options={**options, "strict": True})
@@ -103,12 +103,18 @@ def _step(function: Callable, inputs: Sequence[Input | int | None], below: int) 
     passed = repro_inputs.drawn(inputs, below)
     torch.manual_seed(0)
     outputs = function(*passed)
-    roots = [one for one in outputs if isinstance(one, Tensor) and one.requires_grad]
-    roots = [one for one in roots if one.dim() == 0] or roots
+    roots = [output for output in outputs if isinstance(output, Tensor) and output.requires_grad]
+    roots = [root for root in roots if root.dim() == 0] or roots
     if roots:
         torch.manual_seed(1)
-        torch.autograd.backward(roots, [torch.randn_like(one) if one.dim() else torch.ones_like(one) for one in roots])
-    results = {f"output {at}": one.detach().clone() for at, one in enumerate(outputs) if isinstance(one, Tensor)}
+        torch.autograd.backward(
+            roots, [torch.randn_like(root) if root.dim() else torch.ones_like(root) for root in roots]
+        )
+    results = {
+        f"output {number}": output.detach().clone()
+        for number, output in enumerate(outputs)
+        if isinstance(output, Tensor)
+    }
     for leaf in inputs:
         if isinstance(leaf, Input) and leaf.tensor.grad is not None:
             results[f"gradient of {leaf.name}"] = leaf.tensor.grad

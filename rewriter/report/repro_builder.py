@@ -154,8 +154,10 @@ class Builder:
     def _nested(self, node: Node) -> Any:
         """Build the graphs that a call runs, where possible on what it gives them, and compute it."""
         kind = node.target.name()  # type: ignore[union-attr]
-        names = [one.name for one in node.all_input_nodes if one.name in self._bodies]
-        given = [self._value(one) if isinstance(one, Node) else one for one in node.args[len(names) :]]
+        names = [argument.name for argument in node.all_input_nodes if argument.name in self._bodies]
+        given = [
+            self._value(argument) if isinstance(argument, Node) else argument for argument in node.args[len(names) :]
+        ]
         known = given if kind in (*_INLINED, _FUNCTION) else []
         first = self._build_body(names[0], known) if names else None
         for name in names[1:]:  # an autograd.Function's backward: of gradients like the results, and what was saved

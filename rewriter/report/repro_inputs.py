@@ -78,8 +78,8 @@ class Input:
 
 def drawn(sequence: Sequence[Input | int | None], below: int) -> list[Any]:
     """Draw values for all inputs, the same in every call."""
-    for seed, one in enumerate(sequence):
-        if isinstance(one, Input):
-            one.fill(seed, below)
-            one.tensor.grad = None
-    return [one.passed() if isinstance(one, Input) else one for one in sequence]
+    for seed, value in enumerate(sequence):
+        if isinstance(value, Input):
+            value.fill(seed, below)
+            value.tensor.grad = None
+    return [value.passed() if isinstance(value, Input) else value for value in sequence]

@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 from fastft.compat import fake_tensors, operators, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.metadata import module_path, source_line
+from fastft.rewriter.fx.metadata import place_of
 from fastft.rewriter.options import Options
 
 log = logging.getLogger("fastft")
@@ -138,7 +138,7 @@ class _Writer:
         elif node.op == "placeholder":
             yield f"{self.names[node]} = G.{self._input(node.name, value, fake_tensors.stays_in_place(node))}"
         elif not isinstance(value, torch.SymFloat):  # else its users have the number
-            place = module_path(node), source_line(node)
+            place = place_of(node)
             if place != self.place:
                 self.place = place
                 yield f"G.at({place[0]!r}, {place[1]!r})"

@@ -46,6 +46,7 @@ from fastft.rewriter.attention.masks.terms import (
     zero,
 )
 from fastft.rewriter.attention.masks.terms import cases as cases_of
+from fastft.rewriter.capture.normalize import NUMPY_NAMES
 from fastft.rewriter.fx.metadata import name_of, source_line
 
 MOST_NUMBERS = 8  # that an element of a non-integer dtype may be, at the most
@@ -70,7 +71,6 @@ Value = Union[Condition, Sum, Cases, Depends]  # noqa: UP007
 Index = tuple[Sum, ...]
 Handler = Callable[..., Value]
 _KNOWN: dict[str, tuple[Signature, Handler]] = {}
-_RENAMED = {"axis": "dim", "keepdims": "keepdim", "self": "input"}  # NumPy's argument names, which torch accepts too
 _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not", "inv": "bitwise_not",
     "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "iand": "bitwise_and", "ior": "bitwise_or",
@@ -164,7 +164,7 @@ class Reader:
                 self.strange[node] = name_of(node.target)
             return self.data(node, index)
         form, handler = known
-        named = {_RENAMED.get(name, name): argument for name, argument in node.kwargs.items()}
+        named = {NUMPY_NAMES.get(name, name): argument for name, argument in node.kwargs.items()}
         try:
             bound = form.bind(*node.args, **named)
         except TypeError:
