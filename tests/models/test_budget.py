@@ -93,7 +93,8 @@ def test_bits_are_the_same_whatever_is_kept(device: str, monkeypatch: pytest.Mon
     fast = replace(device_rates.TYPICAL, to_host=1e12, from_host=1e12)  # whatever this card's are, the host is worth it
     monkeypatch.setattr(device_rates, "rates", lambda device: fast)
     model = model_of(device, nf4=True)
-    call, made = compiled(model, "max-speed", device)
+    # Without CUDA graphs, or the budget halfway is met by leaving them out and keeping as much as before.
+    call, made = compiled(model, "max-speed", device, cuda_graphs=False)
     fastest = gradients(call, model, device)
     (planned,) = made
     low, high = planner.plan(planned.sequence, planned.controller.facts, 0).peak_bytes, peak_of(planned)
