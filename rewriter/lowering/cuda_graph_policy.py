@@ -29,7 +29,8 @@ def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
     values = [value_of(node) for node in stack.inputs]
     devices = {value.device for value in values if isinstance(value, Tensor)}
     if len(devices) != 1 or devices.pop().type != "cuda":
-        log.info("no CUDA graphs: the layers do not run on one CUDA device")
+        if asked:
+            log.info("no CUDA graphs: the layers do not run on one CUDA device")
         return None
     if asked is None and not all(_is_small(values[place]) for place in moving_inputs(stack)):
         return None
