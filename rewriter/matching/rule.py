@@ -39,6 +39,14 @@ class Rule:
     decline_if: Callable[..., str | None] = lambda **_: None
     decline_reason: str = ""
 
+    def __post_init__(self) -> None:
+        for name, parameter in inspect.signature(self.reference).parameters.items():
+            kind = str(getattr(parameter.annotation, "__name__", parameter.annotation))
+            if kind == "Tensor" and name not in self.shapes:
+                raise ValueError(
+                    f"{self.name}: {name} is a Tensor, so its dimensions belong into shapes, as '... D' say."
+                )
+
     @property
     def name(self) -> str:
         """``file.reference``, as reports spell it: ``rms_norm.torch_rms_norm``."""
