@@ -49,7 +49,7 @@ def stack() -> Stack:
 
 def tuned() -> nn.Module:
     """A model of transformers' with adapters that compute something."""
-    model = get_peft_model(base(layers=2), adapter())
+    model = get_peft_model(base(layers=1), adapter())
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -78,11 +78,9 @@ def test_the_rule_and_its_first_application_in_a_hand_written_model() -> None:
     assert fastft.bisect(model, X) is None
 
 
-@pytest.mark.parametrize("name", ["rms_norm.llama", "rotary.half", "glu.silu", "attention.dot_product"])
+@pytest.mark.parametrize("name", ["rms_norm.llama", "rotary.half", "attention.dot_product_masked"])
 def test_the_rule_in_a_llama(name: str) -> None:
     model = tuned()
-    rules = {lifted.rule for lifted in fastft.explain(model, **batch(0)).lifted}
-    name = next(rule for rule in rules if rule.partition(".")[0] == name.partition(".")[0])
     with wrong(name):
         culprit = fastft.bisect(model, **batch(0))
     assert culprit is not None
