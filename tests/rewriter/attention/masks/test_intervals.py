@@ -171,6 +171,18 @@ def test_documents_by_positions(positions: list[list[int]], near: list[tuple[str
     assert other is None or not other.parts.documents
 
 
+def test_positions_that_grow_by_two_are_no_indices() -> None:
+    """One row of a document whose positions grow by two: what is near by position is nearer by index."""
+    space = Space(2, LENGTH, LENGTH, False)
+    recording, (position, document) = nodes([0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11], step=2)
+    b, q, j = (space.index(name) for name in "bqj")
+    at = lambda node, place: atom(Leaf(node, (b, place)))  # noqa: E731
+    same = terms.zero(at(document, q) - at(document, j))
+    near = terms.non_negative(at(position, j) - at(position, q) + 2)
+    world = World(space, {node: value.numpy() for node, value in recording.values.items()})
+    assert taken(space, world, terms.every([same, near])) is None
+
+
 def grown(function: Callable[[Tensor], Tensor], x: Any) -> bool:
     """Whether a function's rows are said never to decrease."""
     gm, _ = record(function, torch.tensor(x))
