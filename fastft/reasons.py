@@ -6,7 +6,7 @@ from __future__ import annotations
 class Reason(str):
     """A sentence that says why something is declined, with a code such as ``mask.trained``.
 
-    A plain str serves where nothing can be advised.  The advice for each code is in rewriter/report/reasons.py.
+    A plain str serves where nothing can be advised.  The advice for each code is in rewriter/report/advice.py.
     """
 
     code: str

@@ -24,10 +24,10 @@ from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.passes import check_disabled, rewrite
 from fastft.rewriter.report import repro_writer
+from fastft.rewriter.report.advice import with_advice
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.history import Recording
 from fastft.rewriter.report.pass_log import dump_folder
-from fastft.rewriter.report.reasons import with_advice
 from fastft.rewriter.runtime import lazy_logits
 
 log = logging.getLogger("fastft")

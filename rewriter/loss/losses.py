@@ -31,7 +31,13 @@ from fastft.rewriter.loss.logits import consume, follow
 from fastft.rewriter.report.data import Lifted, NearMiss
 
 RULE = "linear_cross_entropy"
-_TRANSPOSES: dict[str, list[Any]] = {"t": [()], "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)]}
+_TRANSPOSES: dict[str, list[Any]] = {  # by name of the call: what comes behind the weight
+    "t": [()],
+    "transpose": [(0, 1), (1, 0), (-1, -2), (-2, -1)],
+    "getattr": [("T",), ("mT",)],
+    "aten.numpy_T": [()],  # as torch 2.14 has .T
+    "aten.mT": [()],
+}
 LAZY = "lazy_logits"
 RULES = (LAZY, *(f"{RULE}.{loss}" for loss in ("cross_entropy", "nll_loss", "kl_div", "log_probability")))
 _NAMES = {"gather": "log_probability"}  # of losses, where the function's own name says little
@@ -138,8 +144,7 @@ def _transposed(node: Node) -> tuple[Node, Head] | None:
     if not isinstance(turned, Node) or not turned.args:
         return None
     name, rest = name_of(turned.target), tuple(turned.args[1:])
-    by_name = name == "getattr" and rest in (("T",), ("mT",))
-    if turned.kwargs or not (by_name or rest in _TRANSPOSES.get(name, [])):
+    if turned.kwargs or rest not in _TRANSPOSES.get(name, []):
         return None
     return _of_weight(node, hidden, turned.args[0], None)
 

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fastft.rewriter.report.advice import with_advice
 from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss, ReportData, RuleRecord
-from fastft.rewriter.report.reasons import with_advice
 
 BREAKS, FAILURES, MISSED = "Graph breaks", "Failures in fastft (these graphs run as they were)", "Not lifted"
 LIFTED, FUSED = "Lifted", "Of these, fused"

@@ -17,8 +17,8 @@ from fastft.patterns import rms_norm
 from fastft.reasons import Reason, with_prefix
 from fastft.rewriter import explain
 from fastft.rewriter.matching.pattern import capture
+from fastft.rewriter.report.advice import ADVICE, advice, with_advice
 from fastft.rewriter.report.graph_listing import Line
-from fastft.rewriter.report.reasons import ADVICE, advice, with_advice
 
 
 class Model(nn.Module):
