@@ -199,41 +199,50 @@ def add_lora(model: Any, *, rank: int, random_base: bool) -> Any:
 def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int) -> tuple[Any, dict[str, Any]]:
     """Build a model without weights and a batch for it, both on the meta device: any size fits."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     source = find(name)
     model_config = load_config(source)
-    with torch.device("meta"), explained(source):
-        model = AutoModelForCausalLM.from_config(model_config)
-        model.config.use_cache = False
-        if rank:
-            model = add_lora(model, rank=rank, random_base=source.preset)
+    with torch.device("meta"):
+        model = _random(source, model_config, rank)
         ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    return model.train(), batch
+    return model, _batch(ids)
 
 
 def small(name: str, *, layers: int, rank: int, device: str) -> tuple[Any, dict[str, Any]]:
     """Build a model with random weights and few layers, with adapters, and a batch of 2 rows of 32 tokens for it."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     source = find(name)
-    model_config = without_dropout(load_config(source))
+    model_config = load_config(source)
     model_config.num_hidden_layers = layers
     if getattr(model_config, "layer_types", None):
         model_config.layer_types = model_config.layer_types[:layers]
     torch.manual_seed(0)
-    with explained(source):
-        model = AutoModelForCausalLM.from_config(model_config)
-    model.config.use_cache = False
-    model = add_lora(model, rank=rank, random_base=source.preset).to(device)
+    model = _random(source, model_config, rank).to(device)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:  # zeros at first, behind which nothing of the adapters would be seen
                 torch.nn.init.normal_(parameter, std=0.02)
-    ids = torch.randint(model.config.vocab_size, (2, 32), device=device)
-    return model.train(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    return model, _batch(torch.randint(model.config.vocab_size, (2, 32), device=device))
+
+
+def _random(source: Source, model_config: Any, rank: int) -> Any:
+    """Build a model of this configuration without its weights, with adapters unless ``rank`` is 0, to be trained."""
+    from transformers import AutoModelForCausalLM
+
+    with explained(source):
+        model = AutoModelForCausalLM.from_config(model_config)
+        model.config.use_cache = False
+        if rank:
+            model = add_lora(model, rank=rank, random_base=source.preset)
+    return model.train()
+
+
+def _batch(ids: Any) -> dict[str, Any]:
+    """Make a batch without padding, of which every token counts."""
+    import torch
+
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def made_by(script: str) -> tuple[Any, Any]:

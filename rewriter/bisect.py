@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from fastft.compat import dynamo
 from fastft.compat.fake_tensors import tensors_in
 from fastft.rewriter.attention import simplify
 from fastft.rewriter.backend import fastft
+from fastft.rewriter.explain import unchanged
 from fastft.rewriter.loss import losses
 from fastft.rewriter.options import Options
 from fastft.rewriter.passes import rule_names
@@ -110,20 +110,21 @@ def bisect(
     if found is None:
         return None
     applications = list(_applications(graphs))
-    rules = list(dict.fromkeys(application.rule for application in applications))
+    rules = tuple(dict.fromkeys(application.rule for application in applications))
 
-    def difference(enabled: Sequence[str], without: Sequence[str] = ()) -> Difference | None:
+    @functools.cache  # the last trial is asked for again
+    def difference(enabled: tuple[str, ...], without: tuple[str, ...] = ()) -> Difference | None:
         """Compare with these rules alone, without some of their applications."""
         disabled = [name for name in rule_names() if name not in enabled]
         result = trial.with_options(replace(chosen, disable=(*chosen.disable, *disabled, *without)))
         say(f"with {len(enabled)} of {len(rules)} rules, {len(without)} applications left out: {result or 'as eager'}")
         return result
 
-    if (bare := difference([])) is not None:
+    if (bare := difference(())) is not None:
         return Culprit(NOT_A_RULE, None, 0, bare)
     count = _first(len(rules), lambda count: difference(rules[:count]) is not None)
     places = [application for application in applications if application.rule == rules[count - 1]]
-    names = list(dict.fromkeys(application.name for application in places))
+    names = tuple(dict.fromkeys(application.name for application in places))
     first = _first(len(names), lambda first: difference(rules[:count], names[first:]) is not None)
     application = next(application for application in places if application.name == names[first - 1])
     return Culprit(application.rule, application, len(places), difference(rules[:count], names[first:]) or found)
@@ -156,9 +157,11 @@ class _Trial:
     def __init__(
         self, model: Callable, args: Any, batch: Any, loss: Callable[[Any], Tensor] | None, tolerance: float | None
     ) -> None:
-        self.model, self.args, self.batch, self.tolerance = model, args, batch, tolerance
-        self.loss = loss or _number
+        self.model, self.args, self.batch, self.loss = model, args, batch, loss or _number
+        module = getattr(model, "__self__", model)  # model.forward is as good as model
+        self.parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
         self.truth = self.run(None)
+        self.allowed = tolerance or TOLERANCES[self._narrowest()]
 
     def with_options(self, options: Options, graphs: list[GraphReport] | None = None) -> Difference | None:
         """Compare the model as it is compiled with these options; the reports of its graphs are added to graphs."""
@@ -175,7 +178,8 @@ class _Trial:
         if options is not None:
             call = dynamo.compile_once(call, functools.partial(fastft, options=options))
         leaves = self._leaves()
-        with _repeatable(self.model), torch.enable_grad():
+        with unchanged(model), torch.enable_grad():
+            torch.manual_seed(0)
             loss = self.loss(call(*self.args, **self.batch))
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if leaves else ()
         found = {"the loss": loss.detach()}
@@ -186,10 +190,8 @@ class _Trial:
 
     def _leaves(self) -> dict[str, Tensor]:
         """List the parameters and inputs that need a gradient, by name."""
-        module = getattr(self.model, "__self__", self.model)
-        named: dict[str, Tensor] = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
-        named |= {f"input {number}": tensor for number, tensor in enumerate(tensors_in((self.args, self.batch)))}
-        return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+        inputs = {f"input {number}": tensor for number, tensor in enumerate(tensors_in((self.args, self.batch)))}
+        return {name: tensor for name, tensor in {**self.parameters, **inputs}.items() if tensor.requires_grad}
 
     def compare(self, results: Mapping[str, Tensor]) -> Difference | None:
         """Return the result that is farthest from eager's, None if all are within what is allowed.
@@ -203,17 +205,14 @@ class _Trial:
             mine = results.get(name)
             scale = norms[name] if name == "the loss" else max(norms[name], 1e-4 * largest)
             error = float("inf") if mine is None else (mine.double() - value.double()).norm().item() / (scale or 1.0)
-            allowed = self.tolerance or TOLERANCES.get(self._narrowest(), TOLERANCES[torch.float32])
-            if not error <= allowed and (worst is None or not error <= worst.error):  # NaN is never allowed
-                worst = Difference(name, error, allowed)
+            if not error <= self.allowed and (worst is None or not error <= worst.error):  # NaN is never allowed
+                worst = Difference(name, error, self.allowed)
         return worst
 
-    @functools.cache  # noqa: B019  (a trial is short-lived)
     def _narrowest(self) -> torch.dtype:
         """Find the dtype with the fewest bits among the model's floating-point parameters and results."""
-        module = getattr(self.model, "__self__", self.model)
-        tensors = [*module.parameters()] if isinstance(module, nn.Module) else []
-        dtypes = {tensor.dtype for tensor in (*tensors, *self.truth.values()) if tensor.dtype in TOLERANCES}
+        tensors = (*self.parameters.values(), *self.truth.values())
+        dtypes = {tensor.dtype for tensor in tensors if tensor.dtype in TOLERANCES}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
@@ -225,18 +224,3 @@ def _number(result: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.rand(value.shape, generator=generator).to(value.device) for value in values]
     return torch.stack([(value.float() * weight).sum() for value, weight in zip(values, weights, strict=True)]).sum()
-
-
-@contextmanager
-def _repeatable(model: Callable) -> Iterator[None]:
-    """Run from the same random state, and put buffers back afterwards."""
-    module = getattr(model, "__self__", model)
-    buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
-    before = [buffer.detach().clone() for buffer in buffers]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)

@@ -61,7 +61,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         original.restore()
         return _without_activations(gm)
 
-    with _unchanged(model), record_breaks(report.breaks):
+    with unchanged(model), record_breaks(report.breaks):
         try:
             compile_once(lambda *args, **batch: model(*args, **batch), capture)(*args, **batch)
         except Exception as error:
@@ -116,7 +116,7 @@ def _without_activations(gm: GraphModule) -> Callable:
 
 
 @contextmanager
-def _unchanged(model: Callable) -> Iterator[None]:
+def unchanged(model: Callable) -> Iterator[None]:
     """Put back buffers and the random state."""
     module = getattr(model, "__self__", model)  # model.forward is as good as model
     owners = list(module.modules()) if isinstance(module, nn.Module) else []

@@ -77,7 +77,7 @@ def rewrite(
     context = Context(options or Options(), GraphReport(), rules, merging, inline_checkpoints, deferred)
     report, log = context.report, PassLog(gm, folder)
     report.passes = log.records
-    report.nodes_before = _size(gm)
+    report.nodes_before = log.calls.total()
     for each in PASSES:
         if each.required or f"pass:{each.name}" not in context.options.disable:
             with log.observe(each.name):
@@ -86,7 +86,7 @@ def rewrite(
         body.graph.lint()
         body.recompile()
         report.left.update(_computed(body))
-    report.nodes_after = _size(gm)
+    report.nodes_after = log.calls.total()
     return report
 
 
@@ -116,10 +116,6 @@ def check_disabled(options: Options) -> None:
     for name in options.disable:
         if name.partition("@")[0] not in valid:
             raise OptionsError(f"nothing to disable is called {name!r}; did you mean {nearest(name, valid)!r}?")
-
-
-def _size(gm: GraphModule) -> int:
-    return sum(len(body.graph.nodes) for body in bodies(gm))
 
 
 def _computed(gm: GraphModule) -> Counter[str]:

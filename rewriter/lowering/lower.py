@@ -95,8 +95,8 @@ def _compile_regions(
     planned: GraphPlan | None,
     offloader: Offloader | None,
 ) -> dict[Piece, Callable]:
-    """Return the call of each piece, in the order of the graph; compile the regions in the order of the report."""
-    calls: dict[Piece, Callable] = dict.fromkeys(pieces, _not_yet)
+    """Return the call of each piece, those of a plan in the order of the graph; compile in the order of the report."""
+    calls: dict[Piece, Callable] = {}
     if planned is not None and offloader is not None:
         calls |= plan_builder.planned_calls(pieces, regions, planned, offloader)
     stages = dict(zip(pieces, planned.sequence.stages, strict=True)) if planned is not None else {}
@@ -112,7 +112,3 @@ def _compile_regions(
                 call.prepare(stages[piece].kind.choices if planned and planned.sequence.hints else ())
         region.seconds += time.perf_counter() - began
     return calls
-
-
-def _not_yet(*inputs: Any) -> Any:
-    raise AssertionError("a region is called before it is compiled")

@@ -6,13 +6,14 @@ that changes something.  Whatever goes wrong in watching is dropped: it must nev
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class PassLog:
         self.records: list[PassRecord] = []
         self.text = ""
         self.calls = calls(gm)
-        self._show("captured", lambda: readable(gm))
+        self._show("captured")
 
     @contextmanager
     def observe(self, name: str) -> Iterator[None]:
@@ -46,18 +47,17 @@ class PassLog:
         record = PassRecord(name, seconds, before.total(), after.total(), _difference(before, after))
         self.records.append(record)
         log.debug("pass %s", record)
-        self._show(name, lambda: f"# pass {record}\n{readable(self.gm)}")
+        self._show(name, f"# pass {record}\n")
 
-    def _show(self, name: str, text: Callable[[], str]) -> None:
+    def _show(self, name: str, head: str = "") -> None:
         """Hand the graph to torch's trace log, if there is one, and write it to the folder, if it has changed."""
-        title = f"{len(self.records):02}_{name}"
+        title, text = f"{len(self.records):02}_{name}", functools.cache(lambda: readable(self.gm))
         try:
-            dynamo.trace_artifact(f"fastft_{title}", text)
+            dynamo.trace_artifact(f"fastft_{title}", lambda: head + text())
             if self.folder is not None:
-                new = readable(self.gm)
-                if new != self.text:
-                    (self.folder / f"{title}.py").write_text(text(), encoding="utf-8")
-                self.text = new
+                if text() != self.text:
+                    (self.folder / f"{title}.py").write_text(head + text(), encoding="utf-8")
+                self.text = text()
         except Exception as error:
             log.debug("a graph is not shown: %s", error)
 
