@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.compat import ddp, dynamo
+from fastft.compat import ddp, dynamo, layer_reuse
 from fastft.errors import describe
 from fastft.rewriter.capture import dynamic_shapes
 from fastft.rewriter.fx.bodies import Snapshot
@@ -153,3 +153,13 @@ def log_report(report: GraphReport) -> None:
         log.info("compiled again: %s", report.reason)
     for miss in report.near_misses:
         log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, with_advice(miss.reason))
+
+
+def _reuses(output: Any) -> bool:
+    """Return whether a compilation is one of fastft's, in which layers that repeat are traced once."""
+    backend = dynamo.current_backend()
+    function = getattr(backend, "compiler_fn", backend)
+    return getattr(function, "func", function) is fastft
+
+
+layer_reuse.install(_reuses)
