@@ -155,11 +155,12 @@ def log_report(report: GraphReport) -> None:
         log.info("%s not applied in %s (%s): %s", miss.rule, miss.module, miss.source, with_advice(miss.reason))
 
 
-def _reuses(output: Any) -> bool:
-    """Return whether a compilation is one of fastft's, in which layers that repeat are traced once."""
+def _is_ours() -> bool:
+    """Return whether the compilation that is under way is one of fastft's."""
     backend = dynamo.current_backend()
     function = getattr(backend, "compiler_fn", backend)
     return getattr(function, "func", function) is fastft
 
 
-layer_reuse.install(_reuses)
+layer_reuse.install(_is_ours)
+dynamo.before_sizes(lambda tensor, name: dynamic_shapes.expect_any_size(tensor, name) if _is_ours() else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -13,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, ShortenTra
 from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_metrics_context
+from torch._dynamo.variables import builder
 from torch.fx import Graph, GraphModule, Node
 
 from fastft.compat import ddp
@@ -112,6 +114,27 @@ def remembered_sizes() -> dict[str, SizeEntry]:
     make: Callable = pgo.CodeId.make
     told_apart_by = (tx.f_code, tx.closure)[: make.__code__.co_argcount]  # torch 2.11: by the code alone
     return pgo.get_code_state()[make(*told_apart_by)].automatic_dynamic
+
+
+def before_sizes(look: Callable[[torch.Tensor, str], None]) -> None:
+    """Call ``look(tensor, name)`` before Dynamo decides which sizes of a tensor from outside any module are symbols."""
+    original = getattr(builder._automatic_dynamic, "_fastft_original", builder._automatic_dynamic)
+
+    @functools.wraps(original)
+    def automatic_dynamic(e: Any, tx: Any, source: Any, static_shapes: bool, *args: Any, **kwargs: Any) -> Any:
+        if not static_shapes:
+            look(e, source.name)
+        return original(e, tx, source, static_shapes, *args, **kwargs)
+
+    automatic_dynamic._fastft_original = original  # type: ignore[attr-defined]
+    builder._automatic_dynamic = automatic_dynamic
+
+
+def compiled_modules() -> list[torch.nn.Module]:
+    """List the modules that the function has by name which is compiled now."""
+    root = InstructionTranslator.current_tx().output.root_tx
+    names = (root.f_globals.get(name) for name in root.f_code.co_names)
+    return [value for value in (*root.f_locals.values(), *names) if isinstance(value, torch.nn.Module)]
 
 
 def source_name(placeholder: Node) -> str:

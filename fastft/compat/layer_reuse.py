@@ -16,14 +16,12 @@ import functools
 import logging
 import operator
 import re
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
@@ -32,25 +30,21 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
-from torch._guards import Guard, Source
+from torch._guards import Source
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fastft.compat.fake_tensors import computing_in, value_of
+from fastft.compat.layer_facts import Differs, Facts, alike, is_under
 
 log = logging.getLogger("fastft")
 
 LAYER_CALL = torch.ops.higher_order.wrap  # runs a body as it is, wherever the graph ends up
 MOST_KINDS = 8  # of one class: more are traced layer by layer
 _NUMBERED = re.compile(r"\[['\"]?\d+['\"]?\]$")
-_NO_STACK = traceback.StackSummary()
 
 
-class Differs(Exception):
-    """A reason why a layer has to be traced by itself."""
-
-
-def install(is_ours: Callable[[Any], bool]) -> None:
-    """Reuse traces in compilations of which ``is_ours`` is true, given Dynamo's OutputGraph; leave all others alone."""
+def install(is_ours: Callable[[], bool]) -> None:
+    """Reuse traces in compilations during which ``is_ours`` is true; leave all others alone."""
     original = UnspecializedNNModuleVariable.call_function
     if hasattr(original, "_fastft_original"):
         original = original._fastft_original
@@ -62,7 +56,7 @@ def install(is_ours: Callable[[Any], bool]) -> None:
             return plain()
         traces = getattr(tx.output, "_fastft_traces", None)
         if traces is None:
-            traces = tx.output._fastft_traces = Traces(tx.output, active=is_ours(tx.output))
+            traces = tx.output._fastft_traces = Traces(tx.output, active=is_ours())
         if not traces.ready():
             return plain()
         return traces.call(self, tx, args, kwargs, plain)
@@ -113,7 +107,8 @@ class Trace:
     """What one layer's trace read, and what it became.
 
     inputs: the nodes that it reads.  kinds: where another layer's input is found: ("argument", path),
-    ("tensor", source) or ("same", node).  guards: those on the layer itself.  results: the tensors it returns, in order.
+    ("tensor", source) or ("same", node).  known: the layer's facts.  tensors: the facts of its tensors.  same_tensors:
+    which of them are the same.  results: the tensors it returns, in order.
     """
 
     module: nn.Module
@@ -123,7 +118,10 @@ class Trace:
     nodes: list[Node]
     inputs: list[Node]
     kinds: list[tuple[str, Any]]
-    guards: list[Guard]
+    facts: Facts
+    known: Any
+    tensors: dict[Source, Any]
+    same_tensors: list[int]
     result: Any
     results: list[Node]
     output: Any
@@ -141,10 +139,17 @@ class Trace:
             _check_argument(path, old, arguments[path], moved)
         if len(set(moved.values())) < len(moved):
             raise Differs("two of its arguments are one")
-        translate = _Translation(self.source, module.source)
+        if not alike(self.known, self.facts.of(module.value)):
+            raise Differs("something in it is another")
+        places = {self.source: module.source}
         values = _Values(tx)
-        guards = [guard for old in self.guards if (guard := translate.guard(old, values)) is not None]
-        return Bound(self, module, tx, moved, translate, guards, values)
+        tensors = {old: values.of(_moved(old, places)) for old in self.tensors}
+        for old, tensor in tensors.items():
+            if _tensor_facts(tensor) != self.tensors[old]:
+                raise Differs(f"{places[old].name} is a tensor of another kind")
+        if _same_ones(tensors.values()) != self.same_tensors:
+            raise Differs("tensors in it are the same, or are not")
+        return Bound(self, module, tx, moved, places, tensors)
 
     def body_name(self) -> str:
         """Return the name under which the graph has this trace as a body, adding it at the first use."""
@@ -171,19 +176,16 @@ class Bound:
     module: Any
     tx: Any
     moved: dict[Node, Node]
-    translate: _Translation
-    guards: list[Guard]
-    values: _Values
+    places: dict[Source, Source]
+    tensors: dict[Source, Tensor]
 
     def call(self) -> Any:
         """Add the call to Dynamo's graph, and what it relies on to its guards."""
         trace, tx, output = self.trace, self.tx, self.tx.output
         inputs = [self._input(node, *kind) for node, kind in zip(trace.inputs, trace.kinds, strict=True)]
-        for guard in self.guards:
-            if guard.create_fn_name() == "TENSOR_MATCH":  # Dynamo adds it with the tensor, used or not
-                self._tensor(guard.originating_source)
-            else:
-                output.guards.add(guard, collect_debug_stack=False)
+        for source in self.tensors:  # Dynamo guards a tensor when it meets it, used or not
+            self._tensor(source)
+        output.guards.add(trace.facts.guard(self.module.source, self.module.value), collect_debug_stack=False)
         source = self.module.get_nn_module_stack_source()
         with record_nn_module_stack(str(id(self.module.value)), source, tx, self.module.value):
             body = output.create_proxy("get_attr", trace.body_name(), (), {})
@@ -198,11 +200,11 @@ class Bound:
 
     def _input(self, node: Node, kind: str, where: Any) -> Proxy:
         if kind == "tensor":
-            return self._tensor(self.translate.source(where)).as_proxy()
+            return self._tensor(where).as_proxy()
         return Proxy(self.moved.get(node, node), self.tx.output.current_tracer)
 
     def _tensor(self, source: Source) -> Any:
-        return VariableTracker.build(self.tx, self.values.of(source), source).realize()
+        return VariableTracker.build(self.tx, self.tensors[source], self.places[source]).realize()
 
     def _result(self, result: Any, made: dict[Node, Any]) -> Any:
         if isinstance(result, TupleVariable):
@@ -233,10 +235,17 @@ class _Recorder:
         if not own.issuperset(results):
             raise Differs("it returns what it was given")
         kinds = [self._kind(node) for node in inputs]
-        guards = [guard for guard in output.guards if _is_under(guard.originating_source, self.module.source)]
+        layer = self.module.source
+        guards = [guard for guard in output.guards if is_under(guard.originating_source, layer)]
+        values = _Values(self.tx).of
+        facts = Facts(layer, guards, values)
+        read = [guard.originating_source for guard in guards if guard.create_fn_name() == "TENSOR_MATCH"]
+        read += [where for kind, where in kinds if kind == "tensor"]
+        tensors = {source: values(source) for source in dict.fromkeys(read)}
         return Trace(
-            self.module.value, self.module.source, self.arguments, self.state, nodes, inputs, kinds, guards,
-            result, results, output,
+            self.module.value, layer, self.arguments, self.state, nodes, inputs, kinds, facts,
+            facts.of(self.module.value), {source: _tensor_facts(tensor) for source, tensor in tensors.items()},
+            _same_ones(tensors.values()), result, results, output,
         )  # fmt: skip
 
     def _added(self) -> list[Node]:
@@ -266,7 +275,7 @@ class _Recorder:
             source = getattr(node.meta.get("grapharg"), "source", None)
             if source is None:
                 raise Differs("an input comes from nowhere")
-            return ("tensor", source) if _is_under(source, self.module.source) else ("same", node)
+            return ("tensor", source) if is_under(source, self.module.source) else ("same", node)
         raise Differs(f"it reads {node.name}, which is none of its arguments")
 
 
@@ -284,89 +293,22 @@ class _Values:
         return source.get_value(self.scope, self.locals, self.cache)
 
 
-class _Translation:
-    """Sources and guards with one layer in the place of another."""
-
-    def __init__(self, old: Source, new: Source) -> None:
-        self.known: dict[Source, Source] = {old: new}
-
-    def source(self, source: Source) -> Source:
-        """Return where the new layer has what the old one has at ``source``."""
-        if source in self.known:
-            return self.known[source]
-        changes = {
-            item.name: moved
-            for item in dataclasses.fields(source)  # type: ignore[arg-type]
-            if isinstance(value := getattr(source, item.name, None), Source) and (moved := self.source(value)) is not value
-        }
-        self.known[source] = result = dataclasses.replace(source, **changes) if changes else source  # type: ignore[type-var]
-        return result
-
-    def guard(self, guard: Guard, values: _Values) -> Guard | None:
-        """Return a guard of the new layer.  Raises Differs if it does not hold."""
-        source = self.source(guard.originating_source)
-        create = guard.create_fn
-        if isinstance(create, functools.partial):
-            keywords = {name: self.source(value) if isinstance(value, Source) else value for name, value in create.keywords.items()}
-        else:
-            keywords = {}
-        name = guard.create_fn_name()
-        if not _holds(name, guard.originating_source, source, keywords, values):
-            raise Differs(f"{source.name} is another ({name})")
-        if keywords:
-            create = functools.partial(create.func, *create.args, **keywords)  # type: ignore[union-attr]
-        result = Guard(source, create)
-        result.user_stack = _NO_STACK
-        return result
+def _moved(source: Source, places: dict[Source, Source]) -> Source:
+    """Return where a layer has what another has at ``source``.  places: what is known of it, to which this adds."""
+    if source in places:
+        return places[source]
+    changes = {
+        item.name: moved
+        for item in dataclasses.fields(source)  # type: ignore[arg-type]
+        if isinstance(value := getattr(source, item.name, None), Source) and (moved := _moved(value, places)) is not value
+    }
+    places[source] = result = dataclasses.replace(source, **changes) if changes else source  # type: ignore[type-var]
+    return result
 
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_EQUAL = {"CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "ID_MATCH"}
-_KEYS = {"DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK", "EMPTY_NN_MODULE_HOOKS_DICT", "SEQUENCE_LENGTH", "DICT_VERSION"}
-
-
-def _holds(name: str, old: Source, new: Source, keywords: dict[str, Any], values: _Values) -> bool:
-    """Return whether what a guard found at one place is found at another."""
-    try:
-        if name == "HASATTR":
-            attribute = keywords["attr"] if "attr" in keywords else old.member  # type: ignore[attr-defined]
-            places = (old, new) if "attr" in keywords else (old.base, new.base)  # type: ignore[attr-defined]
-            one, other = map(values.of, places)
-            return hasattr(one, attribute) == hasattr(other, attribute)
-        one, other = values.of(old), values.of(new)
-        if name == "NOT_PRESENT_IN_GENERIC_DICT":
-            return keywords["attr"] not in other.__dict__
-        if name == "DUPLICATE_INPUT":
-            return other is values.of(keywords["source_b"])
-    except Exception:
-        return False
-    if one is other:
-        return True
-    if type(one) is not type(other):
-        return False
-    if name in ("TYPE_MATCH", "NOT_NONE_MATCH"):
-        return True
-    if name == "TENSOR_MATCH":
-        return _tensor_facts(one) == _tensor_facts(other)
-    if name in _EQUAL:
-        return _is_plain(one) and one == other
-    if name in _KEYS:
-        if isinstance(one, dict):
-            return list(one) == list(other) if all(map(_is_plain, one)) else not one and not other
-        return len(one) == len(other)
-    if name in ("DICT_CONTAINS", "SET_CONTAINS"):
-        return (keywords["key"] in one) == (keywords["key"] in other)
-    return False
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether two of these are the same where they are equal."""
-    if type(value) in (tuple, list, torch.Size, set, frozenset):
-        return all(map(_is_plain, value))
-    return type(value) in _PLAIN and value == value
-
-
-def _tensor_facts(tensor: Tensor) -> tuple:
+def _tensor_facts(tensor: Any) -> tuple:
+    if not isinstance(tensor, Tensor):
+        raise Differs("what was a tensor is none")
     # Dynamo itself says of a module's tensors that they stay in place, once it has met them.
     marks = {name: value for name, value in vars(tensor).items() if name.startswith("_dynamo") and "static_input" not in name}
     geometry = (tensor.shape, tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ()
@@ -374,15 +316,6 @@ def _tensor_facts(tensor: Tensor) -> tuple:
         type(tensor), tensor.dtype, tensor.device, tensor.layout, geometry, tensor.requires_grad, tensor.is_leaf,
         torch._C._dispatch_keys(tensor), marks,
     )  # fmt: skip
-
-
-def _is_under(source: Any, layer: Source) -> bool:
-    """Return whether a source is the layer's, or of something in it."""
-    while source is not None:
-        if source == layer:
-            return True
-        source = getattr(source, "base", None)
-    return False
 
 
 def _flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[tuple, Any]:
@@ -440,6 +373,12 @@ def _fake_facts(value: Any) -> Any:
         type(value), value.dtype, value.device, value.layout, geometry, value.requires_grad, value.is_leaf,
         value.is_conj(), value.is_neg(), value._version,
     )  # fmt: skip
+
+
+def _same_ones(tensors: Iterable[Tensor]) -> list[int]:
+    """Return for each tensor the place of the first that is the same."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors)]
 
 
 def _tensors(result: Any) -> Iterable[Node]:

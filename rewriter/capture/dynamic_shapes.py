@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -23,6 +24,7 @@ from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.fx.metadata import without_scope
 
 log = logging.getLogger("fastft")
+MANY_LAYERS = 4
 
 
 def watch(gm: GraphModule) -> None:
@@ -35,6 +37,27 @@ def watch(gm: GraphModule) -> None:
             remembered[name] = Batch(remembered[name], _open_ends(value_of(nodes[name])), names, backend)
     except Exception as error:  # called without Dynamo, or by another torch: then it learns as it always does
         log.debug("changing sizes are left to torch: %s", error)
+
+
+def expect_any_size(tensor: Tensor, name: str) -> None:
+    """Make the batch's sizes symbols in the first graph of a model of many layers, which then serves for all sizes."""
+    remembered = dynamo.remembered_sizes()
+    if name in remembered or not tensor.dim() or not _has_layers():
+        return
+    ends = _open_ends(tensor)
+    sizes = tuple(DYNAMIC if dim < ends else size for dim, size in enumerate(tensor.shape))
+    longer = [size + (dim < ends) for dim, size in enumerate(tensor.shape)]
+    strides = torch.empty(longer, device="meta").stride() if tensor.is_contiguous() else None
+    remembered[name] = SizeEntry.make_tensor(sizes, strides if strides is not None else tuple(tensor.stride()))
+
+
+def _has_layers() -> bool:
+    """Tell whether what is compiled has so many layers that a second graph would be a long wait."""
+    return any(
+        isinstance(part, nn.ModuleList) and len(part) >= MANY_LAYERS
+        for module in dynamo.compiled_modules()
+        for part in module.modules()
+    )
 
 
 class Batch(SizeEntry):
