@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from fastft.compat import ddp, dynamo, layer_reuse
 from fastft.errors import describe
-from fastft.rewriter.capture import dynamic_shapes
+from fastft.rewriter.capture import dynamic_shapes, layer_calls
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.lowering import cache_dirs
@@ -54,6 +54,7 @@ def fastft(
     check_disabled(parsed)
     ddp.uncut(gm)
     dynamic_shapes.watch(gm)
+    gm, example_inputs, taking_tuples = layer_calls.take_apart(gm, example_inputs)
     cache_dirs.ensure_writable()
     recording = Recording(gm)
     if (folder := dump_folder(recording.place)) is not None:
@@ -61,7 +62,7 @@ def fastft(
     compiled, report = _compile(gm, example_inputs, parsed, folder)
     recording.end(report)
     log_report(report)
-    return compiled
+    return taking_tuples(compiled)
 
 
 class CutError(Exception):

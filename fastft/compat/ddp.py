@@ -29,6 +29,11 @@ def is_cut(gm: GraphModule) -> bool:
     return "DDPOptimizer" in str(getattr(gm, "compile_subgraph_reason", ""))
 
 
+def is_whole(ddp_optimizer: Any) -> bool:
+    """Return whether a DDPOptimizer has been told to leave its graph whole, or is told now."""
+    return keep_whole() or ddp_optimizer.bucket_bytes_cap == math.inf
+
+
 def keep_whole() -> bool:
     """Give this compilation's graph a single bucket; return False if it has one already or that is not possible."""
     try:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.source import TypeSource
 from torch._guards import Guard, Source
 
@@ -33,10 +36,13 @@ _KEYS = {"DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"}
 class Facts:
     """What guards say of a layer, as a function of the layer.
 
-    values: returns Python objects by their source.  Raises Differs for a guard that is not understood.
+    values: returns Python objects by their source.  tensors: where the layer's tensors are.  Raises Differs for a guard
+    that is not understood.
     """
 
-    def __init__(self, layer: Source, guards: Iterable[Guard], values: Callable[[Source], Any]) -> None:
+    def __init__(
+        self, layer: Source, guards: Iterable[Guard], values: Callable[[Source], Any], tensors: Iterable[Source]
+    ) -> None:
         self.layer, self.values = layer, values
         self.lines: list[str] = []
         self.names: dict[Source, str] = {layer: "layer"}
@@ -44,8 +50,12 @@ class Facts:
         self.same, self.equal, self.objects, self.first = {}, {}, {}, {}  # type: ignore[var-annotated]
         for guard in guards:
             self._add(guard)
+        places = [self._name(source) for source in tensors]
+        if None in places:
+            raise Differs("a tensor of it belongs to its class")
         self.look_up = self._function(self.same, self.equal, self.objects, self.first)
-        self.look_again = self._function(self.same, self.equal, self.objects)
+        self.look_again = self._function(self.same, self.equal, self.objects, places)
+        self.tensors_of = self._function(places)
 
     def of(self, layer: Any) -> tuple[tuple, ...]:
         """Look up the facts of a layer.  Raises Differs where something is missing."""
@@ -54,18 +64,21 @@ class Facts:
         except Exception as error:
             raise Differs(f"it lacks something: {error}") from error
 
-    def guard(self, source: Source, layer: Any) -> Guard:
-        """Make Dynamo's guard that a layer's facts stay as they are; it keeps no object of the layer alive."""
+    def guard(self, source: Source, layer: Any, tensors: Sequence[Tensor]) -> Guard:
+        """Make Dynamo's guard that a layer's facts and tensors stay as they are; it keeps none of its objects alive."""
         same, equal, objects, _ = self.of(layer)
+        sizes, strides = ([list(of(tensor)) for tensor in tensors] for of in (Tensor.size, Tensor.stride))
+        alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         references = [weakref.ref(value) for value in objects]
         look_up, text = self.look_again, f"what was compiled for {source.name} still holds of it"
 
         def check(layer: Any) -> bool:
-            now, equal_now, objects_now = look_up(layer)
+            now, equal_now, objects_now, tensors_now = look_up(layer)
             return (
                 (all(map(operator.is_, now, same)) or all(map(_are_same, now, same)))
                 and equal_now == equal
                 and all(value is reference() for value, reference in zip(objects_now, references, strict=True))
+                and alike(*tensors_now)
             )
 
         def LAYER_FACTS(builder: Any, guard: Guard) -> None:
@@ -73,12 +86,14 @@ class Facts:
 
         return Guard(source, LAYER_FACTS)
 
-    def _function(self, *groups: Iterable[str]) -> Callable[[Any], tuple]:
+    def _function(self, *groups: Iterable[Any]) -> Callable[[Any], tuple]:
+        """Make a function of a layer that returns a tuple for each group of expressions, or for the only one itself."""
         body = "".join(f"    {line}\n" for line in self.lines)
-        tuples = "".join(f"({''.join(f'{fact}, ' for fact in group)}), " for group in groups)
+        tuples = ", ".join(f"({''.join(f'{fact}, ' for fact in group)})" for group in groups)
         code = f"def facts(layer):\n{body}    return {tuples}\n"
         scope: dict[str, Any] = {}
         exec(compile(code, "<facts of a layer>", "exec"), scope)
+        skip_code(scope["facts"].__code__)  # or Dynamo would compile it too
         return scope["facts"]
 
     def _add(self, guard: Guard) -> None:

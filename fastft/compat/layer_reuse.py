@@ -1,9 +1,12 @@
 """Trace one layer of each kind and call it for the others, where Dynamo would read the Python of every layer again.
 
 The first layer of a kind is traced as ever.  For the next one the facts that this trace relied on, Dynamo's guards, are
-looked up with the new layer in the place of the old.  If all of them hold, the trace would be the same but for the
-layer's own tensors: the graph gets one call of the traced layer with these, and Dynamo gets the guards of the new layer,
-so that a change in any layer is noticed as ever.  Where anything is in doubt the layer is traced.
+looked up in the new layer (layer_facts.py).  If all of them are the same, the trace would be the same but for the
+layer's own tensors: the graph gets a call of the traced layer with these, and Dynamo a guard that the new layer stays as
+it is.  Where anything is in doubt the layer is traced.
+
+The tensors of a layer are one input of Dynamo's graph, a tuple: making an input of each would take most of the time
+that is saved.  rewriter/capture/layer_calls.py takes them apart.
 
 torch.compiler.nested_compile_region (torch 2.13 and later) rests on the same argument; it needs a mark in the user's
 code, reuses nothing before 2.13, and nothing at all with a cache object among the arguments.
@@ -17,22 +20,23 @@ import logging
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.bytecode_transformation import create_call_function
+from torch._dynamo.variables.builder import GraphArg, wrap_fx_proxy
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
-from torch._guards import Source
+from torch._guards import ChainedSource, Source
 from torch.fx import Graph, GraphModule, Node, Proxy
 
+from fastft.compat import ddp
 from fastft.compat.fake_tensors import computing_in, value_of
 from fastft.compat.layer_facts import Differs, Facts, alike, is_under
 
@@ -45,9 +49,8 @@ _NUMBERED = re.compile(r"\[['\"]?\d+['\"]?\]$")
 
 def install(is_ours: Callable[[], bool]) -> None:
     """Reuse traces in compilations during which ``is_ours`` is true; leave all others alone."""
-    original = UnspecializedNNModuleVariable.call_function
-    if hasattr(original, "_fastft_original"):
-        original = original._fastft_original
+    original: Any = UnspecializedNNModuleVariable.call_function
+    original = getattr(original, "_fastft_original", original)
 
     @functools.wraps(original)
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -57,16 +60,14 @@ def install(is_ours: Callable[[], bool]) -> None:
         traces = getattr(tx.output, "_fastft_traces", None)
         if traces is None:
             traces = tx.output._fastft_traces = Traces(tx.output, active=is_ours())
-        if not traces.ready():
-            return plain()
-        return traces.call(self, tx, args, kwargs, plain)
+        return traces.call(self, tx, args, kwargs, plain) if traces.ready() else plain()
 
     call_function._fastft_original = original  # type: ignore[attr-defined]
     UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
 
 
 class Traces:
-    """The layers that one compilation has traced so far."""
+    """The layers that one compilation has traced so far, by their class."""
 
     def __init__(self, output: Any, *, active: bool) -> None:
         self.output, self.active = output, active
@@ -102,29 +103,28 @@ class Traces:
         return result
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """What one layer's trace read, and what it became.
 
-    inputs: the nodes that it reads.  kinds: where another layer's input is found: ("argument", path),
-    ("tensor", source) or ("same", node).  known: the layer's facts.  tensors: the facts of its tensors.  same_tensors:
-    which of them are the same.  results: the tensors it returns, in order.
+    arguments: by their place, as Dynamo's variables.  state: see _state.  nodes: those that it added to the graph.
+    given: those that it reads and that were there before, each with its argument's place, or None where every layer
+    reads the same.  tensors: the inputs that are the layer's own.  known: its facts.  kinds: those of its tensors.
+    results: the tensors that it returns.  body: the name of its copy among the graph's bodies.
     """
 
-    module: nn.Module
     source: Source
     arguments: dict[tuple, Any]
     state: Any
     nodes: list[Node]
-    inputs: list[Node]
-    kinds: list[tuple[str, Any]]
+    given: dict[Node, tuple | None]
+    tensors: list[Node]
     facts: Facts
-    known: Any
-    tensors: dict[Source, Any]
-    same_tensors: list[int]
+    known: tuple
+    kinds: list[tuple]
     result: Any
     results: list[Node]
-    output: Any
+    sources: list[Source]
     body: str = ""
 
     def bind(self, module: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any], state: Any) -> Bound:
@@ -141,75 +141,109 @@ class Trace:
             raise Differs("two of its arguments are one")
         if not alike(self.known, self.facts.of(module.value)):
             raise Differs("something in it is another")
-        places = {self.source: module.source}
-        values = _Values(tx)
-        tensors = {old: values.of(_moved(old, places)) for old in self.tensors}
-        for old, tensor in tensors.items():
-            if _tensor_facts(tensor) != self.tensors[old]:
-                raise Differs(f"{places[old].name} is a tensor of another kind")
-        if _same_ones(tensors.values()) != self.same_tensors:
-            raise Differs("tensors in it are the same, or are not")
-        return Bound(self, module, tx, moved, places, tensors)
+        tensors = self.facts.tensors_of(module.value)
+        if _kinds(tensors) != self.kinds:
+            raise Differs("a tensor of it is of another kind")
+        if (cut := ddp.optimizer()) is not None and not ddp.is_whole(cut):
+            raise Differs("torch cuts this graph")
+        return Bound(self, module, tx, moved, tensors)
 
-    def body_name(self) -> str:
-        """Return the name under which the graph has this trace as a body, adding it at the first use."""
+    def install(self, output: Any) -> str:
+        """Return the name under which the graph has this trace as a body, adding it at the first use.
+
+        The body takes what is given, then a tuple of the layer's tensors.
+        """
         if not self.body:
             graph, values = Graph(), {}
-            for node in self.inputs:
+            for node in self.given:
                 values[node] = graph.placeholder(node.name)
+                values[node].meta["example_value"] = value_of(node)
+            tensors = graph.placeholder("tensors")
+            tensors.meta["example_value"] = tuple(value_of(node) for node in self.tensors)
+            for place, node in enumerate(self.tensors):
+                values[node] = graph.call_function(operator.getitem, (tensors, place))
                 values[node].meta["example_value"] = value_of(node)
             for node in self.nodes:
                 values[node] = graph.node_copy(node, values.__getitem__)
             graph.output(tuple(values[node] for node in self.results))
-            attributes = {str(node.target): self.output.nn_modules[node.target] for node in graph.find_nodes(op="get_attr")}
-            self.body = self.output.install_subgraph("layer", GraphModule(attributes, graph))
-            for node in self.nodes:
-                node.meta["fastft_layer"] = self
+            names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+            body = GraphModule({name: output.nn_modules[name] for name in names}, graph)
+            self.body = output.install_subgraph("layer", body)
         return self.body
 
 
 @dataclass
+class LayerCall:
+    """What a call's node has in its ``meta["layer_call"]``: its trace, and where its layer's tensors come from."""
+
+    trace: Trace
+    sources: list[Source]
+    fakes: tuple[Tensor, ...]
+
+
+@dataclass
 class Bound:
-    """A trace with another layer's tensors."""
+    """A trace with another layer's arguments and tensors."""
 
     trace: Trace
     module: Any
     tx: Any
     moved: dict[Node, Node]
-    places: dict[Source, Source]
-    tensors: dict[Source, Tensor]
+    tensors: tuple[Tensor, ...]
 
     def call(self) -> Any:
         """Add the call to Dynamo's graph, and what it relies on to its guards."""
-        trace, tx, output = self.trace, self.tx, self.tx.output
-        inputs = [self._input(node, *kind) for node, kind in zip(trace.inputs, trace.kinds, strict=True)]
-        for source in self.tensors:  # Dynamo guards a tensor when it meets it, used or not
-            self._tensor(source)
-        output.guards.add(trace.facts.guard(self.module.source, self.module.value), collect_debug_stack=False)
-        source = self.module.get_nn_module_stack_source()
-        with record_nn_module_stack(str(id(self.module.value)), source, tx, self.module.value):
-            body = output.create_proxy("get_attr", trace.body_name(), (), {})
-            call = output.create_proxy("call_function", LAYER_CALL, (body, *inputs), {})
+        trace, output, source = self.trace, self.tx.output, self.module.source
+        guard = trace.facts.guard(source, self.module.value, self.tensors)
+        output.guards.add(guard, collect_debug_stack=False)
+        tracer = output.current_tracer
+        given = [Proxy(self.moved.get(node, node), tracer) for node in trace.given]
+        tensors = self._own_tensors()
+        with record_nn_module_stack(
+            str(id(self.module.value)), self.module.get_nn_module_stack_source(), self.tx, self.module.value
+        ):
+            body = output.create_proxy("get_attr", trace.install(output), (), {})
+            call = output.create_proxy("call_function", LAYER_CALL, (body, *given, tensors), {})
             fakes = [_fresh(value_of(node), output.fake_mode) for node in trace.results]
             call.node.meta["example_value"] = tuple(fakes)
+            places: dict[Source, Source] = {trace.source: source}
+            sources = [_moved(old, places) for old in trace.sources]
+            call.node.meta["layer_call"] = LayerCall(trace, sources, value_of(tensors.node))
             made: dict[Node, Any] = {}
             for place, (node, fake) in enumerate(zip(trace.results, fakes, strict=True)):
                 item = output.create_proxy("call_function", operator.getitem, (call, place), {})
-                made[node] = wrap_fx_proxy(tx, item, example_value=fake)
-        return self._result(trace.result, made)
+                made[node] = wrap_fx_proxy(self.tx, item, example_value=fake)
+        return _like(trace.result, made)
 
-    def _input(self, node: Node, kind: str, where: Any) -> Proxy:
-        if kind == "tensor":
-            return self._tensor(where).as_proxy()
-        return Proxy(self.moved.get(node, node), self.tx.output.current_tracer)
+    def _own_tensors(self) -> Proxy:
+        """Make the layer's tensors an input of the graph."""
+        output, old = self.tx.output, self.trace.tensors
+        name = output.install_global_by_id("__tensors_of_layer", self.trace.facts.tensors_of)
+        source = LayerTensors(self.module.source, name)
+        fakes = tuple(_fresh(value_of(node), output.fake_mode) for node in old)
+        number = _NUMBERED.search(self.module.source.name)
+        hint = f"tensors_of_layer_{re.sub(r'[^0-9]', '', number[0] if number else '')}"
+        proxy = output.root_tracer.create_graph_input(hint, tuple, fakes, source=source)
+        proxy.node.meta["grapharg"] = GraphArg(source, self.tensors[: len(old)], False, None, is_tensor=False)
+        return proxy
 
-    def _tensor(self, source: Source) -> Any:
-        return VariableTracker.build(self.tx, self.tensors[source], self.places[source]).realize()
 
-    def _result(self, result: Any, made: dict[Node, Any]) -> Any:
-        if isinstance(result, TupleVariable):
-            return TupleVariable([self._result(item, made) for item in result.items])
-        return made[result.as_proxy().node] if isinstance(result, TensorVariable) else result
+@dataclass(frozen=True)
+class LayerTensors(ChainedSource):
+    """The tensors of the layer at ``base``, looked up by the global function of this name."""
+
+    collect: str = ""
+
+    def reconstruct(self, codegen: Any) -> None:
+        """Write the call into the bytecode."""
+        load = lambda: codegen.append_output(codegen.create_load_global(self.collect, add=True))  # noqa: E731
+        codegen.add_push_null(load)
+        codegen(self.base)
+        codegen.extend_output(create_call_function(1, False))
+
+    @functools.cached_property
+    def _name_template(self) -> str:
+        return f"G[{self.collect!r}]({{0}})"
 
 
 class _Recorder:
@@ -223,33 +257,34 @@ class _Recorder:
 
     def trace(self, result: Any) -> Trace:
         """Return the trace.  Raises Differs where it can serve no other layer."""
-        output = self.tx.output
         if _state(self.tx) != self.state:
             raise Differs("it changes a mode, or an object from outside")
         if _flatten(self.args, self.kwargs).keys() != self.arguments.keys():
             raise Differs("it changes an argument")
         nodes = self._added()
         own = set(nodes)
-        inputs = list(dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value not in own))
-        results = [node for node in dict.fromkeys(_tensors(result))]
+        results = list(dict.fromkeys(_tensors(result)))
         if not own.issuperset(results):
             raise Differs("it returns what it was given")
-        kinds = [self._kind(node) for node in inputs]
-        layer = self.module.source
-        guards = [guard for guard in output.guards if is_under(guard.originating_source, layer)]
-        values = _Values(self.tx).of
-        facts = Facts(layer, guards, values)
+        given: dict[Node, tuple | None] = {}
+        tensors: dict[Node, Source] = {}
+        for node in dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value not in own):
+            where = self._origin(node)
+            if isinstance(where, Source):
+                tensors[node] = where
+            else:
+                given[node] = where
+        layer, values = self.module.source, _values(self.tx)
+        guards = [guard for guard in self.tx.output.guards if is_under(guard.originating_source, layer)]
         read = [guard.originating_source for guard in guards if guard.create_fn_name() == "TENSOR_MATCH"]
-        read += [where for kind, where in kinds if kind == "tensor"]
-        tensors = {source: values(source) for source in dict.fromkeys(read)}
+        sources = list(dict.fromkeys([*tensors.values(), *read]))
+        facts = Facts(layer, guards, values, sources)
         return Trace(
-            self.module.value, layer, self.arguments, self.state, nodes, inputs, kinds, facts,
-            facts.of(self.module.value), {source: _tensor_facts(tensor) for source, tensor in tensors.items()},
-            _same_ones(tensors.values()), result, results, output,
+            layer, self.arguments, self.state, nodes, given, list(tensors), facts, facts.of(self.module.value),
+            _kinds(facts.tensors_of(self.module.value)), result, results, list(tensors.values()),
         )  # fmt: skip
 
     def _added(self) -> list[Node]:
-        graph = self.tx.output.graph
         if self.last is None or self.last._erased:
             raise Differs("the graph before it has changed")
         nodes, node = [], self.last.next
@@ -262,35 +297,31 @@ class _Recorder:
                 raise Differs("a size depends on data")
             if node.op == "get_attr" and not isinstance(self.tx.output.nn_modules.get(node.target), GraphModule):
                 raise Differs("it reads an attribute of the graph")
-        del graph
         return nodes
 
-    def _kind(self, node: Node) -> tuple[str, Any]:
+    def _origin(self, node: Node) -> Source | tuple | None:
+        """Return where another layer's input is in the place of this one: its source, its argument; None: the same."""
         for path, variable in self.arguments.items():
             if isinstance(variable, (TensorVariable, SymNodeVariable)) and variable.as_proxy().node is node:
-                return "argument", path
+                return path
         if isinstance(value_of(node), torch.SymInt):
-            return "same", node
-        if node.op == "placeholder":
-            source = getattr(node.meta.get("grapharg"), "source", None)
-            if source is None:
-                raise Differs("an input comes from nowhere")
-            return ("tensor", source) if is_under(source, self.module.source) else ("same", node)
-        raise Differs(f"it reads {node.name}, which is none of its arguments")
+            return None
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if node.op != "placeholder" or source is None:
+            raise Differs(f"it reads {node.name}, which is none of its arguments")
+        if not is_under(source, self.module.source):
+            return None
+        if not isinstance(value_of(node), Tensor) or not all(isinstance(size, int) for size in value_of(node).shape):
+            raise Differs(f"{source.name} is no tensor of fixed size")
+        return source
 
 
-class _Values:
-    """The Python objects behind sources, each looked up once."""
-
-    def __init__(self, tx: Any) -> None:
-        root = tx.output.root_tx
-        self.scope = {"G": root.f_globals, "L": root.f_locals}
-        self.locals: dict[str, Any] = {}
-        self.cache: Any = {}
-
-    def of(self, source: Source) -> Any:
-        """Return the object; raises what looking it up raises."""
-        return source.get_value(self.scope, self.locals, self.cache)
+def _values(tx: Any) -> Callable[[Source], Any]:
+    """Return a function that looks up the Python object at a source, each once."""
+    root = tx.output.root_tx
+    scope = {"G": root.f_globals, "L": root.f_locals}
+    cache: Any = {}
+    return lambda source: source.get_value(scope, {}, cache)
 
 
 def _moved(source: Source, places: dict[Source, Source]) -> Source:
@@ -300,17 +331,26 @@ def _moved(source: Source, places: dict[Source, Source]) -> Source:
     changes = {
         item.name: moved
         for item in dataclasses.fields(source)  # type: ignore[arg-type]
-        if isinstance(value := getattr(source, item.name, None), Source) and (moved := _moved(value, places)) is not value
+        if isinstance(value := getattr(source, item.name, None), Source)
+        and (moved := _moved(value, places)) is not value
     }
-    places[source] = result = dataclasses.replace(source, **changes) if changes else source  # type: ignore[type-var]
-    return result
+    result = dataclasses.replace(source, **changes) if changes else source  # type: ignore[type-var]
+    return places.setdefault(source, result)
 
 
-def _tensor_facts(tensor: Any) -> tuple:
+def _kinds(tensors: Sequence[Any]) -> list[tuple]:
+    """Return what a trace depends on in tensors, and which of them are the same."""
+    first: dict[int, int] = {}
+    return [(*_kind(tensor), first.setdefault(id(tensor), place)) for place, tensor in enumerate(tensors)]
+
+
+def _kind(tensor: Any) -> tuple:
     if not isinstance(tensor, Tensor):
         raise Differs("what was a tensor is none")
     # Dynamo itself says of a module's tensors that they stay in place, once it has met them.
-    marks = {name: value for name, value in vars(tensor).items() if name.startswith("_dynamo") and "static_input" not in name}
+    marks = [
+        (name, value) for name, value in vars(tensor).items() if name.startswith("_dynamo") and "static" not in name
+    ]
     geometry = (tensor.shape, tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ()
     return (
         type(tensor), tensor.dtype, tensor.device, tensor.layout, geometry, tensor.requires_grad, tensor.is_leaf,
@@ -320,7 +360,8 @@ def _tensor_facts(tensor: Any) -> tuple:
 
 def _flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[tuple, Any]:
     """Return a layer's arguments by their place, with what is in tuples and dicts by its place there."""
-    pairs = [((place,), value) for place, value in enumerate(args)] + [((name,), value) for name, value in kwargs.items()]
+    pairs = [((place,), value) for place, value in enumerate(args)]
+    pairs += [((name,), value) for name, value in kwargs.items()]
     return dict(leaf for path, value in pairs for leaf in _leaves(path, value))
 
 
@@ -354,7 +395,7 @@ def _check_argument(path: tuple, old: Any, new: Any, moved: dict[Node, Node]) ->
         nodes = old.as_proxy().node, new.as_proxy().node
         if moved.setdefault(nodes[0], nodes[1]) is not nodes[1]:
             raise Differs(f"argument {path} is another at each place")
-        if old is not new and _fake_facts(value_of(nodes[0])) != _fake_facts(value_of(nodes[1])):
+        if old is not new and _fake_kind(value_of(nodes[0])) != _fake_kind(value_of(nodes[1])):
             raise Differs(f"argument {path} has another shape, or another need for a gradient")
         return
     if isinstance(old, ConstantVariable) and isinstance(new, ConstantVariable):
@@ -365,7 +406,7 @@ def _check_argument(path: tuple, old: Any, new: Any, moved: dict[Node, Node]) ->
     raise Differs(f"argument {path} is another {type(new).__name__}")
 
 
-def _fake_facts(value: Any) -> Any:
+def _fake_kind(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return type(value), repr(value)
     geometry = repr((tuple(value.shape), tuple(value.stride()), value.storage_offset()))
@@ -375,16 +416,8 @@ def _fake_facts(value: Any) -> Any:
     )  # fmt: skip
 
 
-def _same_ones(tensors: Iterable[Tensor]) -> list[int]:
-    """Return for each tensor the place of the first that is the same."""
-    first: dict[int, int] = {}
-    return [first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors)]
-
-
 def _tensors(result: Any) -> Iterable[Node]:
     """List the nodes of a result.  Raises Differs for one that is more than tensors, tuples and constants."""
-    if isinstance(result, LazyVariableTracker):
-        result = result.realize()
     if type(result) is TensorVariable:
         return [result.as_proxy().node]
     if type(result) is TupleVariable:
@@ -394,12 +427,20 @@ def _tensors(result: Any) -> Iterable[Node]:
     raise Differs(f"it returns a {type(result).__name__}")
 
 
+def _like(result: Any, made: dict[Node, Any]) -> Any:
+    """Return a layer's result with other tensors in it."""
+    if isinstance(result, TupleVariable):
+        return TupleVariable([_like(item, made) for item in result.items])
+    return made[result.as_proxy().node] if isinstance(result, TensorVariable) else result
+
+
 def _fresh(fake: Tensor, mode: Any) -> Tensor:
     """Return a fake tensor like this one, in storage of its own."""
     with computing_in(mode), torch.enable_grad():
-        empty = torch.empty_strided(
-            fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device, requires_grad=fake.requires_grad
-        )
+        empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+        if isinstance(fake, nn.Parameter):
+            return nn.Parameter(empty, requires_grad=fake.requires_grad)
+        empty.requires_grad_(fake.requires_grad)
         return empty.clone() if fake.requires_grad and not fake.is_leaf else empty
 
 
@@ -411,7 +452,10 @@ def _state(tx: Any) -> tuple:
         if getattr(variable, "source", None) is not None and variable.mutation_type is not None
         and effects.is_modified(variable)
     )  # fmt: skip
-    stored = tuple((id(item), *map(id, names.values())) for item, names in effects.store_attr_mutations.items() if getattr(item, "source", None) is not None)
+    stored = tuple(
+        (id(item), *map(id, names.values())) for item, names in effects.store_attr_mutations.items()
+        if getattr(item, "source", None) is not None
+    )  # fmt: skip
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, torch.is_autocast_cache_enabled()
     counts = len(effects.tensor_hooks), len(effects.save_for_backward), len(getattr(output, "random_calls", ()))

@@ -1,0 +1,115 @@
+"""Calls of a layer that was traced once: as Dynamo's graph has them, and as the passes take them.
+
+Dynamo's graph holds the layer that was traced in full, and calls of a body, a copy of it, for the others of its kind.
+Their tensors are one input each, a tuple, made for speed (fastft/compat/layer_reuse.py).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fastft.compat import dynamo
+from fastft.compat.fake_tensors import set_value, value_of
+from fastft.compat.layer_reuse import LAYER_CALL, LayerCall, Trace
+
+
+def take_apart(
+    gm: GraphModule, example_inputs: Sequence[Any]
+) -> tuple[GraphModule, list[Any], Callable[[Callable], Callable]]:
+    """Make each tensor of a layer an input of its own, and the layer that was traced a call like the others.
+
+    Returns a graph that was changed so, as Dynamo still needs its own; its example inputs; and a function that makes of
+    one that takes these inputs one that takes the old.
+    """
+    if not any("layer_call" in node.meta for node in gm.graph.nodes):
+        return gm, list(example_inputs), lambda compiled: compiled
+    copy = dynamo.inherit_capture_metadata(GraphModule(gm, dynamo.copy_graph(gm.graph)), gm)
+    now = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
+    calls = {node: node.meta.pop("layer_call") for node in copy.graph.nodes if "layer_call" in node.meta}
+    tuples = {node.args[-1] for node in calls}
+    whole = [node in tuples for node in copy.graph.find_nodes(op="placeholder")]
+    traces = {id(call.trace): (call.trace, node) for node, call in reversed(calls.items())}
+    for trace, call in traces.values():
+        _flatten_body(getattr(copy, trace.body))
+        _fold(copy, trace, call, now)
+    for node, call in calls.items():
+        _flatten_call(copy, node, call)
+    copy.graph.lint()
+    copy.recompile()
+
+    def flat(inputs: Sequence[Any]) -> list[Any]:
+        values: list[Any] = []
+        for value, apart in zip(inputs, whole, strict=True):
+            values.extend(value) if apart else values.append(value)
+        return values
+
+    return copy, flat(example_inputs), lambda compiled: lambda *inputs: compiled(*flat(inputs))
+
+
+def _flatten_body(body: GraphModule) -> None:
+    """Give a body a placeholder for each tensor, in the place of one for the tuple of all."""
+    tensors = list(body.graph.find_nodes(op="placeholder"))[-1]
+    with body.graph.inserting_before(tensors):
+        for item in sorted(tensors.users, key=lambda user: user.args[1]):  # type: ignore[arg-type, return-value]
+            placeholder = body.graph.placeholder(f"tensor_{item.args[1]}")
+            set_value(placeholder, value_of(item))
+            item.replace_all_uses_with(placeholder)
+            body.graph.erase_node(item)
+    body.graph.erase_node(tensors)
+    body.recompile()
+
+
+def _flatten_call(gm: GraphModule, node: Node, call: LayerCall) -> None:
+    """Give the graph an input for each tensor of a layer, in the place of the tuple of all."""
+    *rest, tensors = node.args
+    assert isinstance(tensors, Node)
+    inputs = []
+    with gm.graph.inserting_before(tensors):
+        for old, source, fake in zip(call.trace.tensors, call.sources, call.fakes, strict=True):
+            placeholder = gm.graph.placeholder(f"{tensors.name}_{len(inputs)}")
+            set_value(placeholder, fake)
+            placeholder.meta["tensor_dict"] = dict(old.meta.get("tensor_dict") or {})
+            placeholder._dynamo_source = source  # type: ignore[attr-defined]
+            inputs.append(placeholder)
+    node.args = (*rest, *inputs)
+    gm.graph.erase_node(tensors)
+
+
+def _fold(gm: GraphModule, trace: Trace, like: Node, now: Mapping[Node, Node]) -> None:
+    """Replace the layer that was traced by a call, unless something of it is read that a call does not return.
+
+    like: a call of another layer of its kind.  now: the graph's nodes by Dynamo's.
+    """
+    if any(node not in now for node in (*trace.given, *trace.tensors, *trace.results)):
+        return
+    nodes = [now[node] for node in trace.nodes if node in now]
+    results = [now[node] for node in trace.results]
+    own = set(nodes)
+    if any(user not in own for node in own.difference(results) for user in node.users):
+        return
+    with gm.graph.inserting_after(nodes[-1]):
+        body = gm.graph.get_attr(trace.body)
+    with gm.graph.inserting_after(body):
+        inputs = [now[node] for node in (*trace.given, *trace.tensors)]
+        place = call = gm.graph.call_function(LAYER_CALL, (body, *inputs))
+    call.meta = like.meta | {"nn_module_stack": _around(results[0], like)}
+    set_value(call, tuple(map(value_of, results)))
+    for number, node in enumerate(results):
+        with gm.graph.inserting_after(place):
+            place = gm.graph.call_function(operator.getitem, (call, number))
+        place.meta = dict(call.meta)
+        set_value(place, value_of(node))
+        for user in [user for user in node.users if user not in own]:
+            user.replace_input_with(node, place)
+    for node in reversed(nodes):
+        gm.graph.erase_node(node)
+
+
+def _around(node: Node, like: Node) -> dict[str, Any]:
+    """Return the modules around the layer that a node is in, which has as many around it as that of another call."""
+    stack, depth = node.meta.get("nn_module_stack") or {}, len(like.meta.get("nn_module_stack") or {})
+    return dict(list(stack.items())[:depth])
