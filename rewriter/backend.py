@@ -53,6 +53,8 @@ def fastft(
     parsed = Options.parse(options)
     check_disabled(parsed)
     ddp.uncut(gm)
+    if ddp.is_cut(gm) and layer_reuse.refuse():
+        raise ddp.TraceAgain(restart_reason="fastft traces every layer, as torch cuts the graph between them")
     dynamic_shapes.watch(gm)
     gm, example_inputs, taking_tuples = layer_calls.take_apart(gm, example_inputs)
     cache_dirs.ensure_writable()
@@ -158,10 +160,15 @@ def log_report(report: GraphReport) -> None:
 
 def _is_ours() -> bool:
     """Return whether the compilation that is under way is one of fastft's."""
-    backend = dynamo.current_backend()
-    function = getattr(backend, "compiler_fn", backend)
-    return getattr(function, "func", function) is fastft
+    return getattr(dynamo.given_backend()[0], "traces_layers_once", False)
 
 
-layer_reuse.install(_is_ours)
+def _traces_layers_once() -> bool:
+    """Return whether layers are traced once in this compilation: not if something is switched off in one of them."""
+    options = Options.parse(dynamo.given_backend()[1].get("options"))
+    return _is_ours() and not any("@" in name for name in options.disable)
+
+
+fastft.traces_layers_once = True  # type: ignore[attr-defined]
+layer_reuse.install(_traces_layers_once)
 dynamo.before_sizes(lambda tensor, name: dynamic_shapes.expect_any_size(tensor, name) if _is_ours() else None)

@@ -15,6 +15,7 @@ from fastft.compat import ddp
 from fastft.compat.dynamo import RestartAnalysis, compile_once
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
+from fastft.rewriter.capture import layer_calls
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.region import RegionCompiler, by_kind
@@ -45,6 +46,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
 
     def capture(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
         ddp.uncut(gm)
+        gm, example_inputs, taking_tuples = layer_calls.take_apart(gm, example_inputs)
         original, repro = Snapshot(gm), repro_writer.text(gm)
         try:
             before = lines(gm)
@@ -59,8 +61,9 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         graph.repro = repro
         report.graphs.append(graph)
         original.restore()
-        return _without_activations(gm)
+        return taking_tuples(_without_activations(gm))
 
+    capture.traces_layers_once = True  # type: ignore[attr-defined]
     with unchanged(model), record_breaks(report.breaks):
         try:
             compile_once(lambda *args, **batch: model(*args, **batch), capture)(*args, **batch)

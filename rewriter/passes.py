@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fastft import patterns
+from fastft.compat import operators
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.rewriter.attention import simplify
 from fastft.rewriter.capture import constant_scalars, inline_checkpoints
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.bodies import bodies
+from fastft.rewriter.fx.bodies import bodies, body_of
 from fastft.rewriter.fx.effects import transformed
-from fastft.rewriter.fx.metadata import name_of
+from fastft.rewriter.fx.metadata import module_path, name_of
 from fastft.rewriter.loss import losses
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.matching import apply
@@ -87,7 +89,26 @@ def rewrite(
         body.recompile()
         report.left.update(_computed(body))
     report.nodes_after = log.calls.total()
+    _count_calls(gm, report)
     return report
+
+
+def _count_calls(gm: GraphModule, report: GraphReport) -> None:
+    """Report of each layer what was done to the one whose body it calls."""
+    layers: dict[int, list[str]] = {}  # by body: the modules of its calls, the one that was traced first
+    for node in gm.graph.find_nodes(op="call_function", target=operators.LAYER_CALL):
+        body = body_of(gm, node)
+        layers.setdefault(id(body), []).append(module_path(node))
+        if body is not None and len(layers[id(body)]) > 1:
+            report.left.update(_computed(body))
+    for home, *others in layers.values():
+        inside = re.compile(rf"{re.escape(home)}(?=\.|$)")
+        for found in (report.lifted, report.fused, report.masks, report.near_misses):
+            found += [
+                replace(one, module=inside.sub(other, one.module))
+                for one in list(found) if inside.match(one.module) for other in others
+            ]  # fmt: skip
+        report.inlined += [inside.sub(other, path) for path in list(report.inlined) if inside.match(path) for other in others]
 
 
 def _run(each: Pass, gm: GraphModule, context: Context) -> None:

@@ -106,6 +106,14 @@ def current_backend() -> Any:
     return backend
 
 
+def given_backend() -> tuple[Any, dict[str, Any]]:
+    """Return the function that torch.compile was given as a backend, and its named arguments."""
+    backend, keywords = current_backend(), {}
+    keywords |= getattr(backend, "kwargs", {})
+    function = getattr(backend, "compiler_fn", backend)
+    return getattr(function, "func", function), keywords | getattr(function, "keywords", {})
+
+
 def remembered_sizes() -> dict[str, SizeEntry]:
     """Return the sizes that Dynamo remembers for inputs of the current code; empty without automatic dynamic shapes."""
     if not torch._dynamo.config.automatic_dynamic_shapes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -64,15 +64,14 @@ class Facts:
         except Exception as error:
             raise Differs(f"it lacks something: {error}") from error
 
-    def guard(self, source: Source, layer: Any, tensors: Sequence[Tensor]) -> Guard:
+    def guard(self, source: Source, layer: Any) -> Guard:
         """Make Dynamo's guard that a layer's facts and tensors stay as they are; it keeps none of its objects alive."""
         same, equal, objects, _ = self.of(layer)
-        sizes, strides = ([list(of(tensor)) for tensor in tensors] for of in (Tensor.size, Tensor.stride))
-        alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        reference_of_layer = weakref.ref(layer)
         references = [weakref.ref(value) for value in objects]
         look_up, text = self.look_again, f"what was compiled for {source.name} still holds of it"
 
-        def check(layer: Any) -> bool:
+        def check(alike: Callable[..., bool], layer: Any) -> bool:
             now, equal_now, objects_now, tensors_now = look_up(layer)
             return (
                 (all(map(operator.is_, now, same)) or all(map(_are_same, now, same)))
@@ -82,7 +81,11 @@ class Facts:
             )
 
         def LAYER_FACTS(builder: Any, guard: Guard) -> None:
-            builder.get_guard_manager(guard).add_lambda_guard(check, [text], None)
+            # Here and not before: what a tensor dispatches to depends on the modes in which guards are checked.
+            tensors = self.tensors_of(reference_of_layer())
+            sizes, strides = ([list(of(tensor)) for tensor in tensors] for of in (Tensor.size, Tensor.stride))
+            alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+            builder.get_guard_manager(guard).add_lambda_guard(functools.partial(check, alike), [text], None)
 
         return Guard(source, LAYER_FACTS)
 

@@ -19,30 +19,30 @@ import functools
 import logging
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.bytecode_transformation import create_call_function
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.builder import GraphArg, wrap_fx_proxy
-from torch._dynamo.variables.constant import ConstantVariable
-from torch._dynamo.variables.dicts import ConstDictVariable
-from torch._dynamo.variables.lazy import LazyVariableTracker
-from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable, record_nn_module_stack
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import ChainedSource, Source
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fastft.compat import ddp
-from fastft.compat.fake_tensors import computing_in, value_of
+from fastft.compat.fake_tensors import value_of
+from fastft.compat.layer_arguments import check_argument, flatten, fresh, kinds_of, like, state_of, tensors_of
 from fastft.compat.layer_facts import Differs, Facts, alike, is_under
+from fastft.compat.operators import LAYER_CALL
 
 log = logging.getLogger("fastft")
 
-LAYER_CALL = torch.ops.higher_order.wrap  # runs a body as it is, wherever the graph ends up
+LEAST_NODES = 12  # below it a module of a list is a part of something, which rules look at as a whole
 MOST_KINDS = 8  # of one class: more are traced layer by layer
 _NUMBERED = re.compile(r"\[['\"]?\d+['\"]?\]$")
 
@@ -59,11 +59,26 @@ def install(is_ours: Callable[[], bool]) -> None:
             return plain()
         traces = getattr(tx.output, "_fastft_traces", None)
         if traces is None:
-            traces = tx.output._fastft_traces = Traces(tx.output, active=is_ours())
+            active = is_ours() and tx.output.root_tx.f_code not in _refused
+            traces = tx.output._fastft_traces = Traces(tx.output, active=active)
         return traces.call(self, tx, args, kwargs, plain) if traces.ready() else plain()
 
     call_function._fastft_original = original  # type: ignore[attr-defined]
     UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
+
+
+_refused: weakref.WeakSet[Any] = weakref.WeakSet()  # code objects in which every layer is traced
+
+
+def refuse() -> bool:
+    """Trace every layer when Dynamo traces again what it compiles; return False where none was reused."""
+    tx = InstructionTranslator.current_tx()
+    traces = getattr(tx.output, "_fastft_traces", None)
+    used = traces is not None and any(trace.body for known in traces.known.values() for trace in known)
+    if used:
+        _refused.add(tx.output.root_tx.f_code)
+        tx.speculation_log.clear()  # it knows a trace in which layers were left out
+    return used
 
 
 class Traces:
@@ -80,14 +95,12 @@ class Traces:
     def call(self, module: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any], plain: Callable) -> Any:
         """Call a layer: by a trace that fits, else by tracing it."""
         known = self.known.setdefault(type(module.value), [])
-        state = _state(tx)
+        state = state_of(tx)
         for trace in reversed(known):
             try:
-                bound = trace.bind(module, tx, args, kwargs, state)
-            except Differs as reason:
+                return trace.bind(module, tx, args, kwargs, state).call()
+            except Exception as reason:  # also what another torch does not have
                 log.debug("%s is not as %s: %s", module.source.name, trace.source.name, reason)
-                continue
-            return bound.call()
         if len(known) >= MOST_KINDS:
             return plain()
         self.active = False  # what it calls is part of it
@@ -98,7 +111,7 @@ class Traces:
             self.active = True
         try:
             known.append(recorder.trace(result))
-        except Differs as reason:
+        except Exception as reason:
             log.debug("the trace of %s serves no other layer: %s", module.source.name, reason)
         return result
 
@@ -131,18 +144,18 @@ class Trace:
         """Return how another layer is called by this trace.  Raises Differs where it would be traced otherwise."""
         if state != self.state:
             raise Differs("a mode, or an object that it may read, has changed in between")
-        arguments = _flatten(args, kwargs)
+        arguments = flatten(args, kwargs)
         if arguments.keys() != self.arguments.keys():
             raise Differs("it takes other arguments")
         moved: dict[Node, Node] = {}
         for path, old in self.arguments.items():
-            _check_argument(path, old, arguments[path], moved)
+            check_argument(path, old, arguments[path], moved)
         if len(set(moved.values())) < len(moved):
             raise Differs("two of its arguments are one")
         if not alike(self.known, self.facts.of(module.value)):
             raise Differs("something in it is another")
         tensors = self.facts.tensors_of(module.value)
-        if _kinds(tensors) != self.kinds:
+        if kinds_of(tensors) != self.kinds:
             raise Differs("a tensor of it is of another kind")
         if (cut := ddp.optimizer()) is not None and not ddp.is_whole(cut):
             raise Differs("torch cuts this graph")
@@ -194,7 +207,7 @@ class Bound:
     def call(self) -> Any:
         """Add the call to Dynamo's graph, and what it relies on to its guards."""
         trace, output, source = self.trace, self.tx.output, self.module.source
-        guard = trace.facts.guard(source, self.module.value, self.tensors)
+        guard = trace.facts.guard(source, self.module.value)
         output.guards.add(guard, collect_debug_stack=False)
         tracer = output.current_tracer
         given = [Proxy(self.moved.get(node, node), tracer) for node in trace.given]
@@ -204,7 +217,7 @@ class Bound:
         ):
             body = output.create_proxy("get_attr", trace.install(output), (), {})
             call = output.create_proxy("call_function", LAYER_CALL, (body, *given, tensors), {})
-            fakes = [_fresh(value_of(node), output.fake_mode) for node in trace.results]
+            fakes = [fresh(value_of(node), output.fake_mode) for node in trace.results]
             call.node.meta["example_value"] = tuple(fakes)
             places: dict[Source, Source] = {trace.source: source}
             sources = [_moved(old, places) for old in trace.sources]
@@ -213,14 +226,14 @@ class Bound:
             for place, (node, fake) in enumerate(zip(trace.results, fakes, strict=True)):
                 item = output.create_proxy("call_function", operator.getitem, (call, place), {})
                 made[node] = wrap_fx_proxy(self.tx, item, example_value=fake)
-        return _like(trace.result, made)
+        return like(trace.result, made)
 
     def _own_tensors(self) -> Proxy:
         """Make the layer's tensors an input of the graph."""
         output, old = self.tx.output, self.trace.tensors
         name = output.install_global_by_id("__tensors_of_layer", self.trace.facts.tensors_of)
         source = LayerTensors(self.module.source, name)
-        fakes = tuple(_fresh(value_of(node), output.fake_mode) for node in old)
+        fakes = tuple(fresh(value_of(node), output.fake_mode) for node in old)
         number = _NUMBERED.search(self.module.source.name)
         hint = f"tensors_of_layer_{re.sub(r'[^0-9]', '', number[0] if number else '')}"
         proxy = output.root_tracer.create_graph_input(hint, tuple, fakes, source=source)
@@ -252,18 +265,20 @@ class _Recorder:
     def __init__(self, module: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any], state: Any) -> None:
         self.module, self.tx, self.state = module, tx, state
         self.args, self.kwargs = args, kwargs
-        self.arguments = _flatten(args, kwargs)
+        self.arguments = flatten(args, kwargs)
         self.last = next(iter(reversed(tx.output.graph.nodes)), None)
 
     def trace(self, result: Any) -> Trace:
         """Return the trace.  Raises Differs where it can serve no other layer."""
-        if _state(self.tx) != self.state:
+        if state_of(self.tx) != self.state:
             raise Differs("it changes a mode, or an object from outside")
-        if _flatten(self.args, self.kwargs).keys() != self.arguments.keys():
+        if flatten(self.args, self.kwargs).keys() != self.arguments.keys():
             raise Differs("it changes an argument")
         nodes = self._added()
+        if len(nodes) < LEAST_NODES:
+            raise Differs("it is less than a layer")
         own = set(nodes)
-        results = list(dict.fromkeys(_tensors(result)))
+        results = list(dict.fromkeys(tensors_of(result)))
         if not own.issuperset(results):
             raise Differs("it returns what it was given")
         given: dict[Node, tuple | None] = {}
@@ -281,7 +296,7 @@ class _Recorder:
         facts = Facts(layer, guards, values, sources)
         return Trace(
             layer, self.arguments, self.state, nodes, given, list(tensors), facts, facts.of(self.module.value),
-            _kinds(facts.tensors_of(self.module.value)), result, results, list(tensors.values()),
+            kinds_of(facts.tensors_of(self.module.value)), result, results, list(tensors.values()),
         )  # fmt: skip
 
     def _added(self) -> list[Node]:
@@ -336,127 +351,3 @@ def _moved(source: Source, places: dict[Source, Source]) -> Source:
     }
     result = dataclasses.replace(source, **changes) if changes else source  # type: ignore[type-var]
     return places.setdefault(source, result)
-
-
-def _kinds(tensors: Sequence[Any]) -> list[tuple]:
-    """Return what a trace depends on in tensors, and which of them are the same."""
-    first: dict[int, int] = {}
-    return [(*_kind(tensor), first.setdefault(id(tensor), place)) for place, tensor in enumerate(tensors)]
-
-
-def _kind(tensor: Any) -> tuple:
-    if not isinstance(tensor, Tensor):
-        raise Differs("what was a tensor is none")
-    # Dynamo itself says of a module's tensors that they stay in place, once it has met them.
-    marks = [
-        (name, value) for name, value in vars(tensor).items() if name.startswith("_dynamo") and "static" not in name
-    ]
-    geometry = (tensor.shape, tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else ()
-    return (
-        type(tensor), tensor.dtype, tensor.device, tensor.layout, geometry, tensor.requires_grad, tensor.is_leaf,
-        torch._C._dispatch_keys(tensor), marks,
-    )  # fmt: skip
-
-
-def _flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[tuple, Any]:
-    """Return a layer's arguments by their place, with what is in tuples and dicts by its place there."""
-    pairs = [((place,), value) for place, value in enumerate(args)]
-    pairs += [((name,), value) for name, value in kwargs.items()]
-    return dict(leaf for path, value in pairs for leaf in _leaves(path, value))
-
-
-def _leaves(path: tuple, variable: Any) -> Iterator[tuple[tuple, Any]]:
-    if isinstance(variable, LazyVariableTracker) and variable.is_realized():
-        variable = variable.realize()
-    if isinstance(variable, TupleVariable):
-        yield (*path, "tuple", len(variable.items)), None
-        for place, item in enumerate(variable.items):
-            yield from _leaves((*path, place), item)
-    elif type(variable) is ConstDictVariable and all(isinstance(key.vt, ConstantVariable) for key in variable.items):
-        yield (*path, "dict", len(variable.items)), None
-        for key, item in variable.items.items():
-            yield from _leaves((*path, key.vt.value), item)
-    else:
-        yield path, variable
-
-
-def _check_argument(path: tuple, old: Any, new: Any, moved: dict[Node, Node]) -> None:
-    """Check that one layer's argument may take the place of another's.  Raises Differs."""
-    if isinstance(old, LazyVariableTracker):
-        if old.is_realized():
-            old = old.realize()
-        elif old is new or (isinstance(new, LazyVariableTracker) and old.source == new.source):
-            return
-    if isinstance(new, LazyVariableTracker):
-        new = new.realize()
-    if old is None and new is None:
-        return
-    if isinstance(old, (TensorVariable, SymNodeVariable)) and type(old) is type(new):
-        nodes = old.as_proxy().node, new.as_proxy().node
-        if moved.setdefault(nodes[0], nodes[1]) is not nodes[1]:
-            raise Differs(f"argument {path} is another at each place")
-        if old is not new and _fake_kind(value_of(nodes[0])) != _fake_kind(value_of(nodes[1])):
-            raise Differs(f"argument {path} has another shape, or another need for a gradient")
-        return
-    if isinstance(old, ConstantVariable) and isinstance(new, ConstantVariable):
-        if type(old.value) is type(new.value) and (old.value is new.value or old.value == new.value):
-            return
-    elif type(old) is type(new) and getattr(old, "source", None) is not None and old.source == new.source:
-        return
-    raise Differs(f"argument {path} is another {type(new).__name__}")
-
-
-def _fake_kind(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return type(value), repr(value)
-    geometry = repr((tuple(value.shape), tuple(value.stride()), value.storage_offset()))
-    return (
-        type(value), value.dtype, value.device, value.layout, geometry, value.requires_grad, value.is_leaf,
-        value.is_conj(), value.is_neg(), value._version,
-    )  # fmt: skip
-
-
-def _tensors(result: Any) -> Iterable[Node]:
-    """List the nodes of a result.  Raises Differs for one that is more than tensors, tuples and constants."""
-    if type(result) is TensorVariable:
-        return [result.as_proxy().node]
-    if type(result) is TupleVariable:
-        return [node for item in result.items for node in _tensors(item)]
-    if isinstance(result, ConstantVariable):
-        return []
-    raise Differs(f"it returns a {type(result).__name__}")
-
-
-def _like(result: Any, made: dict[Node, Any]) -> Any:
-    """Return a layer's result with other tensors in it."""
-    if isinstance(result, TupleVariable):
-        return TupleVariable([_like(item, made) for item in result.items])
-    return made[result.as_proxy().node] if isinstance(result, TensorVariable) else result
-
-
-def _fresh(fake: Tensor, mode: Any) -> Tensor:
-    """Return a fake tensor like this one, in storage of its own."""
-    with computing_in(mode), torch.enable_grad():
-        empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
-        if isinstance(fake, nn.Parameter):
-            return nn.Parameter(empty, requires_grad=fake.requires_grad)
-        empty.requires_grad_(fake.requires_grad)
-        return empty.clone() if fake.requires_grad and not fake.is_leaf else empty
-
-
-def _state(tx: Any) -> tuple:
-    """Return what a trace depends on beside arguments and guards: modes, and which objects it has changed so far."""
-    effects, output = tx.output.side_effects, tx.output
-    changed = frozenset(
-        id(variable) for variable in effects.id_to_variable.values()
-        if getattr(variable, "source", None) is not None and variable.mutation_type is not None
-        and effects.is_modified(variable)
-    )  # fmt: skip
-    stored = tuple(
-        (id(item), *map(id, names.values())) for item, names in effects.store_attr_mutations.items()
-        if getattr(item, "source", None) is not None
-    )  # fmt: skip
-    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, torch.is_autocast_cache_enabled()
-    counts = len(effects.tensor_hooks), len(effects.save_for_backward), len(getattr(output, "random_calls", ()))
-    return modes, changed, stored, counts

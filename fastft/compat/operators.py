@@ -21,6 +21,7 @@ def is_view(target: Any) -> bool:
 
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint  # as torch.utils.checkpoint is captured
+LAYER_CALL = torch.ops.higher_order.wrap  # runs a body as it is: a layer whose like was traced (layer_reuse.py)
 ENTER_AUTOCAST = torch.amp._enter_autocast  # as autocast inside a graph is captured
 
 

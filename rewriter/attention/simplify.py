@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastft.compat import fake_tensors, operators
+from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.kernels.attention import LOWEST
 from fastft.reasons import with_prefix
 from fastft.rewriter.attention.masks.recognize import recognize
 from fastft.rewriter.context import Context
-from fastft.rewriter.fx.bodies import bodies, calls_of
+from fastft.rewriter.fx.bodies import bodies
 from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import may_alias, may_use_rng, maybe_mutated_args, mutated_args, switches_mode
 from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line
+from fastft.rewriter.fx.operands import Calls, pass_in, take_out
 from fastft.rewriter.report.data import Lifted
 
 RULE = "attention.mask"
@@ -48,14 +49,14 @@ def simplify(gm: GraphModule, context: Context) -> None:
             context.report.masks.append(Lifted(kind, module, source_line(node)))
             _transpose_late(node, call)
             if isinstance(mask, Node) and call["mask"] is None:
-                _drop(gm, body, mask)
+                _drop(masks.calls, body, mask)
 
 
 class _Masks:
     """The meanings of the masks of a graph and its bodies, each mask read once."""
 
     def __init__(self, gm: GraphModule) -> None:
-        self.gm = gm
+        self.calls = Calls(gm)
         self.meanings: dict[tuple[Node, bool], Meaning] = {}
         self.rows: dict[Node, dict[str, Any]] = {}
 
@@ -67,7 +68,7 @@ class _Masks:
         mask, sinks = call["mask"], call["sinks"] is not None
         if mask is None:
             return "causal" if call["causal"] else "full"
-        outer, around = _outside(self.gm, body, mask)
+        outer, levels = self.calls.outside(body, mask)
         if (outer, sinks) not in self.meanings:
             rows, columns = (value_of(call[name]).shape[-2] for name in ("query", "key"))
             self.meanings[outer, sinks] = _meaning(outer, rows, columns, sinks)
@@ -77,9 +78,8 @@ class _Masks:
                 call |= self._rows(mask)
             return with_prefix("dense: ", kind)
         meaning = dict(meaning)
-        if around is not None:
-            for name in MEANING:
-                meaning[name] = _passed_in(body, around, meaning[name])
+        for name in MEANING:
+            meaning[name] = pass_in(levels, meaning[name])
         call |= meaning | {"mask": None, "causal": meaning["causal"] or call["causal"]}
         return kind
 
@@ -126,47 +126,11 @@ def _rows_without_keys(mask: Node) -> dict[str, Any]:
     return {"start": add("select", rows, 1, 0)}
 
 
-def _outside(gm: GraphModule, body: GraphModule, mask: Node) -> tuple[Node, Node | None]:
-    """Return the node that makes the mask, here or around a checkpointed layer, and that layer's call or None."""
-    around = calls_of(gm, body) if mask.op == "placeholder" else []
-    if len(around) != 1 or not _is_checkpoint(around[0]):
-        return mask, None
-    placeholders = list(body.graph.find_nodes(op="placeholder"))
-    operands = around[0].args[1:]
-    outer = operands[placeholders.index(mask)] if len(placeholders) == len(operands) else mask
-    return (outer, around[0]) if isinstance(outer, Node) and outer is not mask else (mask, None)
-
-
-def _is_checkpoint(call: Node) -> bool:
-    """Tell whether this is a checkpoint of its first argument, a graph that nothing else runs."""
-    body = call.args[0]
-    once = isinstance(body, Node) and len(body.users) == 1
-    return once and operators.is_higher_order(call.target) and name_of(call.target) == "tag_activation_checkpoint"
-
-
-def _passed_in(body: GraphModule, call: Node, value: Any) -> Any:
-    """Return the placeholder by which a layer reads a node of the graph around it, adding one if need be."""
-    if not isinstance(value, Node):
-        return value
-    placeholders = list(body.graph.find_nodes(op="placeholder"))
-    if value in call.args[1:]:
-        return placeholders[call.args.index(value) - 1]
-    with body.graph.inserting_after(placeholders[-1]):
-        placeholder = body.graph.placeholder(f"{value.name}_of_mask")
-    fake_tensors.set_value(placeholder, value_of(value))
-    call.args = (*call.args, value)
-    return placeholder
-
-
-def _drop(gm: GraphModule, body: GraphModule, mask: Node) -> None:
+def _drop(calls: Calls, body: GraphModule, mask: Node) -> None:
     """Remove a mask that nothing uses any more, and what only it was computed from."""
-    if mask.users:
+    outer, levels = calls.outside(body, mask)
+    if mask.users or not take_out(levels, mask):
         return
-    outer, around = _outside(gm, body, mask)
-    if around is not None:
-        position = list(body.graph.find_nodes(op="placeholder")).index(mask) + 1
-        body.graph.erase_node(mask)
-        around.args = (*around.args[:position], *around.args[position + 1 :])
     pending = [outer]
     while pending:
         node = pending.pop()

@@ -41,8 +41,13 @@ def watch(gm: GraphModule) -> None:
 
 def expect_any_size(tensor: Tensor, name: str) -> None:
     """Make the batch's sizes symbols in the first graph of a model of many layers, which then serves for all sizes."""
-    remembered = dynamo.remembered_sizes()
-    if name in remembered or not tensor.dim() or not _has_layers():
+    try:
+        remembered = dynamo.remembered_sizes()
+        if name in remembered or not tensor.dim() or not _has_layers():
+            return
+        ddp.keep_whole()  # before torch cuts it: known this early, Dynamo need not trace twice
+    except Exception as error:  # another torch: then it learns as it always does
+        log.debug("sizes are not expected to change: %s", error)
         return
     ends = _open_ends(tensor)
     sizes = tuple(DYNAMIC if dim < ends else size for dim, size in enumerate(tensor.shape))

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from fastft.compat import operators
 from fastft.rewriter.context import Context
+from fastft.rewriter.fx.bodies import body_of
 from fastft.rewriter.fx.metadata import is_result_of_many, module_path
 
 
@@ -25,14 +26,17 @@ def inline(gm: GraphModule, context: Context) -> None:
     modules = context.report.inlined
     if not context.inline_checkpoints:
         return
-    while call := next((node for node in gm.graph.nodes if _body(gm, node) is not None), None):
-        modules.append(module_path(call))
-        body = _body(gm, call)
-        assert body is not None
-        _inline(gm, call, body)
-    if modules:
-        gm.graph.lint()
-        gm.recompile()
+    layers = [body_of(gm, node) for node in gm.graph.find_nodes(op="call_function", target=operators.LAYER_CALL)]
+    for graph in (gm, *{id(layer): layer for layer in layers if layer is not None}.values()):
+        before = len(modules)
+        while call := next((node for node in graph.graph.nodes if _body(graph, node) is not None), None):
+            modules.append(module_path(call))
+            body = _body(graph, call)
+            assert body is not None
+            _inline(graph, call, body)
+        if len(modules) > before:
+            graph.graph.lint()
+            graph.recompile()
 
 
 def _body(gm: GraphModule, node: Node) -> GraphModule | None:

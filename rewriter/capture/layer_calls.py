@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from fastft.compat import dynamo
 from fastft.compat.fake_tensors import set_value, value_of
-from fastft.compat.layer_reuse import LAYER_CALL, LayerCall, Trace
+from fastft.compat.layer_reuse import LayerCall, Trace
+from fastft.compat.operators import LAYER_CALL
 
 
 def take_apart(

@@ -19,6 +19,9 @@ from fastft.rewriter import passes
 from fastft.rewriter.context import SWITCHED_OFF
 
 
+KINDS = 2  # of layers, of which one is traced each: the first gets an input that needs no gradient
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
@@ -45,8 +48,8 @@ def test_each_pass_is_recorded() -> None:
     by_name = {record.name: record for record in graph.passes}
     lift = by_name["lift"]
     assert lift.nodes_after < lift.nodes_before
-    assert (lift.changes["fastft.rms_norm"], lift.changes["rsqrt"]) == (LAYERS, -LAYERS)
-    assert lift.changes["fastft.glu"] == LAYERS
+    assert (lift.changes["fastft.rms_norm"], lift.changes["rsqrt"]) == (KINDS, -KINDS)
+    assert lift.changes["fastft.glu"] == KINDS
     assert not by_name["attention"].changes
     for before, after in zip(graph.passes, graph.passes[1:], strict=False):
         assert before.nodes_after == after.nodes_before
@@ -57,11 +60,11 @@ def test_each_rule_is_counted() -> None:
     _, report = compiled()
     (graph,) = report.graphs
     norm = graph.rules["rms_norm.llama"]
-    assert (norm.attempts, norm.matches, norm.applied) == (LAYERS, LAYERS, LAYERS)
+    assert (norm.attempts, norm.matches, norm.applied) == (KINDS, KINDS, KINDS)
     assert norm.seconds > 0
     others = [record for name, record in graph.rules.items() if name.startswith("rms_norm.") and record is not norm]
-    assert all(record.attempts == LAYERS and record.applied == 0 for record in others)
-    assert Counter({name: record.applied for name, record in graph.rules.items() if record.applied}) == applied(report)
+    assert all(record.attempts == KINDS and record.applied == 0 for record in others)
+    assert norm.applied < applied(report)["rms_norm.llama"] == LAYERS, "the report is of every layer"
     text = str(report)
     assert "What rules took" in text
     assert "What passes took" in text
@@ -117,10 +120,10 @@ def test_graphs_are_written_to_a_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert f"{number:02}_lift.py" in names
     assert not any("attention" in name for name in names), "a pass that changes nothing writes nothing"
     before, after = ((folder / name).read_text(encoding="utf-8") for name in ("00_captured.py", f"{number:02}_lift.py"))
-    assert before.count("= torch.rsqrt(") == LAYERS
+    assert before.count("= torch.rsqrt(") == KINDS
     assert "f32[2, 5, 16]" in before
     assert after.startswith("# pass lift: ")
-    assert after.count("fastft.rms_norm") >= LAYERS
+    assert after.count("fastft.rms_norm") >= KINDS
     torch._dynamo.reset()
     compiled()
     assert len(list(tmp_path.iterdir())) == 2
@@ -142,7 +145,7 @@ def test_the_log_tells_every_pass(caplog: pytest.LogCaptureFixture) -> None:
         compiled()
     for each in passes.PASSES:
         assert f"pass {each.name}: " in caplog.text
-    assert f"+{LAYERS} fastft.rms_norm" in caplog.text
+    assert f"+{KINDS} fastft.rms_norm" in caplog.text
 
 
 TRACED = """

@@ -105,7 +105,7 @@ def compiled_by(call: Any) -> list[Any]:
 @pytest.mark.parametrize("how", ["around", "within"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_graph_is_whole(how: str, way: str, traces: list[int]) -> None:
-    """And the second, for any length, comes without a second trace."""
+    """And it serves any length."""
     plain, model = Stack(spare=way == "unused"), Stack(spare=way == "unused")
     compiled = wrapped(model, how, **WAYS[way])
 
@@ -115,11 +115,10 @@ def test_the_graph_is_whole(how: str, way: str, traces: list[int]) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        first, second = compiled_by(train)
-    assert max(region.calls for region in first.regions) == max(region.calls for region in second.regions) >= LAYERS - 1
-    assert not first.dynamic
-    assert second.dynamic
-    assert traces == [1]
+        (graph,) = compiled_by(train)
+    assert max(region.calls for region in graph.regions) >= LAYERS - 1
+    assert graph.dynamic
+    assert not traces, "it is whole from the start"
 
 
 def test_it_is_the_graph_that_there_is_without_optimize_ddp() -> None:
@@ -158,7 +157,7 @@ def test_each_part_around_a_break_is_whole(traces: list[int]) -> None:
     compiled = wrapped(model)
     graphs = compiled_by(lambda: torch.testing.assert_close(step(model, compiled, 5), step(plain, plain, 5)))
     assert [bool(graph.failure) for graph in graphs] == [False, False]
-    assert len(traces) == 2
+    assert not traces
 
 
 def test_other_backends_get_what_torch_cuts() -> None:
