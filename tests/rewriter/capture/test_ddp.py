@@ -218,4 +218,4 @@ def test_torch_is_not_asked_twice(traces: list[int], monkeypatch: pytest.MonkeyP
     compiled = wrapped(model, options={"lower": "eager"})
     with pytest.warns(RuntimeWarning, match="torch cut it at the buckets"):
         torch.testing.assert_close(step(model, compiled, 5), step(plain, plain, 5))
-    assert traces == [1]
+    assert not traces
