@@ -60,8 +60,11 @@ def _leaves(path: tuple, variable: Any) -> Iterator[tuple[tuple, Any]]:
         yield path, variable
 
 
-def check_argument(path: tuple, old: Any, new: Any, moved: dict[Node, Node]) -> None:
-    """Check that one layer's argument may take the place of another's.  Raises Differs."""
+def check_argument(path: tuple, old: Any, new: Any, moved: dict[Node, Node], *, gradients: bool) -> None:
+    """Check that one layer's argument may take the place of another's.  Raises Differs.
+
+    gradients: see Trace.fit.
+    """
     if isinstance(old, LazyVariableTracker):
         if old.is_realized():
             old = old.realize()
@@ -75,7 +78,8 @@ def check_argument(path: tuple, old: Any, new: Any, moved: dict[Node, Node]) -> 
         nodes = old.as_proxy().node, new.as_proxy().node
         if moved.setdefault(nodes[0], nodes[1]) is not nodes[1]:
             raise Differs(f"argument {path} is another at each place")
-        if old is not new and _fake_kind(value_of(nodes[0])) != _fake_kind(value_of(nodes[1])):
+        kinds = [kind_of_fake(value_of(node), gradients=gradients) for node in nodes]
+        if old is not new and kinds[0] != kinds[1]:
             raise Differs(f"argument {path} has another shape, or another need for a gradient")
         return
     if isinstance(old, ConstantVariable) and isinstance(new, ConstantVariable):
@@ -86,13 +90,14 @@ def check_argument(path: tuple, old: Any, new: Any, moved: dict[Node, Node]) -> 
     raise Differs(f"argument {path} is another {type(new).__name__}")
 
 
-def _fake_kind(value: Any) -> Any:
+def kind_of_fake(value: Any, *, gradients: bool = True) -> Any:
+    """Return what a trace depends on in a fake tensor or size; gradients: whether it needs one counts."""
     if not isinstance(value, Tensor):
         return type(value), repr(value)
     geometry = repr((tuple(value.shape), tuple(value.stride()), value.storage_offset()))
     return (
-        type(value), value.dtype, value.device, value.layout, geometry, value.requires_grad, value.is_leaf,
-        value.is_conj(), value.is_neg(), value._version,
+        type(value), value.dtype, value.device, value.layout, geometry, value.is_conj(), value.is_neg(),
+        value._version, *((value.requires_grad, value.is_leaf) if gradients else ()),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import operator
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fastft.compat import ddp
 from fastft.compat.fake_tensors import value_of
-from fastft.compat.layer_arguments import check_argument, flatten, fresh, kinds_of, like, state_of, tensors_of
+from fastft.compat.layer_arguments import check_argument, flatten, fresh, kind_of_fake, kinds_of, like, state_of, tensors_of
 from fastft.compat.layer_facts import Differs, Facts, alike, is_under
 from fastft.compat.operators import LAYER_CALL
 
@@ -110,7 +110,9 @@ class Traces:
         finally:
             self.active = True
         try:
-            known.append(recorder.trace(result))
+            trace = recorder.trace(result)
+            trace.stand_in_for(known)
+            known.append(trace)
         except Exception as reason:
             log.debug("the trace of %s serves no other layer: %s", module.source.name, reason)
         return result
@@ -123,9 +125,11 @@ class Trace:
     arguments: by their place, as Dynamo's variables.  state: see _state.  nodes: those that it added to the graph.
     given: those that it reads and that were there before, each with its argument's place, or None where every layer
     reads the same.  tensors: the inputs that are the layer's own.  known: its facts.  kinds: those of its tensors.
-    results: the tensors that it returns.  body: the name of its copy among the graph's bodies.
+    results: the tensors that it returns.  body: the name of its copy among the graph's bodies.  also: other traces in
+    whose place its body may be called.
     """
 
+    module: Any
     source: Source
     arguments: dict[tuple, Any]
     state: Any
@@ -139,27 +143,53 @@ class Trace:
     results: list[Node]
     sources: list[Source]
     body: str = ""
+    also: list[StandIn] = field(default_factory=list)
+
+    def stand_in_for(self, others: Iterable[Trace]) -> None:
+        """Note which of the traces before this one compute the same, but for a gradient of their input.
+
+        The first layer's input needs none where embeddings are frozen, and its trace differs for that alone.
+        """
+        for other in others:
+            try:
+                moved = self.fit(other.module, other.arguments, other.state, gradients=False)
+                places, own = {self.source: other.source}, dict(zip(other.sources, other.tensors, strict=True))
+                tensors = [own[_moved(source, places)] for source in self.sources]
+                pairs = list(zip(self.results, other.results, strict=True))
+            except (Differs, KeyError, ValueError) as reason:
+                log.debug("%s does not stand in for %s: %s", self.source.name, other.source.name, reason)
+                continue
+            if all(kind_of_fake(value_of(one)) == kind_of_fake(value_of(two)) for one, two in pairs):
+                self.also.append(StandIn(other, [moved.get(node, node) for node in self.given], tensors))
 
     def bind(self, module: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any], state: Any) -> Bound:
         """Return how another layer is called by this trace.  Raises Differs where it would be traced otherwise."""
+        moved = self.fit(module.value, flatten(args, kwargs), state)
+        if (cut := ddp.optimizer()) is not None and not ddp.is_whole(cut):
+            raise Differs("torch cuts this graph")
+        return Bound(self, module, tx, moved, self.facts.tensors_of(module.value))
+
+    def fit(
+        self, layer: Any, arguments: dict[tuple, Any], state: Any, *, gradients: bool = True
+    ) -> dict[Node, Node]:  # fmt: skip
+        """Return which node is another layer's argument in the place of this one's.  Raises Differs if it is not alike.
+
+        gradients: whether arguments must need a gradient where this one's do.
+        """
         if state != self.state:
             raise Differs("a mode, or an object that it may read, has changed in between")
-        arguments = flatten(args, kwargs)
         if arguments.keys() != self.arguments.keys():
             raise Differs("it takes other arguments")
         moved: dict[Node, Node] = {}
         for path, old in self.arguments.items():
-            check_argument(path, old, arguments[path], moved)
+            check_argument(path, old, arguments[path], moved, gradients=gradients)
         if len(set(moved.values())) < len(moved):
             raise Differs("two of its arguments are one")
-        if not alike(self.known, self.facts.of(module.value)):
+        if not alike(self.known, self.facts.of(layer)):
             raise Differs("something in it is another")
-        tensors = self.facts.tensors_of(module.value)
-        if kinds_of(tensors) != self.kinds:
+        if kinds_of(self.facts.tensors_of(layer)) != self.kinds:
             raise Differs("a tensor of it is of another kind")
-        if (cut := ddp.optimizer()) is not None and not ddp.is_whole(cut):
-            raise Differs("torch cuts this graph")
-        return Bound(self, module, tx, moved, tensors)
+        return moved
 
     def install(self, output: Any) -> str:
         """Return the name under which the graph has this trace as a body, adding it at the first use.
@@ -183,6 +213,15 @@ class Trace:
             body = GraphModule({name: output.nn_modules[name] for name in names}, graph)
             self.body = output.install_subgraph("layer", body)
         return self.body
+
+
+@dataclass
+class StandIn:
+    """A trace that another's body may take the place of: with these nodes as what is given, and as the tensors."""
+
+    trace: Trace
+    given: list[Node]
+    tensors: list[Node]
 
 
 @dataclass
@@ -295,7 +334,7 @@ class _Recorder:
         sources = list(dict.fromkeys([*tensors.values(), *read]))
         facts = Facts(layer, guards, values, sources)
         return Trace(
-            layer, self.arguments, self.state, nodes, given, list(tensors), facts, facts.of(self.module.value),
+            self.module.value, layer, self.arguments, self.state, nodes, given, list(tensors), facts, facts.of(self.module.value),
             kinds_of(facts.tensors_of(self.module.value)), result, results, list(tensors.values()),
         )  # fmt: skip
 

@@ -10,10 +10,12 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastft.compat import dynamo
+from fastft.compat import dynamo, fake_tensors
 from fastft.compat.fake_tensors import set_value, value_of
+from fastft.compat.layer_arguments import fresh
 from fastft.compat.layer_reuse import LayerCall, Trace
 from fastft.compat.operators import LAYER_CALL
 
@@ -36,7 +38,9 @@ def take_apart(
     traces = {id(call.trace): (call.trace, node) for node, call in reversed(calls.items())}
     for trace, call in traces.values():
         _flatten_body(getattr(copy, trace.body))
-        _fold(copy, trace, call, now)
+        _fold(copy, trace, call, now, trace.body, (*trace.given, *trace.tensors), list(trace.given))
+        for other in trace.also:
+            _fold(copy, other.trace, call, now, trace.body, (*other.given, *other.tensors), list(trace.given))
     for node, call in calls.items():
         _flatten_call(copy, node, call)
     copy.graph.lint()
@@ -80,12 +84,16 @@ def _flatten_call(gm: GraphModule, node: Node, call: LayerCall) -> None:
     gm.graph.erase_node(tensors)
 
 
-def _fold(gm: GraphModule, trace: Trace, like: Node, now: Mapping[Node, Node]) -> None:
-    """Replace the layer that was traced by a call, unless something of it is read that a call does not return.
+def _fold(
+    gm: GraphModule, trace: Trace, like: Node, now: Mapping[Node, Node], body_name: str, given: Sequence[Node],
+    wanted: Sequence[Node],
+) -> None:  # fmt: skip
+    """Replace a layer that was traced by a call, unless something of it is read that a call does not return.
 
-    like: a call of another layer of its kind.  now: the graph's nodes by Dynamo's.
+    like: a call of another layer of its kind.  now: the graph's nodes by Dynamo's.  given: what the body is called with;
+    wanted: what it was traced with, in the same order.
     """
-    if any(node not in now for node in (*trace.given, *trace.tensors, *trace.results)):
+    if any(node not in now for node in (*given, *trace.results)):
         return
     nodes = [now[node] for node in trace.nodes if node in now]
     results = [now[node] for node in trace.results]
@@ -93,9 +101,11 @@ def _fold(gm: GraphModule, trace: Trace, like: Node, now: Mapping[Node, Node]) -
     if any(user not in own for node in own.difference(results) for user in node.users):
         return
     with gm.graph.inserting_after(nodes[-1]):
-        body = gm.graph.get_attr(trace.body)
+        body = gm.graph.get_attr(body_name)
+    with gm.graph.inserting_before(nodes[0]):
+        inputs = [_as_trained(gm, now[node], value_of(old)) for node, old in zip(given, wanted, strict=False)]
+        inputs += [now[node] for node in given[len(inputs) :]]
     with gm.graph.inserting_after(body):
-        inputs = [now[node] for node in (*trace.given, *trace.tensors)]
         place = call = gm.graph.call_function(LAYER_CALL, (body, *inputs))
     call.meta = like.meta | {"nn_module_stack": _around(results[0], like)}
     set_value(call, tuple(map(value_of, results)))
@@ -108,6 +118,21 @@ def _fold(gm: GraphModule, trace: Trace, like: Node, now: Mapping[Node, Node]) -
             user.replace_input_with(node, place)
     for node in reversed(nodes):
         gm.graph.erase_node(node)
+
+
+def _as_trained(gm: GraphModule, node: Node, wanted: Any) -> Node:
+    """Return an input of a layer, as if a gradient of it were needed where that of other layers needs one.
+
+    So the first layer is of the same kind as the others.  Its backward then computes a gradient that nobody reads,
+    a thousandth of a step's work; another kind of layer would be another tenth of the wait for the first step.
+    """
+    value = value_of(node)
+    if not isinstance(value, Tensor) or value.requires_grad or not wanted.requires_grad:
+        return node
+    result = gm.graph.call_method("clone", (node,))
+    result.meta = dict(node.meta)
+    set_value(result, fresh(wanted, fake_tensors.mode_of([wanted])))
+    return result
 
 
 def _around(node: Node, like: Node) -> dict[str, Any]:

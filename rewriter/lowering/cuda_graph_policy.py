@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastft.compat import symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.outline import stitch
 from fastft.rewriter.outline.partition import Piece
@@ -15,6 +17,8 @@ from fastft.rewriter.runtime.cuda_graphs import Graphed, log
 from fastft.rewriter.runtime.offload import Offloader
 
 SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
+
+PATIENCE = 4  # calls with the same sizes in a row, where sizes may change, before a graph for them pays
 
 
 def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
@@ -32,7 +36,8 @@ def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
         if asked:
             log.info("no CUDA graphs: the layers do not run on one CUDA device")
         return None
-    if asked is None and not all(_is_small(values[place]) for place in moving_inputs(stack)):
+    moving = [values[place] for place in moving_inputs(stack) if not isinstance(values[place], torch.SymInt)]
+    if asked is None and not all(map(_is_small, moving)):
         return None
     return range(layers[0], layers[-1] + 1)
 
@@ -47,7 +52,9 @@ def graph_layers(
     inside = pieces[layers.start : layers.stop]
     stack = stitch.join(inside)
     call = stitch.chain(inside, profiling.named(inside, calls), stack.inputs, tuple(stack.outputs))
-    calls[stack] = Graphed(call, moving_inputs(stack), offloader, profiling.span(inside[0].name, inside[-1].name))
+    sized = any(isinstance(value_of(node), torch.SymInt) for node in stack.inputs)
+    name = profiling.span(inside[0].name, inside[-1].name)
+    calls[stack] = Graphed(call, moving_inputs(stack), offloader, name, patience=PATIENCE if sized else 2)
     return [*pieces[: layers.start], stack, *pieces[layers.stop :]]
 
 
@@ -60,6 +67,5 @@ def moving_inputs(stack: Piece) -> list[int]:
 
 
 def _is_small(value: Any) -> bool:
-    """Return whether a value has a fixed size and, if a hidden state, is so small that launch overhead matters."""
-    fixed = isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)
-    return fixed and (not value.is_floating_point() or value.numel() <= SMALL)
+    """Return whether a value, if a hidden state, is so small in the example that launch overhead matters."""
+    return isinstance(value, Tensor) and (not value.is_floating_point() or symbolic.hint(value.numel()) <= SMALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastft.compat import aot, dynamo, fake_tensors
@@ -30,7 +31,8 @@ class RegionCompiler:
         with aot.isolated_tracing_context(given.values()) as mode:
             self.inputs = stitch.example_inputs(piece, given, mode)
         values = [tensor for node in piece.outputs for tensor in fake_tensors.tensors_in(value_of(node))]
-        self.trained = any(value.requires_grad for value in values)
+        asked = [tensor for tensor in self.inputs if isinstance(tensor, Tensor) and tensor.requires_grad]
+        self.trained = bool(asked) and any(value.requires_grad for value in values)
         self.capture: JointGraphCapture | None = None
 
     def trace(self) -> None:

@@ -34,7 +34,8 @@ MOST_CAPTURES = 8  # of one stack: for different shapes, and after parameters we
 
 
 class Graphed:
-    """``call`` as CUDA graphs, captured once it has been called twice with inputs of the same shapes.
+    """``call`` as CUDA graphs, captured once it has been called ``patience`` times in a row with the same shapes; at
+    the second such call where patience is 2, whatever was between.
 
     call takes tensors and numbers and returns tensors; it writes to none of its inputs.  moving: positions of inputs
     whose address changes with every call.  name: the name of the graphs in profiles.
@@ -42,8 +43,10 @@ class Graphed:
 
     def __init__(
         self, call: Callable[..., tuple], moving: Sequence[int], offloader: Offloader | None = None,
-        name: str = "(the layers)",
+        name: str = "(the layers)", patience: int = 2,
     ) -> None:  # fmt: skip
+        self.patience, self.row = patience, 0
+        self.last: Any = None  # the shapes of the last call, and how often they came in a row
         self.replay = profiling.in_range(name, _Replay.apply)
         self.call, self.moving, self.offloader = call, sorted(moving), offloader
         self.enabled, self.pool_bytes = True, 0
@@ -58,6 +61,8 @@ class Graphed:
         if not self.enabled or not torch.is_grad_enabled() or (self.waiting is not None and self.waiting() is not None):
             return self.call(*inputs)
         shapes = tuple(_shape(inputs[place]) for place in self.moving)
+        self.row = self.row + 1 if shapes == self.last else 1
+        self.last = shapes
         capture = self.captures.get(shapes)
         if capture is None or not capture.fits(inputs):
             capture = self._capture(shapes, inputs)
@@ -78,6 +83,8 @@ class Graphed:
         while before is None and len(self.addresses) >= MOST_SHAPES:
             del self.addresses[next(iter(self.addresses))]
         self.addresses[shapes] = _addresses(inputs)
+        if self.patience > 2 and self.row < self.patience:
+            return None
         if before is None or self.attempts >= MOST_CAPTURES or not _on_current_device(inputs):
             return None
         if self._moved(shapes, before):
