@@ -171,4 +171,5 @@ def _traces_layers_once() -> bool:
 
 fastft.traces_layers_once = True  # type: ignore[attr-defined]
 layer_reuse.install(_traces_layers_once)
+dynamo.break_early(_is_ours)
 dynamo.before_sizes(lambda tensor, name: dynamic_shapes.expect_any_size(tensor, name) if _is_ours() else None)

@@ -15,6 +15,7 @@ from torch._dynamo.pgo import FrameStateSizeEntry as SizeEntry
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import get_metrics_context
 from torch._dynamo.variables import builder
+from torch._dynamo.variables.tensor import TensorVariable
 from torch.fx import Graph, GraphModule, Node
 
 from fastft.compat import ddp
@@ -136,6 +137,28 @@ def before_sizes(look: Callable[[torch.Tensor, str], None]) -> None:
 
     automatic_dynamic._fastft_original = original  # type: ignore[attr-defined]
     builder._automatic_dynamic = automatic_dynamic
+
+
+def break_early(is_ours: Callable[[], bool]) -> None:
+    """Let graphs break at ``requires_grad_()`` of an intermediate where Dynamo meets it, if ``is_ours``.
+
+    From torch 2.13 on it goes on and finds out at the end of the graph, and so once in each of the frames around the
+    call: ten traces of a model whose hook on the embeddings asks for gradients, as PEFT's does for checkpoints.
+    """
+    original: Any = getattr(TensorVariable, "method_requires_grad_", None)
+    original = getattr(original, "_fastft_original", original)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def method_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        log = getattr(tx, "speculation_log", None)
+        if self.source is None and hasattr(log, "graph_break_on_requires_grad_") and is_ours():
+            log.graph_break_on_requires_grad_ = True
+        return original(self, tx, *args, **kwargs)
+
+    method_requires_grad_._fastft_original = original  # type: ignore[attr-defined]
+    TensorVariable.method_requires_grad_ = method_requires_grad_
 
 
 def compiled_modules() -> list[torch.nn.Module]:

@@ -314,7 +314,8 @@ class _Recorder:
         if flatten(self.args, self.kwargs).keys() != self.arguments.keys():
             raise Differs("it changes an argument")
         nodes = self._added()
-        if len(nodes) < LEAST_NODES:
+        bodies = [self.tx.output.nn_modules[node.target].graph for node in nodes if node.op == "get_attr"]
+        if len(nodes) + sum(len(body.nodes) for body in bodies) < LEAST_NODES:
             raise Differs("it is less than a layer")
         own = set(nodes)
         results = list(dict.fromkeys(tensors_of(result)))

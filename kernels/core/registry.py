@@ -45,7 +45,6 @@ class Entry:
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
     scratch: returns from a call's arguments the most bytes that it allocates beside its results; None if it is nothing.
     replayed: whether a call's launches depend on its arguments' metadata alone.
-    engine: whether one of torch's own kernels may do what compute does.
     launches: where its Triton kernels are launched, as ``file.function``.
     """
 
@@ -63,7 +62,6 @@ class Entry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     replayed: bool = True
     launches: str = ""
-    engine: bool = False
 
     def compute(self, *arguments: Any) -> Results:
         """Compute the op's results with our own kernels."""
@@ -166,7 +164,6 @@ def define(
         frozenset(name for name, parameter in parameters.items() if "Sequence" in str(parameter.annotation)), scratch,
         {name: value.default for name, value in parameters.items() if value.default is not value.empty}, replayed,
         launcher if isinstance(launcher, str) else f"{launcher.__module__.rpartition('.')[2]}.{launcher.__name__}",
-        engine is not None,
     )  # fmt: skip
     return op
 

@@ -23,6 +23,7 @@ from fastft.kernels.core.registry import REGISTRY
 
 log = logging.getLogger("fastft")
 
+MOST_THREADS = 8  # half of a kernel's compilation holds Python's lock, which what is compiled meanwhile needs too
 Call = tuple[str, tuple[Any, ...]]  # an op's name, and arguments in which a tensor is its Like
 
 
@@ -52,7 +53,7 @@ def start(calls: Sequence[Call], device: torch.device) -> threading.Thread | Non
 
 
 def _compile(mode: Any, calls: Sequence[Call], device: torch.device) -> None:
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool, torch.cuda.device(device):
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool, torch.cuda.device(device):
         try:
             with mode(pool, ignore_errors=True):
                 for name, arguments in dict.fromkeys(calls):

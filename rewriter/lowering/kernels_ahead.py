@@ -18,17 +18,21 @@ from fastft.kernels.core.warm_up import Call
 from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.lowering.region import RegionCompiler
 
-SPARE_CORES = 8  # from so many on, kernels for lengths that 16 does not divide are compiled at once
+SPARE_CORES = 8  # from so many on, kernels for lengths that 16 does not divide are compiled too, after the others
 
 
 def start(regions: Iterable[RegionCompiler], device: torch.device) -> threading.Thread | None:
     """Begin to compile the kernels of these regions; return a thread to join before they run, or None."""
     joints = [region.capture.joint for region in regions if region.capture is not None]
-    calls = [call for joint in joints if joint is not None for call in _calls(joint.graph, 0)]
-    first = warm_up.start(calls, device)
-    if first is not None and (os.cpu_count() or 1) >= SPARE_CORES:
+    graphs = [joint.graph for joint in joints if joint is not None]
+    return warm_up.start([call for graph in graphs for call in _calls(graph, 0)], device)
+
+
+def start_for_other_lengths(regions: Iterable[RegionCompiler], device: torch.device) -> None:
+    """Begin to compile, while steps run, what lengths need that 16 does not divide."""
+    joints = [region.capture.joint for region in regions if region.capture is not None]
+    if (os.cpu_count() or 1) >= SPARE_CORES:
         warm_up.start([call for joint in joints if joint is not None for call in _calls(joint.graph, 1)], device)
-    return first
 
 
 def _calls(graph: Graph, longer: int) -> Iterator[Call]:
@@ -36,7 +40,7 @@ def _calls(graph: Graph, longer: int) -> Iterator[Call]:
     for node in graph.nodes:
         name = name_of(node.target).replace("fastft.", "fastft::", 1) if node.op == "call_function" else ""
         entry = REGISTRY.get(name)
-        if entry is None or entry.engine:
+        if entry is None:
             continue
         try:
             arguments = tuple(_described(argument, longer) for argument in entry.complete(node.args, node.kwargs))
@@ -50,7 +54,9 @@ def _described(argument: Any, longer: int) -> Any:
     value = argument.meta.get("val") if isinstance(argument, Node) else argument
     if isinstance(value, Tensor):
         sizes = {symbol: size + longer if size > 2 else size for symbol, size in symbolic.hints_of(value).items()}
-        shape, stride = ([symbolic.evaluate(symbolic.expression(size), sizes) for size in of] for of in (value.shape, value.stride()))
+        shape, stride = (
+            [symbolic.evaluate(symbolic.expression(size), sizes) for size in of] for of in (value.shape, value.stride())
+        )
         return warm_up.like(value, shape, stride)
     if isinstance(value, torch.SymInt):
         return symbolic.hint(value) + longer

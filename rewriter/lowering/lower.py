@@ -75,6 +75,8 @@ def _lower_pieces(
     if ahead is not None:
         say("compiling kernels")
         ahead.join()
+        if planned is not None and planned.sequence.hints:
+            kernels_ahead.start_for_other_lengths(regions.values(), planned.device)
     running, called = pieces, dict(calls)
     if graphed is not None:
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, offloader)
