@@ -10,11 +10,12 @@ With ``--lengths 40`` every step has another length, drawn from --min to --max, 
 
     python benchmarks/startup.py --model llama-8b --nf4 --batch 2x2048 --lengths 40 --min 256
 
-What is measured: the first step and the second, which is a step without compilation (with --lengths, the first of another length), and all steps together; the model's loading is
-not in it (build_s).  What of the first step is whose, by torch's own timers: trace is Dynamo reading the model, guards are its
-checks, backend is what happens to the graph up to a forward that can be called, backward its lowering, which happens at
-the first backward; wait is the part of these two that waits for kernels to be compiled.  In the JSON, ``phases`` has
-the sum of every timer; they are nested, so they do not add up.  Caches: hits/misses of AOTAutograd's and of Inductor's.
+What is measured: the first step and the second, which is a step without compilation (with --lengths, the first of
+another length), and all steps together; the model's loading is not in it (build_s).  What of the first step is whose,
+by torch's own timers: trace is Dynamo reading the model, guards are its checks, backend is what happens to the graph up
+to a forward that can be called, backward its lowering, which happens at the first backward; wait is the part of these
+two that waits for kernels to be compiled.  In the JSON, ``phases`` has the sum of every timer; they are nested, so they
+do not add up.  Caches: hits/misses of AOTAutograd's and of Inductor's.
 """
 
 from __future__ import annotations

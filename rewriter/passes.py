@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -95,20 +96,25 @@ def rewrite(
 
 def _count_calls(gm: GraphModule, report: GraphReport) -> None:
     """Report of each layer what was done to the one whose body it calls."""
-    layers: dict[int, list[str]] = {}  # by body: the modules of its calls, the one that was traced first
+    layers: dict[GraphModule, list[str]] = {}  # the modules of a body's calls
     for node in gm.graph.find_nodes(op="call_function", target=operators.LAYER_CALL):
-        body = body_of(gm, node)
-        layers.setdefault(id(body), []).append(module_path(node))
-        if body is not None and len(layers[id(body)]) > 1:
-            report.left.update(_computed(body))
-    for home, *others in layers.values():
+        if (body := body_of(gm, node)) is not None:
+            layers.setdefault(body, []).append(module_path(node))
+    for body, modules in layers.items():
+        traced = next(filter(None, map(module_path, body.graph.nodes)), "")
+        home = next((module for module in modules if f"{traced}.".startswith(f"{module}.")), modules[0])
+        others = [module for module in modules if module != home]
         inside = re.compile(rf"{re.escape(home)}(?=\.|$)")
-        for found in (report.lifted, report.fused, report.masks, report.near_misses):
+        for _ in others:
+            report.left.update(_computed(body))
+        lists: list[list[Any]] = [report.lifted, report.fused, report.masks, report.near_misses]
+        for found in lists:
             found += [
                 replace(one, module=inside.sub(other, one.module))
                 for one in list(found) if inside.match(one.module) for other in others
             ]  # fmt: skip
-        report.inlined += [inside.sub(other, path) for path in list(report.inlined) if inside.match(path) for other in others]
+        inlined = [path for path in report.inlined if inside.match(path)]
+        report.inlined += [inside.sub(other, path) for path in inlined for other in others]
 
 
 def _run(each: Pass, gm: GraphModule, context: Context) -> None:

@@ -109,8 +109,8 @@ def current_backend() -> Any:
 
 def given_backend() -> tuple[Any, dict[str, Any]]:
     """Return the function that torch.compile was given as a backend, and its named arguments."""
-    backend, keywords = current_backend(), {}
-    keywords |= getattr(backend, "kwargs", {})
+    backend = current_backend()
+    keywords: dict[str, Any] = dict(getattr(backend, "kwargs", {}))
     function = getattr(backend, "compiler_fn", backend)
     return getattr(function, "func", function), keywords | getattr(function, "keywords", {})
 
@@ -152,13 +152,13 @@ def break_early(is_ours: Callable[[], bool]) -> None:
 
     @functools.wraps(original)
     def method_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        log = getattr(tx, "speculation_log", None)
+        log: Any = getattr(tx, "speculation_log", None)
         if self.source is None and hasattr(log, "graph_break_on_requires_grad_") and is_ours():
             log.graph_break_on_requires_grad_ = True
         return original(self, tx, *args, **kwargs)
 
     method_requires_grad_._fastft_original = original  # type: ignore[attr-defined]
-    TensorVariable.method_requires_grad_ = method_requires_grad_
+    TensorVariable.method_requires_grad_ = method_requires_grad_  # type: ignore[method-assign]
 
 
 def compiled_modules() -> list[torch.nn.Module]:

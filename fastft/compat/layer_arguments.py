@@ -40,7 +40,7 @@ def _kind(tensor: Any) -> tuple:
 
 def flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[tuple, Any]:
     """Return a layer's arguments by their place, with what is in tuples and dicts by its place there."""
-    pairs = [((place,), value) for place, value in enumerate(args)]
+    pairs: list[tuple[tuple, Any]] = [((place,), value) for place, value in enumerate(args)]
     pairs += [((name,), value) for name, value in kwargs.items()]
     return dict(leaf for path, value in pairs for leaf in _leaves(path, value))
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.guards import GuardManagerType
 from torch._dynamo.source import TypeSource
 from torch._guards import Guard, Source
 
 
-class Differs(Exception):
+class Differs(Exception):  # noqa: N818
     """A reason why a layer has to be traced by itself."""
 
 
@@ -28,7 +29,9 @@ _PLAIN = (
     int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _VALUE = {"CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH"}
-_OBJECT = {"ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH", "WEAKREF_ALIVE"}
+_OBJECT = {
+    "ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH", "WEAKREF_ALIVE",
+}  # fmt: skip
 _CONTAINERS = (tuple, list, set, frozenset)  # torch.Size is a tuple
 _KEYS = {"DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"}
 
@@ -71,7 +74,8 @@ class Facts:
         references = [weakref.ref(value) for value in objects]
         look_up, text = self.look_again, f"what was compiled for {source.name} still holds of it"
 
-        def check(alike: Callable[..., bool], layer: Any) -> bool:
+        def check(alike: Callable[..., bool], wrapped: tuple[Any]) -> bool:
+            (layer,) = wrapped
             now, equal_now, objects_now, tensors_now = look_up(layer)
             return (
                 (all(map(operator.is_, now, same)) or all(map(_are_same, now, same)))
@@ -80,14 +84,21 @@ class Facts:
                 and alike(*tensors_now)
             )
 
-        def LAYER_FACTS(builder: Any, guard: Guard) -> None:
+        def layer_facts(builder: Any, guard: Guard) -> None:
             # Here and not before: what a tensor dispatches to depends on the modes in which guards are checked.
-            tensors = self.tensors_of(reference_of_layer())
+            layer = reference_of_layer()
+            tensors = self.tensors_of(layer)
             sizes, strides = ([list(of(tensor)) for tensor in tensors] for of in (Tensor.size, Tensor.stride))
-            alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-            builder.get_guard_manager(guard).add_lambda_guard(functools.partial(check, alike), [text], None)
+            guards: Any = TensorGuards
+            alike = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+            # In a tuple, as torch does not look at a module again while what it knows of its dicts stays the same.
+            manager = builder.get_guard_manager(guard).lambda_manager(
+                python_lambda=_wrapped, source=f"({source.name},)", example_value=(layer,),
+                guard_manager_enum=GuardManagerType.GUARD_MANAGER,
+            )  # fmt: skip
+            manager.add_lambda_guard(functools.partial(check, alike), [text], None)
 
-        return Guard(source, LAYER_FACTS)
+        return Guard(source, layer_facts)
 
     def _function(self, *groups: Iterable[Any]) -> Callable[[Any], tuple]:
         """Make a function of a layer that returns a tuple for each group of expressions, or for the only one itself."""
@@ -179,6 +190,10 @@ class Facts:
             text = f"v{len(self.lines) - 1}"
         self.names[source] = text
         return text
+
+
+def _wrapped(layer: Any) -> tuple[Any]:
+    return (layer,)
 
 
 def alike(one: tuple[tuple, ...], other: tuple[tuple, ...]) -> bool:

@@ -2,8 +2,8 @@
 
 The first layer of a kind is traced as ever.  For the next one the facts that this trace relied on, Dynamo's guards, are
 looked up in the new layer (layer_facts.py).  If all of them are the same, the trace would be the same but for the
-layer's own tensors: the graph gets a call of the traced layer with these, and Dynamo a guard that the new layer stays as
-it is.  Where anything is in doubt the layer is traced.
+layer's own tensors: the graph gets a call of the traced layer with these, and Dynamo a guard that the new layer stays
+as it is.  Where anything is in doubt the layer is traced.
 
 The tensors of a layer are one input of Dynamo's graph, a tuple: making an input of each would take most of the time
 that is saved.  rewriter/capture/layer_calls.py takes them apart.
@@ -20,7 +20,7 @@ import logging
 import operator
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,16 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fastft.compat import ddp
 from fastft.compat.fake_tensors import value_of
-from fastft.compat.layer_arguments import check_argument, flatten, fresh, kind_of_fake, kinds_of, like, state_of, tensors_of
+from fastft.compat.layer_arguments import (
+    check_argument,
+    flatten,
+    fresh,
+    kind_of_fake,
+    kinds_of,
+    like,
+    state_of,
+    tensors_of,
+)
 from fastft.compat.layer_facts import Differs, Facts, alike, is_under
 from fastft.compat.operators import LAYER_CALL
 
@@ -323,7 +332,8 @@ class _Recorder:
             raise Differs("it returns what it was given")
         given: dict[Node, tuple | None] = {}
         tensors: dict[Node, Source] = {}
-        for node in dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value not in own):
+        read = (value for node in nodes for value in node.all_input_nodes if value not in own)
+        for node in dict.fromkeys(read):
             where = self._origin(node)
             if isinstance(where, Source):
                 tensors[node] = where
@@ -331,12 +341,12 @@ class _Recorder:
                 given[node] = where
         layer, values = self.module.source, _values(self.tx)
         guards = [guard for guard in self.tx.output.guards if is_under(guard.originating_source, layer)]
-        read = [guard.originating_source for guard in guards if guard.create_fn_name() == "TENSOR_MATCH"]
-        sources = list(dict.fromkeys([*tensors.values(), *read]))
-        facts = Facts(layer, guards, values, sources)
+        guarded = [guard.originating_source for guard in guards if guard.create_fn_name() == "TENSOR_MATCH"]
+        facts = Facts(layer, guards, values, list(dict.fromkeys([*tensors.values(), *guarded])))
+        module = self.module.value
         return Trace(
-            self.module.value, layer, self.arguments, self.state, nodes, given, list(tensors), facts, facts.of(self.module.value),
-            kinds_of(facts.tensors_of(self.module.value)), result, results, list(tensors.values()),
+            module, layer, self.arguments, self.state, nodes, given, list(tensors), facts, facts.of(module),
+            kinds_of(facts.tensors_of(module)), result, results, list(tensors.values()),
         )  # fmt: skip
 
     def _added(self) -> list[Node]:
@@ -385,9 +395,9 @@ def _moved(source: Source, places: dict[Source, Source]) -> Source:
         return places[source]
     changes = {
         item.name: moved
-        for item in dataclasses.fields(source)  # type: ignore[arg-type]
+        for item in dataclasses.fields(source)
         if isinstance(value := getattr(source, item.name, None), Source)
         and (moved := _moved(value, places)) is not value
     }
-    result = dataclasses.replace(source, **changes) if changes else source  # type: ignore[type-var]
+    result = dataclasses.replace(source, **changes) if changes else source
     return places.setdefault(source, result)

@@ -47,7 +47,8 @@ def start(calls: Sequence[Call], device: torch.device) -> threading.Thread | Non
         from triton import AsyncCompileMode
     except ImportError:
         return None
-    thread = threading.Thread(target=_compile, args=(AsyncCompileMode, calls, device), name="fastft kernels", daemon=True)
+    arguments = (AsyncCompileMode, calls, device)
+    thread = threading.Thread(target=_compile, args=arguments, name="fastft kernels", daemon=True)
     thread.start()
     return thread
 

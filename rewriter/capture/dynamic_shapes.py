@@ -50,7 +50,7 @@ def expect_any_size(tensor: Tensor, name: str) -> None:
         log.debug("sizes are not expected to change: %s", error)
         return
     ends = _open_ends(tensor)
-    sizes = tuple(DYNAMIC if dim < ends else size for dim, size in enumerate(tensor.shape))
+    sizes: Any = tuple(DYNAMIC if dim < ends else size for dim, size in enumerate(tensor.shape))
     longer = [size + (dim < ends) for dim, size in enumerate(tensor.shape)]
     strides = torch.empty(longer, device="meta").stride() if tensor.is_contiguous() else None
     remembered[name] = SizeEntry.make_tensor(sizes, strides if strides is not None else tuple(tensor.stride()))

@@ -7,7 +7,7 @@ Their tensors are one input each, a tuple, made for speed (fastft/compat/layer_r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,7 +59,7 @@ def _flatten_body(body: GraphModule) -> None:
     """Give a body a placeholder for each tensor, in the place of one for the tuple of all."""
     tensors = list(body.graph.find_nodes(op="placeholder"))[-1]
     with body.graph.inserting_before(tensors):
-        for item in sorted(tensors.users, key=lambda user: user.args[1]):  # type: ignore[arg-type, return-value]
+        for item in sorted(tensors.users, key=lambda user: user.args[1]):
             placeholder = body.graph.placeholder(f"tensor_{item.args[1]}")
             set_value(placeholder, value_of(item))
             item.replace_all_uses_with(placeholder)
@@ -72,26 +72,26 @@ def _flatten_call(gm: GraphModule, node: Node, call: LayerCall) -> None:
     """Give the graph an input for each tensor of a layer, in the place of the tuple of all."""
     *rest, tensors = node.args
     assert isinstance(tensors, Node)
-    inputs = []
+    inputs: list[Node] = []
     with gm.graph.inserting_before(tensors):
         for old, source, fake in zip(call.trace.tensors, call.sources, call.fakes, strict=True):
             placeholder = gm.graph.placeholder(f"{tensors.name}_{len(inputs)}")
             set_value(placeholder, fake)
             placeholder.meta["tensor_dict"] = dict(old.meta.get("tensor_dict") or {})
-            placeholder._dynamo_source = source  # type: ignore[attr-defined]
+            placeholder._dynamo_source = source
             inputs.append(placeholder)
     node.args = (*rest, *inputs)
     gm.graph.erase_node(tensors)
 
 
 def _fold(
-    gm: GraphModule, trace: Trace, like: Node, now: Mapping[Node, Node], body_name: str, given: Sequence[Node],
+    gm: GraphModule, trace: Trace, like: Node, now: dict[Node, Node], body_name: str, given: Sequence[Node],
     wanted: Sequence[Node],
 ) -> None:  # fmt: skip
     """Replace a layer that was traced by a call, unless something of it is read that a call does not return.
 
-    like: a call of another layer of its kind.  now: the graph's nodes by Dynamo's.  given: what the body is called with;
-    wanted: what it was traced with, in the same order.
+    like: a call of another layer of its kind.  now: the graph's nodes by Dynamo's, which this keeps true.
+    given: what the body is called with; wanted: what it was traced with, in the same order.
     """
     if any(node not in now for node in (*given, *trace.results)):
         return
@@ -109,11 +109,12 @@ def _fold(
         place = call = gm.graph.call_function(LAYER_CALL, (body, *inputs))
     call.meta = like.meta | {"nn_module_stack": _around(results[0], like)}
     set_value(call, tuple(map(value_of, results)))
-    for number, node in enumerate(results):
+    for number, (old, node) in enumerate(zip(trace.results, results, strict=True)):
         with gm.graph.inserting_after(place):
             place = gm.graph.call_function(operator.getitem, (call, number))
         place.meta = dict(call.meta)
         set_value(place, value_of(node))
+        now[old] = place
         for user in [user for user in node.users if user not in own]:
             user.replace_input_with(node, place)
     for node in reversed(nodes):

@@ -18,7 +18,6 @@ from fastft import patterns
 from fastft.rewriter import passes
 from fastft.rewriter.context import SWITCHED_OFF
 
-
 KINDS = 2  # of layers, of which one is traced each: the first gets an input that needs no gradient
 
 
