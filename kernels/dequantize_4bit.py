@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.compat import fake_tensors
 from fastft.kernels.core import dispatch
 from fastft.kernels.core.registry import define, load, require
 from fastft.kernels.core.replay import constant
@@ -40,8 +39,7 @@ CODES = {
 @functools.cache
 def code_of(quant_type: str, device: torch.device) -> Tensor:
     """Return the 16 values of a quantised type, float32, on a device."""
-    with fake_tensors.computing_for_real():  # it is kept, and also asked for when kernels are compiled without data
-        return constant(torch.tensor(CODES[quant_type], dtype=torch.float32, device=device))
+    return constant(torch.tensor(CODES[quant_type], dtype=torch.float32, device=device))
 
 
 def reference(

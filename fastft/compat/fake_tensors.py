@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -86,11 +86,6 @@ def computing_in(mode: FakeTensorMode) -> Iterator[None]:
     """Compute fake tensors of this mode."""
     with mode, enable_python_dispatcher():
         yield
-
-
-def computing_for_real() -> contextlib.AbstractContextManager[Any]:
-    """Make real tensors, whatever mode of fake ones is entered: for what outlives it."""
-    return unset_fake_temporarily()
 
 
 def written_to(tensor: torch.Tensor) -> bool:

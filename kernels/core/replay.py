@@ -18,7 +18,6 @@ import itertools
 import linecache
 import logging
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,17 +55,6 @@ def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """Return Triton's kernel[grid], or a function that also records the launch while a recording is under way."""
     recorder = getattr(_thread, "recorder", None)
     return kernel[grid] if recorder is None else functools.partial(recorder.launch, kernel, grid)
-
-
-@contextmanager
-def launching_by(launch: Callable[..., None]) -> Iterator[None]:
-    """Let ``launch(kernel, grid, *args, **meta)`` do in this thread what launching would."""
-    before = getattr(_thread, "recorder", None)
-    _thread.recorder = types.SimpleNamespace(launch=launch)
-    try:
-        yield
-    finally:
-        _thread.recorder = before
 
 
 class Replayed:

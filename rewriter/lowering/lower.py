@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fastft.rewriter.lowering import cuda_graph_policy, kernels_ahead, plan_builder
+from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.inductor import compile_graph
 from fastft.rewriter.lowering.plan_builder import GraphPlan
 from fastft.rewriter.lowering.region import RegionCompiler, by_kind
@@ -69,14 +69,8 @@ def _lower_pieces(
     regions = {key: RegionCompiler(gm, alike[0], examples, options) for key, alike in by_kind(pieces).items()}
     graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
     planned = plan_builder.plan_graph(gm, pieces, regions, options, graphed, say) if plan else None
-    ahead = kernels_ahead.start(regions.values(), planned.device) if planned is not None else None
     offloader = Offloader(planned.device, planned.facts.host) if planned is not None else None
     calls = _compile_regions(pieces, regions, report, say, planned, offloader)
-    if ahead is not None:
-        say("compiling kernels")
-        ahead.join()
-        if planned is not None and planned.sequence.hints:
-            kernels_ahead.start_for_other_lengths(regions.values(), planned.device)
     running, called = pieces, dict(calls)
     if graphed is not None:
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, offloader)
