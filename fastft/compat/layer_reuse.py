@@ -8,8 +8,7 @@ as it is.  Where anything is in doubt the layer is traced.
 The tensors of a layer are one input of Dynamo's graph, a tuple: making an input of each would take most of the time
 that is saved.  rewriter/capture/layer_calls.py takes them apart.
 
-torch.compiler.nested_compile_region (torch 2.13 and later) rests on the same argument; it needs a mark in the user's
-code, reuses nothing before 2.13, and nothing at all with a cache object among the arguments.
+torch.compiler.nested_compile_region rests on the same argument (docs/decisions.md says why it is not used).
 """
 
 from __future__ import annotations

@@ -17,14 +17,13 @@ from fastft.rewriter.runtime.cuda_graphs import Graphed, log
 from fastft.rewriter.runtime.offload import Offloader
 
 SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
-
-PATIENCE = 4  # calls with the same sizes in a row, where sizes may change, before a graph for them pays
+PATIENCE = 4  # calls with the same sizes in a row, where sizes may change, before graphs for them pay unasked
 
 
 def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
     """Return the range of the pieces from the first layer to the last if they should and can run as CUDA graphs.
 
-    Returns None otherwise.  asked: the user's option; None uses CUDA graphs where sizes are fixed and small.
+    Returns None otherwise.  asked: the user's option; None uses CUDA graphs where sizes are small and stay the same.
     """
     layers = [number for number, piece in enumerate(pieces) if piece.layer]
     if asked is False or not layers:
@@ -43,18 +42,19 @@ def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
 
 
 def graph_layers(
-    pieces: Sequence[Piece], calls: dict[Piece, Callable], layers: range, offloader: Offloader | None = None
-) -> list[Piece]:
+    pieces: Sequence[Piece], calls: dict[Piece, Callable], layers: range, asked: bool | None,
+    offloader: Offloader | None = None,
+) -> list[Piece]:  # fmt: skip
     """Return the pieces with these layers joined to one that runs as CUDA graphs, and add its call to ``calls``.
 
-    offloader: the one that the layers use, if any.
+    asked: the user's option.  offloader: the one that the layers use, if any.
     """
     inside = pieces[layers.start : layers.stop]
     stack = stitch.join(inside)
     call = stitch.chain(inside, profiling.named(inside, calls), stack.inputs, tuple(stack.outputs))
-    sized = any(isinstance(value_of(node), torch.SymInt) for node in stack.inputs)
+    waits = asked is None and any(isinstance(value_of(node), torch.SymInt) for node in stack.inputs)
     name = profiling.span(inside[0].name, inside[-1].name)
-    calls[stack] = Graphed(call, moving_inputs(stack), offloader, name, patience=PATIENCE if sized else 2)
+    calls[stack] = Graphed(call, moving_inputs(stack), offloader, name, patience=PATIENCE if waits else 2)
     return [*pieces[: layers.start], stack, *pieces[layers.stop :]]
 
 

@@ -73,7 +73,7 @@ def _lower_pieces(
     calls = _compile_regions(pieces, regions, report, say, planned, offloader)
     running, called = pieces, dict(calls)
     if graphed is not None:
-        running = cuda_graph_policy.graph_layers(pieces, called, graphed, offloader)
+        running = cuda_graph_policy.graph_layers(pieces, called, graphed, options.cuda_graphs, offloader)
     run = stitch.stitch(gm, running, profiling.named(running, called))
     if planned is None or offloader is None:
         return run

@@ -206,9 +206,20 @@ def test_small_layers_of_fixed_size_are_graphed_unasked(
 
 def test_changing_lengths_are_not_graphed_unasked(replays: list[str]) -> None:
     _, compiled = build(asked=None)
-    for length in (5, 6, 7, 7, 7, 7):
+    for length in (5, 6, 7, 7, 8, 8, 8, 7, 7, 7):
         compiled(batch(0, length)).backward()
     assert not replays
+
+
+def test_a_length_that_stays_is_graphed_unasked(replays: list[str]) -> None:
+    """Also in a graph for any length."""
+    model, compiled = build(asked=None)
+    for seed, length in enumerate((5, 6, *[7] * (cuda_graph_policy.PATIENCE + 2))):
+        compiled(batch(seed, length)).backward()
+        actual = gradients(model)
+        model(batch(seed, length)).backward()
+        assert_same(actual, gradients(model))
+    assert replays
 
 
 @torch.library.custom_op("fastft_test::synchronised", mutates_args=())
