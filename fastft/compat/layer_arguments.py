@@ -14,7 +14,7 @@ from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx import Node
 
-from fastft.compat.fake_tensors import computing_in, value_of
+from fastft.compat.fake_tensors import computing_in, storage_key, tensors_in, value_of, written_to
 from fastft.compat.layer_facts import Differs
 
 
@@ -110,6 +110,19 @@ def tensors_of(result: Any) -> Iterable[Node]:
     if isinstance(result, ConstantVariable):
         return []
     raise Differs(f"it returns a {type(result).__name__}")
+
+
+def check_memory(read: Iterable[Node], results: Sequence[Node]) -> None:
+    """Check that a layer writes to nothing it reads, and returns tensors of its own.  Raises Differs.
+
+    What is made of its results for another layer shares no storage with anything, and counts no writes.
+    """
+    given = [tensor for node in read for tensor in tensors_in(value_of(node))]
+    if any(map(written_to, given)):
+        raise Differs("something that it reads is written to in place")
+    keys = [storage_key(tensor) for node in results for tensor in tensors_in(value_of(node))]
+    if len(set(keys)) < len(keys) or not {storage_key(tensor) for tensor in given}.isdisjoint(keys):
+        raise Differs("a result is a view of something else")
 
 
 def like(result: Any, made: dict[Node, Any]) -> Any:

@@ -6,6 +6,7 @@ some hundreds; compared in one go they are as fast to check as Dynamo's own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import weakref
@@ -225,3 +226,25 @@ def is_under(source: Any, layer: Source) -> bool:
             return True
         source = getattr(source, "base", None)
     return False
+
+
+def values_of(tx: Any) -> Callable[[Source], Any]:
+    """Return a function that looks up the Python object at a source, each once."""
+    root = tx.output.root_tx
+    scope = {"G": root.f_globals, "L": root.f_locals}
+    cache: Any = {}
+    return lambda source: source.get_value(scope, {}, cache)
+
+
+def moved_source(source: Source, places: dict[Source, Source]) -> Source:
+    """Return where a layer has what another has at ``source``.  places: what is known of it, to which this adds."""
+    if source in places:
+        return places[source]
+    changes = {
+        item.name: moved
+        for item in dataclasses.fields(source)
+        if isinstance(value := getattr(source, item.name, None), Source)
+        and (moved := moved_source(value, places)) is not value
+    }
+    result = dataclasses.replace(source, **changes) if changes else source
+    return places.setdefault(source, result)

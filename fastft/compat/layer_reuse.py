@@ -13,7 +13,6 @@ torch.compiler.nested_compile_region rests on the same argument (docs/decisions.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import operator
@@ -37,6 +36,7 @@ from fastft.compat import ddp
 from fastft.compat.fake_tensors import value_of
 from fastft.compat.layer_arguments import (
     check_argument,
+    check_memory,
     flatten,
     fresh,
     kind_of_fake,
@@ -45,7 +45,7 @@ from fastft.compat.layer_arguments import (
     state_of,
     tensors_of,
 )
-from fastft.compat.layer_facts import Differs, Facts, alike, is_under
+from fastft.compat.layer_facts import Differs, Facts, alike, is_under, moved_source, values_of
 from fastft.compat.operators import LAYER_CALL
 
 log = logging.getLogger("fastft")
@@ -162,7 +162,7 @@ class Trace:
             try:
                 moved = self.fit(other.module, other.arguments, other.state, gradients=False)
                 places, own = {self.source: other.source}, dict(zip(other.sources, other.tensors, strict=True))
-                tensors = [own[_moved(source, places)] for source in self.sources]
+                tensors = [own[moved_source(source, places)] for source in self.sources]
                 pairs = list(zip(self.results, other.results, strict=True))
             except (Differs, KeyError, ValueError) as reason:
                 log.debug("%s does not stand in for %s: %s", self.source.name, other.source.name, reason)
@@ -267,7 +267,7 @@ class Bound:
             fakes = [fresh(value_of(node), output.fake_mode) for node in trace.results]
             call.node.meta["example_value"] = tuple(fakes)
             places: dict[Source, Source] = {trace.source: source}
-            sources = [_moved(old, places) for old in trace.sources]
+            sources = [moved_source(old, places) for old in trace.sources]
             call.node.meta["layer_call"] = LayerCall(trace, sources, value_of(tensors.node))
             made: dict[Node, Any] = {}
             for place, (node, fake) in enumerate(zip(trace.results, fakes, strict=True)):
@@ -338,7 +338,8 @@ class _Recorder:
                 tensors[node] = where
             else:
                 given[node] = where
-        layer, values = self.module.source, _values(self.tx)
+        check_memory([*given, *tensors], results)
+        layer, values = self.module.source, values_of(self.tx)
         guards = [guard for guard in self.tx.output.guards if is_under(guard.originating_source, layer)]
         guarded = [guard.originating_source for guard in guards if guard.create_fn_name() == "TENSOR_MATCH"]
         facts = Facts(layer, guards, values, list(dict.fromkeys([*tensors.values(), *guarded])))
@@ -378,25 +379,3 @@ class _Recorder:
         if not isinstance(value_of(node), Tensor) or not all(isinstance(size, int) for size in value_of(node).shape):
             raise Differs(f"{source.name} is no tensor of fixed size")
         return source
-
-
-def _values(tx: Any) -> Callable[[Source], Any]:
-    """Return a function that looks up the Python object at a source, each once."""
-    root = tx.output.root_tx
-    scope = {"G": root.f_globals, "L": root.f_locals}
-    cache: Any = {}
-    return lambda source: source.get_value(scope, {}, cache)
-
-
-def _moved(source: Source, places: dict[Source, Source]) -> Source:
-    """Return where a layer has what another has at ``source``.  places: what is known of it, to which this adds."""
-    if source in places:
-        return places[source]
-    changes = {
-        item.name: moved
-        for item in dataclasses.fields(source)
-        if isinstance(value := getattr(source, item.name, None), Source)
-        and (moved := _moved(value, places)) is not value
-    }
-    result = dataclasses.replace(source, **changes) if changes else source
-    return places.setdefault(source, result)

@@ -275,6 +275,55 @@ class Writing(Stack):
         return x.sin().mean()
 
 
+class InPlace(Layer):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = super().forward(x.clone(), *args, **kwargs)
+        x *= 0.5
+        return result + x
+
+
+class Viewing(Layer):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x.clone(), *args, **kwargs), x[:, :1]
+
+
+class Normalising(Layer):
+    """With statistics that it writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.statistics(super().forward(x, *args, **kwargs).transpose(1, 2)).transpose(1, 2)
+
+
+class Unpacking(Stack):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x, first = layer(x)
+            first *= 2.0
+        return x.sin().mean()
+
+
+@pytest.mark.parametrize(("stack", "make"), [(Stack, InPlace), (Unpacking, Viewing), (Stack, Normalising)])
+def test_a_layer_that_writes_or_returns_views_is_traced(
+    stack: type[Stack], make: Callable[[], nn.Module], called: list[str]
+) -> None:
+    model, copy = stack(make=make), stack(make=make)
+    call, ids = compiled(model), torch.arange(14).reshape(2, 7)
+    for _ in range(2):
+        losses = call(ids), copy(ids)
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+    grads = [[p.grad for p in one.layers.parameters()] for one in (model, copy)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(copy.named_buffers()))
+    assert not called
+
+
 @pytest.mark.parametrize("make", [Remembering, Flagged, Casting, Detaching, Writing])
 def test_what_a_model_does_between_layers(make: Callable[[], Stack]) -> None:
     model = make()
