@@ -103,18 +103,19 @@ def _count_calls(gm: GraphModule, report: GraphReport) -> None:
     for body, modules in layers.items():
         traced = next(filter(None, map(module_path, body.graph.nodes)), "")
         home = next((module for module in modules if f"{traced}.".startswith(f"{module}.")), modules[0])
-        others = [module for module in modules if module != home]
         inside = re.compile(rf"{re.escape(home)}(?=\.|$)")
-        for _ in others:
+        for _ in modules[1:]:
             report.left.update(_computed(body))
         lists: list[list[Any]] = [report.lifted, report.fused, report.masks, report.near_misses]
         for found in lists:
-            found += [
-                replace(one, module=inside.sub(other, one.module))
-                for one in list(found) if inside.match(one.module) for other in others
+            found[:] = [
+                replace(one, module=inside.sub(module, one.module))
+                for one in found for module in (modules if inside.match(one.module) else (home,))
             ]  # fmt: skip
-        inlined = [path for path in report.inlined if inside.match(path)]
-        report.inlined += [inside.sub(other, path) for path in inlined for other in others]
+        report.inlined = [
+            inside.sub(module, path)
+            for path in report.inlined for module in (modules if inside.match(path) else (home,))
+        ]  # fmt: skip
 
 
 def _run(each: Pass, gm: GraphModule, context: Context) -> None:

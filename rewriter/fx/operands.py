@@ -48,7 +48,8 @@ class Calls:
 
 def _operand(call: Node, place: int) -> Node | None:
     """Return what a call passes to a body's input; None for no node, or where a call passes more than operands."""
-    plain = call.target in (operators.CHECKPOINT, operators.LAYER_CALL) and not call.kwargs
+    # A checkpoint's named arguments are its settings.
+    plain = call.target is operators.CHECKPOINT or (call.target is operators.LAYER_CALL and not call.kwargs)
     operand = call.args[1 + place] if plain and len(call.args) > 1 + place else None
     return operand if isinstance(operand, Node) else None
 

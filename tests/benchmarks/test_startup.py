@@ -64,7 +64,12 @@ def test_a_start(tmp_path: Path) -> None:
 
 def row_of(contender: str, layers: int, start: str, first: float, **more: Any) -> dict[str, Any]:
     row = {"contender": contender, "layers": layers, "start": start, "first_step_s": first, "status": "ok"}
-    row |= {"build_s": 1.0, "second_step_s": 0.25, "phases": {"bytecode_tracing": 3.0, "build_guards": 0.5}}
+    row |= {
+        "build_s": 1.0,
+        "second_step_s": 0.25,
+        "all_s": first + 0.25,
+        "phases": {"bytecode_tracing": 3.0, "build_guards": 0.5},
+    }
     caches = {"autograd_cache_hit": 1, "autograd_cache_miss": 2, "fxgraph_cache_hit": 3, "fxgraph_cache_miss": 4}
     return row | {"caches": caches, "model": "tiny", "nf4": False, "dtype": "float32", "mask": "ones"} | more
 
@@ -87,5 +92,5 @@ def test_ratios_are_to_the_fewest_layers_of_the_same_start(capsys: pytest.Captur
         ["inductor", "32", "cold", "1.0", "25.0", "2.50"],
         ["inductor", "32", "second", "1.0", "6.0", "1.50"],
     ]
-    assert cells[0][6:] == ["0.250", "3.0", "0.5", "-", "-", "-", "1/2", "3/4"]
+    assert cells[0][6:] == ["0.250", "10.2", "3.0", "0.5", "-", "-", "-", "1/2", "3/4"]
     assert "fastft 1x32: lost" in lines

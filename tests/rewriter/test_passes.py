@@ -18,7 +18,7 @@ from fastft import patterns
 from fastft.rewriter import passes
 from fastft.rewriter.context import SWITCHED_OFF
 
-KINDS = 2  # of layers, of which one is traced each: the first gets an input that needs no gradient
+KINDS = 1  # of layers, of which one is traced and rewritten for all
 
 
 @pytest.fixture(autouse=True)
