@@ -65,11 +65,17 @@ def install(is_ours: Callable[[], bool]) -> None:
         plain = functools.partial(original, self, tx, args, kwargs)
         if self.source is None or not _NUMBERED.search(self.source.name):
             return plain()
-        traces = getattr(tx.output, "_fastft_traces", None)
-        if traces is None:
-            active = is_ours() and tx.output.root_tx.f_code not in _refused
-            traces = tx.output._fastft_traces = Traces(tx.output, active=active)
-        return traces.call(self, tx, args, kwargs, plain) if traces.ready() else plain()
+        try:
+            traces = getattr(tx.output, "_fastft_traces", None)
+            if traces is None:
+                active = is_ours() and tx.output.root_tx.f_code not in _refused
+                traces = tx.output._fastft_traces = Traces(tx.output, active=active)
+            ready = traces.ready()
+            state = state_of(tx) if ready else None
+        except Exception as error:  # what another torch does not have, or options that the backend will complain about
+            log.debug("every layer is traced: %s", error)
+            return plain()
+        return traces.call(self, tx, args, kwargs, state, plain) if ready else plain()
 
     call_function._fastft_original = original  # type: ignore[attr-defined]
     UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
@@ -100,10 +106,11 @@ class Traces:
         """Return whether a layer called now may be reused: not inside another one, nor inside a body."""
         return self.active and self.output.is_root_tracer() and not self.output.export
 
-    def call(self, module: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any], plain: Callable) -> Any:
-        """Call a layer: by a trace that fits, else by tracing it."""
+    def call(
+        self, module: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any], state: Any, plain: Callable
+    ) -> Any:  # fmt: skip
+        """Call a layer: by a trace that fits, else by tracing it.  state: see state_of."""
         known = self.known.setdefault(type(module.value), [])
-        state = state_of(tx)
         for trace in reversed(known):
             try:
                 return trace.bind(module, tx, args, kwargs, state).call()
