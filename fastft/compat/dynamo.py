@@ -127,16 +127,33 @@ def remembered_sizes() -> dict[str, SizeEntry]:
 
 def before_sizes(look: Callable[[torch.Tensor, str], None]) -> None:
     """Call ``look(tensor, name)`` before Dynamo decides which sizes of a tensor from outside any module are symbols."""
-    original = getattr(builder._automatic_dynamic, "_fastft_original", builder._automatic_dynamic)
 
-    @functools.wraps(original)
-    def automatic_dynamic(e: Any, tx: Any, source: Any, static_shapes: bool, *args: Any, **kwargs: Any) -> Any:
+    def automatic_dynamic(
+        original: Callable, e: Any, tx: Any, source: Any, static_shapes: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         if not static_shapes:
             look(e, source.name)
         return original(e, tx, source, static_shapes, *args, **kwargs)
 
-    automatic_dynamic._fastft_original = original  # type: ignore[attr-defined]
-    builder._automatic_dynamic = automatic_dynamic
+    put_around(builder, "_automatic_dynamic", automatic_dynamic)
+
+
+def put_around(owner: Any, name: str, function: Callable) -> None:
+    """Put ``function(original, *args, **kwargs)`` around a function of Dynamo's, in the place of one put there before.
+
+    owner: the class or module that has it; nothing happens where it has none, as with another torch.
+    """
+    original = getattr(owner, name, None)
+    original = getattr(original, "_fastft_original", original)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    replacement._fastft_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, replacement)
 
 
 def break_early(is_ours: Callable[[], bool]) -> None:
@@ -145,20 +162,14 @@ def break_early(is_ours: Callable[[], bool]) -> None:
     From torch 2.13 on it goes on and finds out at the end of the graph, and so once in each of the frames around the
     call: ten traces of a model whose hook on the embeddings asks for gradients, as PEFT's does for checkpoints.
     """
-    original: Any = getattr(TensorVariable, "method_requires_grad_", None)
-    original = getattr(original, "_fastft_original", original)
-    if original is None:
-        return
 
-    @functools.wraps(original)
-    def method_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+    def method_requires_grad_(original: Callable, self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         log: Any = getattr(tx, "speculation_log", None)
         if self.source is None and hasattr(log, "graph_break_on_requires_grad_") and is_ours():
             log.graph_break_on_requires_grad_ = True
         return original(self, tx, *args, **kwargs)
 
-    method_requires_grad_._fastft_original = original  # type: ignore[attr-defined]
-    TensorVariable.method_requires_grad_ = method_requires_grad_  # type: ignore[method-assign]
+    put_around(TensorVariable, "method_requires_grad_", method_requires_grad_)
 
 
 def compiled_modules() -> list[torch.nn.Module]:

@@ -14,7 +14,7 @@ from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx import Node
 
-from fastft.compat.fake_tensors import computing_in, storage_key, tensors_in, value_of, written_to
+from fastft.compat.fake_tensors import computing_in, empty_like_fake, storage_key, tensors_in, value_of, written_to
 from fastft.compat.layer_facts import Differs
 
 
@@ -134,11 +134,10 @@ def like(result: Any, made: dict[Node, Any]) -> Any:
 
 def fresh(fake: Tensor, mode: Any) -> Tensor:
     """Return a fake tensor like this one, in storage of its own."""
+    empty = empty_like_fake(fake, mode)
     with computing_in(mode), torch.enable_grad():
-        empty = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
         if isinstance(fake, nn.Parameter):
             return nn.Parameter(empty, requires_grad=fake.requires_grad)
-        empty.requires_grad_(fake.requires_grad)
         return empty.clone() if fake.requires_grad and not fake.is_leaf else empty
 
 

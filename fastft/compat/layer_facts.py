@@ -146,8 +146,8 @@ class Facts:
             return (self.equal, f"repr({place})") if isinstance(value, _CONTAINERS) else (self.same, place)
         if name in ("DICT_CONTAINS", "SET_CONTAINS") and is_plain(keywords["key"]):
             return self.same, f"{keywords['key']!r} in {place}"
-        if name == "DUPLICATE_INPUT" and is_under(keywords["source_b"], self.layer):
-            return self.same, f"{place} is {self._name(keywords['source_b'])}"
+        if name == "DUPLICATE_INPUT" and (other := self._within(keywords["source_b"])) is not None:
+            return self.same, f"{place} is {other}"
         if name in _OBJECT or name == "DUPLICATE_INPUT":
             return self._object(value, place)
         raise Differs(f"{name} of {source.name} is not understood")

@@ -33,6 +33,7 @@ from torch._guards import ChainedSource, Source
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from fastft.compat import ddp
+from fastft.compat.dynamo import put_around
 from fastft.compat.fake_tensors import value_of
 from fastft.compat.layer_arguments import (
     check_argument,
@@ -57,11 +58,8 @@ _NUMBERED = re.compile(r"\[['\"]?\d+['\"]?\]$")
 
 def install(is_ours: Callable[[], bool]) -> None:
     """Reuse traces in compilations during which ``is_ours`` is true; leave all others alone."""
-    original: Any = UnspecializedNNModuleVariable.call_function
-    original = getattr(original, "_fastft_original", original)
 
-    @functools.wraps(original)
-    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(original: Callable, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         plain = functools.partial(original, self, tx, args, kwargs)
         if self.source is None or not _NUMBERED.search(self.source.name):
             return plain()
@@ -77,8 +75,7 @@ def install(is_ours: Callable[[], bool]) -> None:
             return plain()
         return traces.call(self, tx, args, kwargs, state, plain) if ready else plain()
 
-    call_function._fastft_original = original  # type: ignore[attr-defined]
-    UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
+    put_around(UnspecializedNNModuleVariable, "call_function", call_function)
 
 
 _refused: weakref.WeakSet[Any] = weakref.WeakSet()  # code objects in which every layer is traced
@@ -137,11 +134,12 @@ class Traces:
 class Trace:
     """What one layer's trace read, and what it became.
 
-    arguments: by their place, as Dynamo's variables.  state: see _state.  nodes: those that it added to the graph.
-    given: those that it reads and that were there before, each with its argument's place, or None where every layer
-    reads the same.  tensors: the inputs that are the layer's own.  known: its facts.  kinds: those of its tensors.
-    results: the tensors that it returns.  body: the name of its copy among the graph's bodies.  also: other traces in
-    whose place its body may be called.
+    arguments: by their place, as Dynamo's variables.  state: see state_of.  nodes: those that it added to the graph.
+    given: what it reads that was there before: arguments, and what every layer reads.
+    tensors, sources: the inputs that are the layer's own, and where they come from.
+    known: the layer's facts.  kinds: those of its tensors.
+    result: what it returns, as Dynamo's variable; results: the tensors in it.
+    body: the name of its copy among the graph's bodies.  also: other traces in whose place its body may be called.
     """
 
     module: Any
@@ -149,7 +147,7 @@ class Trace:
     arguments: dict[tuple, Any]
     state: Any
     nodes: list[Node]
-    given: dict[Node, tuple | None]
+    given: list[Node]
     tensors: list[Node]
     facts: Facts
     known: tuple
@@ -245,7 +243,6 @@ class LayerCall:
 
     trace: Trace
     sources: list[Source]
-    fakes: tuple[Tensor, ...]
 
 
 @dataclass
@@ -275,7 +272,7 @@ class Bound:
             call.node.meta["example_value"] = tuple(fakes)
             places: dict[Source, Source] = {trace.source: source}
             sources = [moved_source(old, places) for old in trace.sources]
-            call.node.meta["layer_call"] = LayerCall(trace, sources, value_of(tensors.node))
+            call.node.meta["layer_call"] = LayerCall(trace, sources)
             made: dict[Node, Any] = {}
             for place, (node, fake) in enumerate(zip(trace.results, fakes, strict=True)):
                 item = output.create_proxy("call_function", operator.getitem, (call, place), {})
@@ -336,15 +333,15 @@ class _Recorder:
         results = list(dict.fromkeys(tensors_of(result)))
         if not own.issuperset(results):
             raise Differs("it returns what it was given")
-        given: dict[Node, tuple | None] = {}
+        given: list[Node] = []
         tensors: dict[Node, Source] = {}
         read = (value for node in nodes for value in node.all_input_nodes if value not in own)
         for node in dict.fromkeys(read):
-            where = self._origin(node)
-            if isinstance(where, Source):
-                tensors[node] = where
+            source = self._own_source(node)
+            if source is None:
+                given.append(node)
             else:
-                given[node] = where
+                tensors[node] = source
         check_memory([*given, *tensors], results)
         layer, values = self.module.source, values_of(self.tx)
         guards = [guard for guard in self.tx.output.guards if is_under(guard.originating_source, layer)]
@@ -371,12 +368,10 @@ class _Recorder:
                 raise Differs("it reads an attribute of the graph")
         return nodes
 
-    def _origin(self, node: Node) -> Source | tuple | None:
-        """Return where another layer's input is in the place of this one: its source, its argument; None: the same."""
-        for path, variable in self.arguments.items():
-            if isinstance(variable, (TensorVariable, SymNodeVariable)) and variable.as_proxy().node is node:
-                return path
-        if isinstance(value_of(node), torch.SymInt):
+    def _own_source(self, node: Node) -> Source | None:
+        """Return where a tensor of the layer's own comes from; None for an argument, and for what every layer reads."""
+        variables = [item for item in self.arguments.values() if isinstance(item, (TensorVariable, SymNodeVariable))]
+        if isinstance(value_of(node), torch.SymInt) or any(item.as_proxy().node is node for item in variables):
             return None
         source = getattr(node.meta.get("grapharg"), "source", None)
         if node.op != "placeholder" or source is None:

@@ -38,9 +38,9 @@ def take_apart(
     traces = {id(call.trace): (call.trace, node) for node, call in reversed(calls.items())}
     for trace, call in traces.values():
         _flatten_body(getattr(copy, trace.body))
-        _fold(copy, trace, call, now, trace.body, (*trace.given, *trace.tensors), list(trace.given))
+        _fold(copy, trace, call, now, trace.body, (*trace.given, *trace.tensors), trace.given)
         for other in trace.also:
-            _fold(copy, other.trace, call, now, trace.body, (*other.given, *other.tensors), list(trace.given))
+            _fold(copy, other.trace, call, now, trace.body, (*other.given, *other.tensors), trace.given)
     for node, call in calls.items():
         _flatten_call(copy, node, call)
     copy.graph.lint()
@@ -74,7 +74,7 @@ def _flatten_call(gm: GraphModule, node: Node, call: LayerCall) -> None:
     assert isinstance(tensors, Node)
     inputs: list[Node] = []
     with gm.graph.inserting_before(tensors):
-        for old, source, fake in zip(call.trace.tensors, call.sources, call.fakes, strict=True):
+        for old, source, fake in zip(call.trace.tensors, call.sources, value_of(tensors), strict=True):
             placeholder = gm.graph.placeholder(f"{tensors.name}_{len(inputs)}")
             set_value(placeholder, fake)
             placeholder.meta["tensor_dict"] = dict(old.meta.get("tensor_dict") or {})
