@@ -62,6 +62,16 @@ def shape(text: str) -> Shape:
     return batch, length
 
 
+def span(text: str) -> Shape:
+    try:
+        low, high = (positive(part) for part in text.split("-"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not shortest-longest, such as 256-2048") from None
+    if low > high:
+        raise argparse.ArgumentTypeError(f"{low} is more than {high}")
+    return low, high
+
+
 def named(kind: str, known: Collection[str]) -> Callable[[str], str]:
     """The type of a name of this kind."""
 

@@ -31,6 +31,8 @@ class Run:
     """What a worker is asked to do; all of it goes into the row.
 
     options: of the contender, where it takes any, over its own.
+    as_trainer: as transformers' Trainer with bf16 and a paged 8-bit optimizer steps, which reads each loss.
+    lengths: the shortest and the longest row, where each row has a length of its own.
     """
 
     contender: str
@@ -48,6 +50,8 @@ class Run:
     seed: int
     lower: str
     options: Row = field(default_factory=dict)
+    as_trainer: bool = False
+    lengths: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, asked: Row) -> Run:
@@ -65,14 +69,19 @@ class Training:
     clock: Clock
     build_s: float
     loss: str
+    as_trainer: bool = False
 
     def step(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss.  A copy of it, made at once: a CUDA graph that is replayed overwrites its outputs."""
         self.optimizer.zero_grad()  # first, so that the last step's gradients can be looked at
-        loss = self.model(**batch).loss if self.loss == "inside" else self._loss_outside(batch)
+        with torch.autocast(self.trained[0].device.type, torch.bfloat16, enabled=self.as_trainer):
+            loss = self.model(**batch).loss if self.loss == "inside" else self._loss_outside(batch)
         loss.backward()
         self.optimizer.step()
-        return loss.detach().clone()
+        made = loss.detach().clone()
+        if self.as_trainer:
+            made.item()  # for a progress bar, which waits for the step
+        return made
 
     def _loss_outside(self, batch: dict[str, Tensor]) -> Tensor:
         """As a loop that computes its own writes it."""
@@ -108,7 +117,15 @@ def prepare(run: Run) -> Training:
     )
     build_s = clock.now() - began
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Training(model, torch.optim.AdamW(trained, lr=1e-4, fused=True), trained, clock, build_s, run.loss)
+    return Training(model, _optimizer(run, trained), trained, clock, build_s, run.loss, run.as_trainer)
+
+
+def _optimizer(run: Run, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if run.as_trainer and trained[0].is_cuda:
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit(trained, lr=1e-4)
+    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
 def measure(asked: Row) -> Row:
@@ -119,11 +136,14 @@ def measure(asked: Row) -> Row:
     row: Row = {"build_s": training.build_s, "model_gib": clock.allocated_gib()}
     batches = make_batches(run)
     clock.reset_peak()
-    began = clock.now()
-    losses = [training.step(batches[0])]
-    row["first_step_s"] = clock.now() - began
-    turns.time()
-    losses += [training.step(batch) for batch in batches[1 : run.warmup]]
+    losses, row["warmup_s"] = [], []
+    for batch in batches[: run.warmup]:
+        began = clock.now()
+        losses.append(training.step(batch))
+        row["warmup_s"].append(clock.now() - began)
+        if len(losses) == 1:
+            turns.time()
+    row["first_step_s"] = row["warmup_s"][0]
     row["peak_warmup_gib"] = clock.peak_gib()
     clock.reset_peak()
     clock.mark()
@@ -134,6 +154,8 @@ def measure(asked: Row) -> Row:
     p20, p50, p80 = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     row |= {"seconds": seconds, "seconds_p20": p20, "seconds_p50": p50, "seconds_p80": p80}
     row["tokens_per_s"] = run.batch * run.length / p50
+    if run.lengths:
+        row |= _of_all_tokens(batches[run.warmup :], sum(seconds))
     row["peak_steps_gib"] = clock.peak_gib()
     row["peak_gib"] = max(row["peak_steps_gib"], row["peak_warmup_gib"])
     row |= {"loss_first": losses[0].item(), "loss_last": losses[-1].item()}
@@ -145,6 +167,17 @@ def measure(asked: Row) -> Row:
     return row | occupancy(lambda: training.step(batches[-1]), p50, cuda=clock.cuda)
 
 
+def _of_all_tokens(batches: list[dict[str, Tensor]], seconds: float) -> Row:
+    """Figures of batches of many sizes: of all their tokens, with padding and without, in all seconds."""
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    read = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    sizes = [batch["input_ids"].shape[1] for batch in batches]
+    return {
+        "tokens_per_s": tokens / seconds, "tokens_per_s_without_padding": read / seconds, "padding": 1 - read / tokens,
+        "longest_rows": sizes,
+    }  # fmt: skip
+
+
 def make_batches(run: Run) -> list[dict[str, Tensor]]:
     """Fresh random tokens for every step, the same for every contender."""
     generator = torch.Generator().manual_seed(run.seed)
@@ -153,9 +186,16 @@ def make_batches(run: Run) -> list[dict[str, Tensor]]:
 
 def make_batch(run: Run, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random tokens; labels are the ids, but for padding and the first token of a packed document."""
+    sizes = torch.full((batch,), length)
+    if run.lengths:
+        sizes = torch.randint(run.lengths[0], run.lengths[1] + 1, (batch,), generator=generator)
+        length = int(sizes.max())
     ids = torch.randint(PRESETS[run.model]["vocab_size"], (batch, length), generator=generator)
     ids = ids.to(device_of(run.device))
     made = {"input_ids": ids, "labels": ids}
+    if run.lengths:  # as a collator pads: on the right, up to the longest row
+        read = (torch.arange(length) < sizes[:, None]).to(ids.device)
+        return made | {"attention_mask": read.to(ids.dtype), "labels": ids.masked_fill(~read, IGNORED)}
     if run.mask in ("ones", "padded"):
         made["attention_mask"] = torch.ones_like(ids)
     if run.mask == "padded":

@@ -29,7 +29,12 @@ def title_of(rows: list[Row]) -> str:
     layers = f", {row['layers']} layers" if row["layers"] else ""
     kind = "NF4 LoRA" if row["nf4"] else "LoRA"
     where = next((row.get("gpu") or row["device"] for row in rows if row.get("device")), "unknown device")
-    return f"{row['model']}{layers}, {kind}, {row['dtype']}, mask {row['mask']}, {where}"
+    mask = "mask {mask}".format(**row)
+    if row.get("lengths"):
+        shares = {row["padding"] for row in rows if "padding" in row}
+        mask = "rows of {} to {} tokens".format(*row["lengths"]) + "".join(f", {s:.0%} padding" for s in sorted(shares))
+    trainer = ", as a trainer" if row.get("as_trainer") else ""
+    return f"{row['model']}{layers}, {kind}, {row['dtype']}{trainer}, {mask}, {where}"
 
 
 def show(rows: list[Row], console: Console | None = None) -> None:

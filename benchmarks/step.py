@@ -8,6 +8,7 @@ weights.  Each contender runs at each batch and length in a process of its own, 
     python benchmarks/step.py --model llama-1b --batches 4x2048,1x512
     python benchmarks/step.py --model llama-8b --nf4 --batches 1x2048,2x2048,8x2048 --json rows.json --png steps.png
     python benchmarks/step.py --model llama-8b --nf4 --layers 4 --contenders inductor,fastft --batches 2x2048
+    python benchmarks/step.py --model llama-8b --nf4 --as-trainer --lengths 256-2048 --batches 2x2048 --steps 20
     python benchmarks/step.py --contenders inductor,fastft,fastft-whole,fastft-min,fastft-graphs
     for mask in none packed; do python benchmarks/step.py --mask $mask --turns /tmp/turns --json $mask.json & done; wait
     python benchmarks/report.py rows.json more.json --png steps.png      # show rows again, or several files together
@@ -33,6 +34,12 @@ non-reentrant, every layer.
 padding, without labels.  packed: no attention_mask, but position_ids that begin again every 512 tokens (a quarter of a
 row, where that is less), as a collator without padding makes them, and no label for the first token of a document.
 tokens/s count the tokens of the batch as they are, padding included.
+
+--as-trainer steps as transformers' Trainer does with bf16=True, optim="paged_adamw_8bit" and a progress bar: forward
+under autocast, bitsandbytes' PagedAdamW8bit, and each loss read.  --lengths 256-2048 gives each row a length of its own
+and pads to the longest of its batch, on the right, without labels, as a collator does; --batches then says how many
+rows, and 2048 their bound.  tokens/s are those of all timed batches in all their time (--warmup does not count), and a
+row has the share of padding, tokens/s without it, and the seconds of each step of the warm-up.
 """
 
 from __future__ import annotations
@@ -59,7 +66,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--warm-cache", action="store_true", help="keep using the machine's compile caches")
     add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
     add("--png", type=Path, help="draw the rows here")
-    return parser.parse_args(words)
+    add("--as-trainer", action="store_true", help="autocast, a paged 8-bit optimizer, and the loss read in each step")
+    add("--lengths", type=arguments.span, help="each row has a length between these, as in 256-2048")
+    options = parser.parse_args(words)
+    if options.lengths:
+        options.batches = [(batch, options.lengths[1]) for batch, _ in options.batches]
+    return options
 
 
 def main() -> None:
@@ -75,7 +87,7 @@ def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
     pairs = [(name, shape) for shape in options.batches for name in options.contenders]
     made = []
     for i, (name, (batch, length)) in enumerate(pairs):
-        asked = arguments.asked(options, "layers", "steps", "warmup", "turns")
+        asked = arguments.asked(options, "layers", "steps", "warmup", "turns", "as_trainer", "lengths")
         asked |= {"contender": name, "batch": batch, "length": length}
         caches = None if options.warm_cache else scratch / f"caches-{i}"
         made.append(workers.Job(f"{name} {batch}x{length}", asked, caches))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastft.kernels.core import layout
 from fastft.kernels.core.arith import cdiv
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import CONFIGS, config_for, load_tile, load_vector, rounded, row_start, store_tile
 from fastft.kernels.rms_norm_triton import normalized
 

@@ -7,7 +7,7 @@ Each saves the log-sum-exp of its rows, so a backward need not be that of the fo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastft.compat.operators import attention_engine
+from fastft.kernels.core.launch_recorder import is_aligned, setting
 
 _triton_alone = False  # set by only_triton
 CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
@@ -62,8 +63,7 @@ def chosen(
     The Triton kernels give the same bits each time, the engines' backwards do not.
     """
     if (
-        _triton_alone
-        or torch.are_deterministic_algorithms_enabled()
+        setting(_avoids_engines)
         or not scale > 0.0
         or any(tensor is not None for tensor in tensors)
         or any(numbers)
@@ -75,10 +75,14 @@ def chosen(
     engine = engine_of(query.device, query.dtype, query.shape[-1])
     if engine == "cudnn" and min(query.shape[2], key.shape[2]) < SHORTEST:
         engine = "flash"
-    return engine if engine and _ENABLED[engine]() else ""
+    return engine if engine and setting(_ENABLED[engine]) else ""
 
 
-_ENABLED = {
+def _avoids_engines() -> bool:
+    return _triton_alone or torch.are_deterministic_algorithms_enabled()
+
+
+_ENABLED: dict[str, Callable[[], bool]] = {
     "cudnn": lambda: torch.backends.cudnn.enabled and torch.backends.cuda.cudnn_sdp_enabled(),
     "flash": torch.backends.cuda.flash_sdp_enabled,
     "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
@@ -89,7 +93,7 @@ def _readable(tensor: Tensor) -> Tensor:
     """Return the tensor as the engines address it, copied if needed: no expanded axis, unit stride, 16-byte aligned."""
     step = ALIGNED_BYTES // tensor.element_size()
     *others, last = tensor.stride()
-    fits = last == 1 and all(stride % step == 0 for stride in others) and tensor.data_ptr() % ALIGNED_BYTES == 0
+    fits = last == 1 and all(stride % step == 0 for stride in others) and is_aligned(tensor)
     return tensor if fits and 0 not in others else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -101,7 +105,7 @@ def _beside(tensor: Tensor) -> Tensor:
     """
     _, H, S, D = tensor.shape
     strides = (S * H * D, D, H * D, 1)
-    if tensor.stride() == strides and tensor.data_ptr() % ALIGNED_BYTES == 0:
+    if tensor.stride() == strides and is_aligned(tensor):
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 

@@ -28,7 +28,7 @@ from fastft.kernels.attention_tiles import (
     unit,
 )
 from fastft.kernels.core.arith import cdiv
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import padded
 
 # By head_dim, bytes of an element, and whether there is much shared memory.

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.compat import symbolic_sizes
 from fastft.kernels.core import dispatch
+from fastft.kernels.core.launch_recorder import constant
 from fastft.kernels.core.registry import define, load, require
-from fastft.kernels.core.replay import constant
 
 NESTED_BLOCK = 256  # absmax values that share one of their own
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -39,7 +40,8 @@ CODES = {
 @functools.cache
 def code_of(quant_type: str, device: torch.device) -> Tensor:
     """Return the 16 values of a quantised type, float32, on a device."""
-    return constant(torch.tensor(CODES[quant_type], dtype=torch.float32, device=device))
+    with symbolic_sizes.without_modes():
+        return constant(torch.tensor(CODES[quant_type], dtype=torch.float32, device=device))
 
 
 def reference(

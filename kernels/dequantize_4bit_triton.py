@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.core.arith import cdiv
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.dequantize_4bit import code_of
 
 UNIT = 64  # elements that one absmax scales, or a part of them

@@ -117,12 +117,12 @@ class HeadLoss(Generic[C]):
         op = define(
             name, reference, self.new_outputs, self.fill,
             cases=forward, gradients=DIFFERENTIABLE, alike=ALIKE, flops=flops, scratch=self.scratch_bytes,
-            replayed=False,  # how many labels count is read from them
+            planned=False,  # how many labels count is read from them
         )  # fmt: skip
         backward_op = define(
             f"{name}_backward", reference_backward, self.new_gradients, self.fill_backward,
             cases=backward, statistics=("grad_output",), alike=ALIKE, flops=flops_backward,
-            scratch=lambda grad_output, *arguments: self.scratch_bytes(*arguments, ()), replayed=False,
+            scratch=lambda grad_output, *arguments: self.scratch_bytes(*arguments, ()), planned=False,
         )  # fmt: skip
         op.register_autograd(functools.partial(self._backward, backward_op), setup_context=self._setup_context)
         return op, backward_op

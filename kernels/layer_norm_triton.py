@@ -15,7 +15,7 @@ from torch import Tensor
 from fastft.kernels.core import layout
 from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.dispatch import MAX_ROW_WITH_SUMS
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import (
     CONFIGS,
     config_for,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import tanh
 from fastft.kernels.linear_cross_entropy import Arguments
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.linear_cross_entropy_triton import CONFIGS, shaped
 from fastft.kernels.linear_kl_div import Arguments
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.core.arith import cdiv
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.arith import at_least_one, cdiv
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import multiprocessors
 from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect, split
 from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
@@ -171,7 +171,7 @@ def both(
     M, K = x.shape
     shares = shares_of(columns, ranks)
     blocks, block_m = shares[-1][1], TILE["BLOCK_M"]
-    splits = max(1, min(2 * multiprocessors(x.device) // blocks, M // (4 * block_m)))
+    splits = at_least_one(2 * multiprocessors(x.device) // blocks, M // (4 * block_m))
     splits, n_rows = split(M, splits, block_m)
     parts, partial = s.new_empty(blocks, M, ONE_PASS_RANK), s.new_empty(splits, K, ONE_PASS_RANK)
     target = x if copy is None else copy

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.arith import at_least_one, cdiv
 from fastft.kernels.core.dispatch import SHARED_OPERANDS, has_shared_operands
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import multiprocessors, padded
 
 TERMS = 3  # of a float32 number in bfloat16
@@ -245,7 +245,7 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
     (M, K), R = x.shape, s.shape[1]
     meta = tile(R, terms.dtype != x.dtype or x.dtype == torch.float32)
     blocks = cdiv(M, meta["BLOCK_M"])
-    splits = max(1, min(cdiv(2 * multiprocessors(x.device), blocks), K // 512))
+    splits = at_least_one(cdiv(2 * multiprocessors(x.device), blocks), K // 512)
     splits, columns = split(K, splits, meta["BLOCK_K"])
     at_once = splits == 1 and spare is None
     partial, whole = (s[None] if at_once else s.new_empty(splits, M, R)), (x if copy is None else copy)
@@ -268,7 +268,7 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transpos
     terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
     meta = tile(R, terms == 0, True, terms == TERMS and not has_shared_operands(x.device))
     blocks = cdiv(K, meta["BLOCK_K"])
-    splits = max(1, min(cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"])))
+    splits = at_least_one(cdiv(2 * multiprocessors(x.device), blocks), M // (4 * meta["BLOCK_M"]))
     splits, n_rows = split(M, splits, meta["BLOCK_M"])
     partial = s.new_empty((splits, R, K) if transposed else (splits, K, R))
     by_k, by_r = (1, K) if transposed else (R, 1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels.core.arith import cdiv
+from fastft.kernels.core.launch_recorder import is_aligned
 from fastft.kernels.core.registry import wide
 from fastft.kernels.lora_group import Group
 from fastft.kernels.lora_products import (
@@ -220,7 +221,7 @@ def _few_rows(y: Tensor, x: Tensor, group: Group, begun: bool) -> None:
 def _dense_at_16_bytes(tensor: Tensor) -> Tensor:
     """Return the tensor or a dense copy aligned to 16 bytes, as many as bitsandbytes' GEMM reads at once anywhere."""
     dense = tensor.contiguous()
-    return dense if dense.data_ptr() % 16 == 0 else dense.clone()
+    return dense if is_aligned(dense) else dense.clone()
 
 
 def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]) -> None:
@@ -342,13 +343,15 @@ def _input_gradient_by_parts(
     """Write dx = [dY | ds] [W ; A], ds and dB, some rows at a time: a copy of dY would be as large as dY."""
     M, n = grad.shape
     size = _rows_of_a_part(M, n, spare, grad.element_size())
-    weight, wider = scratch(group, rows_below=spare), grad.new_empty(min(size, M), n + spare)
+    count = int(cdiv(M, size))
+    size = M if count == 1 else size
+    weight, wider = scratch(group, rows_below=spare), grad.new_empty(size, n + spare)
     place(weight[None, n:], factors_a(group))
-    totals = dbs if size >= M else [None if db is None else torch.zeros_like(db, dtype=wide(db.dtype)) for db in dbs]
-    for start in range(0, M, size):
-        part = slice(start, min(start + size, M))
+    totals = dbs if count == 1 else [None if db is None else torch.zeros_like(db, dtype=wide(db.dtype)) for db in dbs]
+    for number in range(count):
+        part = slice(number * size, M if number == count - 1 else (number + 1) * size)
         own = dbs if totals is dbs else [None if total is None else torch.empty_like(total) for total in totals]
-        beside = wider[: part.stop - start]
+        beside = wider[: part.stop - part.start]
         _adapter_gradients(grad[part], s[part], ds[part], own, group, beside)
         torch.mm(beside, weight, out=dx[part])
         for total, more in zip(totals, own, strict=True) if totals is not dbs else ():

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.core.arith import cdiv
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import config_for, load_tile, multiprocessors, rounded, store_at
 from fastft.kernels.rotary_triton import (
     CONFIGS,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastft.kernels.core import layout
 from fastft.kernels.core.arith import cdiv
-from fastft.kernels.core.replay import on_grid
+from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import Config, config_for, load_tile, row_start, store_at
 from fastft.kernels.rotary import LONGEST_HEAD
 

@@ -121,11 +121,13 @@ def calls(draw: st.DrawFn, op: str) -> Call:
 
 
 def examples(
-    op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48), largest: int = LARGEST
-) -> Iterator[Call]:
+    op: str, dtype: torch.dtype, count: int = 5, rows: Sequence[int] = (16, 24, 32, 40, 48), largest: int = LARGEST,
+    leading: tuple[int, ...] = (),
+) -> Iterator[Call]:  # fmt: skip
     """Some calls, always the same, the first five each larger than the one before; cases from all over the list.
 
-    rows: the sizes that rows are made of, in turn; the other sizes are at most largest.
+    rows: the sizes that rows are made of, in turn; the other sizes are at most largest.  leading: the sizes before
+    them, and the lengths of queries and keys, if these are not to be drawn.
     """
     entry = REGISTRY[op]
     for number in range(count):
@@ -133,9 +135,11 @@ def examples(
         shapes = entry.cases[case][0]
         chosen = random.Random(number)
         size = min(2 + number % 5, largest) if max(rows) < 100 else 2  # long rows are few
-        drawn: Sizes = {"...": (size, 3)}
+        drawn: Sizes = {"...": leading or (size, 3)}
         for name in names_in(shapes):
             drawn[name] = rows[number % len(rows)] if name in ROW_NAMES else size
+        if leading:
+            drawn |= dict(zip(("B", "S"), leading, strict=True)) | {"T": leading[1]}
         specs = [
             (
                 name,

@@ -9,6 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cuda as empty_strided_cuda
+from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret_tensor
+from torch._C._dynamo.guards import assert_size_stride
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["tree_map_only"]  # what is only passed on
+__all__ = ["assert_size_stride", "empty_strided_cuda", "reinterpret_tensor", "tree_map_only"]  # what is only passed on
 
 
 def value_of(argument: Any) -> Any:

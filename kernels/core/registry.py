@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils.flop_counter import register_flop_formula
 
-from fastft.kernels.core import dispatch, replay
+from fastft.kernels.core import dispatch
 
 Results = Tensor | tuple[Tensor, ...] | list[Tensor]
 Fill = Callable[[Sequence[Tensor], Sequence[Any]], None]
@@ -44,7 +44,8 @@ class Entry:
     gradients: the tensors, or lists of them, that the op has a gradient for; () for an op without autograd.
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
     scratch: returns from a call's arguments the most bytes that it allocates beside its results; None if it is nothing.
-    replayed: whether a call's launches depend on its arguments' metadata alone.
+    planned: whether a call's launches depend on its arguments' metadata alone (launch_plan.py).
+    run: the op's implementation, an engine of torch's included.
     launches: where its Triton kernels are launched, as ``file.function``.
     """
 
@@ -60,8 +61,9 @@ class Entry:
     lists: frozenset[str] = frozenset()
     scratch: Callable[..., int] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    replayed: bool = True
+    planned: bool = True
     launches: str = ""
+    run: Callable[..., Results] | None = None
 
     def compute(self, *arguments: Any) -> Results:
         """Compute the op's results with our own kernels."""
@@ -88,7 +90,6 @@ def parameter_of(name: str) -> str:
 
 
 REGISTRY: dict[str, Entry] = {}
-REPLAYED_ON = {"cuda"}  # types of devices: on a CPU kernels take longer than what is before them
 _library = torch.library.Library("fastft", "FRAGMENT")
 
 
@@ -107,7 +108,7 @@ def define(
     engine: Callable[..., Results | None] | None = None,
     multiplies: bool = False,
     scratch: Callable[..., int] | None = None,
-    replayed: bool = True,
+    planned: bool = True,
 ) -> CustomOpDef:
     """Define the op ``fastft::name`` and enter it in REGISTRY; the caller adds autograd.
 
@@ -121,7 +122,7 @@ def define(
         of outputs, or None.
     multiplies: the Triton kernels multiply tiles (tl.dot), and only run on tensor cores.
     scratch: returns from the arguments the most bytes that a call allocates beside its results.
-    replayed: whether the calls, engine aside, depend on the arguments' metadata alone (replay.py).
+    planned: whether the calls depend on the arguments' metadata alone (launch_plan.py).
     """
 
     def fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
@@ -131,17 +132,14 @@ def define(
             longest = 0 if multiplies and not dispatch.has_tensor_cores(arguments[0].device) else longest_row
             dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest)
 
-    again = replay.Replayed(lambda *arguments: REGISTRY[f"fastft::{name}"].compute(*arguments), f"fastft::{name}")
-
     def run(*arguments: Any) -> Results:
         if engine is not None and (computed := engine(*arguments)) is not None:
             return computed
-        device = arguments[0].device.type
-        function = again if replayed and device in REPLAYED_ON else again.compute
+        compute, device = REGISTRY[f"fastft::{name}"].compute, arguments[0].device.type
         if torch.is_autocast_enabled(device):  # an op says itself what it computes in: its products are not cast
             with torch.autocast(device, enabled=False):
-                return function(*arguments)
-        return function(*arguments)
+                return compute(*arguments)
+        return compute(*arguments)
 
     op = torch.library.custom_op(
         f"fastft::{name}", run, mutates_args=(), schema=torch.library.infer_schema(reference, mutates_args=())
@@ -162,8 +160,9 @@ def define(
         op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
         tuple(parameters),
         frozenset(name for name, parameter in parameters.items() if "Sequence" in str(parameter.annotation)), scratch,
-        {name: value.default for name, value in parameters.items() if value.default is not value.empty}, replayed,
+        {name: value.default for name, value in parameters.items() if value.default is not value.empty}, planned,
         launcher if isinstance(launcher, str) else f"{launcher.__module__.rpartition('.')[2]}.{launcher.__name__}",
+        run,
     )  # fmt: skip
     return op
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
-from fastft.compat import aot
+from fastft.compat import aot, inductor
+from fastft.kernels import REGISTRY
+from fastft.kernels.core.launch_plan import PLANNED_ON
 from fastft.rewriter.memory.partitioner import Partitioner
 from fastft.rewriter.options import Options
 from fastft.source_digest import sources
@@ -23,4 +27,14 @@ def compile_graph(
     """
     if options.lower == "eager":
         return gm.forward if partitioner is None else aot.partitioned(gm, example_inputs, partitioner)
+    _call_plans()
     return aot.compile_fx(gm, example_inputs, f"fastft-{sources()}", partitioner or Partitioner())
+
+
+@functools.cache
+def _call_plans() -> None:
+    """Let Inductor's code call the launch plans of our ops."""
+    names = [name.partition("::")[2] for name, entry in REGISTRY.items() if entry.planned]
+    inductor.call_plans(
+        [getattr(torch.ops.fastft, name).default for name in names], lambda device: device.type in PLANNED_ON
+    )

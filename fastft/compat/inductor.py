@@ -1,0 +1,126 @@
+"""Let Inductor's code call the launch plan of an op where it would call the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir, lowering
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.virtualized import V
+from torch._library.utils import get_layout_constraint_tag
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
+
+ALIGNMENT = 16  # bytes
+
+
+def call_plans(ops: Iterable[Any], planned_on: Callable[[torch.device], bool]) -> None:
+    """Lower these operators to calls of their launch plans, on the devices that planned_on returns True for."""
+    for op in ops:
+        if op not in lowering.lowerings:
+            tag = get_layout_constraint_tag(op, with_default=True)
+            lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
+            lowering.lowerings[op] = _lowered(op, planned_on)
+
+
+def _lowered(op: Any, planned_on: Callable[[torch.device], bool]) -> Callable[..., Any]:
+    class PlannedKernel(_PlannedKernel):
+        def is_planned(self, device: torch.device) -> bool:
+            return planned_on(device)
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        made = PlannedKernel.create(op, *args, **kwargs)
+        wrap = lambda value: ir.TensorBox.create(value) if isinstance(value, ir.IRNode) else value  # noqa: E731
+        return pytree.tree_map(wrap, made)
+
+    lower._is_fallback_handler = True  # type: ignore[attr-defined]
+    return lower
+
+
+class _PlannedKernel(ir.FallbackKernel):
+    """A call of an operator that becomes a call of its launch plan once the layouts of all buffers are known."""
+
+    def is_planned(self, device: torch.device) -> bool:
+        raise NotImplementedError
+
+    def codegen(self, wrapper: PythonWrapperCodegen) -> None:
+        """Write the call, and the plan into the code's header."""
+        if type(wrapper) is PythonWrapperCodegen and self.is_planned(self.inputs[0].get_device()):  # type: ignore
+            name = self._plan_name
+            wrapper.header.splice(f"""
+                from fastft.kernels.core.launch_plan import Described, plan
+                {name} = plan({self._described()})
+            """)
+            self.python_kernel_name = name
+        super().codegen(wrapper)
+
+    def codegen_args(self) -> list[str]:
+        """Write all arguments in their places: a plan takes none by name."""
+        args = super().codegen_args()
+        if self.python_kernel_name != self._plan_name:
+            return args
+        rest = self.op_overload._schema.arguments[len(args) :]  # type: ignore[union-attr]
+        return [*args, *(V.graph.wrapper_code.val_to_arg_str(self.kwargs.get(o.name, o.default_value)) for o in rest)]
+
+    def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
+        """Write the arguments that are given by name."""
+        return [] if self.python_kernel_name == self._plan_name else super().codegen_kwargs(skip_out)
+
+    @property
+    def _plan_name(self) -> str:
+        return f"plan_of_{self.get_name()}"
+
+    def _described(self) -> str:
+        """Write the operator's name and a description of each argument, as launch_plan.plan takes them."""
+        args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
+        schema = self.op_overload._schema  # type: ignore[union-attr]
+        every = [*args, *(kwargs.get(one.name, one.default_value) for one in schema.arguments[len(args) :])]
+        tensors = [value for value in pytree.tree_leaves(every) if isinstance(value, ir.IRNode)]
+        sizes = _Sizes(tensors)
+
+        def describe(value: Any) -> str:
+            if isinstance(value, ir.IRNode):
+                return sizes.describe(value)
+            if isinstance(value, (list, tuple)):
+                return f"[{', '.join(map(describe, value))}]"
+            return repr(value)
+
+        return ", ".join([repr(schema.name), *map(describe, every)])
+
+
+class _Sizes:
+    """Names for the sizes of some tensors: a symbol that is a size by itself, and else a whole expression, has one."""
+
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        self.names: dict[Any, str] = {}
+        for size in (size for tensor in tensors for size in tensor.get_size()):
+            if isinstance(size, sympy.Symbol):
+                self._name(size)
+
+    def describe(self, tensor: Any) -> str:
+        """Describe a tensor."""
+        shape, stride = (tuple(map(self._size, sizes)) for sizes in (tensor.get_size(), tensor.get_stride()))
+        given = f"{tensor.get_dtype()}, {str(tensor.get_device())!r}, {shape!r}, {stride!r}"
+        return f"Described({given}, {_is_aligned(tensor)})"
+
+    def _size(self, size: Any) -> int | str:
+        expression = sympy.sympify(size)
+        if expression.is_Integer:
+            return int(expression)
+        if not expression.free_symbols <= set(self.names):
+            return self._name(expression)
+        renamed = {symbol: sympy.Symbol(name, integer=True) for symbol, name in self.names.items()}
+        return PythonPrinter().doprint(expression.xreplace(renamed))
+
+    def _name(self, expression: Any) -> str:
+        return self.names.setdefault(expression, f"n{len(self.names)}")
+
+
+def _is_aligned(tensor: Any) -> bool:
+    """Return whether Inductor makes sure that a tensor's address is a multiple of ALIGNMENT: buffers and inputs."""
+    offset = tensor.get_layout().offset * tensor.get_dtype().itemsize
+    aligned = V.graph.sizevars.statically_known_multiple_of(sympy.sympify(offset), ALIGNMENT)
+    return aligned and tensor.get_name() not in V.graph.unaligned_buffers

@@ -1,0 +1,177 @@
+"""Plan an op's launches once for all sizes: Inductor's code calls a plan where it would call an opaque op.
+
+An op runs much Python for few kernel launches: it checks shapes, chooses a GEMM and a tile, computes strides.  A plan
+runs it once on fake tensors whose sizes are symbols, and generates a function that makes the same calls in the same
+order for any sizes (launch_recorder.py).  What the op decides by sizes holds as long as the same comparisons have the
+same results: these are the conditions at the top of the function, and where one fails, the op is recorded for such
+sizes too.  Kernels are compiled for what is known for all sizes, so that no length compiles another one.
+
+What cannot be recorded, such as a call that reads a value, runs as the op does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft.compat import symbolic_sizes, triton_launch
+from fastft.compat.symbolic_sizes import SymbolicSizes
+from fastft.kernels.core import launch_recorder, registry
+from fastft.kernels.core.launch_recorder import LARGEST_INT32, Launch, Recorder
+
+log = logging.getLogger("fastft")
+PLANNED_ON = {"cuda"}  # types of devices: on a CPU kernels take longer than what is before them
+MOST_VARIANTS = 16  # functions of a plan, for different results of comparisons
+
+Size = int | str  # a number, or an expression of sizes that have names
+_plans: dict[str, Plan] = {}
+_numbers = itertools.count()
+
+
+class Described(NamedTuple):
+    """A tensor argument: shape and stride of numbers and of expressions of names, such as "n0" and "4096*n0".
+
+    aligned: whether its address is sure to be a multiple of 16 bytes.
+    """
+
+    dtype: torch.dtype
+    device: str
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    aligned: bool
+
+
+def plan(name: str, *arguments: Any) -> Plan:
+    """Return the plan of an op for such arguments: Described in place of tensors.  Equal ones are one plan."""
+    key = repr((name, arguments))
+    if key not in _plans:
+        _plans[key] = Plan(registry.REGISTRY[name].run, arguments, name)
+    return _plans[key]
+
+
+class Plan:
+    """Calls an op for arguments that are as described.
+
+    compute: the op.  name: in tracebacks and profiles.  variants: functions of the arguments, which return None where
+    their conditions do not hold.
+    """
+
+    def __init__(self, compute: Callable[..., Any], described: Sequence[Any], name: str = "an op") -> None:
+        self.compute, self.described, self.name = compute, described, name
+        self.variants: list[Callable[..., Any]] = []
+        self.lock = threading.Lock()
+        self.places = dict(_named_sizes(described))  # how each named size is read from the arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            for function in self.variants:
+                results = function(*arguments)
+                if results is not None:
+                    return results
+        except AssertionError as error:  # a kernel of torch's laid out its result in another way than torch says
+            log.warning("%s runs without a plan: %s", self.name, error)
+            self.variants = [self.compute]
+            return self.compute(*arguments)
+        read = {f"a{place}": argument for place, argument in enumerate(arguments)}
+        self.prepare({name: eval(text, {}, read) for name, text in self.places.items()})
+        return self.compute(*arguments)
+
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        """Make a function for such sizes, and compile its kernels."""
+        with self.lock:  # backward has a thread of its own
+            if len(self.variants) >= MOST_VARIANTS:
+                self.variants = [*self.variants[: MOST_VARIANTS - 1], self.compute]
+                return
+            try:
+                with symbolic_sizes.without_modes():
+                    function = self._recorded(sizes)
+            except Exception as error:
+                log.debug("%s runs without a plan: %s", self.name, error)
+                function = self.compute
+            self.variants.append(function)
+
+    def _recorded(self, sizes: Mapping[str, int]) -> Callable[..., Any]:
+        symbols = SymbolicSizes(sizes)
+        recorder = Recorder(symbols)
+        unpacked: list[str] = []
+
+        def fake(argument: Any, name: str) -> Any:
+            if isinstance(argument, Described):
+                tensor = symbols.tensor(argument.shape, argument.stride, argument.dtype, torch.device(argument.device))
+                recorder.own(tensor, name, argument.aligned)
+                return tensor
+            if isinstance(argument, (list, tuple)) and any(isinstance(inner, Described) for inner in argument):
+                names = [f"{name}_{number}" for number in range(len(argument))]
+                unpacked.append(f"{', '.join(names)}, = {name}")
+                return [fake(inner, inner_name) for inner, inner_name in zip(argument, names, strict=True)]
+            return argument
+
+        arguments = [fake(argument, f"a{place}") for place, argument in enumerate(self.described)]
+        with recorder.recording(), torch.no_grad():
+            results = self.compute(*arguments)
+            read: list[str] = []
+            returned = recorder.text(results, read)
+        conditions = [*symbols.assumptions(), *(f"{text} <= {LARGEST_INT32}" for text in recorder.integers)]
+        conditions += [f"{recorder._global(get)}() == {value!r}" for get, value in recorder.settings.items()]
+        body = [
+            *(f"{name} = {text}" for name, text in self.places.items()),
+            *([f"if not ({' and '.join(conditions)}): return None"] if conditions else []),
+            *unpacked, *_stream(arguments), *self._lines(recorder, read), f"return {returned}",
+        ]  # fmt: skip
+        return _function(body, len(arguments), self.name, recorder.globals)
+
+    def _lines(self, recorder: Recorder, returned: Sequence[str]) -> Iterator[str]:
+        """Write the recorded lines, kernels compiled, each with a del of what nobody reads after it."""
+        for what, ended in launch_recorder.live(recorder.lines, returned):
+            text = self._launch(what, recorder) if isinstance(what, Launch) else what
+            yield f"{text}; del {', '.join(ended)}" if ended else text
+
+    def _launch(self, launch: Launch, recorder: Recorder) -> str:
+        name = f"k{next(_numbers)}"
+        if not launch.described:
+            recorder.globals |= {name: launch.kernel, f"{name}_meta": launch.meta}
+            return f"{name}[({', '.join(launch.grid)},)]({', '.join(launch.texts)}, **{name}_meta)"
+        made = triton_launch.compiled(launch.kernel, launch.described, launch.meta)
+        text, needed = triton_launch.launch(made, name, launch.grid, launch.texts, launch.meta)
+        recorder.globals |= needed
+        return text
+
+
+def _named_sizes(described: Sequence[Any], prefix: str = "a") -> Iterator[tuple[str, str]]:
+    """Yield the name of each size that an argument has by itself, and how it is read there."""
+    for place, argument in enumerate(described):
+        name = f"{prefix}{place}" if prefix == "a" else f"{prefix}[{place}]"
+        if isinstance(argument, Described):
+            for sizes, method in ((argument.stride, "stride"), (argument.shape, "size")):
+                yield from (
+                    (size, f"{name}.{method}({axis})")
+                    for axis, size in enumerate(sizes)
+                    if isinstance(size, str) and size.isidentifier()
+                )
+        elif isinstance(argument, (list, tuple)):
+            yield from _named_sizes(argument, name)
+
+
+def _stream(arguments: Sequence[Any]) -> list[str]:
+    device = next(argument for argument in arguments if isinstance(argument, Tensor)).device
+    return [f"stream = get_stream({device.index or 0})"] if device.type == "cuda" else []
+
+
+def _function(body: Sequence[str], count: int, name: str, scope: dict[str, Any]) -> Callable[..., Any]:
+    source = f"def planned({', '.join(f'a{place}' for place in range(count))}):\n    " + "\n    ".join(body)
+    file = f"<launch plan {next(_numbers)} of {name}>"
+    scope = {**scope, "get_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None)}
+    exec(compile(source, file, "exec"), scope)
+    function = scope.pop("planned")  # removed, as it would keep itself alive there
+    # Tracebacks and debuggers find its lines under the name of its file, for as long as it lives.
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # None: it is on no disk
+    weakref.finalize(function, linecache.cache.pop, file, None).atexit = False
+    return function
