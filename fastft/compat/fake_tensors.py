@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cuda as empty_strided_cuda
-from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret_tensor
+from torch._C._dynamo.guards import _empty_strided_cuda as empty_strided_cuda  # type: ignore[attr-defined]
+from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret_tensor  # type: ignore[attr-defined]
 from torch._C._dynamo.guards import assert_size_stride
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource

@@ -14,22 +14,34 @@ from torch._library.utils import get_layout_constraint_tag
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from fastft.compat import symbolic
+
 ALIGNMENT = 16  # bytes
 
 
-def call_plans(ops: Iterable[Any], planned_on: Callable[[torch.device], bool]) -> None:
-    """Lower these operators to calls of their launch plans, on the devices that planned_on returns True for."""
+def call_plans(
+    ops: Iterable[Any], planned_on: Callable[[torch.device], bool], ahead: Callable[[str, dict[str, int]], None]
+) -> None:
+    """Lower these operators to calls of their launch plans, on the devices that planned_on returns True for.
+
+    ahead: is called with the arguments of launch_plan.plan, as text, and the example's named sizes.
+    """
     for op in ops:
         if op not in lowering.lowerings:
             tag = get_layout_constraint_tag(op, with_default=True)
             lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
-            lowering.lowerings[op] = _lowered(op, planned_on)
+            lowering.lowerings[op] = _lowered(op, planned_on, ahead)
 
 
-def _lowered(op: Any, planned_on: Callable[[torch.device], bool]) -> Callable[..., Any]:
+def _lowered(
+    op: Any, planned_on: Callable[[torch.device], bool], ahead: Callable[[str, dict[str, int]], None]
+) -> Callable[..., Any]:
     class PlannedKernel(_PlannedKernel):
         def is_planned(self, device: torch.device) -> bool:
             return planned_on(device)
+
+        def record_ahead(self, described: str, sizes: dict[str, int]) -> None:
+            ahead(described, sizes)
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         made = PlannedKernel.create(op, *args, **kwargs)
@@ -46,15 +58,20 @@ class _PlannedKernel(ir.FallbackKernel):
     def is_planned(self, device: torch.device) -> bool:
         raise NotImplementedError
 
+    def record_ahead(self, described: str, sizes: dict[str, int]) -> None:
+        raise NotImplementedError
+
     def codegen(self, wrapper: PythonWrapperCodegen) -> None:
         """Write the call, and the plan into the code's header."""
         if type(wrapper) is PythonWrapperCodegen and self.is_planned(self.inputs[0].get_device()):  # type: ignore
-            name = self._plan_name
+            described, hints = self._described()
             wrapper.header.splice(f"""
                 from fastft.kernels.core.launch_plan import Described, plan
-                {name} = plan({self._described()})
+                {self._plan_name} = plan({described})
             """)
-            self.python_kernel_name = name
+            self.python_kernel_name = self._plan_name
+            if hints is not None:
+                self.record_ahead(described, hints)
         super().codegen(wrapper)
 
     def codegen_args(self) -> list[str]:
@@ -73,8 +90,11 @@ class _PlannedKernel(ir.FallbackKernel):
     def _plan_name(self) -> str:
         return f"plan_of_{self.get_name()}"
 
-    def _described(self) -> str:
-        """Write the operator's name and a description of each argument, as launch_plan.plan takes them."""
+    def _described(self) -> tuple[str, dict[str, int] | None]:
+        """Write the operator's name and a description of each argument, as launch_plan.plan takes them.
+
+        Also returns the named sizes in the example, None where they are not known.
+        """
         args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
         schema = self.op_overload._schema  # type: ignore[union-attr]
         every = [*args, *(kwargs.get(one.name, one.default_value) for one in schema.arguments[len(args) :])]
@@ -88,7 +108,7 @@ class _PlannedKernel(ir.FallbackKernel):
                 return f"[{', '.join(map(describe, value))}]"
             return repr(value)
 
-        return ", ".join([repr(schema.name), *map(describe, every)])
+        return ", ".join([repr(schema.name), *map(describe, every)]), sizes.hints()
 
 
 class _Sizes:
@@ -105,6 +125,12 @@ class _Sizes:
         shape, stride = (tuple(map(self._size, sizes)) for sizes in (tensor.get_size(), tensor.get_stride()))
         given = f"{tensor.get_dtype()}, {str(tensor.get_device())!r}, {shape!r}, {stride!r}"
         return f"Described({given}, {_is_aligned(tensor)})"
+
+    def hints(self) -> dict[str, int] | None:
+        """Return the named sizes in the example; None if one is not known."""
+        known = symbolic.hints_in(V.graph.sizevars.shape_env)
+        values = {name: expression.xreplace(known) for expression, name in self.names.items()}
+        return {n: int(value) for n, value in values.items()} if all(v.is_Integer for v in values.values()) else None
 
     def _size(self, size: Any) -> int | str:
         expression = sympy.sympify(size)

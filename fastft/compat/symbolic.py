@@ -28,13 +28,17 @@ def evaluate(expression: Any, sizes: dict[Any, int]) -> int:
     return expression if isinstance(expression, int) else int(expression.xreplace(sizes))
 
 
+def hints_in(env: Any) -> dict[Any, Any]:
+    """Return all symbols of a ShapeEnv, with their values in the example."""
+    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch 2.11
+
+
 def hints_of(value: Tensor) -> dict[Any, int]:
     """Return the symbols in a tensor's shape and strides, with their values in the example."""
     hints: dict[Any, int] = {}
     for size in (*value.shape, *value.stride()):
         if isinstance(size, torch.SymInt):
-            env = size.node.shape_env
-            known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch 2.11
+            known = hints_in(size.node.shape_env)
             hints |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
     return hints
 

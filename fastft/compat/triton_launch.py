@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 ALIGNMENT = 16  # bytes of an address, and units of an integer, that Triton specialises kernels for
 WIDE = 2**31  # an integer from here on is passed in 64 bits
@@ -17,11 +24,16 @@ _CODES = {
 }  # fmt: skip
 
 
+Environment = dict[str, str]  # the variables that Triton reads: they are part of its cache's keys
+_ahead: dict[str, Future] = {}  # by _key: what worker processes compile
+
+
+@dataclass(frozen=True)
 class Pointer:
     """Stands for a tensor whose address is known to be aligned, or not known to be, where a kernel is compiled."""
 
-    def __init__(self, dtype: torch.dtype, aligned: bool) -> None:
-        self.dtype, self.aligned = dtype, aligned
+    dtype: torch.dtype
+    aligned: bool
 
     def data_ptr(self) -> int:
         """Return an address of this kind."""
@@ -45,13 +57,100 @@ def is_compiled(kernel: Any) -> bool:
     return isinstance(kernel, JITFunction)
 
 
+def compile_ahead(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any]) -> None:
+    """Begin to compile a kernel for the current device, in a process of Inductor's pool if it has one.
+
+    What it compiles is found in Triton's cache later; arguments as of ``compiled``.
+    """
+    from triton.runtime import driver
+
+    key = _key(kernel, arguments, meta)
+    if key in _ahead or get_compile_threads() <= 1 or not torch.cuda.is_available():
+        return
+    target = driver.active.get_current_target()
+    work = (kernel.fn.__module__, kernel.fn.__name__, arguments, dict(meta), target, _as_the_user_set_it())
+    _ahead[key] = AsyncCompile.process_pool().submit(_compile_in_worker, *work)
+
+
 def compiled(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any]) -> Any:
     """Compile a kernel for the current device, or find it compiled; raises TritonError where it cannot be compiled.
 
     arguments: numbers, Pointer in place of tensors, and tuples of them.
     """
-    made = kernel.warmup(*arguments, grid=(1,), **meta)
+    ahead = _ahead.get(_key(kernel, arguments, meta))
+    if ahead is not None:
+        ahead.exception()  # waits; what failed there is tried again here
+    with _environment(_as_the_user_set_it()):
+        made = kernel.warmup(*arguments, grid=(1,), **meta)
     return made.result() if hasattr(made, "result") else made
+
+
+def _key(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any]) -> str:
+    return repr((kernel.fn.__module__, kernel.fn.__name__, torch.cuda.current_device(), arguments, meta))
+
+
+def _compile_in_worker(
+    module: str, name: str, arguments: Sequence[Any], meta: Mapping[str, Any], target: Any, environment: Environment
+) -> None:
+    """Compile a kernel for a target into Triton's cache, without a device."""
+    from triton.runtime import driver
+
+    kernel, before = getattr(importlib.import_module(module), name), driver._active
+    driver.set_active(_Target(target))
+    try:
+        with _environment(environment):
+            kernel.warmup(*arguments, grid=(1,), **meta)
+    finally:
+        driver.set_active(before)
+
+
+def _as_the_user_set_it() -> Environment:
+    """Return Triton's variables, and the folder of its cache as Inductor chooses it; without Inductor's own ptxas.
+
+    Inductor sets that one in the processes that it compiles in, at different times, and it is part of the cache's keys.
+    """
+    variables = {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
+    if variables.get("TRITON_PTXAS_PATH", "").startswith(os.path.dirname(torch.__file__)):
+        del variables["TRITON_PTXAS_PATH"]
+    return {"TRITON_CACHE_DIR": triton_cache_dir(torch.cuda.current_device()), **variables}
+
+
+@contextmanager
+def _environment(wanted: Environment) -> Iterator[None]:
+    """Let Triton see these variables and no others of its own; it remembers the version of the first ptxas it met."""
+    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("TRITON_")}
+    os.environ.update(wanted)
+    _forget_ptxas()
+    try:
+        yield
+    finally:
+        for name in wanted:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        _forget_ptxas()
+
+
+def _forget_ptxas() -> None:
+    compiler = importlib.import_module("triton.backends.nvidia.compiler")
+    forget = getattr(getattr(compiler, "get_ptxas_version", None), "cache_clear", None)
+    if forget is not None:
+        forget()
+
+
+class _Target:
+    """Stands for Triton's driver where there is no device."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
 
 
 def launch(

@@ -1,6 +1,5 @@
 """Integer arithmetic of sizes, without Triton: not every platform has it, so only the kernels' own files import it."""
 
-
 import torch
 
 

@@ -17,6 +17,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,11 @@ def plan(name: str, *arguments: Any) -> Plan:
     return _plans[key]
 
 
+def record_ahead(described: str, sizes: Mapping[str, int]) -> None:
+    """Record a plan for such sizes before it is called.  described: the arguments of ``plan``, as text."""
+    eval(f"plan({described})", {"plan": plan, "Described": Described, "torch": torch}).record_ahead(sizes)
+
+
 class Plan:
     """Calls an op for arguments that are as described.
 
@@ -68,6 +74,7 @@ class Plan:
         self.compute, self.described, self.name = compute, described, name
         self.variants: list[Callable[..., Any]] = []
         self.lock = threading.Lock()
+        self.ahead: Recorded | None = None
         self.places = dict(_named_sizes(described))  # how each named size is read from the arguments
 
     def __call__(self, *arguments: Any) -> Any:
@@ -80,25 +87,63 @@ class Plan:
             log.warning("%s runs without a plan: %s", self.name, error)
             self.variants = [self.compute]
             return self.compute(*arguments)
+        if self.ahead is not None:
+            self.prepare({})
+            return self(*arguments)
         read = {f"a{place}": argument for place, argument in enumerate(arguments)}
         self.prepare({name: eval(text, {}, read) for name, text in self.places.items()})
         return self.compute(*arguments)
 
+    def record_ahead(self, sizes: Mapping[str, int]) -> None:
+        """Record the op for such sizes, and begin to compile its kernels; for a plan that was not called yet."""
+        with self.lock:
+            if not self.variants and self.ahead is None:
+                self.ahead = self._recorded(sizes)
+                for launch in self.ahead.launches if self.ahead is not None else ():
+                    triton_launch.compile_ahead(launch.kernel, launch.described, launch.meta)
+
     def prepare(self, sizes: Mapping[str, int]) -> None:
-        """Make a function for such sizes, and compile its kernels."""
+        """Make a function for such sizes, or for those that were recorded ahead, and compile its kernels."""
         with self.lock:  # backward has a thread of its own
             if len(self.variants) >= MOST_VARIANTS:
                 self.variants = [*self.variants[: MOST_VARIANTS - 1], self.compute]
                 return
+            recorded, self.ahead = self.ahead or self._recorded(sizes), None
             try:
-                with symbolic_sizes.without_modes():
-                    function = self._recorded(sizes)
-            except Exception as error:
+                self.variants.append(self.compute if recorded is None else recorded.function(self.name))
+            except Exception as error:  # Triton cannot compile a kernel for this device
                 log.debug("%s runs without a plan: %s", self.name, error)
-                function = self.compute
-            self.variants.append(function)
+                self.variants.append(self.compute)
 
-    def _recorded(self, sizes: Mapping[str, int]) -> Callable[..., Any]:
+    def _recorded(self, sizes: Mapping[str, int]) -> Recorded | None:
+        """Record the op for such sizes; None if it cannot be recorded."""
+        try:
+            with symbolic_sizes.without_modes():
+                return Recorded.of(self.compute, self.described, self.places, sizes)
+        except Exception as error:
+            log.debug("%s runs without a plan: %s", self.name, error)
+            return None
+
+
+@dataclass
+class Recorded:
+    """What an op does for sizes of one kind.
+
+    parameters: how many arguments it has.  begin: the lines before the recorder's.  read: the tensors that are
+    returned, written as ``returned``.
+    """
+
+    recorder: Recorder
+    parameters: int
+    begin: list[str]
+    returned: str
+    read: list[str]
+
+    @classmethod
+    def of(
+        cls, compute: Callable[..., Any], described: Sequence[Any], places: Mapping[str, str], sizes: Mapping[str, int]
+    ) -> Recorded:
+        """Record an op; places: how named sizes are read from its arguments."""
         symbols = SymbolicSizes(sizes)
         recorder = Recorder(symbols)
         unpacked: list[str] = []
@@ -114,34 +159,45 @@ class Plan:
                 return [fake(inner, inner_name) for inner, inner_name in zip(argument, names, strict=True)]
             return argument
 
-        arguments = [fake(argument, f"a{place}") for place, argument in enumerate(self.described)]
+        arguments = [fake(argument, f"a{place}") for place, argument in enumerate(described)]
+        read: list[str] = []
         with recorder.recording(), torch.no_grad():
-            results = self.compute(*arguments)
-            read: list[str] = []
+            results = compute(*arguments)
             returned = recorder.text(results, read)
         conditions = [*symbols.assumptions(), *(f"{text} <= {LARGEST_INT32}" for text in recorder.integers)]
-        conditions += [f"{recorder._global(get)}() == {value!r}" for get, value in recorder.settings.items()]
-        body = [
-            *(f"{name} = {text}" for name, text in self.places.items()),
+        conditions += [f"{recorder.name_of(get)}() == {value!r}" for get, value in recorder.settings.items()]
+        begin = [
+            *(f"{name} = {text}" for name, text in places.items()),
             *([f"if not ({' and '.join(conditions)}): return None"] if conditions else []),
-            *unpacked, *_stream(arguments), *self._lines(recorder, read), f"return {returned}",
+            *unpacked, *_stream(arguments),
         ]  # fmt: skip
-        return _function(body, len(arguments), self.name, recorder.globals)
+        return cls(recorder, len(arguments), begin, returned, read)
 
-    def _lines(self, recorder: Recorder, returned: Sequence[str]) -> Iterator[str]:
+    @property
+    def launches(self) -> list[Launch]:
+        """The launches of kernels that are compiled."""
+        every = [line.what for line in self.recorder.lines if isinstance(line.what, Launch)]
+        return [launch for launch in every if launch.described]
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """Compile the kernels, and generate the function.  Raises what Triton raises."""
+        body = [*self.begin, *self._lines(), f"return {self.returned}"]
+        return _function(body, self.parameters, name, self.recorder.globals)
+
+    def _lines(self) -> Iterator[str]:
         """Write the recorded lines, kernels compiled, each with a del of what nobody reads after it."""
-        for what, ended in launch_recorder.live(recorder.lines, returned):
-            text = self._launch(what, recorder) if isinstance(what, Launch) else what
+        for what, ended in launch_recorder.live(self.recorder.lines, self.read):
+            text = self._launch(what) if isinstance(what, Launch) else what
             yield f"{text}; del {', '.join(ended)}" if ended else text
 
-    def _launch(self, launch: Launch, recorder: Recorder) -> str:
+    def _launch(self, launch: Launch) -> str:
         name = f"k{next(_numbers)}"
         if not launch.described:
-            recorder.globals |= {name: launch.kernel, f"{name}_meta": launch.meta}
+            self.recorder.globals |= {name: launch.kernel, f"{name}_meta": launch.meta}
             return f"{name}[({', '.join(launch.grid)},)]({', '.join(launch.texts)}, **{name}_meta)"
         made = triton_launch.compiled(launch.kernel, launch.described, launch.meta)
         text, needed = triton_launch.launch(made, name, launch.grid, launch.texts, launch.meta)
-        recorder.globals |= needed
+        self.recorder.globals |= needed
         return text
 
 

@@ -149,11 +149,15 @@ class Recorder(eager.TorchDispatchMode):
 
     def _allocate(self, tensor: Tensor) -> None:
         name = f"t{len(self.lines)}"
-        sizes = ", ".join([self.text(tuple(tensor.shape)), self.text(tuple(tensor.stride())), self._global(tensor.dtype)])
+        sizes = ", ".join(
+            [self.text(tuple(tensor.shape)), self.text(tuple(tensor.stride())), self.name_of(tensor.dtype)]
+        )
         if tensor.device.type == "cuda":
-            text = f"{self._global(fake_tensors.empty_strided_cuda)}({sizes})"
+            text = f"{self.name_of(fake_tensors.empty_strided_cuda)}({sizes})"
         else:
-            text = f"{self._global(torch.empty_strided)}({sizes.rpartition(',')[0]}, dtype={self._global(tensor.dtype)})"
+            text = (
+                f"{self.name_of(torch.empty_strided)}({sizes.rpartition(',')[0]}, dtype={self.name_of(tensor.dtype)})"
+            )
         self.own(tensor, name)
         self.lines.append(Line(f"{name} = {text}", [], [name], needed=False))
 
@@ -161,7 +165,7 @@ class Recorder(eager.TorchDispatchMode):
         read: list[str] = []
         texts = [self.text(argument, read) for argument in args]
         texts += [f"{name}={self.text(argument, read)}" for name, argument in kwargs.items()]
-        call = f"{self._global(_quick(func))}({', '.join(texts)})"
+        call = f"{self.name_of(_quick(func))}({', '.join(texts)})"
         many = isinstance(result, (tuple, list))
         made: list[str] = []
         names: list[str] = []
@@ -177,7 +181,7 @@ class Recorder(eager.TorchDispatchMode):
         self.lines.append(Line(text, read, made, needed=operators.is_mutable(func)))
         for name, tensor in zip(made, new, strict=True):  # a kernel of torch's may lay its result out another way
             laid_out = f"{name}, {self.text(tuple(tensor.shape))}, {self.text(tuple(tensor.stride()))}"
-            self.lines.append(Line(f"{self._global(fake_tensors.assert_size_stride)}({laid_out})", [], [name], False))
+            self.lines.append(Line(f"{self.name_of(fake_tensors.assert_size_stride)}({laid_out})", [], [name], False))
 
     def text(self, value: Any, read: list[str] | None = None) -> str:
         """Write an argument as Python, and note the names of tensors in it."""
@@ -191,7 +195,7 @@ class Recorder(eager.TorchDispatchMode):
         if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
             return repr(value)
         if isinstance(value, (float, torch.dtype, torch.device, torch.layout, torch.memory_format)):
-            return self._global(value)
+            return self.name_of(value)
         raise NotRecordable(f"an argument {value!r}")
 
     def _size(self, value: torch.SymInt) -> str:
@@ -218,7 +222,7 @@ class Recorder(eager.TorchDispatchMode):
 
     def _tensor(self, tensor: Tensor, read: list[str]) -> str:
         if id(tensor) in _constants:
-            return self._global(tensor)
+            return self.name_of(tensor)
         owner, whole = self._of(tensor)
         read.append(owner.name)
         if whole:
@@ -227,7 +231,7 @@ class Recorder(eager.TorchDispatchMode):
             raise NotRecordable("a view of another dtype")
         offset = tensor.storage_offset() - owner.tensor.storage_offset()
         sizes = f"{self.text(tuple(tensor.shape))}, {self.text(tuple(tensor.stride()))}, {self.text(offset)}"
-        text = f"{self._global(fake_tensors.reinterpret_tensor)}({owner.name}, {sizes})"
+        text = f"{self.name_of(fake_tensors.reinterpret_tensor)}({owner.name}, {sizes})"
         if text not in self.views:
             self.views[text] = name = f"v{len(self.lines)}"
             self.lines.append(Line(f"{name} = {text}", [owner.name], [name], needed=False))
@@ -241,7 +245,7 @@ class Recorder(eager.TorchDispatchMode):
         if not isinstance(value, Tensor):
             return self.text(value)
         if id(value) in _constants:
-            self._global(value)  # keeps it alive
+            self.name_of(value)  # keeps it alive
             return repr(value.data_ptr())
         owner, _ = self._of(value)
         read.append(owner.name)
@@ -261,7 +265,8 @@ class Recorder(eager.TorchDispatchMode):
             self.integers[self.sizes.text(value)] = None
         return triton_launch.integer(divisible(value, ALIGNMENT))
 
-    def _global(self, value: Any) -> str:
+    def name_of(self, value: Any) -> str:
+        """Return the name of a global with this value."""
         key = value if isinstance(value, (torch.device, torch.dtype)) else id(value)
         if key not in self.places:
             self.places[key] = f"g{len(self.places)}"

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fastft.compat import aot, inductor
 from fastft.kernels import REGISTRY
-from fastft.kernels.core.launch_plan import PLANNED_ON
+from fastft.kernels.core import launch_plan
 from fastft.rewriter.memory.partitioner import Partitioner
 from fastft.rewriter.options import Options
 from fastft.source_digest import sources
@@ -35,6 +35,5 @@ def compile_graph(
 def _call_plans() -> None:
     """Let Inductor's code call the launch plans of our ops."""
     names = [name.partition("::")[2] for name, entry in REGISTRY.items() if entry.planned]
-    inductor.call_plans(
-        [getattr(torch.ops.fastft, name).default for name in names], lambda device: device.type in PLANNED_ON
-    )
+    ops = [getattr(torch.ops.fastft, name).default for name in names]
+    inductor.call_plans(ops, lambda device: device.type in launch_plan.PLANNED_ON, launch_plan.record_ahead)

@@ -29,9 +29,10 @@ def describe(
     report.peak_bytes, report.peak_at, report.host_bytes = plan.peak_bytes, plan.peak.label, plan.host_bytes
     report.seconds, report.graphed = plan.seconds, plan.graphed
     report.moments = [(moment.label, dict(moment.parts)) for moment in plan.moments]
-    report.items = [
-        item for layers, stage, choice in _alike(sequence, plan) for item in _items(layers, stage, choice, rate)
-    ]
+    if not plan.described:
+        alike = _alike(sequence, plan)
+        plan.described.extend(item for layers, stage, choice in alike for item in _items(layers, stage, choice, rate))
+    report.items = list(plan.described)
 
 
 def _alike(sequence: StageSequence, plan: Plan) -> list[tuple[str, Stage, Choice]]:

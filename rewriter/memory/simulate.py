@@ -100,12 +100,17 @@ class Moment:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice for every stage, and the step that was simulated with them.  graphed: with CUDA graphs."""
+    """A choice for every stage, and the step that was simulated with them.
+
+    graphed: with CUDA graphs.  described: the report's items, once they were asked for: a plan is followed again and
+    again where sizes change.
+    """
 
     choices: tuple[Choice, ...]
     moments: tuple[Moment, ...]
     seconds: float
     graphed: bool = False
+    described: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def peak(self) -> Moment:

@@ -68,7 +68,8 @@ def check(call: Call, plan: Plan, device: str) -> None:
     values = call.arguments(call.tensors(device))
     for one, other in zip(tree_leaves(plan(*values)), tree_leaves(call.entry.compute(*values)), strict=True):
         # A compiled kernel that knows less of its arguments may add up in another order.
-        atol = 4 * float(other.abs().nan_to_num(0, 0, 0).max()) * torch.finfo(other.dtype).eps if device == "cuda" else 0
+        largest = float(other.abs().nan_to_num(0, 0, 0).max())
+        atol = 4 * largest * torch.finfo(other.dtype).eps if device == "cuda" else 0
         torch.testing.assert_close(one, other, rtol=0, atol=atol, equal_nan=True)
         longer = [axis for axis, size in enumerate(one.shape) if size > 1]
         assert [one.stride(axis) for axis in longer] == [other.stride(axis) for axis in longer]
@@ -80,7 +81,8 @@ def check(call: Call, plan: Plan, device: str) -> None:
 def test_one_plan_gives_the_bits_of_the_op_at_every_size(name: str, device: str, dtype: torch.dtype) -> None:
     on_triton = device != "cpu" or INTERPRETING
     with attention_engines.only_triton(), torch.no_grad():
-        for case in range(len(REGISTRY[name].cases)):
+        cases = range(len(REGISTRY[name].cases))
+        for case in cases if device == "cpu" else cases[:: max(1, len(cases) // 6)]:  # there kernels are compiled
             calls = at_sizes(name, dtype, case)
             plan = Plan(REGISTRY[name].compute, described([call.arguments(call.tensors(device)) for call in calls]))
             for call in calls:
