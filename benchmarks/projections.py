@@ -124,7 +124,7 @@ def ours(module: Any, x: Tensor, upstream: Sequence[Tensor]) -> dict[str, Callab
     group = (
         x.detach(), [layer.base_layer.weight.data for layer in layers], *map(list, zip(*nested, strict=True)), [],
         *factors, [], features, [], list(range(len(layers))), [layer.scaling["default"] for layer in layers],
-        states[0].blocksize, states[0].quant_type, False,
+        states[0].blocksize, states[0].quant_type, False, False,
     )  # fmt: skip
     needed = [True, *[False] * len(layers), *[True] * 2 * len(layers)]
     side_by_side = torch.cat(list(upstream), -1)

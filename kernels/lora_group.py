@@ -32,6 +32,7 @@ class Arguments(NamedTuple):
     blocksize: int
     quant_type: str
     widened: bool
+    rounded: bool
 
 
 class Group(Arguments):
@@ -64,6 +65,10 @@ class Group(Arguments):
         """Each adapter's A, B, scale, columns of y and columns of the second result."""
         columns = [self.columns[sibling] for sibling in self.adapted]
         return list(zip(self.lora_a, self.lora_b, self.scales, columns, self.ranks, strict=True))
+
+    def adapter_dtype(self, a: Tensor, b: Tensor) -> torch.dtype:
+        """Return the dtype that an adapter computes in."""
+        return self.x.dtype if self.rounded else torch.promote_types(a.dtype, b.dtype)
 
     def statistics_of(self, sibling: int) -> Sequence[Tensor]:
         """Return the absmax of a 4-bit weight and, if nested, its other three statistics."""

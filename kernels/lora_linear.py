@@ -15,6 +15,7 @@ inputs: what the adapters read, if that is not x: one [..., K] for all of them (
     (with dropout).
 blocksize, quant_type: of 4-bit weights, "" for others.
 widened: y is float32 (float64 beside float64), as adapters in float32 add to a float32 residual stream.
+rounded: adapters count as rounded to x's dtype, as under autocast; their gradients keep their own.
 
 Otherwise y has x's dtype; products are summed in float32 at least.  The second result, x_j A_j^T of all adapters beside
 each other [..., sum of r], float32, is for backward.  No weight is kept in 16 bits.
@@ -40,17 +41,17 @@ def reference(
     absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor], biases: Sequence[Tensor],
     lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor], features: Sequence[int],
     biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int, quant_type: str,
-    widened: bool,
+    widened: bool, rounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute both results in plain PyTorch, as PEFT writes it: adapters compute in their own dtype."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
-        adapted, scales, blocksize, quant_type, widened,
+        adapted, scales, blocksize, quant_type, widened, rounded,
     )  # fmt: skip
     results = [F.linear(x, group.weight(index), group.bias(index)) for index in range(len(features))]
     products = [x.new_empty(*x.shape[:-1], 0, dtype=wide(x.dtype))]
     for source, sibling, a, b, scale in zip(group.read, adapted, lora_a, lora_b, scales, strict=True):
-        dtype = torch.promote_types(a.dtype, b.dtype)
+        dtype = group.adapter_dtype(a, b)
         product = F.linear(source.to(dtype), a.to(dtype))
         results[sibling] = results[sibling] + F.linear(product, b.to(dtype)) * scale
         products.append(product.to(products[0].dtype))
@@ -63,19 +64,19 @@ def reference_backward(
     absmax_8bit: Sequence[Tensor], absmax_code: Sequence[Tensor], absmax_offset: Sequence[Tensor],
     biases: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], inputs: Sequence[Tensor],
     features: Sequence[int], biased: Sequence[int], adapted: Sequence[int], scales: Sequence[float], blocksize: int,
-    quant_type: str, widened: bool, needed: Sequence[bool],
+    quant_type: str, widened: bool, rounded: bool, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Compute the needed gradients in plain PyTorch, in the order of differentiable(); s: the second result."""
     group = Group(
         x, weights, absmax, absmax_8bit, absmax_code, absmax_offset, biases, lora_a, lora_b, inputs, features, biased,
-        adapted, scales, blocksize, quant_type, widened,
+        adapted, scales, blocksize, quant_type, widened, rounded,
     )  # fmt: skip
     rows = lambda tensor: tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])  # noqa: E731
     grads = [rows(grad_output[..., columns]) for columns in group.columns]
     dx = sum(grad.to(x.dtype) @ group.weight(index) for index, grad in enumerate(grads))
     das, dbs, dinputs = [], [], []
     for source, (a, b, scale, columns, ranks) in zip(group.read, group.adapters, strict=True):
-        dtype = torch.promote_types(a.dtype, b.dtype)
+        dtype = group.adapter_dtype(a, b)
         grad, source_rows = rows(grad_output[..., columns]).to(dtype) * scale, rows(source)
         ds = grad @ b.to(dtype)
         das.append((ds.T @ source_rows.to(dtype)).to(a.dtype))
@@ -117,6 +118,7 @@ def _check(group: Group) -> None:
         _check_sibling(group, sibling)
     for a, b, _, columns, _ in group.adapters:
         _check_factors(a, b, K, columns.stop - columns.start)
+    require(not (group.rounded and group.widened), lambda: "adapters that are rounded to x's dtype widen nothing")
     counts = (0, min(1, len(group.lora_a)), len(group.lora_a))
     require(len(group.inputs) in counts, lambda: f"{len(group.inputs)} inputs of adapters")
     require(all(tensor.shape == x.shape for tensor in group.inputs), lambda: "an adapter's input has another shape")
@@ -205,8 +207,9 @@ def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
 
 
 def _plain(
-    features: str, biased: Sequence[int], adapters: Sequence[tuple[int, str]], inputs: int = 0, widened: bool = False
-) -> Case:
+    features: str, biased: Sequence[int], adapters: Sequence[tuple[int, str]], inputs: int = 0, widened: bool = False,
+    rounded: bool = False,
+) -> Case:  # fmt: skip
     """Build a case of weights that are not quantised.
 
     features: names; adapters: their siblings, and names of their ranks; inputs: how many there are.
@@ -221,16 +224,17 @@ def _plain(
     return shapes, {
         "features": names, "biased": list(biased), "adapted": [sibling for sibling, _ in adapters],
         "scales": [0.5, 2.0, 1.0, 0.25][: len(adapters)], "blocksize": 0, "quant_type": "", "widened": widened,
+        "rounded": rounded,
     }  # fmt: skip
 
 
 def _four_bit(
     features: Sequence[int], columns: int, adapters: Sequence[tuple[int, int]], blocksize: int, quant_type: str,
-    nested: bool = False, inputs: int = 0, widened: bool = False,
+    nested: bool = False, inputs: int = 0, widened: bool = False, rounded: bool = False,
 ) -> Case:  # fmt: skip
     """Build a case of 4-bit weights, whose sizes are numbers.  adapters: their siblings and ranks."""
     ranks = [(sibling, str(rank)) for sibling, rank in adapters]
-    shapes, choice = _plain(" ".join(map(str, features)), (), ranks, inputs, widened)
+    shapes, choice = _plain(" ".join(map(str, features)), (), ranks, inputs, widened, rounded)
     shapes = {name: spec.replace("K", str(columns)) for name, spec in shapes.items() if "weights" not in name}
     for index, size in enumerate(features):
         blocks = -(-size * columns // blocksize)
@@ -254,6 +258,10 @@ _CASES = [
     _four_bit((16,), 64, [(0, 3)], 128, "nf4", nested=True),
     _four_bit((8, 72), 64, [(0, 3), (1, 17)], 64, "fp4", nested=True),
     _four_bit((24, 8, 8), 64, [(0, 4), (2, 4)], 64, "nf4", inputs=1, widened=True),
+    _plain("N P", (1,), [(0, "R"), (1, "Q")], rounded=True),
+    _plain("N P", (), [(0, "R"), (1, "Q")], inputs=2, rounded=True),
+    _four_bit((24, 8, 8), 64, [(0, 4), (1, 4), (2, 4)], 64, "nf4", nested=True, rounded=True),
+    _four_bit((8, 72), 64, [(0, 3), (1, 17)], 64, "fp4", inputs=1, rounded=True),
 ]
 
 

@@ -51,15 +51,15 @@ def spare_columns(group: Group, wider: int, narrower: int) -> int:
     own results are infinite then, so the loss is not finite either way, and a scaler leaves that step out.
     """
     ranks = sum(a.shape[0] for a in group.lora_a)
-    overflow = any(overflows(factor, group.x.dtype) for factor in (*group.lora_a, *group.lora_b))
+    overflow = any(overflows(group, factor, group.x.dtype) for factor in (*group.lora_a, *group.lora_b))
     if not group.quant_type or ranks == 0 or overflow or group.widened or wider >= 2 * narrower:
         return 0
     return -(-ranks // ALIGNED) * ALIGNED
 
 
-def overflows(adapter: Tensor, dtype: torch.dtype) -> bool:
+def overflows(group: Group, adapter: Tensor, dtype: torch.dtype) -> bool:
     """Return whether an adapter's products may overflow the activations' dtype: float16 has few exponents."""
-    return dtype == torch.float16 and adapter.dtype != torch.float16
+    return dtype == torch.float16 and adapter.dtype != torch.float16 and not group.rounded
 
 
 def scratch(group: Group, rows_below: int = 0, spare: int = 0) -> Tensor:
@@ -151,11 +151,11 @@ def _products(group: Group, x: Tensor, s: Tensor, wider: Tensor | None) -> None:
     copy, spare = (None, None) if wider is None else (wider[:, :columns], wider[:, columns:])
     if len(group.inputs) > 1:
         for source, (a, _, _, _, part) in zip(map(rows, group.inputs), group.adapters, strict=True):
-            terms = terms_of([(a, 0, 0, 1.0)], a.shape[0], a.shape[1], source.dtype)
+            terms = terms_of([(a, 0, 0, 1.0)], a.shape[0], a.shape[1], source.dtype, group.rounded)
             project(source, terms.transpose(1, 2), s[:, part])
     elif group.lora_a:
         source = rows(group.read[0])
-        terms = terms_of(factors_a(group), ranks, columns, source.dtype).transpose(1, 2)
+        terms = terms_of(factors_a(group), ranks, columns, source.dtype, group.rounded).transpose(1, 2)
         together = not group.inputs
         project(source, terms, s, copy if together else None, spare if together else None)
     if group.inputs and copy is not None:
@@ -172,8 +172,10 @@ def _adapters(y: Tensor, s: Tensor, group: Group) -> None:
         y.zero_()
     begun = set(range(len(group.features))) if bias is not None else set()
     for (_, b, scale, part, ranks), sibling in zip(group.adapters, group.adapted, strict=True):
-        safe = s.dtype if overflows(b, y.dtype) else y.dtype
-        product = operands(s[:, ranks], [(b, 0, 0, scale)], b.shape[0], safe, transposed=True)
+        safe = s.dtype if overflows(group, b, y.dtype) else y.dtype
+        product = operands(
+            s[:, ranks], [(b, 0, 0, scale)], b.shape[0], safe, rounded=group.rounded, transposed=True
+        )  # fmt: skip
         if safe == y.dtype:
             _accumulate(y[:, part], *product, sibling in begun)
         elif sibling in begun:
@@ -250,7 +252,7 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
     elif len(dinputs) > 1:
         for (a, b, _, _, ranks), dinput in zip(group.adapters, dinputs, strict=True):
             if dinput is not None:
-                dtype = torch.promote_types(a.dtype, b.dtype)
+                dtype = group.adapter_dtype(a, b)
                 rows(dinput).copy_(ds[:, ranks].to(dtype) @ a.to(dtype))
     for sibling, part in enumerate(group.columns):
         if (dweight := dweights[sibling]) is not None:
@@ -273,7 +275,7 @@ def _adapter_gradients(
         factors = [(b, part.start, 0, scale) for _, b, scale, part, _ in group.adapters]
         targets = [(db, row, 0, scale) for db, (_, row, _, scale) in zip(dbs, factors, strict=True) if db is not None]
         of_sibling = [own.get(sibling, slice(0, 0)) for sibling in range(len(group.features))]
-        if project_and_outer(grad, s, ds, factors, targets, group.columns, of_sibling, copy, spare):
+        if project_and_outer(grad, s, ds, factors, targets, group.columns, of_sibling, copy, spare, group.rounded):
             return
     _project_gradient(grad, ds, group, copy, spare)
     _second_factors(dbs, grad, s, group)
@@ -283,10 +285,11 @@ def _project_gradient(grad: Tensor, ds: Tensor, group: Group, copy: Tensor | Non
     """Write ds = s_j dY B of each adapter, copy = dY and spare = [ds | 0]."""
     n, ranks = grad.shape[1], ds.shape[1]
     if ranks <= MAX_RANK:
-        project(grad, terms_of(factors_b(group), n, ranks, grad.dtype), ds, copy, spare)
+        project(grad, terms_of(factors_b(group), n, ranks, grad.dtype, group.rounded), ds, copy, spare)
         return
     for _, b, scale, part, own in group.adapters:  # in one matrix most of it would be zeros
-        project(grad[:, part], terms_of([(b, 0, 0, scale)], b.shape[0], b.shape[1], grad.dtype), ds[:, own])
+        terms = terms_of([(b, 0, 0, scale)], b.shape[0], b.shape[1], grad.dtype, group.rounded)
+        project(grad[:, part], terms, ds[:, own])
     if copy is not None:
         copy.copy_(grad)
     write_spare(spare, ds)
@@ -296,10 +299,11 @@ def _second_factors(dbs: Sequence[Tensor | None], grad: Tensor, s: Tensor, group
     """Write dB = s_j dY^T S, in one pass over dY if the ranks are few."""
     needed = [(db, *adapter) for db, adapter in zip(dbs, group.adapters, strict=True) if db is not None]
     if s.shape[1] <= MAX_RANK:
-        outer(grad, s, [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in needed])
+        pieces = [(db, part.start, ranks.start, scale) for db, _, _, scale, part, ranks in needed]
+        outer(grad, s, pieces, rounded=group.rounded)
         return
     for db, _, _, scale, part, ranks in needed:
-        outer(grad[:, part], s[:, ranks], [(db, 0, 0, scale)])
+        outer(grad[:, part], s[:, ranks], [(db, 0, 0, scale)], rounded=group.rounded)
 
 
 def _first_factors(das: Sequence[Tensor | None], ds: Tensor, group: Group) -> None:
@@ -309,9 +313,10 @@ def _first_factors(das: Sequence[Tensor | None], ds: Tensor, group: Group) -> No
     ]
     if len(group.inputs) > 1:
         for da, source, ranks in needed:
-            outer(rows(source), ds[:, ranks], [(da, 0, 0, 1.0)], transposed=True)
+            outer(rows(source), ds[:, ranks], [(da, 0, 0, 1.0)], rounded=group.rounded, transposed=True)
     elif needed:
-        outer(rows(group.read[0]), ds, [(da, ranks.start, 0, 1.0) for da, _, ranks in needed], transposed=True)
+        pieces = [(da, ranks.start, 0, 1.0) for da, _, ranks in needed]
+        outer(rows(group.read[0]), ds, pieces, rounded=group.rounded, transposed=True)
 
 
 def _input_gradient(
@@ -325,8 +330,8 @@ def _input_gradient(
         return
     _adapter_gradients(grad, s, ds, dbs, group)
     begun = len(group.lora_a) > 0 and not group.inputs
-    if begun and not any(overflows(a, dx.dtype) for a in group.lora_a):
-        torch.mm(*operands(ds, factors_a(group), columns, dx.dtype), out=dx)
+    if begun and not any(overflows(group, a, dx.dtype) for a in group.lora_a):
+        torch.mm(*operands(ds, factors_a(group), columns, dx.dtype, rounded=group.rounded), out=dx)
     elif begun:
         dx.copy_(_times_a(ds, group))
     grad = grad.to(dx.dtype)
@@ -370,4 +375,5 @@ def _rows_of_a_part(M: int, n: int, spare: int, itemsize: int) -> int:
 
 def _times_a(ds: Tensor, group: Group) -> Tensor:
     """Return ds A of all adapters, in ds's dtype."""
-    return ds @ torch.cat([a.to(ds.dtype) for a in group.lora_a])
+    factors = [a.to(group.x.dtype) if group.rounded else a for a in group.lora_a]
+    return ds @ torch.cat([a.to(ds.dtype) for a in factors])

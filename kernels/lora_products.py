@@ -21,11 +21,18 @@ ONE_PASS_TERMS = 4  # there, of float32 in bfloat16: a power of two; what three 
 Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
 
 
-def terms_of(pieces: Sequence[Piece], rows: int, columns: int, beside: torch.dtype) -> Tensor:
+def terms_of(
+    pieces: Sequence[Piece], rows: int, columns: int, beside: torch.dtype, rounded: bool = False
+) -> Tensor:  # fmt: skip
     """Build a matrix [rows, columns] of pieces and zeros, to be multiplied by a tensor of another dtype.
 
-    Returns [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.
+    Returns [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.  rounded: the pieces
+    count as rounded to the other tensor's dtype.
     """
+    if rounded:
+        out = pieces[0][0].new_empty(1, rows, columns, dtype=beside)
+        place(out, pieces)
+        return out
     dtype = functools.reduce(torch.promote_types, [piece.dtype for piece, *_ in pieces])
     exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(piece for piece, *_ in pieces))
     out = pieces[0][0].new_empty(3 if exact else 1, rows, columns, dtype=beside if exact else dtype)
@@ -51,16 +58,17 @@ def place(out: Tensor, pieces: Sequence[Piece]) -> None:
 
 
 def operands(
-    left: Tensor, pieces: Sequence[Piece], columns: int, dtype: torch.dtype, *, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
+    left: Tensor, pieces: Sequence[Piece], columns: int, dtype: torch.dtype, *, rounded: bool = False,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return left [M, r] and a matrix of pieces [r, columns] ([columns, r] if transposed), for a GEMM in dtype.
 
     For float32 in bfloat16 both are split into two terms, high and low: high high + low high + high low are one product
     along 3 r.  What is left out is below 2^-16 of it.  More than MAX_RANK ranks are rounded, as three times as many
-    would cost time.
+    would cost time; others where they count as rounded.
     """
-    rank = left.shape[1]
-    exact = dtype == torch.bfloat16 and rank <= MAX_RANK and any(piece.dtype == torch.float32 for piece, *_ in pieces)
+    rank, wide_pieces = left.shape[1], any(piece.dtype == torch.float32 for piece, *_ in pieces)
+    exact = dtype == torch.bfloat16 and rank <= MAX_RANK and wide_pieces and not rounded
     terms = 3 if exact else 1
     right = left.new_empty((columns, terms, rank) if transposed else (terms, rank, columns), dtype=dtype)
     by_term = right.transpose(0, 1) if transposed else right
@@ -106,12 +114,14 @@ def write_spare(spare: Tensor | None, s: Tensor) -> None:
         spare[:, s.shape[1] :].zero_()
 
 
-def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = False) -> None:
+def outer(
+    x: Tensor, s: Tensor, pieces: Sequence[Piece], *, rounded: bool = False, transposed: bool = False
+) -> None:  # fmt: skip
     """Write parts of x^T s [K, r], or of s^T x [r, K], into pieces:  x [M, K], s [M, r].
 
-    s counts as rounded to x's dtype where all pieces have that dtype.
+    s counts as rounded to x's dtype if rounded, or where all pieces have that dtype.
     """
-    rounded = all(target.dtype == x.dtype for target, *_ in pieces)
+    rounded = rounded or all(target.dtype == x.dtype for target, *_ in pieces)
 
     def launch(part: slice) -> bool:
         cut = [_within(piece, part, transposed) for piece in pieces]
@@ -128,13 +138,15 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], *, transposed: bool = F
 
 def project_and_outer(
     x: Tensor, s: Tensor, product: Tensor, factors: Sequence[Piece], targets: Sequence[Piece], columns: Sequence[slice],
-    ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
+    ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None, rounded: bool = False,
 ) -> bool:  # fmt: skip
     """Write product = x p, copy = x, spare = [product | 0] and parts of x^T s in one pass; False if others are better.
 
     The columns[i] of x go with the ranks[i] of s and product alone: factors and targets have those from column 0 on.
+    rounded: the factors and s count as rounded to x's dtype.
     """
-    rank, dtypes = max(own.stop - own.start for own in ranks), {factor.dtype for factor, *_ in factors}
+    rank = max(own.stop - own.start for own in ranks)
+    dtypes = {x.dtype} if rounded else {factor.dtype for factor, *_ in factors}
     exact = {torch.bfloat16: {torch.bfloat16, torch.float32}, torch.float16: {torch.float16}}.get(x.dtype, set())
     if rank > ONE_PASS_RANK or not dtypes <= exact or not targets or not _on_triton(x, s):
         return False

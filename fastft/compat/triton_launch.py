@@ -24,6 +24,7 @@ _CODES = {
 }  # fmt: skip
 
 
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # of a device's number; None without CUDA
 Environment = dict[str, str]  # the variables that Triton reads: they are part of its cache's keys
 _ahead: dict[str, Future] = {}  # by _key: what worker processes compile
 

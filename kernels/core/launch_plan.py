@@ -224,7 +224,7 @@ def _stream(arguments: Sequence[Any]) -> list[str]:
 def _function(body: Sequence[str], count: int, name: str, scope: dict[str, Any]) -> Callable[..., Any]:
     source = f"def planned({', '.join(f'a{place}' for place in range(count))}):\n    " + "\n    ".join(body)
     file = f"<launch plan {next(_numbers)} of {name}>"
-    scope = {**scope, "get_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None)}
+    scope = {**scope, "get_stream": triton_launch.raw_stream}
     exec(compile(source, file, "exec"), scope)
     function = scope.pop("planned")  # removed, as it would keep itself alive there
     # Tracebacks and debuggers find its lines under the name of its file, for as long as it lives.

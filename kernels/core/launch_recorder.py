@@ -1,4 +1,4 @@
-"""Write down as Python what an op does for tensors of symbolic sizes: its ATen calls and its launches of Triton kernels.
+"""Write down as Python what an op does for tensors of symbolic sizes: its ATen calls and launches of Triton kernels.
 
 A view is no line of its own: a kernel gets the address of the memory it begins at, and an ATen call gets one view of
 the tensor that owns the memory.  Memory is allocated by one call in C, and freed after its last use.

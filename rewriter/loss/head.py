@@ -38,7 +38,7 @@ class Head:
 
     weight: [V, H], or packed in 4 bits with statistics (absmax, and three more if they are nested).  lora_a, lora_b,
     scales: of adapters.  dtype: of the operands; result: of the product, which adapters in float32 may widen.  plain:
-    whether the user's call was F.linear.
+    whether the user's call was F.linear.  rounded: the adapters count as rounded to that dtype.
     """
 
     weight: Any
@@ -54,6 +54,7 @@ class Head:
     blocksize: int = 0
     quant_type: str = ""
     plain: bool = True
+    rounded: bool = False
 
     @property
     def values(self) -> list[Any]:
@@ -84,6 +85,7 @@ class Head:
             cast(hidden, dtype, run), [self.weight], *statistics, biases,
             list(self.lora_a), list(self.lora_b), [], [self.classes], [0] * len(biases), [0] * len(self.lora_a),
             list(self.scales), self.blocksize, self.quant_type, self.result != dtype,
+            self.rounded,
         )[0]  # fmt: skip
 
     def dense_weight(self, call: Call) -> Any:
@@ -97,12 +99,16 @@ class Head:
     def adapter(self, hidden: Any, call: Call) -> tuple[Any, Any]:
         """Return lora_s and lora_b as linear_cross_entropy takes them, None without adapters."""
         products = []
-        for a, scale in zip(self.lora_a, self.scales, strict=True):
+        own = self.dtype if self.rounded else None
+        lora_a, lora_b = (
+            [cast(f, own or value_of(f).dtype, call) for f in many] for many in (self.lora_a, self.lora_b)
+        )
+        for a, scale in zip(lora_a, self.scales, strict=True):
             product = call(F.linear, cast(hidden, value_of(a).dtype, call), a)
             products.append(product if scale == 1.0 else call(torch.mul, product, scale))
         if len(products) < 2:
-            return (products or [None])[0], (self.lora_b or [None])[0]
-        return call(torch.cat, products, -1), call(torch.cat, list(self.lora_b), 1)
+            return (products or [None])[0], (lora_b or [None])[0]
+        return call(torch.cat, products, -1), call(torch.cat, lora_b, 1)
 
 
 @dataclass(frozen=True)

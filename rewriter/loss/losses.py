@@ -177,7 +177,7 @@ def _group(node: Node) -> tuple[Node, Head] | None:
     return layer.x, Head(
         layer.weights[0], next(iter(layer.biases), None), layer.features[0], features, value_of(layer.x).dtype,
         value_of(node).dtype, statistics, tuple(layer.lora_a), tuple(layer.lora_b), tuple(layer.scales),
-        layer.blocksize, layer.quant_type, plain=False,
+        layer.blocksize, layer.quant_type, plain=False, rounded=layer.rounded,
     )  # fmt: skip
 
 

@@ -352,7 +352,7 @@ def _replace(gm: GraphModule, root: Node, projection: FourBitLinear, unused: lis
     biases = [] if projection.bias is None else [projection.bias]
     arguments: Any = (
         projection.x, *lists, biases, [], [], [], [weight.rows], [0] * len(biases), [], [], weight.blocksize,
-        weight.quant_type, False,
+        weight.quant_type, False, False,
     )  # fmt: skip
     with gm.graph.inserting_before(root):
         call = gm.graph.call_function(torch.ops.fastft.lora_linear, arguments)

@@ -208,7 +208,9 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], add: Any) -> tuple[
     ]
     owned = [(number, adapter) for number, sibling in enumerate(siblings) for adapter in sibling.adapters]
     automatic = _automatic(first)
-    factors = [(cast(own.a, automatic), cast(own.b, automatic)) for _, own in owned]
+    # Casts of adapters alone are left to the op: fourteen small launches a layer, and as many of their gradients.
+    rounded = automatic is not None and value_of(x).dtype == automatic and not _is_widened(siblings)
+    factors = [(own.a, own.b) if rounded else (cast(own.a, automatic), cast(own.b, automatic)) for _, own in owned]
     apart = any(not _reads(adapter.x, x, automatic) for _, adapter in owned)
     inputs = [cast(adapter.x, automatic) for _, adapter in owned] if apart else []
     inputs = inputs[:1] if len(set(inputs)) == 1 else inputs
@@ -216,6 +218,7 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], add: Any) -> tuple[
         x, *weights, [bias for _, bias in biased], [a for a, _ in factors], [b for _, b in factors], inputs,
         [sibling.features for sibling in siblings], [number for number, _ in biased], [number for number, _ in owned],
         [float(own.scale) for _, own in owned], first.blocksize, first.quant_type, _is_widened(siblings),
+        rounded and bool(owned),
     )  # fmt: skip
 
 
