@@ -81,6 +81,7 @@ def compiled(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any]) -> 
     ahead = _ahead.get(_key(kernel, arguments, meta))
     if ahead is not None:
         ahead.exception()  # waits; what failed there is tried again here
+    _settle_key(kernel)
     with _environment(_as_the_user_set_it()):
         made = kernel.warmup(*arguments, grid=(1,), **meta)
     return made.result() if hasattr(made, "result") else made
@@ -98,6 +99,7 @@ def _compile_in_worker(
 
     kernel, before = getattr(importlib.import_module(module), name), driver._active
     driver.set_active(_Target(target))
+    _settle_key(kernel)
     try:
         with _environment(environment):
             kernel.warmup(*arguments, grid=(1,), **meta)
@@ -114,6 +116,19 @@ def _as_the_user_set_it() -> Environment:
     if variables.get("TRITON_PTXAS_PATH", "").startswith(os.path.dirname(torch.__file__)):
         del variables["TRITON_PTXAS_PATH"]
     return {"TRITON_CACHE_DIR": triton_cache_dir(torch.cuda.current_device()), **variables}
+
+
+def _settle_key(function: Any) -> None:
+    """Compute the keys of the functions that a kernel calls before its own, for Triton's cache.
+
+    Triton 3.6 leaves their globals out of its key where their keys are computed within it, so that one kernel has
+    different keys in processes that compiled other kernels before.
+    """
+    names, scope = function.fn.__code__.co_names, function.fn.__globals__
+    for called in (scope[name] for name in names if name in scope and is_compiled(scope[name])):
+        if called is not function:
+            _settle_key(called)
+    function.cache_key  # noqa: B018
 
 
 @contextmanager

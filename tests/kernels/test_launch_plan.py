@@ -79,7 +79,6 @@ def check(call: Call, plan: Plan, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_plan_gives_the_bits_of_the_op_at_every_size(name: str, device: str, dtype: torch.dtype) -> None:
-    on_triton = device != "cpu" or INTERPRETING
     with attention_engines.only_triton(), torch.no_grad():
         cases = range(len(REGISTRY[name].cases))
         for case in cases if device == "cpu" else cases[:: max(1, len(cases) // 6)]:  # there kernels are compiled
@@ -88,7 +87,7 @@ def test_one_plan_gives_the_bits_of_the_op_at_every_size(name: str, device: str,
             for call in calls:
                 check(call, plan, device)
             recorded = REGISTRY[name].compute not in plan.variants
-            assert recorded or (name in BY_BITSANDBYTES and not on_triton), "its tables are made each time"
+            assert recorded or name in BY_BITSANDBYTES, "its tables are made each time, and few rows are its own GEMM's"
 
 
 def planned(compute: Callable[..., Any], *calls: Sequence[Any]) -> Plan:
