@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from op_calls import Call, examples
-from strategies import DEVICES, DTYPES, INTERPRETING
+from strategies import DEVICES, DTYPES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

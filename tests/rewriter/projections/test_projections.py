@@ -11,6 +11,9 @@ from lifting import Capture, calls, compiled, reasons, rules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastft.compat.fake_tensors import value_of
+from fastft.kernels.lora_group import Group
+
 WIDTH, RANK = 64, 4
 GROUP = "lora_linear.group"
 
@@ -271,6 +274,22 @@ def test_modes_are_not_mixed() -> None:
     captures = check(Net(across_modes), tolerance=1e-2)
     assert groups(captures) == 2
     assert [reason for _, report in captures for reason in reasons(report)] == []
+
+
+def under_autocast(net: Net, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([net.q(x), net.k(x)], -1)
+
+
+def test_autocast_costs_adapters_no_casts() -> None:
+    """The op reads them as they are and counts them as rounded; their gradients need no cast either."""
+    ((gm, _),) = check(Net(under_autocast), tolerance=1e-2)
+    (call,) = gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.lora_linear)
+    group: Any = Group(*call.args)  # type: ignore[arg-type]
+    assert group.rounded
+    factors = [*group.lora_a, *group.lora_b]
+    assert all(node.op == "placeholder" and value_of(node).dtype == torch.float32 for node in factors)
+    assert value_of(group.x).dtype == torch.bfloat16
 
 
 def test_float64_is_left_alone_by_autocast() -> None:

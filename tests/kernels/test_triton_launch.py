@@ -1,0 +1,125 @@
+"""Kernels that are compiled for what is known of their arguments: found again in Triton's cache, by any process."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from strategies import INTERPRETING
+
+from fastft.compat import triton_launch
+from fastft.compat.triton_launch import Pointer
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+BF16, F32 = Pointer(torch.bfloat16, True), Pointer(torch.float32, True)
+
+
+def rms_norm(n_rows: int, x: Pointer = BF16) -> tuple[str, str, list[Any], dict[str, Any]]:
+    """A launch of rms_norm's forward kernel for rows of 256."""
+    arguments = [BF16, F32, x, BF16, n_rows, 256, 1, 1, 256, 0, 0, 1, 0, 0, 1e-6, 0.0]
+    meta = {"ROUND_FIRST": True, "ROWS": 8, "BLOCK_D": 256, "num_warps": 4}
+    return "fastft.kernels.rms_norm_triton", "forward_kernel", arguments, meta
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """Triton's cache, which one of its functions remembers kernels beside."""
+    from fastft.kernels import rms_norm_triton
+
+    rms_norm_triton.forward_kernel.device_caches.clear()
+    yield tmp_path
+    rms_norm_triton.forward_kernel.device_caches.clear()
+
+
+def compile_as_a_worker(cache: Path, module: str, name: str, arguments: list[Any], meta: dict[str, Any]) -> set[str]:
+    """Compile without a device; return what is in the cache now."""
+    from triton.backends.compiler import GPUTarget
+
+    environment = {"TRITON_CACHE_DIR": str(cache)}
+    triton_launch._compile_in_worker(module, name, arguments, meta, GPUTarget("cuda", 90, 32), environment)
+    return {path.parent.name for path in cache.rglob("*.cubin")}
+
+
+def test_sizes_that_are_known_alike_are_one_kernel(cache: Path) -> None:
+    from fastft.kernels import rms_norm_triton
+
+    first = compile_as_a_worker(cache, *rms_norm(triton_launch.integer(divisible=False)))
+    assert len(first) == 1
+    rms_norm_triton.forward_kernel.device_caches.clear()  # as in another process
+    assert compile_as_a_worker(cache, *rms_norm(35)) == first
+    assert len(compile_as_a_worker(cache, *rms_norm(triton_launch.integer(divisible=True)))) == 2
+    assert len(compile_as_a_worker(cache, *rms_norm(35, Pointer(torch.bfloat16, aligned=False)))) == 3
+
+
+def test_a_workers_variables_are_its_own_for_the_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/of/the/worker")
+    seen = []
+    kernel = SimpleNamespace(warmup=lambda *_, **__: seen.append(dict(os.environ)), fn=rms_norm, cache_key="")
+    monkeypatch.setattr(triton_launch.importlib, "import_module", lambda name: SimpleNamespace(kernel=kernel))
+    triton_launch._compile_in_worker("any", "kernel", [], {}, None, {"TRITON_CACHE_DIR": str(cache)})
+    assert "TRITON_PTXAS_PATH" not in seen[0]
+    assert seen[0]["TRITON_CACHE_DIR"] == str(cache)
+    assert os.environ["TRITON_PTXAS_PATH"] == "/of/the/worker"
+    assert os.environ.get("TRITON_CACHE_DIR") != str(cache)
+
+
+def test_inductors_own_ptxas_is_not_taken_for_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", os.path.join(os.path.dirname(torch.__file__), "bin", "ptxas"))
+    assert "TRITON_PTXAS_PATH" not in triton_launch._as_the_user_set_it()
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/usr/bin/ptxas")
+    assert triton_launch._as_the_user_set_it()["TRITON_PTXAS_PATH"] == "/usr/bin/ptxas"
+
+
+@triton.jit
+def inner(x):  # type: ignore[no-untyped-def]
+    return x + 1
+
+
+@triton.jit
+def outer(x_ptr):  # type: ignore[no-untyped-def]
+    inner(1)
+
+
+def test_called_functions_have_their_keys_first() -> None:
+    assert inner.hash is None
+    triton_launch._settle_key(outer)
+    assert inner.hash is not None
+    assert outer.hash is not None
+
+
+class Made:
+    """As Triton's CompiledKernel, as far as launches read it."""
+
+    run, function, packed_metadata = object(), 77, (1,)
+
+    def __init__(self, signature: dict[Any, Any], names: list[str], **metadata: Any) -> None:
+        self.src = SimpleNamespace(signature=signature, fn=SimpleNamespace(arg_names=names))
+        self.metadata = SimpleNamespace(num_warps=4, shared=64, num_ctas=1, **metadata)
+
+
+def test_constants_are_left_out_of_a_launch_and_tuples_are_laid_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(triton_launch, "_static_launcher", lambda: lambda *given: launched.append(given))
+    signature = {0: ("*bf16", ("i32", "constexpr")), 1: "*fp32", 2: "constexpr", 3: "fp32", 4: "i64", 5: "constexpr"}
+    made = Made(signature, ["pieces", "x", "one", "scale", "n", "BLOCK"], global_scratch_size=0, profile_scratch_size=0)
+    texts = [("a.data_ptr()", ("n0", "1")), "b", "1", "0.5", "n0 * 4"]
+    text, scope = triton_launch.launch(made, "k1", ["n0", "2"], texts, {"BLOCK": 16, "num_warps": 4})
+    exec(text, {**scope, "a": SimpleNamespace(data_ptr=lambda: 11), "b": 12, "n0": 3, "stream": 9})
+    assert launched == [(77, 3, 2, 1, 4, 64, "OiOflOO", (11, 3, 12, 0.5, 12, None, None), 9)]
+
+
+@pytest.mark.parametrize("metadata", [{"global_scratch_size": 8}, {"launch_cooperative_grid": True}])
+def test_kernels_that_need_more_are_launched_by_triton(
+    metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_launch, "_static_launcher", lambda: lambda *_: pytest.fail("not by torch"))
+    made, launched = Made({0: "*fp32", 1: "constexpr"}, ["x", "BLOCK"], **metadata), []
+    made.run = lambda *given: launched.append(given)
+    text, scope = triton_launch.launch(made, "k1", ["4"], ["5"], {"BLOCK": 16, "num_warps": 4})
+    exec(text, {**scope, "stream": 9})
+    assert launched == [(4, 1, 1, 9, 77, (1,), None, None, None, 5, 16)]
