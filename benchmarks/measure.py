@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from typing import Any
@@ -71,13 +73,19 @@ class Training:
     loss: str
     as_trainer: bool = False
 
-    def step(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss.  A copy of it, made at once: a CUDA graph that is replayed overwrites its outputs."""
+    def step(self, batch: dict[str, Tensor], note: Callable[[], None] = lambda: None) -> Tensor:
+        """The loss.  A copy of it, made at once: a CUDA graph that is replayed overwrites its outputs.
+
+        note: called after forward, after backward and after the optimizer's step.
+        """
         self.optimizer.zero_grad()  # first, so that the last step's gradients can be looked at
         with torch.autocast(self.trained[0].device.type, torch.bfloat16, enabled=self.as_trainer):
             loss = self.model(**batch).loss if self.loss == "inside" else self._loss_outside(batch)
+        note()
         loss.backward()
+        note()
         self.optimizer.step()
+        note()
         made = loss.detach().clone()
         if self.as_trainer:
             made.item()  # for a progress bar, which waits for the step
@@ -136,14 +144,16 @@ def measure(asked: Row) -> Row:
     row: Row = {"build_s": training.build_s, "model_gib": clock.allocated_gib()}
     batches = make_batches(run)
     clock.reset_peak()
-    losses, row["warmup_s"] = [], []
+    losses, row["warmup_s"], moments = [], [], [clock.now()]
     for batch in batches[: run.warmup]:
         began = clock.now()
-        losses.append(training.step(batch))
+        losses.append(training.step(batch, (lambda: moments.append(clock.now())) if not losses else lambda: None))
         row["warmup_s"].append(clock.now() - began)
         if len(losses) == 1:
             turns.time()
     row["first_step_s"] = row["warmup_s"][0]
+    parts = [end - start for start, end in itertools.pairwise(moments)]
+    row["first_step_parts_s"] = dict(zip(("forward", "backward", "optimizer"), parts, strict=True))
     row["peak_warmup_gib"] = clock.peak_gib()
     clock.reset_peak()
     clock.mark()

@@ -1,1 +1,1 @@
-"""What every op is made with: its definition, its dispatch, its replay, rows and tiles."""
+"""What every op is made with: its definition, its dispatch, its launch plan, rows and tiles."""
