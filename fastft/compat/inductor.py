@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from fastft.compat import symbolic
 
+log = logging.getLogger("fastft")
 ALIGNMENT = 16  # bytes
 
 
@@ -64,15 +66,22 @@ class _PlannedKernel(ir.FallbackKernel):
     def codegen(self, wrapper: PythonWrapperCodegen) -> None:
         """Write the call, and the plan into the code's header."""
         if type(wrapper) is PythonWrapperCodegen and self.is_planned(self.inputs[0].get_device()):  # type: ignore
-            described, hints = self._described()
-            wrapper.header.splice(f"""
-                from fastft.kernels.core.launch_plan import Described, plan
-                {self._plan_name} = plan({described})
-            """)
-            self.python_kernel_name = self._plan_name
-            if hints is not None:
-                self.record_ahead(described, hints)
+            try:
+                described, hints = self._described()
+            except Exception as error:  # an argument of a kind that no op has now
+                log.debug("%s is called without a plan: %s", self.op_overload, error)
+            else:
+                self._call_plan(wrapper, described, hints)
         super().codegen(wrapper)
+
+    def _call_plan(self, wrapper: PythonWrapperCodegen, described: str, hints: dict[str, int] | None) -> None:
+        wrapper.header.splice(f"""
+            from fastft.kernels.core.launch_plan import Described, plan
+            {self._plan_name} = plan({described})
+        """)
+        self.python_kernel_name = self._plan_name
+        if hints is not None:
+            self.record_ahead(described, hints)
 
     def codegen_args(self) -> list[str]:
         """Write all arguments in their places: a plan takes none by name."""

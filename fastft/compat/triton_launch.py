@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -147,10 +147,9 @@ def _environment(wanted: Environment) -> Iterator[None]:
 
 
 def _forget_ptxas() -> None:
-    compiler = importlib.import_module("triton.backends.nvidia.compiler")
-    forget = getattr(getattr(compiler, "get_ptxas_version", None), "cache_clear", None)
-    if forget is not None:
-        forget()
+    if importlib.util.find_spec("triton.backends.nvidia") is not None:
+        compiler = importlib.import_module("triton.backends.nvidia.compiler")
+        getattr(getattr(compiler, "get_ptxas_version", None), "cache_clear", lambda: None)()
 
 
 class _Target:

@@ -60,7 +60,10 @@ def plan(name: str, *arguments: Any) -> Plan:
 
 def record_ahead(described: str, sizes: Mapping[str, int]) -> None:
     """Record a plan for such sizes before it is called.  described: the arguments of ``plan``, as text."""
-    eval(f"plan({described})", {"plan": plan, "Described": Described, "torch": torch}).record_ahead(sizes)
+    try:
+        eval(f"plan({described})", {"plan": plan, "Described": Described, "torch": torch}).record_ahead(sizes)
+    except Exception as error:  # such as no process that may have others: kernels are compiled when they are launched
+        log.debug("nothing is compiled ahead of %s: %s", described[:100], error)
 
 
 class Plan:
@@ -76,8 +79,11 @@ class Plan:
         self.lock = threading.Lock()
         self.ahead: Recorded | None = None
         self.places = dict(_named_sizes(described))  # how each named size is read from the arguments
+        self.kind = torch.device(described[0].device).type
 
     def __call__(self, *arguments: Any) -> Any:
+        if torch.is_autocast_enabled(self.kind):  # it would cast what was recorded below it
+            return self.compute(*arguments)
         try:
             for function in self.variants:
                 results = function(*arguments)

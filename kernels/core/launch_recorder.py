@@ -138,6 +138,7 @@ class Recorder(eager.TorchDispatchMode):
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         """Record the launch of a Triton kernel."""
+        meta = {name: bool(value) if isinstance(value, torch.SymBool) else value for name, value in meta.items()}
         if any(map(is_symbol, meta.values())):
             raise NotRecordable(f"{kernel.__name__} would be compiled for one size")
         read: list[str] = []
