@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,44 +29,30 @@ def call_plans(
 
     ahead: is called with the arguments of launch_plan.plan, as text, and the example's named sizes.
     """
+    PlannedKernel.planned_on, PlannedKernel.ahead = staticmethod(planned_on), staticmethod(ahead)
     for op in ops:
         if op not in lowering.lowerings:
             tag = get_layout_constraint_tag(op, with_default=True)
             lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
-            lowering.lowerings[op] = _lowered(op, planned_on, ahead)
+        handler: Any = functools.partial(_lower, op)
+        handler._is_fallback_handler = True
+        lowering.lowerings[op] = handler
 
 
-def _lowered(
-    op: Any, planned_on: Callable[[torch.device], bool], ahead: Callable[[str, dict[str, int]], None]
-) -> Callable[..., Any]:
-    class PlannedKernel(_PlannedKernel):
-        def is_planned(self, device: torch.device) -> bool:
-            return planned_on(device)
-
-        def record_ahead(self, described: str, sizes: dict[str, int]) -> None:
-            ahead(described, sizes)
-
-    def lower(*args: Any, **kwargs: Any) -> Any:
-        made = PlannedKernel.create(op, *args, **kwargs)
-        wrap = lambda value: ir.TensorBox.create(value) if isinstance(value, ir.IRNode) else value  # noqa: E731
-        return pytree.tree_map(wrap, made)
-
-    lower._is_fallback_handler = True  # type: ignore[attr-defined]
-    return lower
+def _lower(op: Any, *args: Any, **kwargs: Any) -> Any:
+    wrap = lambda value: ir.TensorBox.create(value) if isinstance(value, ir.IRNode) else value  # noqa: E731
+    return pytree.tree_map(wrap, PlannedKernel.create(op, *args, **kwargs))
 
 
-class _PlannedKernel(ir.FallbackKernel):
+class PlannedKernel(ir.FallbackKernel):
     """A call of an operator that becomes a call of its launch plan once the layouts of all buffers are known."""
 
-    def is_planned(self, device: torch.device) -> bool:
-        raise NotImplementedError
-
-    def record_ahead(self, described: str, sizes: dict[str, int]) -> None:
-        raise NotImplementedError
+    planned_on: Callable[[torch.device], bool]
+    ahead: Callable[[str, dict[str, int]], None]
 
     def codegen(self, wrapper: PythonWrapperCodegen) -> None:
         """Write the call, and the plan into the code's header."""
-        if type(wrapper) is PythonWrapperCodegen and self.is_planned(self.inputs[0].get_device()):  # type: ignore
+        if type(wrapper) is PythonWrapperCodegen and self.planned_on(self.inputs[0].get_device()):  # type: ignore
             try:
                 described, hints = self._described()
             except Exception as error:  # an argument of a kind that no op has now
@@ -81,7 +68,7 @@ class _PlannedKernel(ir.FallbackKernel):
         """)
         self.python_kernel_name = self._plan_name
         if hints is not None:
-            self.record_ahead(described, hints)
+            self.ahead(described, hints)
 
     def codegen_args(self) -> list[str]:
         """Write all arguments in their places: a plan takes none by name."""
