@@ -26,12 +26,12 @@ import workers  # noqa: E402
 Row = dict[str, Any]
 QUICK = "--model tiny --device cpu --lower eager --steps 2 --warmup 1 --batches 1x32 --contenders fastft"
 ASKED = {"contender", "batch", "length", "model", "nf4", "dtype", "device", "mask", "loss", "seed", "lower"}
-ASKED |= {"layers", "steps", "warmup", "turns"}
+ASKED |= {"layers", "steps", "warmup", "turns", "as_trainer", "lengths"}
 ABOUT = {"date", "commit", "status", "gpu", "cuda", "versions", "wall_s", "log"}
 MEASURED = {
     *("seconds", "seconds_p20", "seconds_p50", "seconds_p80", "tokens_per_s", "first_step_s", "build_s"),
     *("peak_gib", "peak_steps_gib", "peak_warmup_gib", "model_gib", "loss_first", "loss_last", "grad_norm_last"),
-    *("trained_parameters", "graphs", "graph_breaks"),
+    *("trained_parameters", "graphs", "graph_breaks", "warmup_s", "first_step_parts_s"),
 }
 ON_CUDA = {"host_s", "host_syncs", "gpu_busy_s", "gpu_busy", "occupancy_error"}
 
@@ -75,6 +75,44 @@ def test_eager_and_fastft(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in lines if line.startswith("1x32")] == [["1x32", "eager"], ["1x32", "fastft"]]
     assert "[1/2] eager 1x32" in done.stderr
     assert "[2/2] fastft 1x32" in done.stderr
+
+
+@pytest.mark.slow
+def test_rows_of_many_lengths_as_a_trainer_steps(tmp_path: Path) -> None:
+    command = f"{sys.executable} {BENCHMARKS / 'step.py'} --model tiny --batches 3x9 --lengths 8-40 --as-trainer"
+    command += " --contenders eager,fastft --device cpu --dtype float32 --lower eager --steps 3 --warmup 2"
+    done = subprocess.run([*command.split(), "--json", str(tmp_path / "rows.json")], capture_output=True, check=True)
+    eager, fastft = json.loads((tmp_path / "rows.json").read_text())
+    for row in (eager, fastft):
+        assert (row["batch"], row["length"], row["lengths"], row["as_trainer"]) == (3, 40, [8, 40], True)
+        assert len(row["warmup_s"]) == 2
+        assert row["first_step_s"] == row["warmup_s"][0] >= sum(row["first_step_parts_s"].values())
+        tokens = 3 * sum(row["longest_rows"])
+        assert all(8 <= longest <= 40 for longest in row["longest_rows"])
+        assert row["tokens_per_s"] == pytest.approx(tokens / sum(row["seconds"]))
+        assert row["tokens_per_s_without_padding"] == pytest.approx(row["tokens_per_s"] * (1 - row["padding"]))
+        assert 0 < row["padding"] < 1
+    assert eager["longest_rows"] == fastft["longest_rows"]
+    assert len(set(eager["longest_rows"])) > 1
+    assert fastft["loss_last"] == pytest.approx(eager["loss_last"], rel=2e-2)
+    assert b"rows of 8 to 40 tokens" in done.stdout
+
+
+def test_padding_is_on_the_right_and_has_no_labels() -> None:
+    run = measure.Run.of({**job_of().asked, "batch": 4, "lengths": (3, 9), "device": "cpu"})
+    for batch in measure.make_batches(run):
+        read = batch["attention_mask"].bool()
+        assert 3 <= int(read.sum(1).min()) <= int(read.sum(1).max()) == read.shape[1] <= 9
+        assert bool((read.int().diff(dim=1) <= 0).all()), "what is read comes first"
+        assert bool((batch["labels"][~read] == measure.IGNORED).all())
+        assert torch.equal(batch["labels"][read], batch["input_ids"][read])
+
+
+@pytest.mark.parametrize("text", ["8", "0-4", "9-3", "a-b"])
+def test_lengths_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step.parse([*QUICK.split(), "--lengths", text])
+    assert "--lengths" in capsys.readouterr().err
 
 
 def test_a_crash_is_a_row(tmp_path: Path) -> None:

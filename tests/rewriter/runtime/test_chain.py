@@ -14,7 +14,13 @@ from fastft.kernels.core import dispatch
 
 ROOT = Path(__file__).parents[3]
 # In the page, and not on the stack of an op on a CPU: what returns before, what is generated, what is for GPUs.
-ELSEWHERE = {"runtime/controller.py", "outline/stitch.py", "runtime/cuda_graphs.py", "compat/aot.py", "core/replay.py"}
+ELSEWHERE = {
+    "runtime/controller.py",
+    "outline/stitch.py",
+    "runtime/cuda_graphs.py",
+    "compat/aot.py",
+    "core/launch_plan.py",
+}
 
 
 def end_of(path: str) -> str:
