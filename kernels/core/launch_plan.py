@@ -6,7 +6,7 @@ order for any sizes (launch_recorder.py).  What the op decides by sizes holds as
 same results: these are the conditions at the top of the function, and where one fails, the op is recorded for such
 sizes too.  Kernels are compiled for what is known for all sizes, so that no length compiles another one.
 
-What cannot be recorded, such as a call that reads a value, runs as the op does.
+What cannot be recorded, such as a call that reads a value, runs as the op does, under the same conditions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +70,13 @@ class Plan:
     """Calls an op for arguments that are as described.
 
     compute: the op.  name: in tracebacks and profiles.  variants: functions of the arguments, which return None where
-    their conditions do not hold.
+    their conditions do not hold.  unrecorded: why some of them call the op.
     """
 
     def __init__(self, compute: Callable[..., Any], described: Sequence[Any], name: str = "an op") -> None:
         self.compute, self.described, self.name = compute, described, name
         self.variants: list[Callable[..., Any]] = []
+        self.unrecorded: list[str] = []
         self.lock = threading.Lock()
         self.ahead: Recorded | None = None
         self.places = dict(_named_sizes(described))  # how each named size is read from the arguments
@@ -91,6 +92,7 @@ class Plan:
                     return results
         except AssertionError as error:  # a kernel of torch's laid out its result in another way than torch says
             log.warning("%s runs without a plan: %s", self.name, error)
+            self.unrecorded.append(str(error))
             self.variants = [self.compute]
             return self.compute(*arguments)
         if self.ahead is not None:
@@ -105,7 +107,7 @@ class Plan:
         with self.lock:
             if not self.variants and self.ahead is None:
                 self.ahead = self._recorded(sizes)
-                for launch in self.ahead.launches if self.ahead is not None else ():
+                for launch in self.ahead.launches:
                     triton_launch.compile_ahead(launch.kernel, launch.described, launch.meta)
 
     def prepare(self, sizes: Mapping[str, int]) -> None:
@@ -116,34 +118,34 @@ class Plan:
                 return
             recorded, self.ahead = self.ahead or self._recorded(sizes), None
             try:
-                self.variants.append(self.compute if recorded is None else recorded.function(self.name))
+                function = recorded.function(self.name)
             except Exception as error:  # Triton cannot compile a kernel for this device
-                log.debug("%s runs without a plan: %s", self.name, error)
-                self.variants.append(self.compute)
+                recorded.leave_to(self.compute, error)
+                function = recorded.function(self.name)
+            if recorded.reason:
+                log.debug("%s runs without a plan: %s", self.name, recorded.reason)
+                self.unrecorded.append(recorded.reason)
+            self.variants.append(function)
 
-    def _recorded(self, sizes: Mapping[str, int]) -> Recorded | None:
-        """Record the op for such sizes; None if it cannot be recorded."""
-        try:
-            with symbolic_sizes.without_modes():
-                return Recorded.of(self.compute, self.described, self.places, sizes)
-        except Exception as error:
-            log.debug("%s runs without a plan: %s", self.name, error)
-            return None
+    def _recorded(self, sizes: Mapping[str, int]) -> Recorded:
+        with symbolic_sizes.without_modes():
+            return Recorded.of(self.compute, self.described, self.places, sizes)
 
 
 @dataclass
 class Recorded:
     """What an op does for sizes of one kind.
 
-    parameters: how many arguments it has.  begin: the lines before the recorder's.  read: the tensors that are
-    returned, written as ``returned``.
+    parameters: the names of its arguments.  begin: the lines before the recorder's.  read: the tensors that are
+    returned, written as ``returned``.  reason: why the op is called in place of what was recorded, "" if it is not.
     """
 
     recorder: Recorder
-    parameters: int
-    begin: list[str]
-    returned: str
-    read: list[str]
+    parameters: list[str]
+    begin: list[str] = field(default_factory=list)
+    returned: str = ""
+    read: list[str] = field(default_factory=list)
+    reason: str = ""
 
     @classmethod
     def of(
@@ -165,19 +167,29 @@ class Recorded:
                 return [fake(inner, inner_name) for inner, inner_name in zip(argument, names, strict=True)]
             return argument
 
-        arguments = [fake(argument, f"a{place}") for place, argument in enumerate(described)]
-        read: list[str] = []
-        with recorder.recording(), torch.no_grad():
-            results = compute(*arguments)
-            returned = recorder.text(results, read)
+        parameters = [f"a{place}" for place in range(len(described))]
+        arguments = [fake(argument, name) for argument, name in zip(described, parameters, strict=True)]
+        recorded = cls(recorder, parameters)
+        try:
+            with recorder.recording(), torch.no_grad():
+                recorded.returned = recorder.text(compute(*arguments), recorded.read)
+        except Exception as error:
+            recorded.leave_to(compute, error)
         conditions = [*symbols.assumptions(), *(f"{text} <= {LARGEST_INT32}" for text in recorder.integers)]
         conditions += [f"{recorder.name_of(get)}() == {value!r}" for get, value in recorder.settings.items()]
-        begin = [
+        recorded.begin = [
             *(f"{name} = {text}" for name, text in places.items()),
             *([f"if not ({' and '.join(conditions)}): return None"] if conditions else []),
             *unpacked, *_stream(arguments),
         ]  # fmt: skip
-        return cls(recorder, len(arguments), begin, returned, read)
+        return recorded
+
+    def leave_to(self, compute: Callable[..., Any], reason: Exception) -> None:
+        """Call the op in place of what was recorded, under the same conditions."""
+        self.recorder.lines.clear()
+        self.recorder.globals["compute"] = compute
+        self.returned, self.read = f"compute({', '.join(self.parameters)})", []
+        self.reason = str(reason) or type(reason).__name__
 
     @property
     def launches(self) -> list[Launch]:
@@ -227,8 +239,8 @@ def _stream(arguments: Sequence[Any]) -> list[str]:
     return [f"stream = get_stream({device.index or 0})"] if device.type == "cuda" else []
 
 
-def _function(body: Sequence[str], count: int, name: str, scope: dict[str, Any]) -> Callable[..., Any]:
-    source = f"def planned({', '.join(f'a{place}' for place in range(count))}):\n    " + "\n    ".join(body)
+def _function(body: Sequence[str], parameters: Sequence[str], name: str, scope: dict[str, Any]) -> Callable[..., Any]:
+    source = f"def planned({', '.join(parameters)}):\n    " + "\n    ".join(body)
     file = f"<launch plan {next(_numbers)} of {name}>"
     scope = {**scope, "get_stream": triton_launch.raw_stream}
     exec(compile(source, file, "exec"), scope)
