@@ -209,7 +209,8 @@ def _arguments(graph: Graph, siblings: Sequence[Projection], add: Any) -> tuple[
     owned = [(number, adapter) for number, sibling in enumerate(siblings) for adapter in sibling.adapters]
     automatic = _automatic(first)
     # Casts of adapters alone are left to the op: fourteen small launches a layer, and as many of their gradients.
-    rounded = automatic is not None and value_of(x).dtype == automatic and not _is_widened(siblings)
+    # Not in float16, where GradScaler waits for gradients that overflow.
+    rounded = automatic == value_of(x).dtype == torch.bfloat16 and not _is_widened(siblings)
     factors = [(own.a, own.b) if rounded else (cast(own.a, automatic), cast(own.b, automatic)) for _, own in owned]
     apart = any(not _reads(adapter.x, x, automatic) for _, adapter in owned)
     inputs = [cast(adapter.x, automatic) for _, adapter in owned] if apart else []
