@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cuda as empty_strided_cuda  # type: ignore[attr-defined]
+from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret_tensor  # type: ignore[attr-defined]
+from torch._C._dynamo.guards import assert_size_stride
 from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["TorchDispatchMode"]  # what is only passed on
+__all__ = [
+    "TorchDispatchMode",
+    "assert_size_stride",
+    "empty_strided_cuda",
+    "reinterpret_tensor",
+]  # what is only passed on
 
 
 as_plain_tensors = torch._C.DisableTorchFunctionSubclass  # within it no __torch_function__ is asked

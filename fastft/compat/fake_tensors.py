@@ -9,9 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cuda as empty_strided_cuda  # type: ignore[attr-defined]
-from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret_tensor  # type: ignore[attr-defined]
-from torch._C._dynamo.guards import assert_size_stride
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -24,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["assert_size_stride", "empty_strided_cuda", "reinterpret_tensor", "tree_map_only"]  # what is only passed on
+__all__ = ["tree_map_only"]  # what is only passed on
 
 
 def value_of(argument: Any) -> Any:

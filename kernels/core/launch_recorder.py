@@ -150,15 +150,14 @@ class Recorder(eager.TorchDispatchMode):
 
     def _allocate(self, tensor: Tensor) -> None:
         name = f"t{len(self.lines)}"
-        sizes = ", ".join(
-            [self.text(tuple(tensor.shape)), self.text(tuple(tensor.stride())), self.name_of(tensor.dtype)]
+        layout, dtype = (
+            f"{self.text(tuple(tensor.shape))}, {self.text(tuple(tensor.stride()))}",
+            self.name_of(tensor.dtype),
         )
         if tensor.device.type == "cuda":
-            text = f"{self.name_of(fake_tensors.empty_strided_cuda)}({sizes})"
+            text = f"{self.name_of(eager.empty_strided_cuda)}({layout}, {dtype})"
         else:
-            text = (
-                f"{self.name_of(torch.empty_strided)}({sizes.rpartition(',')[0]}, dtype={self.name_of(tensor.dtype)})"
-            )
+            text = f"{self.name_of(torch.empty_strided)}({layout}, dtype={dtype})"
         self.own(tensor, name)
         self.lines.append(Line(f"{name} = {text}", [], [name], needed=False))
 
@@ -180,9 +179,9 @@ class Recorder(eager.TorchDispatchMode):
                 self.own(value, names[-1])
         text = f"{', '.join(names)}{',' if many else ''} = {call}" if made else call
         self.lines.append(Line(text, read, made, needed=operators.is_mutable(func)))
-        for name, tensor in zip(made, new, strict=True):  # a kernel of torch's may lay its result out another way
+        for name, tensor in zip(made, new, strict=True):  # a kernel of torch's may lay out otherwise what is read later
             laid_out = f"{name}, {self.text(tuple(tensor.shape))}, {self.text(tuple(tensor.stride()))}"
-            self.lines.append(Line(f"{self.name_of(fake_tensors.assert_size_stride)}({laid_out})", [], [name], False))
+            self.lines.append(Line(f"{self.name_of(eager.assert_size_stride)}({laid_out})", [], [name], False))
 
     def text(self, value: Any, read: list[str] | None = None) -> str:
         """Write an argument as Python, and note the names of tensors in it."""
@@ -232,7 +231,7 @@ class Recorder(eager.TorchDispatchMode):
             raise NotRecordable("a view of another dtype")
         offset = tensor.storage_offset() - owner.tensor.storage_offset()
         sizes = f"{self.text(tuple(tensor.shape))}, {self.text(tuple(tensor.stride()))}, {self.text(offset)}"
-        text = f"{self.name_of(fake_tensors.reinterpret_tensor)}({owner.name}, {sizes})"
+        text = f"{self.name_of(eager.reinterpret_tensor)}({owner.name}, {sizes})"
         if text not in self.views:
             self.views[text] = name = f"v{len(self.lines)}"
             self.lines.append(Line(f"{name} = {text}", [owner.name], [name], needed=False))
