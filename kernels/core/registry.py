@@ -43,9 +43,9 @@ class Entry:
     alike: tensors, or lists of them, that share one dtype.
     gradients: the tensors, or lists of them, that the op has a gradient for; () for an op without autograd.
     fill: writes the results of a call into tensors that outputs made, as the op does: (targets, arguments).
+    run: the op's implementation, an engine of torch's included.
     scratch: returns from a call's arguments the most bytes that it allocates beside its results; None if it is nothing.
     planned: whether a call's launches depend on its arguments' metadata alone (launch_plan.py).
-    run: the op's implementation, an engine of torch's included.
     launches: where its Triton kernels are launched, as ``file.function``.
     """
 
@@ -53,6 +53,7 @@ class Entry:
     reference: Callable[..., Results]
     outputs: Callable[..., Results]
     fill: Fill
+    run: Callable[..., Results]
     cases: tuple[Case, ...]
     statistics: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
@@ -63,7 +64,6 @@ class Entry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     planned: bool = True
     launches: str = ""
-    run: Callable[..., Any] = lambda *_: None
 
     def compute(self, *arguments: Any) -> Results:
         """Compute the op's results with our own kernels."""
@@ -157,12 +157,11 @@ def define(
     register_flop_formula(getattr(torch.ops.fastft, name))(count)
     parameters = inspect.signature(reference).parameters
     REGISTRY[f"fastft::{name}"] = Entry(
-        op, reference, outputs, fill, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
+        op, reference, outputs, fill, run, tuple(cases), tuple(statistics), tuple(alike), tuple(gradients),
         tuple(parameters),
         frozenset(name for name, parameter in parameters.items() if "Sequence" in str(parameter.annotation)), scratch,
         {name: value.default for name, value in parameters.items() if value.default is not value.empty}, planned,
         launcher if isinstance(launcher, str) else f"{launcher.__module__.rpartition('.')[2]}.{launcher.__name__}",
-        run,
     )  # fmt: skip
     return op
 
