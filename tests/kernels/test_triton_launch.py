@@ -12,8 +12,12 @@ from strategies import INTERPRETING
 
 from fastft.compat import triton_launch
 from fastft.compat.triton_launch import Pointer
+from fastft.kernels import REGISTRY
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.launch_plan import Described, Plan
 
 triton = pytest.importorskip("triton")
+lora_linear_triton = pytest.importorskip("fastft.kernels.lora_linear_triton")
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
 BF16, F32 = Pointer(torch.bfloat16, True), Pointer(torch.float32, True)
 
@@ -123,3 +127,79 @@ def test_kernels_that_need_more_are_launched_by_triton(
     text, scope = triton_launch.launch(made, "k1", ["4"], ["5"], {"BLOCK": 16, "num_warps": 4})
     exec(text, {**scope, "stream": 9})
     assert launched == [(4, 1, 1, 9, 77, (1,), None, None, None, 5, 16)]
+
+
+LEAD = ("n0", "n1")
+BFLOAT16 = torch.bfloat16
+
+
+def described(dtype: torch.dtype, *shape: int | str) -> Described:
+    """A dense tensor on the CPU; names are sizes that change."""
+    strides: list[int | str] = [1]
+    for size in reversed(shape[1:]):
+        known = strides[0]
+        whole = isinstance(known, int) and isinstance(size, int)
+        strides.insert(0, known * size if whole else f"{known}*{size}")  # type: ignore[operator]
+    return Described(dtype, "cpu", shape, tuple(strides[: len(shape)]), True)
+
+
+def lora_linear(columns: int, features: tuple[int, ...], backward: bool = False) -> list[Any]:
+    """Arguments of projections of nested NF4 weights with adapters in float32, as under autocast."""
+    many, rank = len(features), 16
+    blocks = [size * columns // 64 for size in features]
+    group = [
+        described(BFLOAT16, *LEAD, columns), [described(torch.uint8, size * columns // 2, 1) for size in features],
+        [described(torch.float32, count // 256) for count in blocks], [described(torch.uint8, n) for n in blocks],
+        [described(torch.float32, 256)] * many, [described(torch.float32)] * many, [],
+        [described(torch.float32, rank, columns)] * many, [described(torch.float32, size, rank) for size in features],
+        [], list(features), [], list(range(many)), [2.0] * many, 64, "nf4", False, True,
+    ]  # fmt: skip
+    if not backward:
+        return group
+    gradient, s = described(BFLOAT16, *LEAD, sum(features)), described(torch.float32, *LEAD, rank * many)
+    return [gradient, s, *group, [True, *[False] * many, *[True] * 2 * many]]
+
+
+QKV = [described(BFLOAT16, "n0", heads, "n1", 128) for heads in (32, 8, 8)]
+RANGES = [described(torch.int64, 1, "n1"), described(torch.int64, *LEAD)]
+ROWS, LSE = described(BFLOAT16, *LEAD, 4096), described(torch.float32, "n0", 32, "n1")
+LAYER = {  # what a layer of an 8B model calls
+    "rms_norm": [ROWS, described(BFLOAT16, 4096), 1e-5, 0.0, True],
+    "lora_linear": lora_linear(4096, (4096, 1024, 1024)),
+    "lora_linear, down": lora_linear(14336, (4096,)),
+    "lora_linear_backward": lora_linear(4096, (4096, 1024, 1024), backward=True),
+    "lora_linear_backward, up": lora_linear(4096, (14336, 14336), backward=True),
+    "attention": [*QKV, *RANGES, None, None, None, None, None, False, 0, 0.088, 0.0, 0.0, False],
+    "attention_backward": [QKV[0], *QKV, QKV[0], LSE, *RANGES, None, None, None, None, False, 0, 0.088, 0.0, 0.0],
+    "glu_packed": [described(BFLOAT16, *LEAD, 28672), "silu"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_what_plans_ask_for_is_compiled_for_every_generation(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sizes that are not known to be multiples of 16, as no test of a kernel by itself has them."""
+    from triton.backends.compiler import GPUTarget
+
+    everything = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    monkeypatch.setattr(dispatch, "triton_dtypes", lambda device: everything)
+    monkeypatch.setattr(dispatch, "has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(dispatch, "has_shared_operands", lambda device: capability == 90)
+    monkeypatch.setattr(lora_linear_triton, "has_shared_operands", lambda device: capability == 90)
+    count = 0
+    for name, arguments in LAYER.items():
+        op = REGISTRY[f"fastft::{name.partition(',')[0]}"]
+        plan = Plan(op.compute, arguments, name)
+        recorded = plan._recorded({"n0": 2, "n1": 300})
+        assert not recorded.reason, (name, recorded.reason)
+        for launch in recorded.launches:
+            function, target = launch.kernel.fn, GPUTarget("cuda", capability, 32)
+            launch.kernel.device_caches.clear()
+            work = (function.__module__, function.__name__, launch.described, launch.meta, target)
+            triton_launch._compile_in_worker(*work, {"TRITON_CACHE_DIR": str(tmp_path)})
+            launch.kernel.device_caches.clear()
+            count += 1
+    assert count > 2 * len(LAYER)
+    assert len(list(tmp_path.rglob("*.cubin"))) > len(LAYER)
