@@ -29,11 +29,7 @@ def terms_of(
     Returns [terms, rows, columns]: one term in the pieces' dtype, or float32 as three in bfloat16.  rounded: the pieces
     count as rounded to the other tensor's dtype.
     """
-    if rounded:
-        out = pieces[0][0].new_empty(1, rows, columns, dtype=beside)
-        place(out, pieces)
-        return out
-    dtype = functools.reduce(torch.promote_types, [piece.dtype for piece, *_ in pieces])
+    dtype = beside if rounded else functools.reduce(torch.promote_types, [piece.dtype for piece, *_ in pieces])
     exact = dtype == torch.float32 and beside == torch.bfloat16 and _on_triton(*(piece for piece, *_ in pieces))
     out = pieces[0][0].new_empty(3 if exact else 1, rows, columns, dtype=beside if exact else dtype)
     place(out, pieces)

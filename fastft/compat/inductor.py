@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from fastft.compat import symbolic
+from fastft.compat.triton_launch import ALIGNMENT
 
 log = logging.getLogger("fastft")
-ALIGNMENT = 16  # bytes
 
 
 def call_plans(
@@ -75,12 +75,16 @@ class PlannedKernel(ir.FallbackKernel):
         args = super().codegen_args()
         if self.python_kernel_name != self._plan_name:
             return args
-        rest = self.op_overload._schema.arguments[len(args) :]  # type: ignore[union-attr]
-        return [*args, *(V.graph.wrapper_code.val_to_arg_str(self.kwargs.get(o.name, o.default_value)) for o in rest)]
+        return [*args, *map(V.graph.wrapper_code.val_to_arg_str, self._rest(args, self.kwargs))]
 
     def codegen_kwargs(self, skip_out: bool = False) -> list[str]:
         """Write the arguments that are given by name."""
         return [] if self.python_kernel_name == self._plan_name else super().codegen_kwargs(skip_out)
+
+    def _rest(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """List what follows the arguments that are given by place: what is given by name, and defaults."""
+        arguments = self.op_overload._schema.arguments[len(args) :]  # type: ignore[union-attr]
+        return [kwargs.get(argument.name, argument.default_value) for argument in arguments]
 
     @property
     def _plan_name(self) -> str:
@@ -92,8 +96,7 @@ class PlannedKernel(ir.FallbackKernel):
         Also returns the named sizes in the example, None where they are not known.
         """
         args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
-        schema = self.op_overload._schema  # type: ignore[union-attr]
-        every = [*args, *(kwargs.get(one.name, one.default_value) for one in schema.arguments[len(args) :])]
+        every = [*args, *self._rest(args, kwargs)]
         tensors = [value for value in pytree.tree_leaves(every) if isinstance(value, ir.IRNode)]
         sizes = _Sizes(tensors)
 
@@ -104,7 +107,7 @@ class PlannedKernel(ir.FallbackKernel):
                 return f"[{', '.join(map(describe, value))}]"
             return repr(value)
 
-        return ", ".join([repr(schema.name), *map(describe, every)]), sizes.hints()
+        return ", ".join([repr(self.op_overload._schema.name), *map(describe, every)]), sizes.hints()  # type: ignore[union-attr]
 
 
 class _Sizes:

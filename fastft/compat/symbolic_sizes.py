@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
-__all__ = ["without_modes"]
+from fastft.compat.fake_tensors import computing_in
 
 without_modes = _disable_current_modes  # within it tensors are real, and no mode sees them
 
@@ -38,11 +37,9 @@ class SymbolicSizes:
             self.values[name] = self.env.create_symintnode(symbol, hint=size, source=source)
             self.printer.names[str(symbol)] = name
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """Make new tensors fake ones, and keep their sizes symbols."""
-        with self.mode, enable_python_dispatcher():
-            yield
+        return computing_in(self.mode)
 
     def value(self, size: int | str) -> Any:
         """Return a number, or the value of an expression of the names."""

@@ -17,7 +17,6 @@ from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 ALIGNMENT = 16  # bytes of an address, and units of an integer, that Triton specialises kernels for
-WIDE = 2**31  # an integer from here on is passed in 64 bits
 _CODES = {
     "i1": "i", "i8": "b", "i16": "h", "i32": "i", "i64": "l", "u1": "I", "u8": "B", "u16": "H", "u32": "I", "u64": "K",
     "fp16": "f", "bf16": "f", "fp32": "f", "f32": "f", "fp64": "d",

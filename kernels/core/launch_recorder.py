@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastft.compat import eager, fake_tensors, operators, triton_launch
 from fastft.compat.symbolic_sizes import SymbolicSizes, divisible, is_symbol
+from fastft.compat.triton_launch import ALIGNMENT
 
-ALIGNMENT = 16  # bytes: what Triton's kernels are specialised on, and what the engines of attention read at once
 LARGEST_INT32 = 2**31 - 1
 
 _thread = threading.local()  # recorder: of this thread's recording, if there is one
@@ -49,10 +49,10 @@ def setting(read: Callable[[], Any]) -> Any:
     return value
 
 
-def is_aligned(tensor: Tensor, alignment: int = ALIGNMENT) -> bool:
-    """Return whether a tensor's address is, or in a recording is sure to be, a multiple of so many bytes."""
+def is_aligned(tensor: Tensor) -> bool:
+    """Return whether a tensor's address is, or in a recording is sure to be, a multiple of ALIGNMENT bytes."""
     recorder = recording()
-    return tensor.data_ptr() % alignment == 0 if recorder is None else recorder.is_aligned(tensor)
+    return tensor.data_ptr() % ALIGNMENT == 0 if recorder is None else recorder.is_aligned(tensor)
 
 
 def on_grid(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
