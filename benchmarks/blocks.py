@@ -62,7 +62,7 @@ def classify(block: Block, sizes: Sizes) -> str:
 def sizes_of(shape: Mapping[str, Any], batch: int, length: int, *, nf4: bool, rank: int) -> Sizes:
     """What the tensors of a step are as large as, in 16 and in 32 bits.
 
-    shape: LlamaConfig's arguments.  De-quantised weights exist only if the base is in 4 bits.
+    shape: the model configuration's arguments.  De-quantised weights exist only if the base is in 4 bits.
     """
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     head = shape.get("head_dim") or hidden // shape["num_attention_heads"]

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from presets import PRESETS
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -25,10 +25,9 @@ def build(preset: str, *, layers: int | None, nf4: bool, dtype: torch.dtype, dev
     """
     torch.manual_seed(seed)
     shape = PRESETS[preset] | ({"num_hidden_layers": layers} if layers else {})
-    config = LlamaConfig(**shape, use_cache=False)
+    config = AutoConfig.for_model(**shape, use_cache=False)
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-        model = model.to(dtype)
+        model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
     if nf4:
         _swap_for_nf4(model, dtype)
     for module in model.modules():

@@ -39,20 +39,20 @@ def import_first(contender: str) -> None:
 
 
 def liger(build: Build, lower: str) -> Model:
-    """All of Liger's kernels for Llama, the fused head and cross entropy among them.
+    """All of Liger's kernels for the presets' models, the fused head and cross entropy among them.
 
-    It replaces the classes that modules are made of, so it comes before the model, and LlamaForCausalLM.forward, which
-    PEFT calls.
+    It replaces the classes that modules are made of, so it comes before the model, and the forward of each class of
+    models, which PEFT calls.
     """
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-    from transformers import LlamaForCausalLM
+    from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen3
+    from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
-    before = LlamaForCausalLM.forward
-    apply_liger_kernel_to_llama(
-        rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=True
-    )
-    if LlamaForCausalLM.forward is before:
-        raise RuntimeError("Liger left LlamaForCausalLM.forward, and so the head, as it was")
+    kinds = {LlamaForCausalLM: apply_liger_kernel_to_llama, Qwen3ForCausalLM: apply_liger_kernel_to_qwen3}
+    for kind, apply in kinds.items():
+        before = kind.forward
+        apply(rope=True, swiglu=True, rms_norm=True, cross_entropy=False, fused_linear_cross_entropy=True)
+        if kind.forward is before:
+            raise RuntimeError(f"Liger left {kind.__name__}.forward, and so the head, as it was")
     return build()
 
 
@@ -61,26 +61,33 @@ def unsloth(build: Build, lower: str, checkpointing: bool | str) -> Model:
 
     checkpointing: its use_gradient_checkpointing; "unsloth" keeps what layers start from in the host's memory.
     """
-    from unsloth import FastLanguageModel
     from unsloth.models._utils import apply_unsloth_gradient_checkpointing
 
     model = _for_causal_lm(build())
     base = model.get_base_model()
+    loader = _loader_of(base)
     dtype = base.get_input_embeddings().weight.dtype
-    FastLanguageModel.pre_patch()  # the classes' forwards
+    loader.pre_patch()  # the classes' forwards
     base.config.dtype = dtype
     _replace_rotary(base, dtype)
-    FastLanguageModel.post_patch(base, None, correct_dtype=dtype)
+    loader.post_patch(base, None, correct_dtype=dtype)
     _set_length(model, LENGTH)
     model.register_forward_pre_hook(_lengthen, with_kwargs=True)
     _name_trainer_loop()
     mode = apply_unsloth_gradient_checkpointing(checkpointing, LENGTH, dtype)
-    model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=mode)
+    model = loader.patch_peft_model(model, use_gradient_checkpointing=mode)
     if mode:
         base.gradient_checkpointing_enable()  # as the Trainer does; what it enables is Unsloth's by now
-    model = FastLanguageModel.for_training(model)
+    model = loader.for_training(model)
     _check(base, mode)
     return model
+
+
+def _loader_of(base: Model) -> Any:
+    """The class that Unsloth's loader leaves a model of this type to."""
+    from unsloth.models import FastLanguageModel, FastQwen3Model
+
+    return FastQwen3Model if base.config.model_type == "qwen3" else FastLanguageModel
 
 
 def _for_causal_lm(model: Model) -> Model:

@@ -190,7 +190,7 @@ def write_model(asked: Row, folder: Path) -> None:
     import torch
     from measure import device_of
     from presets import PRESETS
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from fastft.presets import byte_tokenizer
 
@@ -199,7 +199,7 @@ def write_model(asked: Row, folder: Path) -> None:
     torch.manual_seed(asked["seed"])
     shape = {"pad_token_id": PADDING, "bos_token_id": BEGIN, "eos_token_id": END, **PRESETS[asked["model"]]}
     with torch.device(device_of(asked["device"])):
-        model = LlamaForCausalLM(LlamaConfig(**shape)).to(getattr(torch, asked["dtype"]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).to(getattr(torch, asked["dtype"]))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 

@@ -186,11 +186,11 @@ def scratch_bytes(*arguments: Any) -> int:
 def scratch_bytes_backward(grad_output: Tensor, s: Tensor, *arguments: Any) -> int:
     """Count the bytes of the weight in 16 bits, of what lies beside grad_output, and of parts of sums over it.
 
-    See lora_plan.backward.
+    See lora_backward_plan.backward.
     """
-    from fastft.kernels import lora_plan
+    from fastft.kernels import lora_backward_plan
 
-    return lora_plan.backward_scratch(Group(*arguments[:-1]))
+    return lora_backward_plan.backward_scratch(Group(*arguments[:-1]))
 
 
 def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
@@ -200,10 +200,10 @@ def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
 
 
 def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-    from fastft.kernels import lora_plan
+    from fastft.kernels import lora_backward_plan
 
     grad_output, s, *fields, needed = arguments
-    lora_plan.backward(targets, grad_output, s, Group(*fields), needed)
+    lora_backward_plan.backward(targets, grad_output, s, Group(*fields), needed)
 
 
 def _plain(

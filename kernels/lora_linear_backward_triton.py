@@ -19,7 +19,7 @@ from torch import Tensor
 from fastft.kernels.core.arith import at_least_one, cdiv
 from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import multiprocessors
-from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, collect, split
+from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, Sum, split
 from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
 
 # Columns are many, as there is a part of x p for each block of them: written and read, it has a quarter of x's bytes
@@ -160,9 +160,9 @@ def shares_of(columns: Sequence[slice], ranks: Sequence[slice]) -> tuple[Share, 
 
 def both(
     x: Tensor, s: Tensor, p: Tensor, product: Tensor, pieces: Sequence[Piece], columns: Sequence[slice],
-    ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None,
+    ranks: Sequence[slice], copy: Tensor | None, spare: Tensor | None, sums: list[Sum],
 ) -> None:  # fmt: skip
-    """Write product = x p, copy = x, spare = [product | 0], x^T s into pieces; columns[i] of x go with ranks[i].
+    """Write product = x p, copy = x, spare = [product | 0]; add x^T s to sums.  columns[i] of x go with ranks[i].
 
     p [K, 1 or ONE_PASS_TERMS, ONE_PASS_RANK], the terms of each row: the rows of a share's columns have its ranks from
     column 0 on, and zeros beside them.  x^T s [K, ONE_PASS_RANK] has them there too.
@@ -184,4 +184,4 @@ def both(
         shares, parts, product, beside, M, product.shape[1], beside.shape[1], parts.stride(0), product.stride(0),
         beside.stride(0), COUNT=len(shares), SPARE=spare is not None, **SUM_TILE,
     )  # fmt: skip
-    collect(partial, pieces)
+    sums.append((partial, pieces))

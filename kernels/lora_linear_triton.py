@@ -43,44 +43,44 @@ def add_product(left, right, total):
 
 
 @triton.jit
-def place_kernel(
-    pieces, out_ptr, n_elements, columns, out_stride, term_stride, COUNT: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write BLOCK elements of a matrix of scaled pieces and zeros, each as TERMS terms."""
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column, mask = element // columns, element % columns, element < n_elements
-    value = tl.zeros([BLOCK], tl.float32)
-    for which in tl.static_range(COUNT):
-        source_ptr, n_rows, n_columns, stride, first_row, first_column, scale = pieces[which]
-        r, c = row - first_row, column - first_column
-        inside = mask & (r >= 0) & (r < n_rows) & (c >= 0) & (c < n_columns)
-        source = tl.load(source_ptr + tl.cast(r, tl.int64) * stride + c, mask=inside, other=0.0)
-        value += tl.cast(source, tl.float32) * tl.cast(scale, tl.float32)  # pieces do not overlap
-    address = out_ptr + tl.cast(row, tl.int64) * out_stride + column
-    for number in tl.static_range(TERMS):
-        term = term_of(value, number, out_ptr.dtype.element_ty)
-        tl.store(address + tl.cast(number, tl.int64) * term_stride, term, mask=mask)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def collect_kernel(
-    pieces, partial_ptr, splits, split_stride, partial_stride, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Sum BLOCK elements of a piece over the splits, and store them scaled."""
-    for which in tl.static_range(COUNT):
+def place_kernel(matrices, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write BLOCK elements of a matrix of scaled pieces and zeros, each as up to TERMS terms."""
+    for which in tl.static_range(len(matrices)):
         if tl.program_id(1) == which:
-            target_ptr, n_elements, columns, stride, first_row, first_column, scale = pieces[which]
+            out_ptr, n_elements, columns, out_stride, term_stride, terms, pieces = matrices[which]
+            element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            row, column, mask = element // columns, element % columns, element < n_elements
+            value = tl.zeros([BLOCK], tl.float32)
+            for number in tl.static_range(len(pieces)):
+                source_ptr, n_rows, n_columns, stride, first_row, first_column, scale = pieces[number]
+                r, c = row - first_row, column - first_column
+                inside = mask & (r >= 0) & (r < n_rows) & (c >= 0) & (c < n_columns)
+                source = tl.load(source_ptr + tl.cast(r, tl.int64) * stride + c, mask=inside, other=0.0)
+                value += tl.cast(source, tl.float32) * tl.cast(scale, tl.float32)  # pieces do not overlap
+            address = out_ptr + tl.cast(row, tl.int64) * out_stride + column
+            for number in tl.static_range(TERMS):
+                if number < terms:
+                    term = term_of(value, number, out_ptr.dtype.element_ty)
+                    tl.store(address + tl.cast(number, tl.int64) * term_stride, term, mask=mask)
+
+
+@triton.jit(do_not_specialize=["splits", "other_splits"])
+def collect_kernel(pieces, splits, other_splits, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum BLOCK elements of a piece over its splits, and store them scaled; from piece FIRST on it has others."""
+    for which in tl.static_range(len(pieces)):
+        if tl.program_id(1) == which:
+            partial_ptr, split_stride, partial_stride, target = pieces[which]
+            target_ptr, n_elements, columns, stride, first_row, first_column, scale = target
             element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
             mask = element < n_elements
             row = tl.cast(first_row + element // columns, tl.int64)
             address = partial_ptr + row * partial_stride + first_column + element % columns
             total = tl.zeros([BLOCK], tl.float32)
-            for split in range(splits):
+            for split in range(splits if which < FIRST else other_splits):
                 total += tl.load(address + tl.cast(split, tl.int64) * split_stride, mask=mask, other=0.0)
             total *= tl.cast(scale, tl.float32)
-            target = target_ptr + tl.cast(element // columns, tl.int64) * stride + element % columns
-            tl.store(target, tl.cast(total, target_ptr.dtype.element_ty), mask=mask)
+            store = target_ptr + tl.cast(element // columns, tl.int64) * stride + element % columns
+            tl.store(store, tl.cast(total, target_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -191,10 +191,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     flat = {"BLOCK": ELEMENTS, "num_warps": 4}
     for count in (1, 3):
         source, target = (((pointer, *["i32"] * 5, "fp32"),) * count for pointer in ("*fp32", "*row"))
-        yield collect_kernel, {"pieces": target, "COUNT": count, **types, **flat}
-        for terms in (1, TERMS):
-            out = "*bf16" if terms == TERMS else "*row"
-            yield place_kernel, {"pieces": source, "out_ptr": out, "COUNT": count, "TERMS": terms, **flat}
+        sums = tuple(("*fp32", "i32", "i32", one) for one in target)
+        for sums_, first in ((sums, count), ((*sums, *sums), count)):
+            yield collect_kernel, {"pieces": sums_, "FIRST": first, **flat}
+        for terms, matrices in itertools.product((1, TERMS), (1, 2)):
+            matrix = ("*bf16" if terms == TERMS else "*row", *["i32"] * 5, source)
+            yield place_kernel, {"matrices": (matrix,) * matrices, "TERMS": terms, **flat}
     for (x, p, terms), rank in itertools.product(PAIRS, RANKS):
         constants = {"x_ptr": x, "terms_ptr": p, "copy_ptr": x, **types, **tile(rank, x != p or x == "*fp32")}
         for copy, dense in ((True, "terms_stride_k"), (False, "terms_stride_r")):
@@ -209,27 +211,31 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in the whole, row and column, and its scale
+Matrix = tuple[Tensor, Sequence[Piece]]  # [terms, rows, columns], whose last axis is dense, and what it is made of
+Sum = tuple[Tensor, Sequence[Piece]]  # [splits, rows, columns], to be added up, and where parts of it are written
 
 
-def place(out: Tensor, pieces: Sequence[Piece]) -> None:
-    """Write scale * piece where each belongs in out [terms, rows, columns], whose last axis is dense; else zero."""
-    dense = [source if source.stride(1) == 1 else source.contiguous() for source, *_ in pieces]
-    operands = tuple(
-        (source, *source.shape, source.stride(0), *piece[1:]) for source, piece in zip(dense, pieces, strict=True)
-    )
-    n_elements = out[0].numel()
-    on_grid(place_kernel, (cdiv(n_elements, ELEMENTS),))(
-        operands, out, n_elements, out.shape[2], out.stride(1), out.stride(0), COUNT=len(operands), TERMS=out.shape[0],
-        BLOCK=ELEMENTS, num_warps=4,
-    )  # fmt: skip
+def place(matrices: Sequence[Matrix]) -> None:
+    """Write scale * piece where each belongs in its matrix, which is zero elsewhere."""
+    described = []
+    for out, pieces in matrices:
+        dense = [source if source.stride(1) == 1 else source.contiguous() for source, *_ in pieces]
+        inside = tuple(
+            (source, *source.shape, source.stride(0), *more) for source, (_, *more) in zip(dense, pieces, strict=True)
+        )
+        described.append((out, out[0].numel(), out.shape[2], out.stride(1), out.stride(0), out.shape[0], inside))
+    blocks = cdiv(max(out[0].numel() for out, _ in matrices), ELEMENTS)
+    terms = max(out.shape[0] for out, _ in matrices)
+    on_grid(place_kernel, (blocks, len(matrices)))(tuple(described), TERMS=terms, BLOCK=ELEMENTS, num_warps=4)
 
 
-def collect(partial: Tensor, pieces: Sequence[Piece]) -> None:
-    """Write scale * the sum over partial [splits, rows, columns] into the pieces, whose last axis is dense."""
-    operands = tuple((target, target.numel(), target.shape[1], target.stride(0), *more) for target, *more in pieces)
-    on_grid(collect_kernel, (cdiv(max(target.numel() for target, *_ in pieces), ELEMENTS), len(pieces)))(
-        operands, partial, partial.shape[0], partial.stride(0), partial.stride(1), COUNT=len(operands), BLOCK=ELEMENTS,
-        num_warps=4,
+def collect(sums: Sequence[Sum]) -> None:
+    """Write scale * the sum over the splits into the pieces, whose last axis is dense; of one sum or of two."""
+    whole = lambda piece: (piece[0], piece[0].numel(), piece[0].shape[1], piece[0].stride(0), *piece[1:])  # noqa: E731
+    described = [(of, of.stride(0), of.stride(1), whole(piece)) for of, pieces in sums for piece in pieces]
+    largest = max(target.numel() for _, pieces in sums for target, *_ in pieces)
+    on_grid(collect_kernel, (cdiv(largest, ELEMENTS), len(described)))(
+        tuple(described), sums[0][0].shape[0], sums[-1][0].shape[0], FIRST=len(sums[0][1]), BLOCK=ELEMENTS, num_warps=4
     )  # fmt: skip
 
 
@@ -261,8 +267,8 @@ def project(x: Tensor, terms: Tensor, s: Tensor, copy: Tensor | None, spare: Ten
         )  # fmt: skip
 
 
-def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transposed: bool) -> None:
-    """Write parts of x^T s [K, R], or of s^T x [R, K], into pieces.  rounded: s counts as rounded to x's dtype."""
+def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], sums: list[Sum], rounded: bool, transposed: bool) -> None:
+    """Add to sums:  parts of x^T s [K, R], or of s^T x [R, K].  rounded: s counts as rounded to x's dtype."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     (M, K), R = x.shape, s.shape[1]
     terms = 0 if x.dtype == torch.float32 else 1 if rounded else TERMS if x.dtype == torch.bfloat16 else 0
@@ -275,4 +281,4 @@ def outer(x: Tensor, s: Tensor, pieces: Sequence[Piece], rounded: bool, transpos
     on_grid(outer_kernel, (blocks, splits))(
         x, s, partial, M, K, R, n_rows, x.stride(0), s.stride(0), partial.stride(0), by_k, by_r, TERMS=terms, **meta
     )
-    collect(partial, pieces)
+    sums.append((partial, pieces))

@@ -110,6 +110,8 @@ MUTANTS = (
     Mutant("lora_linear.collect_kernel", MASK, "lora_linear.collect_kernel", "mask = element < n_elements", "mask = element >= 0"),
     Mutant("lora_linear.collect_kernel", INDEX, "lora_linear.collect_kernel", "first_column + element % columns", "element % columns"),
     Mutant("lora_linear.place_kernel", SIGN, "lora_linear.place_kernel", "* tl.cast(scale", "* -tl.cast(scale"),
+    Mutant("lora_linear.place_kernel", MASK, "lora_linear.place_kernel", "number < terms", "number <= terms"),
+    Mutant("lora_linear.collect_kernel", INDEX, "lora_linear.collect_kernel", "which < FIRST", "which <= FIRST"),
     Mutant("lora_linear.collect_kernel", SIGN, "lora_linear.collect_kernel", "total += tl.load", "total -= tl.load"),
     Mutant("lora_linear.project_kernel", SIGN, "lora_linear.project_kernel", "add_product(x, term,", "add_product(x, -term,"),
     Mutant("lora_linear.project_kernel", MASK, "lora_linear.project_kernel", "mask = (row < M)[:, None] & (r < R)", "mask = (row < M)[:, None] & (r >= 0)"),

@@ -10,7 +10,7 @@ from op_calls import examples
 from strategies import INTERPRETING
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastft.kernels import REGISTRY, lora_plan
+from fastft.kernels import REGISTRY, lora_backward_plan, lora_plan
 from fastft.kernels.core import dispatch
 from fastft.kernels.lora_group import Group
 
@@ -74,16 +74,19 @@ def test_a_gradient_in_parts_is_that_of_the_whole(device: str, monkeypatch: pyte
     tolerance = 2**-6 if device == "cuda" else 1e-5
     name = "fastft::lora_linear_backward"
     calls = examples(name, dtype, 4 * len(REGISTRY[name].cases))
-    seen, part = [], lora_plan._adapter_gradients
-    monkeypatch.setattr(
-        lora_plan, "_adapter_gradients", lambda *given: (seen.append(given[0].shape[0]), part(*given))[1]
-    )
-    monkeypatch.setattr(lora_plan, "ROWS_TOGETHER", 2)
+    seen, part = [], lora_backward_plan._adapter_gradients
+
+    def watched(grad: torch.Tensor, *given: Any, **more: Any) -> None:
+        seen.append(grad.shape[0])
+        part(grad, *given, **more)
+
+    monkeypatch.setattr(lora_backward_plan, "_adapter_gradients", watched)
+    monkeypatch.setattr(lora_backward_plan, "ROWS_TOGETHER", 2)
     for call in calls:
         given = call.arguments(call.tensors(device))
         expected = REGISTRY[name].op(*given)
         with monkeypatch.context() as small:
-            small.setattr(lora_plan, "PART_BYTES", 2**10)
+            small.setattr(lora_backward_plan, "PART_BYTES", 2**10)
             seen.append(0)
             found = REGISTRY[name].op(*given)
         for one, other in zip(found, expected, strict=True):

@@ -14,7 +14,18 @@ from strategies import DEVICES, INTERPRETING, LOW, Spec
 from torch import Tensor
 
 from fastft.kernels.core import dispatch
-from fastft.kernels.lora_products import MAX_RANK, ONE_PASS_RANK, ONE_PASS_TERMS, operands, project_and_outer
+from fastft.kernels.lora_products import (
+    MAX_RANK,
+    ONE_PASS_RANK,
+    ONE_PASS_TERMS,
+    Matrix,
+    Sum,
+    collect,
+    one_pass_factors,
+    operands,
+    place,
+    project_and_outer,
+)
 
 on_devices = pytest.mark.parametrize("device", DEVICES[0 if INTERPRETING else 1 :])
 SCALE = 0.5
@@ -51,7 +62,14 @@ def run(one: Case, width: int) -> tuple[list[Tensor], Any]:
     used = [at for at, own in enumerate(one.ranks) if own.stop > own.start]
     pieces = [(one.factors[at], one.columns[at].start, 0, SCALE) for at in used]
     into = [(targets[at], one.columns[at].start, 0, SCALE) for at in used]
-    done = project_and_outer(one.x, one.s, product, pieces, into, one.columns, one.ranks, copy, spare)
+    matrices: list[Matrix] = []
+    sums: list[Sum] = []
+    p = one_pass_factors(one.x, one.s, pieces, one.ranks, matrices)
+    if p is None:
+        return [], False
+    place(matrices)
+    done = project_and_outer(one.x, one.s, p, product, into, one.columns, one.ranks, copy, spare, sums)
+    collect(sums)
     return [product, *(targets[at] for at in used), wider], done
 
 
@@ -101,9 +119,11 @@ def test_terms_are_float32(device: str) -> None:
         left = left - terms[-1]
     product, targets = torch.empty_like(one.s), [torch.empty_like(b) for b in factors]
     pieces = [(target, part.start, 0, 1.0) for target, part in zip(targets, one.columns, strict=True)]
+    sums: list[Sum] = []
     lora_linear_backward_triton.both(
-        one.x, one.s, torch.stack(terms, 1), product, pieces, one.columns, one.ranks, None, None
+        one.x, one.s, torch.stack(terms, 1), product, pieces, one.columns, one.ranks, None, None, sums
     )
+    collect(sums)
     x, s = one.x.double(), one.s.double()
     truth = torch.cat([x[:, part] @ b.double() for part, b in zip(one.columns, factors, strict=True)], 1)
     torch.testing.assert_close(product.double(), truth, rtol=0, atol=3e-6 * truth.abs().max().item())
