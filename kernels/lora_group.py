@@ -70,6 +70,10 @@ class Group(Arguments):
         """Return the dtype that an adapter computes in."""
         return self.x.dtype if self.rounded else torch.promote_types(a.dtype, b.dtype)
 
+    def rounded_beside(self, source: Tensor) -> bool:
+        """Return whether adapters count as rounded to the dtype of what they are multiplied by: x's, if rounded."""
+        return self.rounded and source.dtype == self.x.dtype
+
     def statistics_of(self, sibling: int) -> Sequence[Tensor]:
         """Return the absmax of a 4-bit weight and, if nested, its other three statistics."""
         lists = (self.absmax, self.absmax_8bit, self.absmax_code, self.absmax_offset)

@@ -142,8 +142,10 @@ def _terms_of_a(group: Group, matrices: list[Matrix]) -> list[Tensor]:
         every = [([(a, 0, 0, 1.0)], a.shape[0], source) for a, source in zip(group.lora_a, group.inputs, strict=True)]
     else:
         every = [(factors_a(group), sum(a.shape[0] for a in group.lora_a), group.read[0])] if group.lora_a else []
-    columns = group.x.shape[-1]
-    terms = [terms_of(pieces, ranks, columns, source.dtype, matrices, group.rounded) for pieces, ranks, source in every]
+    terms = [
+        terms_of(pieces, ranks, group.x.shape[-1], source.dtype, matrices, group.rounded_beside(source))
+        for pieces, ranks, source in every
+    ]
     return [one.transpose(1, 2) for one in terms]
 
 

@@ -60,7 +60,11 @@ def assert_close_to_truth(
         actual, eager, truth = actual[None], eager[None], truth[None]
         others = [(one[None], right[None]) for one, right in others]
     assert torch.isfinite(truth).all(), "the case itself is not finite: draw smaller values"
-    assert torch.isfinite(eager).all(), "eager itself overflows, and then bounds nothing: draw smaller values"
+    infinite = (~torch.isfinite(eager)).nonzero().tolist()
+    assert not infinite, (
+        f"eager itself overflows, and then bounds nothing: draw smaller values ({len(infinite)} of {eager.numel()}, "
+        f"the first at {infinite[0]})"
+    )
     assert torch.isfinite(actual).all(), f"{int((~torch.isfinite(actual)).sum())} values are not finite"
     error, eager_errors = actual.double() - truth, [one.double() - right for one, right in ((eager, truth), *others)]
     inside = 8 * torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps

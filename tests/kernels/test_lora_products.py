@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import DEVICES, INTERPRETING, LOW, Spec
 from torch import Tensor
 
+from fastft.kernels import REGISTRY
 from fastft.kernels.core import dispatch
 from fastft.kernels.lora_products import (
     MAX_RANK,
@@ -169,6 +170,27 @@ def test_operands_are_one_term_where_more_gain_nothing_or_cost_time() -> None:
         left_in, right_in = operands(left, [(right, 0, 0, SCALE)], 5, dtype)
         assert torch.equal(left_in, left.to(dtype))
         assert torch.equal(right_in, (SCALE * right.float()).to(dtype))
+
+
+@on_devices
+@pytest.mark.parametrize("many", [1, 2])
+def test_adapters_are_rounded_to_no_lower_dtype_than_that_of_x(device: str, many: int) -> None:
+    """Where what they read has it: the op says that they count as rounded to x's dtype."""
+    build = lambda *shape, of=torch.float32: Spec(shape, of, "contiguous", len(shape)).build(device)  # noqa: E731
+    x, sources = build(40, 64), [build(40, 64, of=torch.float16)] * many
+    weight, a, b, grad = build(24, 64), [build(4, 64)] * many, [build(24, 4)] * many, build(40, 24) / 7
+    group = (x, [weight], [], [], [], [], [], a, b, sources, [24], [], [0] * many, [SCALE] * many, 0, "", False, True)
+    forward, backward = (REGISTRY[f"fastft::lora_linear{which}"] for which in ("", "_backward"))
+    y, s = forward.compute(*group)
+    found = backward.compute(grad, s, *group, [False, False, *[True] * 2 * many, *[False] * many])
+    read, first, second, down = sources[0].double(), a[0].double(), b[0].double(), grad.double()
+    expected = [
+        x.double() @ weight.double().T + many * SCALE * read @ first.T @ second.T,
+        *[SCALE * second.T @ down.T @ read] * many,
+        *[SCALE * down.T @ (read @ first.T)] * many,
+    ]
+    for mine, truth in zip((y, *found), expected, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=0, atol=2e-6 * truth.abs().max().item())
 
 
 @pytest.mark.skipif(INTERPRETING, reason="there a CPU has it")

@@ -64,11 +64,11 @@ def compare(
     torch_steps = [stacked([step(run, one, model) for one in (inputs, *more)]) for run in (model, *others)]
 
     def assert_close(name: str, of: Callable[[Step], Tensor], factor: float) -> None:
-        eager = max((of(one) for one in torch_steps), key=lambda value: _error(value, of(exact)))
+        worst = max(range(len(torch_steps)), key=lambda way: _error(of(torch_steps[way]), of(exact)))
         try:
-            assert_close_to_truth(of(actual), eager, of(exact), factor, cases=True)
+            assert_close_to_truth(of(actual), of(torch_steps[worst]), of(exact), factor, cases=True)
         except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+            raise AssertionError(f"{name}, beside torch's way {worst}: {error}") from None
 
     assert_close("logits", lambda one: one.logits, FORWARD)
     # The loss is one number, whose error may be small by luck; it moves by at most twice what the logits move by.

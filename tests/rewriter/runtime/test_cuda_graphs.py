@@ -76,8 +76,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert len(actual) == len(expected) > 0
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    for place, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(one, other, msg=lambda text, place=place: f"tensor {place}: {text}")
 
 
 @pytest.mark.parametrize("lower", ["eager", "inductor"])
