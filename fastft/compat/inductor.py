@@ -1,4 +1,4 @@
-"""Let Inductor's code call the launch plan of an op where it would call the op."""
+"""Let Inductor's code call the launch plan of an op where it would call the op, and be right about memory reused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir, lowering
+from torch._inductor.codegen.common import DeferredLine
+from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.virtualized import V
 from torch._library.utils import get_layout_constraint_tag
@@ -37,6 +39,25 @@ def call_plans(
         handler: Any = functools.partial(_lower, op)
         handler._is_fallback_handler = True
         lowering.lowerings[op] = handler
+
+
+@functools.cache
+def guard_stores_in_place() -> None:
+    """Let Inductor's Triton kernels wait for all warps before they store over what a reduction reads.
+
+    Where a tile has fewer elements than the program has threads, several warps hold each element.  One of them stores
+    it, while another may not have loaded it yet and then sums up what was stored.  Inductor waits only where the
+    element is broadcast (triton-lang/triton#1615).
+    """
+    store = TritonKernel.store
+
+    @functools.wraps(store)
+    def guarded(self: Any, name: str, *args: Any, **kwargs: Any) -> None:
+        if self.inside_reduction and name in self.args.inplace_buffers:
+            self.stores.writeline(DeferredLine(name, "tl.debug_barrier()"))
+        store(self, name, *args, **kwargs)
+
+    TritonKernel.store = guarded  # type: ignore[method-assign]
 
 
 def _lower(op: Any, *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ def compile_graph(
     """
     if options.lower == "eager":
         return gm.forward if partitioner is None else aot.partitioned(gm, example_inputs, partitioner)
+    inductor.guard_stores_in_place()
     _call_plans()
     return aot.compile_fx(gm, example_inputs, f"fastft-{sources()}", partitioner or Partitioner())
 
