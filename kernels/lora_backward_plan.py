@@ -45,7 +45,9 @@ def backward_scratch(group: Group) -> int:
     weight = (N + spare) * K if group.quant_type else 0
     rows = torch.sym_min(M, PART_BYTES // ((N + spare) * group.x.element_size()) + ROWS_TOGETHER) if spare else M
     sums = rows * ONE_PASS_RANK * 4 * (N // PASS_COLUMNS) if group.lora_a else 0
-    return (weight + (rows * (N + spare) if spare else 0)) * group.x.element_size() + sums
+    rounded = any(source.dtype != wide(group.x.dtype) for source in group.inputs)  # their gradients, from float32
+    product = M * K * wide(group.x.dtype).itemsize if rounded else 0
+    return (weight + (rows * (N + spare) if spare else 0)) * group.x.element_size() + max(sums, product)
 
 
 def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: Group, needed: Sequence[bool]) -> None:
@@ -75,12 +77,12 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, group: G
     _first_factors(das, ds, group, sums)
     collect(sums)
     if len(dinputs) == 1 and dinputs[0] is not None:
-        rows(dinputs[0]).copy_(_times_a(ds, group))
+        _multiply(rows(dinputs[0]), ds, _all_a(ds, group))
     elif len(dinputs) > 1:
         for (a, b, _, _, ranks), dinput in zip(group.adapters, dinputs, strict=True):
             if dinput is not None:
                 dtype = group.adapter_dtype(a, b)
-                rows(dinput).copy_(ds[:, ranks].to(dtype) @ a.to(dtype))
+                _multiply(rows(dinput), ds[:, ranks].to(dtype), a.to(dtype))
     for sibling, part in enumerate(group.columns):
         if (dweight := dweights[sibling]) is not None:
             torch.mm(grad[:, part].to(x.dtype).T, x, out=dweight)
@@ -188,15 +190,15 @@ def _input_gradient(
     p = _one_pass_factors(grad, s, dbs, group, matrices)
     whole = safe and (group.rounded or not by_terms(ranks, pieces, dx.dtype))
     right = operand(pieces, ranks, columns, dx.dtype, matrices) if whole else None
-    low = dx.new_empty(ds.shape) if whole else None
+    low = dx.new_empty(ds.shape) if whole and dx.dtype != ds.dtype else None
     place(matrices)
     _adapter_gradients(grad, s, ds, dbs, group, p, sums, spare=low)
-    if low is not None and right is not None:
-        torch.mm(low, right, out=dx)
+    if right is not None:
+        torch.mm(ds if low is None else low, right, out=dx)
     elif safe:
         torch.mm(*operands(ds, pieces, columns, dx.dtype), out=dx)
     elif begun:
-        dx.copy_(_times_a(ds, group))
+        _multiply(dx, ds, _all_a(ds, group))
     grad = grad.to(dx.dtype)
     if group.quant_type:
         accumulate(dx, grad, scratch(group), begun)
@@ -246,7 +248,15 @@ def _rows_of_a_part(M: int, n: int, spare: int, itemsize: int) -> int:
     return cdiv(cdiv(M, count), ROWS_TOGETHER) * ROWS_TOGETHER
 
 
-def _times_a(ds: Tensor, group: Group) -> Tensor:
-    """Return ds A of all adapters, in ds's dtype."""
+def _all_a(ds: Tensor, group: Group) -> Tensor:
+    """Return all A, one below the other, in ds's dtype."""
     factors = [a.to(group.x.dtype) if group.rounded else a for a in group.lora_a]
-    return ds @ torch.cat([a.to(ds.dtype) for a in factors])
+    return torch.cat([a.to(ds.dtype) for a in factors])
+
+
+def _multiply(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write left right into out, rounded to its dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)

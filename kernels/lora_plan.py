@@ -110,7 +110,7 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
         return
     second = _operands_of_b(group, s, y.dtype, matrices)
     place(matrices)
-    low = x.new_empty(s.shape) if y.dtype == x.dtype and None not in second else None
+    low = x.new_empty(s.shape) if y.dtype == x.dtype != s.dtype and None not in second else None
     _products(group, x, s, terms, None, low)
     _adapters(y, s, low, second, group)
     begun = len(group.lora_a) > 0 or len(group.biases) > 0

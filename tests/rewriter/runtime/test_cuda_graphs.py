@@ -1,8 +1,6 @@
 """A stack of layers as CUDA graphs: the same gradients in whatever order a training loop calls."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -252,28 +250,3 @@ def test_layers_that_cannot_be_captured_run_as_they_are(replays: list[str], capl
     assert len(replays) == 1, "one attempt, and no other"
     assert "no CUDA graph" in caplog.text
     torch.rand(2, device="cuda")  # what torch leaves of a failed capture would make this an error
-
-
-def test_a_gradient_has_all_its_terms_where_several_warps_hold_each_element(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The head's bias has three elements, and its gradient is summed up while the logits' is stored over the logits.
-
-    Of a few candidates Inductor takes the one that was the fastest; here it is always the one that went wrong.
-    """
-    from torch._inductor import config
-    from torch._inductor.runtime import triton_heuristics
-    from triton import Config
-
-    def replicated(*, size_hints: dict[str, int], **_: Any) -> list[Config]:
-        return [Config({"XBLOCK": min(4, size_hints["x"]), "R0_BLOCK": 4}, num_warps=8, num_stages=1)]
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton_heuristics, "_reduction_configs", replicated)
-    with config.patch(compile_threads=1):
-        model, compiled = build("inductor", asked=False)
-        for seed in range(3):
-            model(batch(seed)).backward()
-            expected = gradients(model)
-            compiled(batch(seed)).backward()
-            assert_same(gradients(model), expected)
