@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fastft.compat import aot, dynamo
+from fastft.rewriter.fx import residual_gradients
 from fastft.rewriter.fx.metadata import is_result_of_many
 from fastft.rewriter.memory import op_traits
 from fastft.source_digest import sources
@@ -32,6 +33,7 @@ class Partitioner(aot.CustomPartitionerFn):
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[Any], **settings: Any
     ) -> tuple[GraphModule, GraphModule]:
+        residual_gradients.fold(gm.graph)
         tag_forward(gm.graph, self.kept)
         return aot.min_cut_rematerialization_partition(gm, joint_inputs, **settings)
 
@@ -49,6 +51,7 @@ class JointGraphCapture(aot.CustomPartitionerFn):
 
     def __call__(self, gm: GraphModule, joint_inputs: Sequence[Any], **settings: Any) -> Any:
         gm.graph.eliminate_dead_code()
+        residual_gradients.fold(gm.graph)
         self.joint, self.settings = gm, settings
         raise ProbedError
 
