@@ -34,6 +34,15 @@ ENGINE = (
         ("the rule's own conditions left out", "matching/checks._by_value", "check_conditions(rule, values)", "None"),
     ),
     *_of(
+        CHECKS, "fx/residual_gradients",
+        ("a gradient with other uses folded", "fx/residual_gradients._is_alone", "len(call.users) == 1 and ", ""),
+        ("an addend overwritten", "fx/residual_gradients._is_alone", " and all(arg is None for arg in call.args[ADDEND:])", ""),
+        ("a factor overlooked", "fx/residual_gradients.fold", "not node.kwargs and ", ""),
+        ("dtypes of gradients not compared", "fx/residual_gradients._alike", "one.dtype == two.dtype and ", ""),
+        ("shapes of gradients not compared", "fx/residual_gradients._alike", " and shapes[0] == shapes[1]", ""),
+        ("added to itself", "fx/residual_gradients._alike", " or other is call", ""),
+    ),
+    *_of(
         MATCHER, "matching/checks",
         ("one order of operands", "matching/matcher._unify_call", "orders.append(actual.args[::-1])", "orders.append(actual.args)"),
         ("either order of any operands", "matching/matcher._unify_call", "expected.target in COMMUTATIVE and ", ""),

@@ -110,8 +110,6 @@ MUTANTS = (
     Mutant("lora_linear.collect_kernel", MASK, "lora_linear.collect_kernel", "mask = element < n_elements", "mask = element >= 0"),
     Mutant("lora_linear.collect_kernel", INDEX, "lora_linear.collect_kernel", "first_column + element % columns", "element % columns"),
     Mutant("lora_linear.place_kernel", SIGN, "lora_linear.place_kernel", "* tl.cast(scale", "* -tl.cast(scale"),
-    Mutant("lora_linear.place_kernel", MASK, "lora_linear.place_kernel", "number < terms", "number <= terms"),
-    Mutant("lora_linear.collect_kernel", INDEX, "lora_linear.collect_kernel", "which < FIRST", "which <= FIRST"),
     Mutant("lora_linear.collect_kernel", SIGN, "lora_linear.collect_kernel", "total += tl.load", "total -= tl.load"),
     Mutant("lora_linear.project_kernel", SIGN, "lora_linear.project_kernel", "add_product(x, term,", "add_product(x, -term,"),
     Mutant("lora_linear.project_kernel", MASK, "lora_linear.project_kernel", "mask = (row < M)[:, None] & (r < R)", "mask = (row < M)[:, None] & (r >= 0)"),
@@ -145,6 +143,8 @@ MUTANTS = (
     Mutant("attention_backward.key_kernel", SIZE, "attention_backward.key_kernel", "(g + 1) * GROUP", "g * GROUP + 1", "attention"),
 )  # fmt: skip
 PLAIN = (
+    Mutant("lora_products.place", MASK, "lora_linear.place_kernel", "number < terms", "number <= terms", "lora_products"),
+    Mutant("lora_products.collect", INDEX, "lora_linear.collect_kernel", "which < FIRST", "which <= FIRST", "lora_products"),
     Mutant("chunked_head", SIGN, "chunked_head._accumulate", "total.dtype), alpha=scale)", "total.dtype), alpha=-scale)", "linear_cross_entropy"),
     Mutant("chunked_head", INDEX, "chunked_head._multiply_back", "self.lora_s[rows].to(", "self.lora_s[: len(grad)].to(", "linear_cross_entropy"),
     Mutant("chunked_head", SCALE, "chunked_head._multiply_back", "1.0 / self.gain", "1.0", "linear_cross_entropy"),

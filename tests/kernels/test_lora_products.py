@@ -133,6 +133,36 @@ def test_terms_are_float32(device: str) -> None:
         torch.testing.assert_close(target.double(), truth, rtol=0, atol=3e-6 * truth.abs().max().item())
 
 
+@on_devices
+def test_matrices_of_one_launch_have_their_own_terms(device: str) -> None:
+    """Beside what has three terms there may be what has one, and nothing is written behind it."""
+    build = lambda *shape: Spec(shape, torch.float32, "contiguous", len(shape)).build(device)  # noqa: E731
+    pieces = [[(build(3, 20), 1, 0, SCALE)], [(build(5, 4), 0, 2, 1.0), (build(2, 7), 6, 0, SCALE)]]
+    outs = [torch.full((4, 9, 20), torch.nan, dtype=LOW[-1], device=device) for _ in pieces]
+    place([(out[:terms], some) for out, terms, some in zip(outs, (3, 1), pieces, strict=True)])
+    for out, terms, some in zip(outs, (3, 1), pieces, strict=True):
+        left = torch.zeros(9, 20, device=device)
+        for piece, row, column, scale in some:
+            left[row : row + piece.shape[0], column : column + piece.shape[1]] = scale * piece
+        for term in out[:terms]:
+            torch.testing.assert_close(term, left.to(out.dtype), rtol=0, atol=0)
+            left = left - term.float()
+        assert out[terms:].isnan().all()
+
+
+@on_devices
+def test_sums_of_one_launch_have_their_own_splits(device: str) -> None:
+    build = lambda *shape: Spec(shape, torch.float32, "contiguous", shape[0]).build(device)  # noqa: E731
+    partials = [build(splits, 30, 16) for splits in (2, 5, 3)]
+    targets = [[torch.full(size, torch.nan, device=device) for size in ((8, 4), (20, 16))] for _ in partials]
+    sums = [(of, [(one, 3, 2, SCALE), (other, 10, 0, 1.0)]) for of, (one, other) in zip(partials, targets, strict=True)]
+    collect(sums)
+    for of, (one, other) in zip(partials, targets, strict=True):
+        whole = of.sum(0)
+        torch.testing.assert_close(one, SCALE * whole[3:11, 2:6])
+        torch.testing.assert_close(other, whole[10:30])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @given(
