@@ -45,8 +45,8 @@ def backward_scratch(group: Group) -> int:
     weight = (N + spare) * K if group.quant_type else 0
     rows = torch.sym_min(M, PART_BYTES // ((N + spare) * group.x.element_size()) + ROWS_TOGETHER) if spare else M
     sums = rows * ONE_PASS_RANK * 4 * (N // PASS_COLUMNS) if group.lora_a else 0
-    rounded = any(source.dtype != wide(group.x.dtype) for source in group.inputs)  # their gradients, from float32
-    product = M * K * wide(group.x.dtype).itemsize if rounded else 0
+    dtype = wide(group.x.dtype)  # of ds A, which is rounded to the dtype of what the adapters read
+    product = M * K * dtype.itemsize if any(source.dtype != dtype for source in group.inputs) else 0
     return (weight + (rows * (N + spare) if spare else 0)) * group.x.element_size() + max(sums, product)
 
 

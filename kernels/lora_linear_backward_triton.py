@@ -19,8 +19,8 @@ from torch import Tensor
 from fastft.kernels.core.arith import at_least_one, cdiv
 from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import multiprocessors
-from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, Piece, Sum, split
-from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS
+from fastft.kernels.lora_linear_triton import ON_TENSOR_CORES, split
+from fastft.kernels.lora_products import ONE_PASS_RANK, ONE_PASS_TERMS, Piece, Sum
 
 # Columns are many, as there is a part of x p for each block of them: written and read, it has a quarter of x's bytes
 # for 16 ranks, and half of them for 32, where no gain is left.  No generation spills.  For other tiles see

@@ -20,6 +20,7 @@ from fastft.kernels.core.arith import at_least_one, cdiv
 from fastft.kernels.core.dispatch import SHARED_OPERANDS, has_shared_operands
 from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import multiprocessors, padded
+from fastft.kernels.lora_products import Matrix, Piece, Sum
 
 TERMS = 3  # of a float32 number in bfloat16
 ELEMENTS = 512  # of a program that goes element by element
@@ -208,11 +209,6 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             yield outer_kernel, {"x_ptr": x, "TERMS": terms, "majors": tuple(majors), **types, **meta}
     for spare in (False, True):
         yield finish_kernel, {"SPARE": spare, **types, **flat}
-
-
-Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in the whole, row and column, and its scale
-Matrix = tuple[Tensor, Sequence[Piece]]  # [terms, rows, columns], whose last axis is dense, and what it is made of
-Sum = tuple[Tensor, Sequence[Piece]]  # [splits, rows, columns], to be added up, and where parts of it are written
 
 
 def place(matrices: Sequence[Matrix]) -> None:

@@ -108,9 +108,10 @@ def forward(targets: Sequence[Tensor], group: Group) -> None:
         _products(group, x, s, terms, wider[:, :columns], wider[:, columns:])
         _multiply(y, wider, weight.T, bias_of(group))
         return
-    second = _operands_of_b(group, s, y.dtype, matrices)
+    second = _operands_of_b(group, y.dtype, matrices)
     place(matrices)
-    low = x.new_empty(s.shape) if y.dtype == x.dtype != s.dtype and None not in second else None
+    lower = y.dtype == x.dtype != s.dtype and len(second) > 0 and all(right is not None for right in second)
+    low = x.new_empty(s.shape) if lower else None
     _products(group, x, s, terms, None, low)
     _adapters(y, s, low, second, group)
     begun = len(group.lora_a) > 0 or len(group.biases) > 0
@@ -149,7 +150,7 @@ def _terms_of_a(group: Group, matrices: list[Matrix]) -> list[Tensor]:
     return [one.transpose(1, 2) for one in terms]
 
 
-def _operands_of_b(group: Group, s: Tensor, dtype: torch.dtype, matrices: list[Matrix]) -> list[Tensor | None]:
+def _operands_of_b(group: Group, dtype: torch.dtype, matrices: list[Matrix]) -> list[Tensor | None]:
     """Allocate s_j B_j^T of each adapter for a GEMM in y's dtype; None where that takes more than one product."""
 
     def of(b: Tensor, scale: float) -> Tensor | None:
@@ -178,7 +179,7 @@ def _products(
 def _adapters(y: Tensor, s: Tensor, low: Tensor | None, second: Sequence[Tensor | None], group: Group) -> None:
     """Write what the weights' products are added to, y = bias + s B^T; write nothing if there is neither.
 
-    low: s in y's dtype.  second: s_j B_j^T, as _operands_of_b gives them.
+    low: s in y's dtype, if that was written.  second: s_j B_j^T, as _operands_of_b gives them.
     """
     bias = bias_of(group)
     if bias is not None:

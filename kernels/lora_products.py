@@ -19,7 +19,7 @@ ONE_PASS_RANK = 16  # of a sibling, up to which one pass does both products with
 ONE_PASS_TERMS = 4  # there, of float32 in bfloat16: a power of two; what three have left is zero, or below float32
 
 Piece = tuple[Tensor, int, int, float]  # a matrix, where it begins in a larger one, row and column, and its scale
-Matrix = tuple[Tensor, Sequence[Piece]]  # [terms, rows, columns], to be written by place, and what it is made of
+Matrix = tuple[Tensor, Sequence[Piece]]  # [terms, rows, columns], last axis dense, to be written by place; its pieces
 Sum = tuple[Tensor, Sequence[Piece]]  # [splits, rows, columns], to be added up by collect, and where parts of it go
 
 
