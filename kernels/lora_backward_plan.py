@@ -99,12 +99,7 @@ def _one_pass_factors(
     if not one_each or all(db is None for db in dbs):
         return None
     factors = [(b, part.start, 0, scale) for _, b, scale, part, _ in group.adapters]
-    return one_pass_factors(grad, s, factors, _ranks_of_siblings(group), matrices, group.rounded)
-
-
-def _ranks_of_siblings(group: Group) -> list[slice]:
-    own = dict(zip(group.adapted, group.ranks, strict=True))
-    return [own.get(sibling, slice(0, 0)) for sibling in range(len(group.features))]
+    return one_pass_factors(grad, s, factors, group.ranks_of_siblings, matrices, group.rounded)
 
 
 def _adapter_gradients(
@@ -120,8 +115,7 @@ def _adapter_gradients(
     if p is not None:
         needed = zip(dbs, group.adapters, strict=True)
         targets = [(db, part.start, 0, scale) for db, (_, _, scale, part, _) in needed if db is not None]
-        ranks = _ranks_of_siblings(group)
-        if project_and_outer(grad, s, p, ds, targets, group.columns, ranks, copy, spare, sums):
+        if project_and_outer(grad, s, p, ds, targets, group.columns, group.ranks_of_siblings, copy, spare, sums):
             return
     _project_gradient(grad, ds, group, copy, spare)
     _second_factors(dbs, grad, s, group, sums)

@@ -56,6 +56,12 @@ class Group(Arguments):
         return [slice(sum(sizes[:adapter]), sum(sizes[: adapter + 1])) for adapter in range(len(sizes))]
 
     @cached_property
+    def ranks_of_siblings(self) -> list[slice]:
+        """The columns of the second result that each sibling's adapter has, where none has two; none without one."""
+        own = dict(zip(self.adapted, self.ranks, strict=True))
+        return [own.get(sibling, slice(0, 0)) for sibling in range(len(self.features))]
+
+    @cached_property
     def read(self) -> Sequence[Tensor]:
         """The input that each adapter reads."""
         return self.inputs if len(self.inputs) == len(self.lora_a) else [*(self.inputs or [self.x])] * len(self.lora_a)

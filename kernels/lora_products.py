@@ -44,7 +44,7 @@ def place(matrices: Sequence[Matrix]) -> None:
     Each term is what those before it have left.
     """
     matrices = [(out, pieces) for out, pieces in matrices if out.numel() > 0]
-    tensors = [tensor for out, pieces in matrices for tensor in (out, *(piece for piece, *_ in pieces))]
+    tensors = _tensors_in(matrices)
     by_kernel = tensors != [] and all(pieces for _, pieces in matrices) and _on_triton(*tensors)
     if by_kernel and dispatch.launched(_launcher("place"), tensors, matrices):
         return
@@ -62,11 +62,15 @@ def collect(sums: Sequence[Sum]) -> None:
     """Add up sums and write parts of them, scaled, into their pieces, two of them in one launch."""
     for first in range(0, len(sums), 2):
         some = sums[first : first + 2]
-        tensors = [tensor for partial, pieces in some for tensor in (partial, *(piece for piece, *_ in pieces))]
-        if dispatch.launched(_launcher("collect"), tensors, some):
+        if dispatch.launched(_launcher("collect"), _tensors_in(some), some):
             continue
         for partial, pieces in some:
             _write(partial.sum(0), pieces)
+
+
+def _tensors_in(several: Sequence[Matrix]) -> list[Tensor]:
+    """List matrices, or sums, and their pieces."""
+    return [tensor for whole, pieces in several for tensor in (whole, *(piece for piece, *_ in pieces))]
 
 
 def _write(whole: Tensor, pieces: Sequence[Piece]) -> None:

@@ -38,8 +38,7 @@ ENGINE = (
         ("a gradient with other uses folded", "fx/residual_gradients._is_alone", "len(call.users) == 1 and ", ""),
         ("an addend overwritten", "fx/residual_gradients._is_alone", " and all(arg is None for arg in call.args[ADDEND:])", ""),
         ("a factor overlooked", "fx/residual_gradients.fold", "not node.kwargs and ", ""),
-        ("dtypes of gradients not compared", "fx/residual_gradients._alike", "one.dtype == two.dtype and ", ""),
-        ("shapes of gradients not compared", "fx/residual_gradients._alike", " and shapes[0] == shapes[1]", ""),
+        ("kinds of gradients not compared", "fx/residual_gradients._alike", " and same_kind(one, two)", ""),
         ("added to itself", "fx/residual_gradients._alike", " or other is call", ""),
     ),
     *_of(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from fastft.rewriter.fx.metadata import same_kind
+
 BACKWARD = "fastft.rms_norm_backward.default"
 ADDEND = 6  # the place of its addend
 
@@ -15,7 +17,7 @@ ADDEND = 6  # the place of its addend
 def fold(joint: Graph) -> None:
     """Replace rms_norm_backward(...) + g in a joint graph by one call, which rounds once and saves a pass over memory.
 
-    Only where that is the one use of the call, and where g has its shape and dtype.
+    Only where that is the one use of the call, and where g has its dtype, device, shape and strides.
     """
     for node in joint.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
         for call, other in (node.args, node.args[::-1]):
@@ -36,11 +38,8 @@ def _is_alone(call: Any) -> bool:
 
 
 def _alike(call: Node, other: Any) -> bool:
-    """Return whether two nodes are tensors of one shape and dtype, and different nodes."""
+    """Return whether two nodes are tensors of one kind, and different nodes."""
     if not isinstance(other, Node) or other is call:
         return False
     one, two = call.meta.get("val"), other.meta.get("val")
-    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
-        return False
-    shapes = [[str(size) for size in tensor.shape] for tensor in (one, two)]  # as text, so that nothing is guarded on
-    return one.dtype == two.dtype and one.device == two.device and shapes[0] == shapes[1]
+    return isinstance(one, Tensor) and isinstance(two, Tensor) and same_kind(one, two)
