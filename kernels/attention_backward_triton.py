@@ -94,18 +94,22 @@ def query_tiles(
 
 @triton.jit
 def query_kernel(
-    dq_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr,
+    dq_ptr, base_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr,
     start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, mask_ptr, seed_ptr,
     dq_sb, dq_sh, dq_si, q_sb, q_sh, q_si, k_sb, k_sh, k_sj, v_sb, v_sh, v_sj,
     out_sb, out_sh, out_si, dout_sb, dout_sh, dout_si,
     start_sb, end_sb, query_ids_sb, key_ids_sb, mask_sb, mask_sh, mask_si, mask_sj,
-    H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
+    padded_S, H, GROUP, S, T, window,
+    scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of queries, and delta = dout . out of each row, which key_kernel needs too."""
-    tiles = tl.cdiv(S, BLOCK_M)
+    """Compute dq of a tile of queries, and what key_kernel needs of each row: its log-sum-exp, and delta = dout . out.
+
+    These are [B, H, padded_S] with values for whole tiles of either kernel, 0 outside: rows are aligned whatever S is.
+    """
+    tiles = padded_S // BLOCK_M
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = head // H, head % H
     wide_b, wide_h, g = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h // GROUP, tl.int64)
@@ -114,10 +118,10 @@ def query_kernel(
     out = load_rows(out_ptr + wide_b * out_sb + wide_h * out_sh, i, d, out_si, S, D, BLOCK_D, False)
     dout = load_rows(dout_ptr + wide_b * dout_sb + wide_h * dout_sh, i, d, dout_si, S, D, BLOCK_D, False)
     delta = tl.sum(tl.cast(out, tl.float32) * tl.cast(dout, tl.float32), 1)
-    rows = tl.cast(head, tl.int64) * S
-    lse_ptr, delta_ptr = lse_ptr + rows, delta_ptr + rows
-    tl.store(delta_ptr + i, delta, mask=i < S)
-    lse = load_lse(lse_ptr, i, S)
+    lse = load_lse(lse_ptr + tl.cast(head, tl.int64) * S, i, S)
+    rows = tl.cast(head, tl.int64) * padded_S + i
+    tl.store(base_ptr + rows, lse)
+    tl.store(delta_ptr + rows, delta)
     key_ids_ptr, mask_ptr = key_ids_ptr + wide_b * key_ids_sb, mask_ptr + wide_b * mask_sb + wide_h * mask_sh
     first, last, alike, query_ids, low, full_low, full_high, high = columns(
         i, tile * BLOCK_M, start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb,
@@ -183,7 +187,7 @@ def row_span(
 
 @triton.jit
 def key_tiles(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, low, high, j, start_ptr, end_ptr, query_ids_ptr, key_ids,
+    dk, dv, k, v, q_ptr, dout_ptr, base_ptr, delta_ptr, low, high, j, start_ptr, end_ptr, query_ids_ptr, key_ids,
     mask_ptr, mask_si, mask_sj, q_stride, dout_stride, S, T, window, scale, softcap, seed_ptr, row0, threshold,
     keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
@@ -196,8 +200,7 @@ def key_tiles(
         i = i0 + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, i, d, q_stride, S, D, BLOCK_D, not MASKED)
         dout = load_rows(dout_ptr, i, d, dout_stride, S, D, BLOCK_D, not MASKED)
-        lse = load_lse(lse_ptr, i, S)
-        delta = tl.load(delta_ptr + i, mask=i < S, other=0.0)
+        base, delta = tl.load(base_ptr + i), tl.load(delta_ptr + i)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         scores, slope = shaped(products, scale, softcap, SOFTCAP, k.dtype == tl.float32)
         if MASKED:
@@ -208,7 +211,7 @@ def key_tiles(
                 scores, i[None, :], j[:, None], first[None, :], last[None, :], alike[None, :], query_ids, key_ids,
                 mask, T, START, IDS, MASK,
             )  # fmt: skip
-        p = tl.exp2(scores - lse[None, :])
+        p = tl.exp2(scores - base[None, :])
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         weights = p
         if DROPOUT:
@@ -222,12 +225,13 @@ def key_tiles(
 
 @triton.jit
 def key_kernel(
-    dk_ptr, dv_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, base_ptr, delta_ptr,
     start_ptr, end_ptr, query_ids_ptr, key_ids_ptr, mask_ptr, seed_ptr,
     dk_sb, dk_sh, dk_sj, dv_sb, dv_sh, dv_sj, q_sb, q_sh, q_si, k_sb, k_sh, k_sj, v_sb, v_sh, v_sj,
     dout_sb, dout_sh, dout_si,
     start_sb, end_sb, query_ids_sb, key_ids_sb, mask_sb, mask_sh, mask_si, mask_sj,
-    H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
+    padded_S, H, GROUP, S, T, window,
+    scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -258,24 +262,24 @@ def key_kernel(
         wide_h = tl.cast(h, tl.int64)
         head, row0 = wide_b * H + wide_h, (b * H + h) * S
         q_at, dout_at = q_ptr + wide_b * q_sb + wide_h * q_sh, dout_ptr + wide_b * dout_sb + wide_h * dout_sh
-        lse_at, delta_at = lse_ptr + head * S, delta_ptr + head * S
+        base_at, delta_at = base_ptr + head * padded_S, delta_ptr + head * padded_S
         mask_at = mask_ptr + wide_b * mask_sb + wide_h * mask_sh
         if (CAUSAL or IDS) and not (START or END or MASK > 0):
             dk, dv = key_tiles(
-                dk, dv, k, v, q_at, dout_at, lse_at, delta_at, low, full_low, j, start_ptr, end_ptr, query_ids_ptr,
+                dk, dv, k, v, q_at, dout_at, base_at, delta_at, low, full_low, j, start_ptr, end_ptr, query_ids_ptr,
                 key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
                 threshold, keep_scale,
                 True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         if not (START or END or MASK > 0):
             dk, dv = key_tiles(
-                dk, dv, k, v, q_at, dout_at, lse_at, delta_at, full_low, full_high, j, start_ptr, end_ptr,
+                dk, dv, k, v, q_at, dout_at, base_at, delta_at, full_low, full_high, j, start_ptr, end_ptr,
                 query_ids_ptr, key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap,
                 seed_ptr, row0, threshold, keep_scale,
                 False, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         dk, dv = key_tiles(
-            dk, dv, k, v, q_at, dout_at, lse_at, delta_at, full_high, high, j, start_ptr, end_ptr, query_ids_ptr,
+            dk, dv, k, v, q_at, dout_at, base_at, delta_at, full_high, high, j, start_ptr, end_ptr, query_ids_ptr,
             key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
             threshold, keep_scale,
             True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
@@ -307,16 +311,19 @@ def backward(
     G, T = key.shape[1:3]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
     shared = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
-    sizes = (H, H // G, S, T, *shared.numbers)
-    lse, delta = lse.contiguous(), torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     meta = {**shared.meta, "D": D, "BLOCK_D": padded(D)}
-    tiles = tiles_for(QUERY_TILES, query, mask)
-    on_grid(query_kernel, (cdiv(S, tiles.rows) * B * H,))(
-        dq, delta, q, k, v, out, dout, lse, *shared.pointers, *dq.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **tiles.meta,
+    for_queries, for_keys = (tiles_for(table, query, mask) for table in (QUERY_TILES, KEY_TILES))
+    # Rows of unknown alignment are copied element by element, in each turn of the loop over queries.
+    most_rows = max(for_queries.rows, for_keys.rows)
+    padded_S = cdiv(S, most_rows) * most_rows
+    base, delta = (torch.empty(B, H, padded_S, dtype=torch.float32, device=q.device) for _ in range(2))
+    sizes = (padded_S, H, H // G, S, T, *shared.numbers)
+    on_grid(query_kernel, (padded_S // for_queries.rows * B * H,))(
+        dq, base, delta, q, k, v, out, dout, lse.contiguous(), *shared.pointers, *dq.stride()[:3], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta,
+        **for_queries.meta,
     )  # fmt: skip
-    tiles = tiles_for(KEY_TILES, query, mask)
-    on_grid(key_kernel, (cdiv(T, tiles.columns) * B * G,))(
-        dk, dv, q, k, v, dout, lse, delta, *shared.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **tiles.meta,
+    on_grid(key_kernel, (cdiv(T, for_keys.columns) * B * G,))(
+        dk, dv, q, k, v, dout, base, delta, *shared.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **for_keys.meta,
     )  # fmt: skip

@@ -267,7 +267,8 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
     Each tiling is compiled for one kind of mask, so that the kinds are covered in turn.
     """
     types = dict.fromkeys(("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr"), "*i32")
-    types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "threshold": "i64"}
+    types |= dict.fromkeys(("lse_ptr", "base_ptr", "delta_ptr"), "*fp32")
+    types |= {"seed_ptr": "*i64", "threshold": "i64"}
     types |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
     keys = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
     for number, key in enumerate(keys):

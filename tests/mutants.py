@@ -141,6 +141,7 @@ MUTANTS = (
     Mutant("attention_backward.key_kernel", SIGN, "attention_backward.key_tiles", "dp - delta[None, :]", "dp + delta[None, :]", "attention"),
     Mutant("attention_backward.key_kernel", SCALE, "attention_backward.key_kernel", "tl.cast(dk * scale,", "tl.cast(dk,", "attention"),
     Mutant("attention_backward.key_kernel", SIZE, "attention_backward.key_kernel", "(g + 1) * GROUP", "g * GROUP + 1", "attention"),
+    Mutant("attention_backward.key_kernel", SIZE, "attention_backward.backward", "max(for_queries.rows, for_keys.rows)", "for_queries.rows", "attention"),
 )  # fmt: skip
 PLAIN = (
     Mutant("lora_products.place", MASK, "lora_linear.place_kernel", "number < terms", "number <= terms", "lora_products"),
