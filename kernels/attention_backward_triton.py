@@ -196,7 +196,9 @@ def key_tiles(
 ):  # fmt: skip
     """Add one head's queries from low to high to dk, not scaled, and dv [BLOCK_N, BLOCK_D]; scores are transposed."""
     d = tl.arange(0, BLOCK_D)
-    for i0 in range(low, high, BLOCK_M):
+    # Loading ahead in the short loops at the ends of the long one makes short heads' registers spill: 2 kB a thread.
+    ahead: tl.constexpr = not MASKED or START or END or MASK > 0 or BLOCK_D > 64
+    for i0 in tl.range(low, high, BLOCK_M, num_stages=None if ahead else 1):
         i = i0 + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, i, d, q_stride, S, D, BLOCK_D, not MASKED)
         dout = load_rows(dout_ptr, i, d, dout_stride, S, D, BLOCK_D, not MASKED)
