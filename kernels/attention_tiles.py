@@ -258,7 +258,7 @@ KINDS = (  # of masks, which a kernel is compiled for
     {"MASK": BOOL_MASK}, {"MASK": ADDED_MASK, "DROPOUT": True},
 )  # fmt: skip
 _FLAGS = ("CAUSAL", "WINDOW", "START", "END", "IDS", "SOFTCAP", "DROPOUT")
-SPILLED_BYTES = 2048  # of a thread, which the tiles that were measured to be the fastest may store
+SPILLED_BYTES = {64: 512, 128: 1024, 256: 2048}  # of a thread, by head_dim: what the fastest tiles may store
 
 
 def variants(table: Table) -> Iterator[dict[str, Any]]:
@@ -273,14 +273,14 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
     keys = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
     for number, key in enumerate(keys):
         (D, element_bytes, roomy), tiles = key, table[key]
-        kind = KINDS[3 * number % len(KINDS)]
+        kind = KINDS[3 * (number + 1) % len(KINDS)]
         rows = "*fp32" if element_bytes == 4 else "*bf16"
         of_rows = {f"{name}_ptr": rows for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
         mask = {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8"}
         flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
         meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
         majors = dispatch.SHARED_OPERANDS if roomy else NARROW
-        launch = {"D": D, "BLOCK_D": D, "SCAN": SCANNED, **meta, "majors": majors, "spilled_bytes": SPILLED_BYTES}
+        launch = {"D": D, "BLOCK_D": D, "SCAN": SCANNED, **meta, "majors": majors, "spilled_bytes": SPILLED_BYTES[D]}
         yield {**flags, **types, **of_rows, **mask, **launch}
 
 
