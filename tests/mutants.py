@@ -141,7 +141,6 @@ MUTANTS = (
     Mutant("attention_backward.key_kernel", SIGN, "attention_backward.key_tiles", "dp - delta[None, :]", "dp + delta[None, :]", "attention"),
     Mutant("attention_backward.key_kernel", SCALE, "attention_backward.key_kernel", "tl.cast(dk * scale,", "tl.cast(dk,", "attention"),
     Mutant("attention_backward.key_kernel", SIZE, "attention_backward.key_kernel", "(g + 1) * GROUP", "g * GROUP + 1", "attention"),
-    Mutant("attention_backward.key_kernel", SIZE, "attention_backward.backward", "max(for_queries.rows, for_keys.rows)", "for_queries.rows", "attention"),
 )  # fmt: skip
 PLAIN = (
     Mutant("lora_products.place", MASK, "lora_linear.place_kernel", "number < terms", "number <= terms", "lora_products"),
@@ -150,6 +149,7 @@ PLAIN = (
     Mutant("chunked_head", INDEX, "chunked_head._multiply_back", "self.lora_s[rows].to(", "self.lora_s[: len(grad)].to(", "linear_cross_entropy"),
     Mutant("chunked_head", SCALE, "chunked_head._multiply_back", "1.0 / self.gain", "1.0", "linear_cross_entropy"),
     Mutant("chunked_head", SIZE, "chunked_head._rows_of_chunk", "rounded <= most", "rounded <= most + WHOLE", "linear_cross_entropy"),
+    Mutant("attention_backward.backward", SIZE, "attention_backward.backward", "cdiv(S, most_rows) * most_rows", "S", "attention"),
     Mutant("attention_tiles.narrowed", SIZE, "attention_tiles.narrowed", "until // BLOCK * BLOCK", "end // BLOCK * BLOCK", "attention"),
     Mutant("attention_tiles.narrowed", MASK, "attention_tiles.columns", "same & (tl.max(tl.where(alike, 1, 0), 0) == 0)", "same", "attention"),
     Mutant("attention_tiles.narrowed", INDEX, "attention_tiles.narrowed", "tl.where(equal, j + 1, low)", "tl.where(equal, j, low)", "attention"),
