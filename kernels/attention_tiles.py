@@ -258,7 +258,7 @@ KINDS = (  # of masks, which a kernel is compiled for
     {"MASK": BOOL_MASK}, {"MASK": ADDED_MASK, "DROPOUT": True},
 )  # fmt: skip
 _FLAGS = ("CAUSAL", "WINDOW", "START", "END", "IDS", "SOFTCAP", "DROPOUT")
-SPILLED_BYTES = {64: 512, 128: 1024, 256: 2048}  # of a thread, by head_dim: what the fastest tiles may store
+SPILLED_BYTES = {64: 512, 128: 2048, 256: 2048}  # of a thread, by head_dim: what the fastest tiles may store
 
 
 def variants(table: Table) -> Iterator[dict[str, Any]]:
