@@ -105,9 +105,10 @@ def query_kernel(
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of queries, and what key_kernel needs of each row: its log-sum-exp, and delta = dout . out.
+    """Compute dq of a tile of queries, and what key_kernel needs of each row: base, delta.
 
-    These are [B, H, padded_S] with values for whole tiles of either kernel, 0 outside: rows are aligned whatever S is.
+    base is the log-sum-exp in units of log 2, delta = dout . out.  Both are [B, H, padded_S]: there are values
+    for whole tiles of either kernel, 0 outside.
     """
     tiles = padded_S // BLOCK_M
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
