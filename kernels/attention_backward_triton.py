@@ -119,8 +119,8 @@ def query_kernel(
     out = load_rows(out_ptr + wide_b * out_sb + wide_h * out_sh, i, d, out_si, S, D, BLOCK_D, False)
     dout = load_rows(dout_ptr + wide_b * dout_sb + wide_h * dout_sh, i, d, dout_si, S, D, BLOCK_D, False)
     delta = tl.sum(tl.cast(out, tl.float32) * tl.cast(dout, tl.float32), 1)
-    lse = load_lse(lse_ptr + tl.cast(head, tl.int64) * S, i, S)
-    rows = tl.cast(head, tl.int64) * padded_S + i
+    wide_head = tl.cast(head, tl.int64)
+    lse, rows = load_lse(lse_ptr + wide_head * S, i, S), wide_head * padded_S + i
     tl.store(base_ptr + rows, lse)
     tl.store(delta_ptr + rows, delta)
     key_ids_ptr, mask_ptr = key_ids_ptr + wide_b * key_ids_sb, mask_ptr + wide_b * mask_sb + wide_h * mask_sh

@@ -264,7 +264,8 @@ SPILLED_BYTES = {64: 512, 128: 2048, 256: 2048}  # of a thread, by head_dim: wha
 def variants(table: Table) -> Iterator[dict[str, Any]]:
     """Yield the constants and types that a kernel is launched with, for the tests that compile them ahead of time.
 
-    Each tiling is compiled for one kind of mask, so that the kinds are covered in turn.
+    Each tiling is compiled for one kind of mask, so that the kinds are covered in turn; the first tiling, of the
+    shortest heads, for ids, with which it needs the most registers.
     """
     types = dict.fromkeys(("start_ptr", "end_ptr", "query_ids_ptr", "key_ids_ptr"), "*i32")
     types |= dict.fromkeys(("lse_ptr", "base_ptr", "delta_ptr"), "*fp32")
