@@ -173,10 +173,12 @@ def break_early(is_ours: Callable[[], bool]) -> None:
 
 
 def compiled_modules() -> list[torch.nn.Module]:
-    """List the modules that the function has by name which is compiled now."""
+    """List the modules that the function has by name which is compiled now, and those of its ``*args``."""
     root = InstructionTranslator.current_tx().output.root_tx
-    names = (root.f_globals.get(name) for name in root.f_code.co_names)
-    return [value for value in (*root.f_locals.values(), *names) if isinstance(value, torch.nn.Module)]
+    names = [root.f_globals.get(name) for name in root.f_code.co_names]
+    values = [*root.f_locals.values(), *names]
+    values += [inner for value in values if type(value) is tuple for inner in value]
+    return [value for value in values if isinstance(value, torch.nn.Module)]
 
 
 def source_name(placeholder: Node) -> str:

@@ -64,6 +64,16 @@ def size_inputs(graph: Graph) -> dict[Any, Node]:
     return {value.node.expr: node for node, value in inputs if isinstance(value, torch.SymInt)}
 
 
+def place_of_size(graph: Graph, size: Any, besides: Node) -> tuple[Node, int] | None:
+    """Return the first input of a graph but ``besides``, and an axis of it, that has this symbolic size; or None."""
+    for node in graph.find_nodes(op="placeholder") if isinstance(size, torch.SymInt) else ():
+        shape = value.shape if node is not besides and isinstance(value := value_of(node), Tensor) else ()
+        for axis, length in enumerate(shape):
+            if isinstance(length, torch.SymInt) and length.node.expr == size.node.expr:
+                return node, axis
+    return None
+
+
 def symbols_of(value: Any) -> list[Any]:
     """List the symbols in a tensor's shape and strides, sorted by name."""
     return sorted(free_symbols(value), key=str) if type(value) is FakeTensor else []

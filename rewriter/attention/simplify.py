@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastft.compat import fake_tensors
+from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.kernels.attention import LOWEST
@@ -127,10 +127,12 @@ def _rows_without_keys(mask: Node) -> dict[str, Any]:
 
 
 def _drop(calls: Calls, body: GraphModule, mask: Node) -> None:
-    """Remove a mask that nothing uses any more, and what only it was computed from."""
+    """Remove a mask of which nothing but sizes is used any more, and what only it was computed from."""
     outer, levels = calls.outside(body, mask)
+    _read_sizes_elsewhere(mask)
     if mask.users or not take_out(levels, mask):
         return
+    _read_sizes_elsewhere(outer)
     pending = [outer]
     while pending:
         node = pending.pop()
@@ -140,6 +142,15 @@ def _drop(calls: Calls, body: GraphModule, mask: Node) -> None:
         pending += node.all_input_nodes
         node.graph.erase_node(node)
         pending = [other for other in dict.fromkeys(pending) if other is not node]
+
+
+def _read_sizes_elsewhere(mask: Node) -> None:
+    """Read the sizes that code reads of a mask of other tensors, so that they are not what keeps it."""
+    for user in list(mask.users):
+        axis = user.args[1] if len(user.args) == 2 and name_of(user.target) in ("size", "aten.sym_size.int") else None
+        place = symbolic.place_of_size(mask.graph, value_of(user), besides=mask) if type(axis) is int else None
+        if place is not None:
+            user.args = place
 
 
 def _read_heads(call: dict[str, Any], targets: Iterable[Any]) -> None:
