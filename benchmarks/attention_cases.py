@@ -196,7 +196,7 @@ def truth(problem: Problem, rows: Tensor, grad_output: Tensor, dtype: torch.dtyp
 def ours(problem: Problem) -> Tensor:
     case, scale = problem.case, problem.query.shape[-1] ** -0.5
     given = (problem.query, problem.key, problem.value, *problem.ranges, None, problem.sinks, None)
-    out, _ = torch.ops.fastft.attention(*given, case.causal, case.window, scale, case.softcap, 0.0, False)
+    out, _ = torch.ops.fastft.attention(*given, case.causal, case.window, 0, scale, case.softcap, 0.0, False)
     return out.transpose(1, 2).contiguous()
 
 

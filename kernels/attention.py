@@ -14,6 +14,9 @@ Query i may attend to the keys j for which all of these conditions hold, as far 
 - mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.  Numbers
   below LOWEST, in which scores vanish, count as -inf.
 A row that may attend to nothing is 0, and its log-sum-exp is -inf.
+max_seqlen, if not 0: the caller vouches that no query may attend to more than so many keys, and that ids tell nothing
+that start and end do not, so that ids are not read; nor are start and end where max_seqlen is T or more, as there they
+tell nothing that causal and window do not.  FlashAttention calls the longest document in a packed row so.
 sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXiv:2508.10925).
 softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
 seed [1], an integer: if given, a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
@@ -21,6 +24,7 @@ contiguous: whether out is contiguous; otherwise it is a transposed view of [B, 
 Results: out, of the dtype of query, and the log-sum-exp of each row of scores [B, H, S], float32.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,10 +110,11 @@ def scored(products: Tensor, start: Tensor | None, mask: Tensor | None, softcap:
 def reference(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float, contiguous: bool,
+    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute out and log-sum-exp with all scores at once, in float32 (float64 for float64)."""
     dtype = wide(query.dtype)
+    start, end, query_ids, key_ids = attention_engines.restricting(key, (start, end, query_ids, key_ids), max_seqlen)
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale
     scores = scored(products, start, mask, softcap)
@@ -129,10 +134,11 @@ def reference(
 def reference_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
-    causal: bool, window: int, scale: float, softcap: float, dropout: float,
+    causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of query, key and value with all scores at once."""
     dtype, heads = wide(query.dtype), query.shape[1]
+    start, end, query_ids, key_ids = attention_engines.restricting(key, (start, end, query_ids, key_ids), max_seqlen)
     q, k, v, dout = (tensor.to(dtype) for tensor in (query, grouped(key, heads), grouped(value, heads), grad_output))
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = q @ k.transpose(-1, -2) * scale
@@ -190,7 +196,7 @@ def unsupported_reason(query: Tensor, masked: bool) -> str | None:
 def new_outputs(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float, contiguous: bool,
+    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Allocate empty out and log-sum-exp."""
     check(query, key, value, start, end, query_ids, key_ids, mask)
@@ -206,10 +212,15 @@ def new_gradients(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor
 
 
 def flops(query: Sequence[int], key: Sequence[int], *arguments: Any, products: int = 2) -> int:
-    """Count the FLOPs of so many products of the scores' size; half if causal, as other masks are not known."""
+    """Count the FLOPs of so many products of the scores' size; half if causal, as other masks are not known.
+
+    A row meets at most max_seqlen keys, if that is a number already.
+    """
     B, H, S, D = query
-    causal = next(argument for argument in arguments if isinstance(argument, bool))
-    return 2 * products * B * H * S * key[2] * D // (2 if causal else 1)
+    causal, _, max_seqlen = itertools.islice(itertools.dropwhile(lambda one: not isinstance(one, bool), arguments), 3)
+    known = type(max_seqlen) is int and type(key[2]) is int and max_seqlen > 0
+    T = min(key[2], max_seqlen) if known else key[2]
+    return 2 * products * B * H * S * T * D // (2 if causal else 1)
 
 
 def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments: Any) -> int:
@@ -226,7 +237,7 @@ _QKV = {"query": "B G*E S D", "key": "B G T D", "value": "B G T D"}
 _BACKWARD = {"grad_output": "B G*E S D", **_QKV, "out": "B G*E S D", "lse": "B G*E S"}
 _IDS = {"query_ids": "index B S 2", "key_ids": "index B T 2"}
 # The scale is small, as products of long heads are large.
-_PLAIN = {"causal": False, "window": 0, "scale": 0.01, "softcap": 0.0, "dropout": 0.0}
+_PLAIN = {"causal": False, "window": 0, "max_seqlen": 0, "scale": 0.01, "softcap": 0.0, "dropout": 0.0}
 _WAYS: list[tuple[dict, dict]] = [
     ({}, {}), ({}, {"causal": True}), ({}, {"causal": True, "window": 3}), ({}, {"causal": True, "softcap": 0.1}),
     ({"start": "index B S T"}, {}), ({"mask": "B 1 S T"}, {}), ({"mask": "1 G*E S T"}, {"causal": True}),
@@ -234,7 +245,7 @@ _WAYS: list[tuple[dict, dict]] = [
 ]  # fmt: skip
 _SPARSE_WAYS: list[tuple[dict, dict]] = [  # a row may be left without a key
     ({"start": "index B S T", "end": "index 1 S T"}, {}), (_IDS, {"causal": True}),
-    ({"start": "index 1 S T", **_IDS}, {"softcap": 0.1}),
+    ({"start": "index 1 S T", **_IDS}, {"softcap": 0.1}), ({"start": "index B S T", **_IDS}, {"max_seqlen": 4}),
 ]  # fmt: skip
 _SINKS = {"sinks": "G*E"}
 attention = define(
@@ -260,7 +271,7 @@ attention_backward = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *masks, sinks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap, ctx.dropout, _ = inputs
+    (query, key, value, *masks), (sinks, seed), ctx.choice = inputs[:8], inputs[8:10], inputs[10:-1]
     ctx.save_for_backward(query, key, value, *output, *masks, sinks, seed)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -268,13 +279,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 16
+        return (None,) * 17
     query, key, value, out, lse, *masks, sinks, seed = ctx.saved_tensors
     gradients: Sequence[Tensor | None] = (None,) * 3
     if any(ctx.needs_input_grad[:3]):
         gradients = attention_backward(
-            grad_output, query, key, value, out, lse, *masks, seed, ctx.causal, ctx.window, ctx.scale, ctx.softcap,
-            ctx.dropout,
+            grad_output, query, key, value, out, lse, *masks, seed, *ctx.choice
         )  # fmt: skip
     needed = [gradient if needs else None for gradient, needs in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
     dsinks = None
@@ -283,7 +293,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
         weight = torch.exp(sinks[:, None].to(lse.dtype) - lse)
         delta = (grad_output.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-    return *needed, *(None,) * 5, dsinks, *(None,) * 7
+    return *needed, *(None,) * 5, dsinks, *(None,) * 8
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import attention_tiles
+from fastft.kernels.attention_engines import restricting
 from fastft.kernels.attention_tiles import (
     LOG2E,
     Tiles,
@@ -305,15 +306,16 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
 def backward(
     outputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor,
     out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
-    key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None, causal: bool, window: int, scale: float,
-    softcap: float, dropout: float,
+    key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None, causal: bool, window: int, max_seqlen: int,
+    scale: float, softcap: float, dropout: float,
 ) -> None:  # fmt: skip
     """Compute dq, dk and dv into outputs, by both kernels."""
     dq, dk, dv = outputs
     B, H, S, D = query.shape
     G, T = key.shape[1:3]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
-    shared = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
     meta = {**shared.meta, "D": D, "BLOCK_D": padded(D)}
     for_queries, for_keys = (tiles_for(table, query, mask) for table in (QUERY_TILES, KEY_TILES))
     # Rows of unknown alignment are copied element by element, in each turn of the loop over queries.

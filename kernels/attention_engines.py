@@ -55,6 +55,13 @@ def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     return "efficient" if fits and EFFICIENT_FROM <= capability < FLASH_FROM else ""
 
 
+def restricting(key: Tensor, vectors: Sequence[Tensor | None], max_seqlen: int) -> Sequence[Tensor | None]:
+    """Return start, end, query_ids and key_ids, with None for those that max_seqlen says not to read."""
+    if not max_seqlen:
+        return vectors
+    return (None,) * 4 if max_seqlen >= key.shape[2] else (*vectors[:2], None, None)
+
+
 def chosen(
     query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal: bool, scale: float, *numbers: float
 ) -> str:
@@ -113,10 +120,11 @@ def _beside(tensor: Tensor) -> Tensor:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    scale: float, softcap: float, dropout: float, contiguous: bool,
+    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Compute out and log-sum-exp by one of torch's engines; return None where none is chosen."""
-    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, sinks, seed), causal, scale, window, softcap)
+    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    engine = chosen(query, key, (*vectors, mask, sinks, seed), causal, scale, window, softcap)
     if not engine:
         return None
     q, k, v = map(_readable, (query, key, value))
@@ -132,10 +140,11 @@ def forward(
 def backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
-    causal: bool, window: int, scale: float, softcap: float, dropout: float,
+    causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Compute the gradients by one of torch's engines; return None where none is chosen."""
-    engine = chosen(query, key, (start, end, query_ids, key_ids, mask, seed), causal, scale, window, softcap)
+    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    engine = chosen(query, key, (*vectors, mask, seed), causal, scale, window, softcap)
     if not engine:
         return None
     q, k, v = map(_readable, (query, key, value))

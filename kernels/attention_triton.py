@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels import attention_tiles
+from fastft.kernels.attention_engines import restricting
 from fastft.kernels.attention_tiles import (
     LN2,
     LOG2E,
@@ -141,13 +142,15 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
 def forward(
     outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, start: Tensor | None,
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
-    seed: Tensor | None, causal: bool, window: int, scale: float, softcap: float, dropout: float, contiguous: bool,
+    seed: Tensor | None, causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
+    contiguous: bool,
 ) -> None:  # fmt: skip
     """Compute out and log-sum-exp into outputs."""
     out, lse = outputs
     B, H, S, D = query.shape
     q, k, v = unit(query), unit(key), unit(value)
-    shared = operands(q, k, (start, end, query_ids, key_ids, mask), seed, causal, window, scale, softcap, dropout)
+    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
     tiles = tiles_for(TILES, query, mask)
     on_grid(forward_kernel, (cdiv(S, tiles.rows) * B * H,))(
         out, lse, q, k, v, q if sinks is None else sinks, *shared.pointers, *out.stride()[:3], *q.stride()[:3],

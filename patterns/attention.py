@@ -161,7 +161,7 @@ def attention(
         mask = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, value)
     seed = q.new_empty(1, dtype=torch.int64).random_(2**31) if dropout else None
     return torch.ops.fastft.attention(
-        q, k, v, None, None, None, None, mask, sinks, seed, is_causal, 0, scale / root, softcap, dropout, contiguous
+        q, k, v, None, None, None, None, mask, sinks, seed, is_causal, 0, 0, scale / root, softcap, dropout, contiguous
     )[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch.fx import GraphModule
 
 from fastft.compat import ddp, dynamo, layer_reuse
+from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
+from fastft.reasons import Declined
 from fastft.rewriter.capture import dynamic_shapes, layer_calls
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.loss.losses import Deferred
@@ -25,9 +27,10 @@ from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.passes import check_disabled, rewrite
 from fastft.rewriter.report import repro_writer
 from fastft.rewriter.report.advice import with_advice
-from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.report.data import GraphReport, RowsReport
 from fastft.rewriter.report.history import Recording
 from fastft.rewriter.report.pass_log import dump_folder
+from fastft.rewriter.rows import live_rows
 from fastft.rewriter.runtime import lazy_logits
 
 log = logging.getLogger("fastft")
@@ -136,8 +139,25 @@ def _rewritten(
         inline_checkpoints=inline,
         folder=folder,
     )
-    compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined))
+    live = _live_rows(gm, options, report, [output.position for output in deferred])
+    if live is not None:
+        example_inputs = [*example_inputs, value_of(live.max_seqlen)]
+    compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined), live=live)
     return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
+
+
+def _live_rows(
+    gm: GraphModule, options: Options, report: GraphReport, deferred: Sequence[int]
+) -> live_rows.LiveRows | None:
+    """Prepare a graph to leave out rows that nobody reads, if it can be; the report says why not."""
+    if options.skip_padding is False or not options.outline or not torch.is_grad_enabled():
+        return None
+    report.rows = RowsReport()
+    try:
+        return live_rows.prepare(gm, report, deferred, asked=options.skip_padding is True)
+    except Declined as declined:
+        report.rows.reason = declined.reason
+        return None
 
 
 def warn_once(message: str, more: str = "") -> None:

@@ -83,3 +83,8 @@ def cache_counts() -> Counter[str]:
     prefix = "autograd_cache_"
     counts = counters["aot_autograd"]
     return Counter({name: counts[prefix + name] for name in ("hit", "miss", "bypass")})
+
+
+def draws_as_eager() -> bool:
+    """Return whether compiled code is to draw the random numbers that eager code draws."""
+    return bool(torch._inductor.config.fallback_random)

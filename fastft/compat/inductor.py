@@ -84,7 +84,7 @@ class PlannedKernel(ir.FallbackKernel):
 
     def _call_plan(self, wrapper: PythonWrapperCodegen, described: str, hints: dict[str, int] | None) -> None:
         wrapper.header.splice(f"""
-            from fastft.kernels.core.launch_plan import Described, plan
+            from fastft.kernels.core.launch_plan import Described, Named, plan
             {self._plan_name} = plan({described})
         """)
         self.python_kernel_name = self._plan_name
@@ -126,7 +126,7 @@ class PlannedKernel(ir.FallbackKernel):
                 return sizes.describe(value)
             if isinstance(value, (list, tuple)):
                 return f"[{', '.join(map(describe, value))}]"
-            return repr(value)
+            return sizes.describe_number(value) if isinstance(value, sympy.Expr) else repr(value)
 
         return ", ".join([repr(self.op_overload._schema.name), *map(describe, every)]), sizes.hints()  # type: ignore[union-attr]
 
@@ -145,6 +145,10 @@ class _Sizes:
         shape, stride = (tuple(map(self._size, sizes)) for sizes in (tensor.get_size(), tensor.get_stride()))
         given = f"{tensor.get_dtype()}, {str(tensor.get_device())!r}, {shape!r}, {stride!r}"
         return f"Described({given}, {_is_aligned(tensor)})"
+
+    def describe_number(self, number: sympy.Expr) -> str:
+        """Describe an integer argument: one that may change has a name of its own."""
+        return str(int(number)) if number.is_Integer else f"Named({self._name(number)!r})"
 
     def hints(self) -> dict[str, int] | None:
         """Return the named sizes in the example; None if one is not known."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import DimDynamic, free_symbols, statically_known_true
 
 from fastft.compat.fake_tensors import value_of
 
@@ -48,6 +49,11 @@ def is_zero(size: Any) -> bool:
     return isinstance(size, int) and size == 0
 
 
+def is_one(expression: Any) -> bool:
+    """Return whether an expression of sizes is one symbol by itself."""
+    return getattr(expression, "is_Symbol", False)
+
+
 def hint(size: Any) -> int:
     """Return a size's value in the example."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
@@ -62,6 +68,21 @@ def size_inputs(graph: Graph) -> dict[Any, Node]:
     """Map each symbol in the graph's shapes to the input that holds its value."""
     inputs = [(node, value_of(node)) for node in graph.find_nodes(op="placeholder")]
     return {value.node.expr: node for node, value in inputs if isinstance(value, torch.SymInt)}
+
+
+def new_size(like: torch.SymInt, name: str, example: int) -> torch.SymInt:
+    """Return a number of which nothing but the example is known, as a symbol beside those of ``like``."""
+    env, source = like.node.shape_env, ConstantSource(name)
+    symbol = env.create_symbol(example, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    return env.create_symintnode(symbol, hint=example, source=source)
+
+
+def made_equal(left: Any, right: Any) -> bool:
+    """Return whether two sizes are equal in the example; if so, what is compiled is for batches where they are.
+
+    The graph is guarded by it, and the symbol of one replaces that of the other.
+    """
+    return hint(left) == hint(right) and bool(left == right)
 
 
 def place_of_size(graph: Graph, size: Any, besides: Node) -> tuple[Node, int] | None:

@@ -50,8 +50,17 @@ class Described(NamedTuple):
     aligned: bool
 
 
+class Named(NamedTuple):
+    """An integer argument that may change: its name."""
+
+    name: str
+
+
 def plan(name: str, *arguments: Any) -> Plan:
-    """Return the plan of an op for such arguments: Described in place of tensors.  Equal ones are one plan."""
+    """Return the plan of an op for such arguments: Described in place of tensors, and Named of integers that change.
+
+    Equal ones are one plan.
+    """
     key = repr((name, arguments))
     if key not in _plans:
         _plans[key] = Plan(registry.REGISTRY[name].run, arguments, name)
@@ -61,7 +70,7 @@ def plan(name: str, *arguments: Any) -> Plan:
 def record_ahead(described: str, sizes: Mapping[str, int]) -> None:
     """Record a plan for such sizes before it is called.  described: the arguments of ``plan``, as text."""
     try:
-        eval(f"plan({described})", {"plan": plan, "Described": Described, "torch": torch}).record_ahead(sizes)
+        eval(f"plan({described})", {"plan": plan, "Described": Described, "Named": Named, "torch": torch}).record_ahead(sizes)
     except Exception as error:  # such as no process that may have others: kernels are compiled when they are launched
         log.debug("nothing is compiled ahead of %s: %s", described[:100], error)
 
@@ -161,6 +170,8 @@ class Recorded:
                 tensor = symbols.tensor(argument.shape, argument.stride, argument.dtype, torch.device(argument.device))
                 recorder.own(tensor, name, argument.aligned)
                 return tensor
+            if isinstance(argument, Named):
+                return symbols.value(argument.name)
             if isinstance(argument, (list, tuple)) and any(isinstance(inner, Described) for inner in argument):
                 names = [f"{name}_{number}" for number in range(len(argument))]
                 unpacked.append(f"{', '.join(names)}, = {name}")
@@ -230,6 +241,8 @@ def _named_sizes(described: Sequence[Any], prefix: str = "a") -> Iterator[tuple[
                     for axis, size in enumerate(sizes)
                     if isinstance(size, str) and size.isidentifier()
                 )
+        elif isinstance(argument, Named):
+            yield argument.name, name
         elif isinstance(argument, (list, tuple)):
             yield from _named_sizes(argument, name)
 

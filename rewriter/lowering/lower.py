@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.inductor import compile_graph
@@ -16,9 +16,11 @@ from fastft.rewriter.options import Options
 from fastft.rewriter.outline import partition, stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.report import compile_progress
-from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.report.data import GraphReport, RowsReport
+from fastft.rewriter.rows.live_rows import LiveRows
 from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.cuda_graphs import Graphed
+from fastft.rewriter.runtime.live_rows import AS_GIVEN, LiveRun
 from fastft.rewriter.runtime.offload import Offloader
 from fastft.rewriter.runtime.planned_graph import Call, Planned
 
@@ -35,10 +37,12 @@ def lower(
     *,
     plan: bool,
     planned_only: bool = False,
+    live: LiveRows | None = None,
 ) -> Callable:
     """Compile a graph in regions if it has layers, else as a whole; ``report`` records what was done.
 
-    plan: whether to plan its memory.  planned_only: raise WholeError where it cannot be planned.  Raises BudgetError
+    plan: whether to plan its memory.  planned_only: raise WholeError where it cannot be planned.  live: what the
+    graph was prepared for, by which it has an input more than its caller gives.  Raises BudgetError
     where a number of bytes that the user named is too small.
     """
     pieces = partition.outline(gm, report) if options.outline else []
@@ -49,8 +53,9 @@ def lower(
     with compile_progress.line() as say:
         if not pieces:
             say(f"compiling a graph of {report.nodes_after} nodes")
-            return compile_graph(gm, example_inputs, options)
-        return _lower_pieces(gm, pieces, example_inputs, options, report, say, plan=plan)
+            whole = compile_graph(gm, example_inputs, options)
+            return whole if live is None else lambda *inputs: whole(*inputs, AS_GIVEN)
+        return _lower_pieces(gm, pieces, example_inputs, options, report, say, plan=plan, live=live)
 
 
 def _lower_pieces(
@@ -62,6 +67,7 @@ def _lower_pieces(
     say: Callable[[str], None],
     *,
     plan: bool,
+    live: LiveRows | None = None,
 ) -> Callable:
     """Compile each region, in the variants that its plan needs if it has one, and stitch the pieces together."""
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -74,17 +80,38 @@ def _lower_pieces(
     running, called = pieces, dict(calls)
     if graphed is not None:
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, options.cuda_graphs, offloader)
-    run = stitch.stitch(gm, running, profiling.named(running, called))
+    named = profiling.named(running, called)
+    run = stitch.stitch(gm, running, named) if live is None else _live_run(gm, running, named, live, report)
     if planned is None or offloader is None:
         return run
     result = Planned(
         planned.sequence, planned.facts, planned.budget, planned.device, planned.plan,
         run=run, calls=[call for call in calls.values() if isinstance(call, Call)], offloader=offloader,
         graphed=[call for call in called.values() if isinstance(call, Graphed)],
-        sizes_of=plan_builder.sizes_of(placeholders),
+        sizes_of=plan_builder.sizes_of([node for node in placeholders if live is None or node is not live.max_seqlen]),
     )  # fmt: skip
     report.plan = result.report
     return result
+
+
+def _live_run(
+    gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable], live: LiveRows, report: GraphReport
+) -> LiveRun:
+    """Return what runs the pieces from the first layer on with the live rows of a batch."""
+    number = next(number for number, piece in enumerate(pieces) if live.first in piece.nodes)
+    before, after = pieces[:number], pieces[number:]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    given = [node for node in placeholders if node is not live.max_seqlen]
+    outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+    made = [node for piece in after for node in piece.outputs]
+    taken = [node for node in dict.fromkeys(value for piece in after for value in piece.inputs) if node not in made]
+    carried = [node for node in dict.fromkeys((*taken, *(node for node, _ in live.labels), *outputs))]
+    carried = [node for node in carried if isinstance(node, Node) and node.op != "placeholder" and node not in made]
+    left = [node for node in made if node in outputs]
+    return LiveRun(
+        live, given, outputs, stitch.chain(before, calls, given, tuple(carried)), carried,
+        stitch.chain(after, calls, taken, tuple(left)), taken, left, report.rows or RowsReport(),
+    )  # fmt: skip
 
 
 def _compile_regions(

@@ -20,6 +20,11 @@ ADVICE = {  # by code
     "mode.switched": "put autocast around the call of the whole model",
     "mutation": "write x = x + y in place of x += y",
     "number.item": "set it before compiling, to one number for all layers",
+    "rows.labels": "pass labels to the model, or set options={'skip_padding': True} if your loss never counts padding",
+    "rows.mask": "let the model build its masks from an attention_mask with two axes, or from position_ids",
+    "rows.mixed": "nothing, if what mixes tokens is the model's own; else leave it out of the layers",
+    "rows.returned": "do not ask for hidden states or attentions, and set use_cache=False",
+    "rows.sizes": "leave dynamic=False and mark_static off, so that one graph is for any batch and length",
     "weight.dequantized": "call a 4-bit layer by its forward alone, and do not shard its weights (ignored_params)",
 }
 _OF_DYNAMO = (  # graph breaks and recompilations, in torch's words; the first that is found

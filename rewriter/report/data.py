@@ -79,6 +79,36 @@ class Region:
 
 
 @dataclass
+class RowsReport:
+    """Which rows of its batches a graph's layers were run for.
+
+    reason: why always for all, "" where rows that nobody reads are left out.  forwards: that were looked at.  rows, live:
+    of all of them; last: of the last one.
+    """
+
+    reason: str = ""
+    forwards: int = 0
+    rows: int = 0
+    live: int = 0
+    last: tuple[int, int] = (0, 0)
+
+    def add(self, rows: int, live: int) -> None:
+        """Count a forward."""
+        self.forwards, self.rows, self.live, self.last = self.forwards + 1, self.rows + rows, self.live + live, (rows, live)
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"every row of a batch is run: {self.reason}"
+        if not self.rows:
+            return "rows that nobody reads are left out"
+        dropped, last = self.rows - self.live, self.last[0] - self.last[1]
+        return (
+            f"rows that nobody reads are left out: {last} of {self.last[0]} in the last step, {dropped} of {self.rows} "
+            f"({dropped / self.rows:.0%}) so far"
+        )
+
+
+@dataclass
 class GraphReport:
     """One graph that Dynamo captured.
 
@@ -86,6 +116,7 @@ class GraphReport:
     what the mask of each attention means, in place of a rule; "dense: " and a reason if it is not known.  left: how
     often each function that was not lifted occurs.  regions: the parts that it is compiled in; if there are none, whole
     says why.  inlined: modules whose activation checkpoints gave way to the plan; plan: of memory.
+    rows: which rows of a batch are run, if it was asked.
     before, after: its calls, where they were asked for; device: where most of its inputs are.
     passes: what each pass did; rules: what each rule that was tried did, by name.
     deferred: modules whose logits are computed when they are read; reads: how often that was, by
@@ -108,6 +139,7 @@ class GraphReport:
     whole: str = ""
     inlined: list[str] = field(default_factory=list)
     plan: PlanReport | None = None
+    rows: RowsReport | None = None
     passes: list[PassRecord] = field(default_factory=list)
     rules: dict[str, RuleRecord] = field(default_factory=dict)
     deferred: list[str] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from fastft.rewriter.memory.simulate import Facts, Plan, StageSequence
 from fastft.rewriter.report.plan import PlanReport
 from fastft.rewriter.runtime import controller
 from fastft.rewriter.runtime.cuda_graphs import Graphed
+from fastft.rewriter.runtime.live_rows import LiveRun
 from fastft.rewriter.runtime.offload import Offloader
 
 log = logging.getLogger("fastft")
@@ -132,8 +134,13 @@ class Planned:
         self._watch(inputs)
         self.controller = controller.shared(self)
         self.sizes = self.sizes_of(inputs)
+        run = functools.partial(self.run, *inputs)
+        if isinstance(self.run, LiveRun):  # how much is computed is known before the layers
+            started = self.run.begin(inputs)
+            self.sizes |= self.run.sizes(started)
+            run = functools.partial(self.run.finish, started)
         self.controller.begin(self)
-        return self._opened(self._run(inputs))
+        return self._opened(self._repeatedly(run))
 
     def _watch(self, inputs: Sequence[Any]) -> None:
         """Free memory when the model is deleted: Dynamo keeps its compiled code, and thereby this, until a reset."""
@@ -144,18 +151,19 @@ class Planned:
         if parameter is not None:
             weakref.finalize(parameter, _release, weakref.ref(self)).atexit = False
 
-    def _run(self, inputs: Sequence[Any]) -> Any:
+    def _repeatedly(self, run: Callable[[], Any]) -> Any:
+        """Run a forward, and once more with less memory where that runs out."""
         if self.device.type != "cuda":
-            return self.run(*inputs)
+            return run()
         state = torch.cuda.get_rng_state(self.device)
         try:
-            return self.run(*inputs)
+            return run()
         except torch.OutOfMemoryError:
             if not self.controller.replan_after_oom("the step is run again"):
                 raise
         torch.cuda.empty_cache()  # only here, where the failed run's tensors have been freed
         torch.cuda.set_rng_state(state, self.device)
-        return self.run(*inputs)
+        return run()
 
     def _opened(self, results: Any) -> Any:
         """Note that a backward is pending: until it begins, this graph's activations are in memory beside others'."""

@@ -124,7 +124,7 @@ class Problem:
 
     def choice(self) -> dict[str, Any]:
         numbers = {"scale": self.scale, "softcap": self.softcap, "dropout": self.dropout or 0.0}
-        return {"causal": self.causal, "window": self.window, **numbers, "contiguous": self.contiguous}
+        return {"causal": self.causal, "window": self.window, "max_seqlen": 0, **numbers, "contiguous": self.contiguous}
 
     def fused(self, given: Tensors) -> tuple[Tensor, Tensor]:
         return ENTRY.op(*ENTRY.arguments(given, self.choice()))

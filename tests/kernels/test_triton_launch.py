@@ -171,8 +171,8 @@ LAYER = {  # what a layer of an 8B model calls
     "lora_linear, down": lora_linear(14336, (4096,)),
     "lora_linear_backward": lora_linear(4096, (4096, 1024, 1024), backward=True),
     "lora_linear_backward, up": lora_linear(4096, (14336, 14336), backward=True),
-    "attention": [*QKV, *RANGES, None, None, None, None, None, False, 0, 0.088, 0.0, 0.0, False],
-    "attention_backward": [QKV[0], *QKV, QKV[0], LSE, *RANGES, None, None, None, None, False, 0, 0.088, 0.0, 0.0],
+    "attention": [*QKV, *RANGES, None, None, None, None, None, False, 0, 0, 0.088, 0.0, 0.0, False],
+    "attention_backward": [QKV[0], *QKV, QKV[0], LSE, *RANGES, None, None, None, None, False, 0, 0, 0.088, 0.0, 0.0],
     "glu_packed": [described(BFLOAT16, *LEAD, 28672), "silu"],
 }
 

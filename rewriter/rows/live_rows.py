@@ -1,0 +1,310 @@
+"""Prepare a graph to be run without the rows of its batch that nobody reads: what is padded, what follows the last label.
+
+A row is live if its label counts, or if the attention of a live row may read it.  From the first layer on everything is
+proven to keep rows apart (proof.py) but for attention, whose masks are ranges and ids, and the loss, to which rows
+whose label does not count add nothing.  So the same code, which takes any batch and length, may be called with the live
+rows alone, as one long sequence: attention is given the ranges of that sequence.  runtime/live_rows.py does so.
+
+The graph is changed in two ways.  Labels are made ready before the layers, so that they tell which rows count.  And
+every attention is given ranges and max_seqlen, whose value tells which of the ranges and ids have to be read.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastft.compat import fake_tensors, symbolic
+from fastft.compat.fake_tensors import value_of
+from fastft.kernels import REGISTRY
+from fastft.kernels.core.launch_recorder import LARGEST_INT32
+from fastft.reasons import Declined
+from fastft.rewriter.fx import autocast
+from fastft.rewriter.fx.bodies import bodies, body_of
+from fastft.rewriter.fx.editing import annotate_like
+from fastft.rewriter.fx.effects import may_use_rng, mutated_args, switches_mode
+from fastft.rewriter.fx.operands import Calls, Level, pass_in
+from fastft.rewriter.outline import partition
+from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.rows import proof
+from fastft.rewriter.rows.proof import RowSizes
+
+PARAMETERS = REGISTRY["fastft::attention"].parameters
+LOSS_PARAMETERS = REGISTRY[proof.LOSS].parameters
+ANY_LENGTH = 3  # of the longest sequence, in the example: what is compiled is for any
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What restricts some attentions beside causal and window, as nodes of the graph [B or 1, S]; None is nothing.
+
+    start: is given to each of them, and what the model's own was, None for none.  end: likewise.
+    """
+
+    start: Node
+    own_start: Node | None
+    end: Node | None
+    own_end: Node | None
+    query_ids: Node | None
+    key_ids: Node | None
+    causal: bool
+    window: int
+
+
+@dataclass
+class LiveRows:
+    """What it takes to run a graph's layers without some rows.
+
+    sizes: of the batch.  hidden: what comes into the first layer.  first: the first node that is run so.  max_seqlen: the input that attention takes it from.
+    masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with the number that does not count; none where
+    logits are all that leaves the graph.  restored: outputs of the graph that hold rows, by position.
+    """
+
+    sizes: RowSizes
+    hidden: Node
+    first: Node
+    max_seqlen: Node
+    masks: list[Mask]
+    labels: list[tuple[Node, int]]
+    restored: list[int] = field(default_factory=list)
+
+
+def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, asked: bool) -> LiveRows:
+    """Prepare a graph; changes nothing where it raises Declined.
+
+    deferred: positions of hidden states among the outputs of which logits are computed when they are read.  asked: the
+    user says that no loss outside the graph counts padding.
+    """
+    pieces = partition.outline(gm, report)
+    layers = [piece for piece in pieces if piece.layer]
+    if not layers:
+        raise Declined("it has no layers that are compiled by themselves")
+    first = layers[0].nodes[0]
+    after = _after(gm, first)
+    calls = Calls(gm)
+    losses = [node for node in after if node.target == torch.ops.fastft.linear_cross_entropy]
+    if not losses and not (asked and deferred):
+        raise Declined("its loss is not taken from labels in it", "rows.labels")
+    hidden = _hidden(layers[0])
+    sizes = _sizes(value_of(hidden), losses)
+    hoisted = _hoisted(gm, after, losses)
+    after = [node for node in after if node not in hoisted]
+    region = [gm, *(body for body in bodies(gm) if body is not gm)]
+    for body in region:
+        with autocast.around(gm, body):
+            proof.check(body, after if body is gm else body.graph.nodes, sizes)
+    attentions = [
+        (body, node) for body in region for node in body.graph.find_nodes(op="call_function", target=_ATTENTION)
+    ]
+    read = [_restricted(calls, body, node, sizes) for body, node in attentions]
+    around = [_levels(calls, body) for body, _ in attentions]
+    live = LiveRows(sizes, hidden, first, first, [], [_label(node, sizes) for node in losses])
+    live.restored = _restored(gm, set(after), sizes, deferred, [node for _, node in attentions])
+    # Nothing is declined from here on.
+    for node in hoisted:
+        first.prepend(node)
+    live.max_seqlen = _add_input(gm, sizes.length)
+    masks: dict[Any, Mask] = {}
+    for (_, node), outer, levels in zip(attentions, read, around, strict=True):
+        _restrict(node, outer, levels, live, masks)
+    live.masks = list(masks.values())
+    return live
+
+
+_ATTENTION = torch.ops.fastft.attention
+_VECTORS = ("start", "end", "query_ids", "key_ids")
+
+
+def _after(gm: GraphModule, first: Node) -> list[Node]:
+    nodes = list(gm.graph.nodes)
+    return [node for node in nodes[nodes.index(first) :] if node.op not in ("placeholder", "get_attr", "output")]
+
+
+def _hidden(layer: Any) -> Node:
+    """Return the hidden states [B, S, H] that come into a layer.  Raises Declined."""
+    fitting = [node for node in layer.inputs if _may_be_hidden(value_of(node))]
+    several = [node for node in fitting if isinstance(value_of(node).shape[0], torch.SymInt)]  # angles are for all
+    if not fitting:
+        raise Declined("it is compiled for batches of one size", "rows.sizes")
+    return (several or fitting)[0]
+
+
+def _may_be_hidden(value: Any) -> bool:
+    if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+        return False
+    return value.is_floating_point() and value.dim() == 3 and isinstance(value.shape[1], torch.SymInt)
+
+
+def _sizes(hidden: Tensor, losses: Sequence[Node]) -> RowSizes:
+    """Return the sizes of a batch of such hidden states.  Raises Declined."""
+    for loss in losses:
+        _make_equal(hidden, value_of(loss.args[LOSS_PARAMETERS.index("labels")]), loss)
+    sizes = RowSizes(*map(symbolic.expression, hidden.shape[:2]))
+    if sizes.batch == sizes.length or not all(one == 1 or symbolic.is_one(one) for one in sizes):
+        raise Declined("it is compiled for batches of one size", "rows.sizes")
+    return sizes
+
+
+def _make_equal(hidden: Tensor, labels: Any, loss: Node) -> None:
+    """Let the sizes of labels be known to be those of the batch, as they are in the example."""
+    sources = [value_of(node) for node in loss.graph.find_nodes(op="placeholder")]
+    symbols = {symbol for symbol in symbolic.symbols_of(labels)}
+    for value in sources:
+        if isinstance(value, Tensor) and value.dim() == 2 and symbols & {*symbolic.symbols_of(value)}:
+            for size, of_batch in zip(value.shape, hidden.shape, strict=False):
+                if isinstance(size, torch.SymInt):
+                    symbolic.made_equal(size, of_batch)
+
+
+def _hoisted(gm: GraphModule, after: Sequence[Node], losses: Sequence[Node]) -> dict[Node, None]:
+    """List the calls that labels are made by, which depend on nothing in the layers, in graph order.  Raises Declined."""
+    inside, wanted = set(after), set()
+    pending = [node.args[LOSS_PARAMETERS.index("labels")] for node in losses]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, Node) or node not in inside or node in wanted:
+            continue
+        if mutated_args(gm, node) or may_use_rng(node) or switches_mode(node):
+            raise Declined(f"its labels depend on {node.name}")
+        wanted.add(node)
+        pending += node.all_input_nodes
+    if any(node.target == _ATTENTION or node in losses for node in wanted):
+        raise Declined("its labels depend on what the layers compute")
+    users = [node for node in after if node not in wanted]  # what only labels and numbers go into goes along
+    for node in users:
+        pure = not (mutated_args(gm, node) or may_use_rng(node) or switches_mode(node))
+        if pure and node.all_input_nodes and all(one in wanted or one not in inside for one in node.all_input_nodes):
+            if any(one in wanted for one in node.all_input_nodes):
+                wanted.add(node)
+    return {node: None for node in after if node in wanted}
+
+
+def _label(loss: Node, sizes: RowSizes) -> tuple[Node, int]:
+    """Return a loss' labels, one for each row in the batch's order, and the number that does not count."""
+    call = dict(zip(LOSS_PARAMETERS, loss.args, strict=False))
+    labels = call["labels"]
+    axes = sizes.axes(value_of(labels))
+    expected = (["bs"], ["b", "s"]) if sizes.batch != 1 else (["s"], ["", "s"])
+    if axes not in expected or not isinstance(call["ignore_index"], int):
+        raise Declined("its labels are not one for each row")
+    return labels, call["ignore_index"]
+
+
+def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes) -> dict[str, Any]:
+    """Return what restricts an attention, ranges and ids as nodes of the whole graph.  Raises Declined."""
+    call = dict(zip(PARAMETERS, node.args, strict=True))
+    if call["mask"] is not None:
+        raise Declined("a mask is not understood", "rows.mask")
+    query, key = value_of(call["query"]), value_of(call["key"])
+    expected = ["b" if sizes.batch != 1 else "", "", "s", ""]
+    if sizes.axes(query) != expected or sizes.axes(key) != expected:
+        raise Declined("its queries and keys are not the rows of the batch")
+    outer = {name: call[name] and calls.outside(body, call[name])[0] for name in _VECTORS}
+    for name, vector in outer.items():
+        if vector is not None and vector.graph is not calls.gm.graph:
+            raise Declined(f"{name} is not made before the layers")
+    return outer | {name: call[name] for name in ("causal", "window")}
+
+
+def _levels(calls: Calls, body: GraphModule) -> list[Level]:
+    """Return the bodies around an attention, the innermost first, with all calls of each.  Raises Declined."""
+    levels: list[Level] = []
+    while body is not calls.gm:
+        around = calls.around.get(id(body), [])
+        if len({id(graph) for graph, _ in around}) != 1:
+            raise Declined("a layer's body is called from several others")
+        levels.append((body, [call for _, call in around]))
+        body = around[0][0]
+    return levels
+
+
+def _restored(
+    gm: GraphModule, after: set[Node], sizes: RowSizes, deferred: Sequence[int], attentions: Sequence[Node]
+) -> list[int]:
+    """List the outputs that hold rows.  Raises Declined where hidden states leave the graph but for their logits."""
+    found = []
+    caches = {node.args[PARAMETERS.index(name)] for node in attentions for name in ("key", "value")}
+    for position, node in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
+        if not isinstance(node, Node) or node not in after:
+            continue
+        value = value_of(node)
+        if not isinstance(value, Tensor):
+            raise Declined(f"{node.name}, a size, leaves the graph")
+        if not any(sizes.axes(value)):
+            continue
+        if position not in deferred and _made_by(gm, node) not in caches:
+            raise Declined(f"{node.name} leaves the graph", "rows.returned")
+        found.append(position)
+    return found
+
+
+def _made_by(gm: GraphModule, node: Node) -> Node:
+    """Return the call inside a body that computes what a call of the body returns."""
+    while node.target is operator.getitem and isinstance(call := node.args[0], Node):
+        body = body_of(gm, call)
+        if body is None:
+            break
+        results: Any = body.graph.output_node().args[0]
+        gm, node = body, results[node.args[1]]
+    return node
+
+
+def _add_input(gm: GraphModule, like: Any) -> Node:
+    """Add max_seqlen to the graph's inputs, as the last."""
+    last = list(gm.graph.find_nodes(op="placeholder"))[-1]
+    known = next(
+        size for node in gm.graph.find_nodes(op="placeholder") for size in getattr(value_of(node), "shape", ())
+        if isinstance(size, torch.SymInt)
+    )  # fmt: skip
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder("max_seqlen")
+    fake_tensors.set_value(node, symbolic.new_size(known, "max_seqlen", ANY_LENGTH))
+    return node
+
+
+def _restrict(
+    node: Node, outer: dict[str, Any], levels: list[Level], live: LiveRows, masks: dict[Any, Mask]
+) -> None:
+    """Give an attention ranges that can be replaced, and max_seqlen."""
+    key = tuple(outer.values())
+    if key not in masks:
+        start, end = outer["start"], outer["end"]
+        taken = {mask.start for mask in masks.values()}
+        new_start = _range(live, 0, start) if start is None or start in taken else start
+        new_end = _range(live, LARGEST_INT32) if end is None and not outer["causal"] else end
+        masks[key] = Mask(new_start, start, new_end, end, *key[2:])
+    mask = masks[key]
+    call = dict(zip(PARAMETERS, node.args, strict=True))
+    call["start"], call["end"] = pass_in(levels, mask.start), pass_in(levels, mask.end)
+    call["max_seqlen"] = pass_in(levels, live.max_seqlen)
+    node.args = tuple(call.values())
+
+
+def _range(live: LiveRows, fill: int, like: Node | None = None) -> Node:
+    """Return a new range before the layers: of this number, or a copy of one that another mask has too."""
+    graph, first, hidden = live.first.graph, live.first, value_of(live.hidden)
+    with graph.inserting_before(first):
+        if like is not None:
+            node = graph.call_method("clone", (like,))
+        else:
+            settings = {"dtype": torch.int32, "device": hidden.device}
+            node = graph.call_function(torch.full, ((1, _length(live)), fill), settings)
+    with fake_tensors.fake_mode_of([hidden]):
+        annotate_like(node, first)
+    node.meta.pop("nn_module_stack", None)  # it belongs to no layer
+    return node
+
+
+def _length(live: LiveRows) -> Node:
+    """Return a node that computes the length of the batch's sequences."""
+    for node in live.first.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and symbolic.expression(value) == live.sizes.length:
+            return node
+    raise AssertionError("Dynamo makes an input of each symbol")

@@ -1,0 +1,229 @@
+"""Run a graph's layers with the live rows of a batch alone, where some are not: rows/live_rows.py prepared it for that.
+
+What comes before the layers runs for the whole batch.  Then the batch is looked at (rows/selection.py), and a few
+numbers are copied to the host: the one wait of a step.  Rows that are not live are left out of everything that follows,
+and are zeros in what leaves the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fastft.compat import symbolic
+from fastft.compat.fake_tensors import value_of
+from fastft.compat.symbolic import Sizes
+from fastft.reasons import Declined
+from fastft.rewriter.report.data import RowsReport
+from fastft.rewriter.rows import selection
+from fastft.rewriter.rows.live_rows import LiveRows
+from fastft.rewriter.rows.selection import Facts, Ranges, Selection
+
+AS_GIVEN = 0  # max_seqlen that has attention read all ranges and ids
+
+
+@dataclass
+class Started:
+    """A forward up to the first layer.  values: by node.  selected: the live rows; None where all are run."""
+
+    values: dict[Node, Any]
+    selected: Selection | None
+    max_seqlen: int
+
+
+class LiveRun:
+    """A function of the graph's inputs, that of the user.
+
+    before: runs what comes before the layers and returns the values of ``carried``.  after: runs the rest on the values
+    of ``taken`` and returns those of ``made``.
+    """
+
+    def __init__(
+        self, live: LiveRows, placeholders: Sequence[Node], outputs: Sequence[Any], before: Callable,
+        carried: Sequence[Node], after: Callable, taken: Sequence[Node], made: Sequence[Node], report: RowsReport,
+    ) -> None:  # fmt: skip
+        self.live, self.report = live, report
+        self.placeholders, self.outputs = list(placeholders), list(outputs)
+        self.before, self.carried, self.after, self.taken, self.made = before, carried, after, taken, made
+        self.ends = [mask.end is not None for mask in live.masks]
+        self.as_ranges = {}  # what becomes the start or end of which mask
+        for number, mask in enumerate(live.masks):
+            self.as_ranges |= {mask.start: (number, 0), mask.end: (number, 1)}
+        self.takes: list[Callable[[Any, Selection], Any]] = []
+        self.restores: dict[Node, Callable[[Tensor, Selection, tuple[int, int]], Tensor]] = {}
+        try:
+            self.takes = [self._take(node) for node in taken]
+            self.restores = {outputs[position]: _restore(live.sizes.axes(value_of(outputs[position]))) for position in live.restored}
+        except Declined as declined:
+            self.report.reason = declined.reason
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.finish(self.begin(inputs))
+
+    def begin(self, inputs: Sequence[Any]) -> Started:
+        """Run what comes before the layers, and choose which rows go on."""
+        values = dict(zip(self.placeholders, inputs, strict=True))
+        values |= zip(self.carried, self.before(*inputs), strict=True)
+        looks = not self.report.reason and torch.is_grad_enabled() and not _capturing(inputs)
+        selected, max_seqlen = self._choose(values) if looks else (None, AS_GIVEN)
+        return Started(values, selected, max_seqlen)
+
+    def sizes(self, started: Started) -> Sizes:
+        """Return the sizes that differ from those of the graph's inputs."""
+        if started.selected is None:
+            return {}
+        sizes = self.live.sizes
+        return {size: number for size, number in ((sizes.batch, 1), (sizes.length, started.selected.size)) if size != 1}
+
+    def finish(self, started: Started) -> tuple[Any, ...]:
+        """Run the layers and what follows."""
+        values, selected = started.values | {self.live.max_seqlen: started.max_seqlen}, started.selected
+        if selected is None:
+            results = self.after(*map(values.__getitem__, self.taken))
+        else:
+            given = [take(values[node], selected) for take, node in zip(self.takes, self.taken, strict=True)]
+            results = self.after(*given)
+        found = values | dict(zip(self.made, results, strict=True))
+        if selected is not None:
+            for node, restore in self.restores.items():
+                found[node] = restore(found[node], selected, self._shape(values))
+        return tuple(found[one] if isinstance(one, Node) else one for one in self.outputs)
+
+    def _shape(self, values: dict[Node, Any]) -> tuple[int, int]:
+        """Return B and S."""
+        B, S = values[self.live.hidden].shape[:2]
+        return B, S
+
+    def _choose(self, values: dict[Node, Any]) -> tuple[Selection | None, int]:
+        B, S = self._shape(values)
+        device = values[self.live.hidden].device
+        counted = None
+        with torch.no_grad():
+            for labels, ignored in self.live.labels:
+                counts = (values[labels] != ignored).view(B, S)
+                counted = counts if counted is None else counted | counts
+            masks = [
+                Ranges(
+                    *(None if own is None else values[node] for own, node in _vectors(mask)), mask.causal, mask.window
+                )
+                for mask in self.live.masks
+            ]
+            looked = selection.look(counted, masks, device, B, S)
+            facts = Facts(*_on_host(looked.facts))
+            live = B * S if facts.strange or not facts.live else facts.live
+            self.report.add(B * S, live)
+            if live < B * S and selection.rounded(live) < B * S:
+                chosen = selection.select(looked, facts, masks, self.ends)
+                return chosen, chosen.max_seqlen
+        plain = facts.live == B * S and not facts.strange and not facts.bounded
+        return None, S if plain else AS_GIVEN
+
+    def _take(self, node: Node) -> Callable[[Any, Selection], Any]:
+        """Return how a value of the whole batch becomes one of live rows.  Raises Declined."""
+        value, sizes = value_of(node), self.live.sizes
+        if node is self.live.max_seqlen:
+            return lambda given, selected: selected.max_seqlen
+        if node in self.as_ranges:
+            number, place = self.as_ranges[node]
+            return lambda given, selected: selected.ranges[number][place]
+        if isinstance(value, torch.SymInt):
+            return _take_size(symbolic.expression(value), sizes)
+        if not isinstance(value, Tensor):
+            return lambda given, selected: given
+        axes = sizes.axes(value)
+        one_sequence = sizes.batch == 1 and axes[:2] == ["", "s"]
+        if axes[:2] == ["b", "s"] or one_sequence:
+            return lambda given, selected: _Taken.apply(given.flatten(0, 1), selected.rows, selected.live)[None]
+        if axes[:1] == ["bs"]:
+            return lambda given, selected: _Taken.apply(given, selected.rows, selected.live)
+        if "b" not in axes and "bs" not in axes:
+            if axes.count("s") == 1 and not value.requires_grad:
+                axis = axes.index("s")
+                return lambda given, selected: given.index_select(axis, selected.places)
+            if "s" not in axes:
+                return lambda given, selected: given
+        raise Declined(f"{node.name} has rows in axes of its own")
+
+
+def _vectors(mask: Any) -> list[tuple[Node | None, Node]]:
+    """Pair what a mask was given by the model with the nodes that have its values."""
+    own = mask.own_start, mask.own_end, mask.query_ids, mask.key_ids
+    return list(zip(own, (mask.start, mask.end, mask.query_ids, mask.key_ids), strict=True))
+
+
+def _take_size(expression: Any, sizes: Any) -> Callable[[Any, Selection], Any]:
+    if not sizes.depends(expression):
+        return lambda given, selected: given
+
+    def size(given: int, selected: Selection) -> int:
+        known = {symbol: number for symbol, number in ((sizes.batch, 1), (sizes.length, selected.size)) if symbol != 1}
+        return symbolic.evaluate(expression, known)
+
+    return size
+
+
+def _restore(axes: list[str]) -> Callable[[Tensor, Selection, tuple[int, int]], Tensor]:
+    """Return how what was computed of live rows becomes a tensor of the whole batch.  Raises Declined."""
+
+    def whole(part: Tensor, selected: Selection, shape: tuple[int, int]) -> Tensor:
+        return _Restored.apply(part, selected.rows, selected.live, shape[0] * shape[1])
+
+    if "".join(axes) == "bs" and axes[0] == "bs":
+        return whole
+    if axes[1:2] == ["s"]:
+        return lambda part, selected, shape: whole(part[0], selected, shape).unflatten(0, shape)
+    if axes[2:3] == ["s"]:  # keys and values, by heads
+        turned = lambda tensor: tensor.transpose(1, 2)  # noqa: E731
+        return lambda part, selected, shape: turned(whole(turned(part)[0], selected, shape).unflatten(0, shape))
+    raise Declined("what leaves the graph has rows in axes of its own")
+
+
+class _Taken(torch.autograd.Function):
+    """Take rows [M, ...] of which the first ``live`` are all different, and the others not to be trained."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, rows: Tensor, live: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.live, ctx.shape = live, whole.shape
+        return whole.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy(0, rows[: ctx.live], grad[: ctx.live]), None, None
+
+
+class _Restored(torch.autograd.Function):
+    """Put the first ``live`` rows back into their places of M, beside zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, rows: Tensor, live: int, M: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.live = live
+        return part.new_zeros(M, *part.shape[1:]).index_copy_(0, rows[:live], part[:live])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (rows,) = ctx.saved_tensors
+        taken = grad.index_select(0, rows)
+        added = torch.arange(len(rows), device=rows.device) >= ctx.live
+        return taken.masked_fill(added.view(-1, *[1] * (grad.dim() - 1)), 0.0), None, None, None
+
+
+def _capturing(inputs: Sequence[Any]) -> bool:
+    on_gpu = any(isinstance(value, Tensor) and value.device.type == "cuda" for value in inputs)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _on_host(facts: Tensor) -> list[int]:
+    """Copy a few numbers to the host."""
+    if facts.device.type != "cuda":
+        return facts.tolist()
+    copy = torch.empty_like(facts, device="cpu", pin_memory=True).copy_(facts, non_blocking=True)
+    torch.cuda.current_stream(facts.device).record_event().synchronize()
+    return copy.tolist()
