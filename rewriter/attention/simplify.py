@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastft.compat import fake_tensors, symbolic
+from fastft.compat import dynamo, fake_tensors, operators, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.kernels.attention import LOWEST
@@ -36,6 +36,7 @@ Meaning = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, 
 
 def simplify(gm: GraphModule, context: Context) -> None:
     """Simplify every attention of ``gm`` and its bodies; what each mask means goes into the report."""
+    _divide_layers(gm)
     masks = _Masks(gm)
     for body in bodies(gm):
         targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
@@ -50,6 +51,34 @@ def simplify(gm: GraphModule, context: Context) -> None:
             _transpose_late(node, call)
             if isinstance(mask, Node) and call["mask"] is None:
                 _drop(masks.calls, body, mask)
+
+
+def _divide_layers(gm: GraphModule) -> None:
+    """Give layers that are called with different masks bodies of their own, as sliding and full attention may share one.
+
+    Otherwise neither mask would be known.
+    """
+    calls: dict[str, list[Node]] = {}
+    for call in gm.graph.find_nodes(op="call_function", target=operators.LAYER_CALL):
+        if not call.kwargs:
+            calls.setdefault(str(call.args[0].target), []).append(call)
+    for name, alike in calls.items():
+        body = getattr(gm, name)
+        places = [place for place, one in enumerate(body.graph.find_nodes(op="placeholder")) if _is_mask(one)]
+        by_masks: dict[Any, list[Node]] = {}
+        for call in alike:
+            by_masks.setdefault(tuple(call.args[1 + place] for place in places), []).append(call)
+        for number, others in enumerate(list(by_masks.values())[1:], 1):
+            copied = f"{name}_with_mask_{number}"
+            gm.add_module(copied, GraphModule(body, dynamo.copy_graph(body.graph)))
+            for call in others:
+                with gm.graph.inserting_before(call):
+                    call.args = (gm.graph.get_attr(copied), *call.args[1:])
+
+
+def _is_mask(node: Node) -> bool:
+    position = PARAMETERS.index("mask")
+    return any(user.target == torch.ops.fastft.attention and user.args[position] is node for user in node.users)
 
 
 class _Masks:

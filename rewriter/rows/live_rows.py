@@ -63,7 +63,8 @@ class LiveRows:
 
     sizes: of the batch.  hidden: what comes into the first layer.  first: the first node that is run so.  max_seqlen: the input that attention takes it from.
     masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with the number that does not count; none where
-    logits are all that leaves the graph.  restored: outputs of the graph that hold rows, by position.
+    logits are all that leaves the graph.  by_labels: whether a row is live only if there is a way to a label; not where logits leave the graph too, as those of
+    tokens that are no padding may be read.  restored: outputs of the graph that hold rows, by position.
     """
 
     sizes: RowSizes
@@ -72,6 +73,7 @@ class LiveRows:
     max_seqlen: Node
     masks: list[Mask]
     labels: list[tuple[Node, int]]
+    by_labels: bool
     restored: list[int] = field(default_factory=list)
 
 
@@ -104,7 +106,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     ]
     read = [_restricted(calls, body, node, sizes) for body, node in attentions]
     around = [_levels(calls, body) for body, _ in attentions]
-    live = LiveRows(sizes, hidden, first, first, [], [_label(node, sizes) for node in losses])
+    live = LiveRows(sizes, hidden, first, first, [], [_label(node, sizes) for node in losses], asked or not deferred)
     live.restored = _restored(gm, set(after), sizes, deferred, [node for _, node in attentions])
     # Nothing is declined from here on.
     for node in hoisted:
@@ -277,7 +279,8 @@ def _restrict(
         start, end = outer["start"], outer["end"]
         taken = {mask.start for mask in masks.values()}
         new_start = _range(live, 0, start) if start is None or start in taken else start
-        new_end = _range(live, LARGEST_INT32) if end is None and not outer["causal"] else end
+        needed = not outer["causal"] or outer["query_ids"] is not None  # some rows may not be read
+        new_end = _range(live, LARGEST_INT32) if end is None and needed else end
         masks[key] = Mask(new_start, start, new_end, end, *key[2:])
     mask = masks[key]
     call = dict(zip(PARAMETERS, node.args, strict=True))

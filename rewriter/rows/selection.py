@@ -31,38 +31,53 @@ class Ranges(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of a batch on the host.
+    """What is known of a batch on the host, as numbers of rows.
 
-    live: how many rows are.  longest: the most of a sequence.  documents: how many sequences have some.  strange: how
-    many are restricted by more than ranges.  bounded: how many by more than causal and window.  holes: how many rows
-    that are not live are between such that are.
+    live: that are computed.  longest: the most of a sequence.  documents: sequences that have some.  unread: live rows
+    that no query attends to, such as padding whose label counts.  strange: live rows that are restricted by more than
+    ranges.  bounded: live rows whose ranges tell more than causal and window.  before: rows that are not live, before
+    the last of their sequence that is; gaps: those of them that are not before the first.
     """
 
     live: int
     longest: int
     documents: int
+    unread: int
     strange: int
     bounded: int
-    holes: int
+    before: int
+    gaps: int
+
+    def plain(self, rows: int, *, causal: bool) -> bool:
+        """Return whether all rows of the batch can be computed with no masks but causal ones and windows."""
+        restricted = self.unread or self.strange or self.bounded
+        return not restricted and (self.live == rows or (causal and not self.before))
 
 
 @dataclass
 class Look:
-    """A batch that was looked at: live [B, S], rank [B, S + 1], and the facts [6], on the device."""
+    """A batch that was looked at: live and keys [B, S], which rows are computed and which of them are read as keys.
+
+    rank [B, S + 1]: the keys of a sequence before each place.  facts: on the device.
+    """
 
     live: Tensor
+    keys: Tensor
     rank: Tensor
     facts: Tensor
 
 
-def look(counted: Tensor | None, masks: Sequence[Ranges], device: torch.device, B: int, S: int) -> Look:
+def look(
+    counted: Tensor | None, masks: Sequence[Ranges], device: torch.device, B: int, S: int, *, by_labels: bool
+) -> Look:
     """Look which rows of a batch are live.
 
-    counted: bool [B, S], rows whose label counts; None if any row may be read.
+    counted: bool [B, S], rows whose label counts; None if none does.  by_labels: rows from which there is no way to
+    a label are not live.
     """
     place = torch.arange(S, device=device)
-    reached = torch.ones(B, S, dtype=torch.bool, device=device)  # rows from which there is a way to a label
-    if counted is not None:
+    reached = torch.ones(B, S, dtype=torch.bool, device=device)
+    if by_labels and counted is not None:
         if all(mask.causal for mask in masks):
             reached = place < (counted * (place + 1)).amax(1, keepdim=True)
         else:
@@ -70,13 +85,21 @@ def look(counted: Tensor | None, masks: Sequence[Ranges], device: torch.device, 
     live = torch.zeros_like(reached) if counted is None else counted
     for mask in masks:
         live = live | (_keys(mask, reached, place) & reached)
-    rank = F.pad(live.cumsum(1), (1, 0))
-    count = rank[:, -1]
-    first_and_last = (live * (S - place)).amax(1), (live * (place + 1)).amax(1)
-    spread = (first_and_last[0] + first_and_last[1] - S) * (count > 0)
+    in_all, in_any = live, torch.zeros_like(live)  # which are keys in all masks, and in one of them
+    for mask in masks:
+        readable = live if mask.key_ids is None or mask.query_ids is None else live & (mask.key_ids == mask.query_ids[:, :1])
+        in_all, in_any = in_all & readable, in_any | readable
+    rank = F.pad(in_all.cumsum(1), (1, 0))
+    count = live.sum(1)
+    last, first = (live * (place + 1)).amax(1), S - (live * (S - place)).amax(1)
     strange, bounded = _restrictions(masks, live, rank, place)
-    facts = [count.sum(), count.max(), (count > 0).sum(), strange, bounded, spread.sum() - count.sum()]
-    return Look(live, rank, torch.stack(facts))
+    strange = strange | (in_any & ~in_all)
+    before = last - count
+    facts = [
+        count.sum(), count.max(), (count > 0).sum(), (live & ~in_all).sum(), strange.sum(), bounded.sum(),
+        before.sum(), (before - first).clamp(min=0).sum(),
+    ]  # fmt: skip
+    return Look(live, in_all, rank, torch.stack(facts))
 
 
 def _low(mask: Ranges, place: Tensor) -> Tensor | None:
@@ -87,14 +110,19 @@ def _low(mask: Ranges, place: Tensor) -> Tensor | None:
     return mask.start.clamp(min=0) if windowed is None else torch.maximum(mask.start, windowed)
 
 
+def _high(mask: Ranges, place: Tensor) -> Tensor:
+    """Return the key behind the last of each query, [S] or [B or 1, S]."""
+    high = place + 1 if mask.causal else torch.full_like(place, len(place))
+    return high if mask.end is None else torch.minimum(mask.end, high)
+
+
 def _keys(mask: Ranges, reached: Tensor, place: Tensor) -> Tensor:
     """Return which keys some query that is reached attends to, or more: bool [B, S]."""
     B, S = reached.shape
     keys = reached
     if mask.start is not None or mask.end is not None:
-        low, high = _low(mask, place), place + 1 if mask.causal else torch.full_like(place, S)
+        low, high = _low(mask, place), _high(mask, place)
         low = torch.zeros_like(place) if low is None else low
-        high = high if mask.end is None else torch.minimum(mask.end, high)
         asks = reached & (low < high)
         if mask.start is not None:
             asks = asks & (mask.start >= 0)  # a query that weighs all keys alike: _restrictions counts it if it is live
@@ -110,13 +138,12 @@ def _keys(mask: Ranges, reached: Tensor, place: Tensor) -> Tensor:
 
 
 def _restrictions(masks: Sequence[Ranges], live: Tensor, rank: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Count live rows whose queries are restricted otherwise than by ranges, and by ranges of their own."""
+    """Return which live rows have queries that are restricted otherwise than by ranges, and by ranges of their own."""
     B, S = live.shape
     strange, bounded = torch.zeros_like(live), torch.zeros_like(live)
     for mask in masks:
-        if mask.query_ids is not None and mask.key_ids is not None:
-            first = mask.query_ids[:, :1]
-            strange = strange | (mask.key_ids != first) | (mask.query_ids != first)
+        if mask.query_ids is not None:
+            strange = strange | (mask.query_ids != mask.query_ids[:, :1])
         if mask.start is not None:
             strange = strange | (mask.start < 0)
             bounded = bounded | (rank.gather(1, mask.start.clamp(0, S).expand(B, S).long()) > 0)
@@ -124,7 +151,7 @@ def _restrictions(masks: Sequence[Ranges], live: Tensor, rank: Tensor, place: Te
             high = place + 1 if mask.causal else torch.full_like(place, S)
             cut = rank.gather(1, mask.end.clamp(0, S).expand(B, S).long())
             bounded = bounded | (cut < rank.gather(1, high.expand(B, S)))
-    return (strange & live).sum(), (bounded & live).sum()
+    return strange & live, bounded & live
 
 
 def rounded(rows: int) -> int:
@@ -154,12 +181,17 @@ class Selection:
 
 def select(looked: Look, facts: Facts, masks: Sequence[Ranges], ends: Sequence[bool]) -> Selection:
     """Select the live rows, at least one.  ends: whether each mask's attention is given an end."""
-    live, rank = looked.live, looked.rank
-    (B, S), device = live.shape, live.device
-    N, flat = rounded(facts.live), live.flatten()
+    rank = looked.rank
+    (B, S), device = looked.live.shape, looked.live.device
+    N, flat = rounded(facts.live), looked.live.flatten()
+    keys = looked.keys.flatten()
     # Rows that are added are copies of one that is live, so that whatever is computed of them is finite.
     rows = flat.to(torch.uint8).argmax().expand(N + 1).clone()
-    rows.scatter_(0, torch.where(flat, flat.cumsum(0) - 1, N), torch.arange(B * S, device=device))
+    to = torch.where(keys, keys.cumsum(0) - 1, N)
+    if facts.unread:  # behind all keys, so that they are in no range of them
+        unread = flat & ~keys
+        to = torch.where(unread, unread.cumsum(0) + (facts.live - facts.unread - 1), to)
+    rows.scatter_(0, to, torch.arange(B * S, device=device))
     rows = rows[:N]
     batch, places = rows // S, rows % S
     base = rank[:, -1].cumsum(0) - rank[:, -1]
@@ -174,7 +206,7 @@ def select(looked: Look, facts: Facts, masks: Sequence[Ranges], ends: Sequence[b
     for mask, has_end in zip(masks, ends, strict=True):
         low = _low(mask, place)
         start = among_live(torch.zeros_like(place) if low is None else low)
-        end = among_live(torch.full_like(place, S) if mask.end is None else mask.end) if has_end else None
+        end = among_live(_high(mask, place)) if has_end else None
         start[facts.live :] = own[facts.live :]  # what is added attends to itself
         if end is not None:
             end[facts.live :] = own[facts.live :] + 1
@@ -188,8 +220,8 @@ def _vector(bounds: Tensor) -> Tensor:
 
 def _max_seqlen(facts: Facts, masks: Sequence[Ranges], N: int) -> int:
     """Return N where all live rows are one document whose ranges tell nothing; else the longest document, rounded."""
-    windows_fit = not facts.holes or not any(mask.window for mask in masks)
+    windows_fit = not facts.gaps or not any(mask.window for mask in masks)
     added = N > facts.live and not all(mask.causal for mask in masks)  # queries that are not causal would read these
-    if facts.documents == 1 and not facts.bounded and windows_fit and not added:
+    if facts.documents == 1 and not facts.bounded and not facts.unread and windows_fit and not added:
         return N
     return min(rounded(facts.longest), N - 1)

@@ -113,14 +113,15 @@ class LiveRun:
                 )
                 for mask in self.live.masks
             ]
-            looked = selection.look(counted, masks, device, B, S)
+            looked = selection.look(counted, masks, device, B, S, by_labels=self.live.by_labels)
             facts = Facts(*_on_host(looked.facts))
-            live = B * S if facts.strange or not facts.live else facts.live
+            strange = facts.strange or (facts.unread and any(mask.window for mask in masks))
+            live = B * S if strange or not facts.live else facts.live
             self.report.add(B * S, live)
             if live < B * S and selection.rounded(live) < B * S:
                 chosen = selection.select(looked, facts, masks, self.ends)
                 return chosen, chosen.max_seqlen
-        plain = facts.live == B * S and not facts.strange and not facts.bounded
+        plain = facts.plain(B * S, causal=all(mask.causal for mask in masks))
         return None, S if plain else AS_GIVEN
 
     def _take(self, node: Node) -> Callable[[Any, Selection], Any]:
