@@ -66,5 +66,6 @@ CONTENDERS = MAIN | {  # to be asked for by name: other libraries, and fastft wi
     "fastft-min": partial(fastft, memory_budget="min"),
     "fastft-max": partial(fastft, memory_budget="max-speed"),
     "fastft-graphs": partial(fastft, cuda_graphs=True),
+    "fastft-all-rows": partial(fastft, skip_padding=False),
     "fastft-plain": partial(fastft, cuda_graphs=False),
 }

@@ -22,6 +22,7 @@ from turns import Turns
 Row = dict[str, Any]
 GIB = 2**30
 IGNORED, DOCUMENT = -100, 512  # a label without a loss; tokens in a packed document
+SPREAD = 0.8  # of the logarithms of lengths about their median
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "trl", "accelerate", "lightning", "bitsandbytes", "torchao", "datasets",
     "liger-kernel", "unsloth", "fastft",
@@ -34,7 +35,8 @@ class Run:
 
     options: of the contender, where it takes any, over its own.
     as_trainer: as transformers' Trainer with bf16 and a paged 8-bit optimizer steps, which reads each loss.
-    lengths: the shortest and the longest row, where each row has a length of its own.
+    lengths: the shortest and the longest row, where each row has a length of its own.  median: theirs, if they are
+        log-normal as those of instructions are, with SPREAD; else they are uniform.
     """
 
     contender: str
@@ -54,6 +56,7 @@ class Run:
     options: Row = field(default_factory=dict)
     as_trainer: bool = False
     lengths: tuple[int, int] | None = None
+    median: int | None = None
 
     @classmethod
     def of(cls, asked: Row) -> Run:
@@ -199,6 +202,9 @@ def make_batch(run: Run, batch: int, length: int, generator: torch.Generator) ->
     sizes = torch.full((batch,), length)
     if run.lengths:
         sizes = torch.randint(run.lengths[0], run.lengths[1] + 1, (batch,), generator=generator)
+        if run.median:
+            drawn = run.median * torch.exp(SPREAD * torch.randn(batch, generator=generator))
+            sizes = drawn.round().long().clamp(*run.lengths)
         length = int(sizes.max())
     ids = torch.randint(PRESETS[run.model]["vocab_size"], (batch, length), generator=generator)
     ids = ids.to(device_of(run.device))

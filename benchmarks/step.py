@@ -39,7 +39,8 @@ tokens/s count the tokens of the batch as they are, padding included.
 under autocast, bitsandbytes' PagedAdamW8bit, and each loss read.  --lengths 256-2048 gives each row a length of its own
 and pads to the longest of its batch, on the right, without labels, as a collator does; --batches then says how many
 rows, and 2048 their bound.  tokens/s are those of all timed batches in all their time (--warmup does not count), and a
-row has the share of padding, tokens/s without it, and the seconds of each step of the warm-up.
+row has the share of padding, tokens/s without it, and the seconds of each step of the warm-up.  With --median 250 the
+lengths are log-normal about 250, as those of instructions are: --lengths 16-2048 then says where they are cut off.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
     add("--png", type=Path, help="draw the rows here")
     add("--as-trainer", action="store_true", help="autocast, a paged 8-bit optimizer, and the loss read in each step")
+    add("--median", type=arguments.positive, help="the lengths of --lengths are log-normal about this one")
     add("--lengths", type=arguments.span, help="each row has a length between these, as in 256-2048")
     options = parser.parse_args(words)
     if options.lengths:
@@ -87,7 +89,7 @@ def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
     pairs = [(name, shape) for shape in options.batches for name in options.contenders]
     made = []
     for i, (name, (batch, length)) in enumerate(pairs):
-        asked = arguments.asked(options, "layers", "steps", "warmup", "turns", "as_trainer", "lengths")
+        asked = arguments.asked(options, "layers", "steps", "warmup", "turns", "as_trainer", "lengths", "median")
         asked |= {"contender": name, "batch": batch, "length": length}
         caches = None if options.warm_cache else scratch / f"caches-{i}"
         made.append(workers.Job(f"{name} {batch}x{length}", asked, caches))
