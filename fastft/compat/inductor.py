@@ -126,7 +126,8 @@ class PlannedKernel(ir.FallbackKernel):
                 return sizes.describe(value)
             if isinstance(value, (list, tuple)):
                 return f"[{', '.join(map(describe, value))}]"
-            return sizes.describe_number(value) if isinstance(value, sympy.Expr) else repr(value)
+            number = value.node.expr if isinstance(value, torch.SymInt) else value
+            return sizes.describe_number(number) if isinstance(number, sympy.Expr) else repr(value)
 
         return ", ".join([repr(self.op_overload._schema.name), *map(describe, every)]), sizes.hints()  # type: ignore[union-attr]
 
