@@ -54,7 +54,7 @@ def simplify(gm: GraphModule, context: Context) -> None:
 
 
 def _divide_layers(gm: GraphModule) -> None:
-    """Give layers that are called with different masks bodies of their own, as sliding and full attention may share one.
+    """Give layers that are called with different masks bodies of their own: sliding and full attention may share one.
 
     Otherwise neither mask would be known.
     """

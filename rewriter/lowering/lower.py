@@ -105,8 +105,8 @@ def _live_run(
     outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     made = [node for piece in after for node in piece.outputs]
     taken = [node for node in dict.fromkeys(value for piece in after for value in piece.inputs) if node not in made]
-    carried = [node for node in dict.fromkeys((*taken, *(node for node, _ in live.labels), *outputs))]
-    carried = [node for node in carried if isinstance(node, Node) and node.op != "placeholder" and node not in made]
+    wanted = dict.fromkeys((*taken, live.hidden, *(node for node, _ in live.labels), *outputs))
+    carried = [node for node in wanted if isinstance(node, Node) and node.op != "placeholder" and node not in made]
     left = [node for node in made if node in outputs]
     return LiveRun(
         live, given, outputs, stitch.chain(before, calls, given, tuple(carried)), carried,

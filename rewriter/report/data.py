@@ -82,8 +82,8 @@ class Region:
 class RowsReport:
     """Which rows of its batches a graph's layers were run for.
 
-    reason: why always for all, "" where rows that nobody reads are left out.  forwards: that were looked at.  rows, live:
-    of all of them; last: of the last one.
+    reason: why always for all, "" where rows that nobody reads are left out.  forwards: that were looked at.  rows,
+    live: how many they had, and how many were run; last: those of the last one.
     """
 
     reason: str = ""
@@ -94,7 +94,12 @@ class RowsReport:
 
     def add(self, rows: int, live: int) -> None:
         """Count a forward."""
-        self.forwards, self.rows, self.live, self.last = self.forwards + 1, self.rows + rows, self.live + live, (rows, live)
+        self.forwards, self.rows, self.live, self.last = (
+            self.forwards + 1,
+            self.rows + rows,
+            self.live + live,
+            (rows, live),
+        )
 
     def __str__(self) -> str:
         if self.reason:

@@ -1,4 +1,4 @@
-"""Prepare a graph to be run without the rows of its batch that nobody reads: what is padded, what follows the last label.
+"""Prepare a graph to be run without the rows of its batch that nobody reads: padding, what follows the last label.
 
 A row is live if its label counts, or if the attention of a live row may read it.  From the first layer on everything is
 proven to keep rows apart (proof.py) but for attention, whose masks are ranges and ids, and the loss, to which rows
@@ -61,10 +61,11 @@ class Mask:
 class LiveRows:
     """What it takes to run a graph's layers without some rows.
 
-    sizes: of the batch.  hidden: what comes into the first layer.  first: the first node that is run so.  max_seqlen: the input that attention takes it from.
-    masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with the number that does not count; none where
-    logits are all that leaves the graph.  by_labels: whether a row is live only if there is a way to a label; not where logits leave the graph too, as those of
-    tokens that are no padding may be read.  restored: outputs of the graph that hold rows, by position.
+    sizes: of the batch.  hidden: what comes into the first layer.  first: the first node that is run so.  max_seqlen:
+    the input that attention takes it from.  masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with
+    the number that does not count; none where logits are all that leaves the graph.  by_labels: whether a row is live
+    only if there is a way to a label; not where logits leave the graph too, as those of tokens that are no padding may
+    be read.  restored: outputs of the graph that hold rows, by position.
     """
 
     sizes: RowSizes
@@ -106,7 +107,12 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     ]
     read = [_restricted(calls, body, node, sizes) for body, node in attentions]
     around = [_levels(calls, body) for body, _ in attentions]
-    live = LiveRows(sizes, hidden, first, first, [], [_label(node, sizes) for node in losses], asked or not deferred)
+    labels = [_label(node, sizes) for node in losses]
+    if len(dict(labels)) < len(dict.fromkeys(labels)):
+        raise Declined("two losses count different labels")
+    live = LiveRows(sizes, hidden, first, first, [], labels, asked or not deferred)
+    if not live.by_labels and not any(one[name] is not None for one in read for name in _VECTORS):
+        raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
     live.restored = _restored(gm, set(after), sizes, deferred, [node for _, node in attentions])
     # Nothing is declined from here on.
     for node in hoisted:
@@ -156,7 +162,7 @@ def _sizes(hidden: Tensor, losses: Sequence[Node]) -> RowSizes:
 def _make_equal(hidden: Tensor, labels: Any, loss: Node) -> None:
     """Let the sizes of labels be known to be those of the batch, as they are in the example."""
     sources = [value_of(node) for node in loss.graph.find_nodes(op="placeholder")]
-    symbols = {symbol for symbol in symbolic.symbols_of(labels)}
+    symbols = set(symbolic.symbols_of(labels))
     for value in sources:
         if isinstance(value, Tensor) and value.dim() == 2 and symbols & {*symbolic.symbols_of(value)}:
             for size, of_batch in zip(value.shape, hidden.shape, strict=False):
@@ -165,26 +171,27 @@ def _make_equal(hidden: Tensor, labels: Any, loss: Node) -> None:
 
 
 def _hoisted(gm: GraphModule, after: Sequence[Node], losses: Sequence[Node]) -> dict[Node, None]:
-    """List the calls that labels are made by, which depend on nothing in the layers, in graph order.  Raises Declined."""
-    inside, wanted = set(after), set()
+    """List the calls that make labels, and what is made of these alone, in graph order.  Raises Declined."""
+    inside = set(after)
+    wanted: set[Node] = set()
     pending = [node.args[LOSS_PARAMETERS.index("labels")] for node in losses]
     while pending:
         node = pending.pop()
         if not isinstance(node, Node) or node not in inside or node in wanted:
             continue
-        if mutated_args(gm, node) or may_use_rng(node) or switches_mode(node):
+        if not _is_pure(gm, node) or node.target == _ATTENTION or node in losses:
             raise Declined(f"its labels depend on {node.name}")
         wanted.add(node)
         pending += node.all_input_nodes
-    if any(node.target == _ATTENTION or node in losses for node in wanted):
-        raise Declined("its labels depend on what the layers compute")
-    users = [node for node in after if node not in wanted]  # what only labels and numbers go into goes along
-    for node in users:
-        pure = not (mutated_args(gm, node) or may_use_rng(node) or switches_mode(node))
-        if pure and node.all_input_nodes and all(one in wanted or one not in inside for one in node.all_input_nodes):
-            if any(one in wanted for one in node.all_input_nodes):
-                wanted.add(node)
+    for node in after:
+        reads = [one for one in node.all_input_nodes if one in inside]
+        if reads and wanted.issuperset(reads) and _is_pure(gm, node):
+            wanted.add(node)
     return {node: None for node in after if node in wanted}
+
+
+def _is_pure(gm: GraphModule, node: Node) -> bool:
+    return not (mutated_args(gm, node) or may_use_rng(node) or switches_mode(node))
 
 
 def _label(loss: Node, sizes: RowSizes) -> tuple[Node, int]:
@@ -270,9 +277,7 @@ def _add_input(gm: GraphModule, like: Any) -> Node:
     return node
 
 
-def _restrict(
-    node: Node, outer: dict[str, Any], levels: list[Level], live: LiveRows, masks: dict[Any, Mask]
-) -> None:
+def _restrict(node: Node, outer: dict[str, Any], levels: list[Level], live: LiveRows, masks: dict[Any, Mask]) -> None:
     """Give an attention ranges that can be replaced, and max_seqlen."""
     key = tuple(outer.values())
     if key not in masks:

@@ -1,8 +1,8 @@
 """Prove that calls keep the rows of a batch apart: each row of a result depends on the same row of what they read.
 
 A row is one place of one sequence.  The sizes of a batch are symbols, so that the axes that hold its rows are known by
-their sizes, and nothing else has these.  Each call is made again on fake tensors, and the ATen calls that it consists of
-are looked at: what is not known to keep rows apart is declined, with its name.
+their sizes, as nothing else has these.  Each call is made again on fake tensors, and the ATen calls that it consists
+of are looked at: what is not known to keep rows apart is declined, with its name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,30 @@ _ROW_WISE = frozenset(
 _ELEMENTWISE = frozenset(
     f"aten::{name}"
     for name in (
-        "clone", "_to_copy", "detach", "alias", "lift_fresh", "native_dropout", "bernoulli_", "bernoulli", "rand_like",
-        "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full",
-        "empty_like", "permute", "transpose", "t", "unsqueeze", "squeeze",
+        "clone",
+        "_to_copy",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "native_dropout",
+        "bernoulli_",
+        "bernoulli",
+        "rand_like",
+        "zeros",
+        "zeros_like",
+        "new_zeros",
+        "ones",
+        "ones_like",
+        "new_ones",
+        "full",
+        "full_like",
+        "new_full",
+        "empty_like",
+        "permute",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
     )
 )  # fmt: skip  (and what moves whole axes)
 _RANDOM = frozenset(("aten::native_dropout", "aten::bernoulli_", "aten::bernoulli", "aten::rand_like"))
@@ -221,7 +242,7 @@ class _Watch(eager.TorchDispatchMode):
         return not axes[0][-1] and not any(axis for others in axes[1:] for axis in others)
 
     def _of_ours(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Return whether rows are where an op of ours has rows: in all axes but the last."""
+        """Return whether rows are where an op of ours has rows, in all axes but the last; losses must be sums."""
         entry = REGISTRY[name]
         by_rows = {
             parameter.partition(".")[0]
@@ -235,11 +256,4 @@ class _Watch(eager.TorchDispatchMode):
                 last = [] if parameter == "labels" else axes[-1:]
                 if any(last) or (any(axes) and parameter not in by_rows):
                     return False
-        return not (name == LOSS and self.sizes.holds(fake_tensors.tensors_in(args)[0]) and _by_row(entry, args, kwargs))
-
-
-def _by_row(entry: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Return whether a loss is returned for each row: what is done with those is not followed."""
-    call = dict(zip(entry.parameters, entry.complete(args, kwargs), strict=True))
-    return not call["reduce"]
-
+        return name != LOSS or bool(entry.complete(args, kwargs)[entry.parameters.index("reduce")])

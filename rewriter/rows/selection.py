@@ -87,7 +87,9 @@ def look(
         live = live | (_keys(mask, reached, place) & reached)
     in_all, in_any = live, torch.zeros_like(live)  # which are keys in all masks, and in one of them
     for mask in masks:
-        readable = live if mask.key_ids is None or mask.query_ids is None else live & (mask.key_ids == mask.query_ids[:, :1])
+        readable = (
+            live if mask.key_ids is None or mask.query_ids is None else live & (mask.key_ids == mask.query_ids[:, :1])
+        )
         in_all, in_any = in_all & readable, in_any | readable
     rank = F.pad(in_all.cumsum(1), (1, 0))
     count = live.sum(1)
@@ -221,7 +223,7 @@ def _vector(bounds: Tensor) -> Tensor:
 def _max_seqlen(facts: Facts, masks: Sequence[Ranges], N: int) -> int:
     """Return N where all live rows are one document whose ranges tell nothing; else the longest document, rounded."""
     windows_fit = not facts.gaps or not any(mask.window for mask in masks)
-    added = N > facts.live and not all(mask.causal for mask in masks)  # queries that are not causal would read these
+    added = facts.live < N and not all(mask.causal for mask in masks)  # queries that are not causal would read these
     if facts.documents == 1 and not facts.bounded and not facts.unread and windows_fit and not added:
         return N
     return min(rounded(facts.longest), N - 1)

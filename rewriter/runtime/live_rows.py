@@ -23,6 +23,7 @@ from fastft.rewriter.report.data import RowsReport
 from fastft.rewriter.rows import selection
 from fastft.rewriter.rows.live_rows import LiveRows
 from fastft.rewriter.rows.selection import Facts, Ranges, Selection
+from fastft.rewriter.runtime.row_watch import Watch, on_host
 
 AS_GIVEN = 0  # max_seqlen that has attention read all ranges and ids
 
@@ -50,15 +51,22 @@ class LiveRun:
         self.live, self.report = live, report
         self.placeholders, self.outputs = list(placeholders), list(outputs)
         self.before, self.carried, self.after, self.taken, self.made = before, carried, after, taken, made
+        self.watch = Watch()
+        self.unmasked = all(
+            one is None for mask in live.masks
+            for one in (mask.own_start, mask.own_end, mask.query_ids, mask.key_ids)
+        )  # fmt: skip
         self.ends = [mask.end is not None for mask in live.masks]
-        self.as_ranges = {}  # what becomes the start or end of which mask
+        self.as_ranges: dict[Node | None, tuple[int, int]] = {}  # what becomes the start or end of which mask
         for number, mask in enumerate(live.masks):
             self.as_ranges |= {mask.start: (number, 0), mask.end: (number, 1)}
         self.takes: list[Callable[[Any, Selection], Any]] = []
         self.restores: dict[Node, Callable[[Tensor, Selection, tuple[int, int]], Tensor]] = {}
         try:
             self.takes = [self._take(node) for node in taken]
-            self.restores = {outputs[position]: _restore(live.sizes.axes(value_of(outputs[position]))) for position in live.restored}
+            self.restores = {
+                outputs[position]: _restore(live.sizes.axes(value_of(outputs[position]))) for position in live.restored
+            }
         except Declined as declined:
             self.report.reason = declined.reason
 
@@ -91,38 +99,49 @@ class LiveRun:
         found = values | dict(zip(self.made, results, strict=True))
         if selected is not None:
             for node, restore in self.restores.items():
-                found[node] = restore(found[node], selected, self._shape(values))
+                found[node] = restore(found[node], selected, tuple(values[self.live.hidden].shape[:2]))
         return tuple(found[one] if isinstance(one, Node) else one for one in self.outputs)
 
-    def _shape(self, values: dict[Node, Any]) -> tuple[int, int]:
-        """Return B and S."""
-        B, S = values[self.live.hidden].shape[:2]
-        return B, S
-
     def _choose(self, values: dict[Node, Any]) -> tuple[Selection | None, int]:
-        B, S = self._shape(values)
-        device = values[self.live.hidden].device
+        """Return the live rows to go on with, None for all, and max_seqlen."""
+        hidden = values[self.live.hidden]
+        B, S = hidden.shape[:2]
+        masks = [self._ranges(mask, values) for mask in self.live.masks]
+        if not self.watch.waits(hidden):
+            if self.watch.is_due():
+                self.watch.note(self._look(values, masks, hidden).facts)
+            return None, S if self.unmasked else AS_GIVEN
+        with torch.no_grad():
+            looked = self._look(values, masks, hidden)
+            facts = Facts(*on_host(looked.facts).result())
+            live = self._computed(facts, B * S)
+            pays = selection.rounded(live) < B * S * self.watch.least_saving(hidden)
+            self.watch.quiet = 0 if pays else self.watch.quiet + 1
+            self.report.add(B * S, live if pays else B * S)
+            if pays:
+                chosen = selection.select(looked, facts, masks, self.ends)
+                return chosen, chosen.max_seqlen
+        plain = self.unmasked or facts.plain(B * S, causal=all(mask.causal for mask in masks))
+        return None, S if plain and not (self.watch.is_small(hidden) and not self.unmasked) else AS_GIVEN
+
+    def _ranges(self, mask: Any, values: dict[Node, Any]) -> Ranges:
+        own = mask.own_start, mask.own_end, mask.query_ids, mask.key_ids
+        pairs = zip(own, (mask.start, mask.end, mask.query_ids, mask.key_ids), strict=True)
+        return Ranges(*(None if one is None else values[node] for one, node in pairs), mask.causal, mask.window)
+
+    def _look(self, values: dict[Node, Any], masks: Sequence[Ranges], hidden: Tensor) -> selection.Look:
+        B, S = hidden.shape[:2]
         counted = None
         with torch.no_grad():
             for labels, ignored in self.live.labels:
                 counts = (values[labels] != ignored).view(B, S)
                 counted = counts if counted is None else counted | counts
-            masks = [
-                Ranges(
-                    *(None if own is None else values[node] for own, node in _vectors(mask)), mask.causal, mask.window
-                )
-                for mask in self.live.masks
-            ]
-            looked = selection.look(counted, masks, device, B, S, by_labels=self.live.by_labels)
-            facts = Facts(*_on_host(looked.facts))
-            strange = facts.strange or (facts.unread and any(mask.window for mask in masks))
-            live = B * S if strange or not facts.live else facts.live
-            self.report.add(B * S, live)
-            if live < B * S and selection.rounded(live) < B * S:
-                chosen = selection.select(looked, facts, masks, self.ends)
-                return chosen, chosen.max_seqlen
-        plain = facts.plain(B * S, causal=all(mask.causal for mask in masks))
-        return None, S if plain else AS_GIVEN
+            return selection.look(counted, masks, hidden.device, B, S, by_labels=self.live.by_labels)
+
+    def _computed(self, facts: Facts, rows: int) -> int:
+        """Return how many rows have to be computed: all where live ones are restricted by what ranges cannot tell."""
+        in_windows = facts.unread and any(mask.window for mask in self.live.masks)
+        return rows if facts.strange or in_windows or not facts.live else facts.live
 
     def _take(self, node: Node) -> Callable[[Any, Selection], Any]:
         """Return how a value of the whole batch becomes one of live rows.  Raises Declined."""
@@ -134,6 +153,10 @@ class LiveRun:
             return lambda given, selected: selected.ranges[number][place]
         if isinstance(value, torch.SymInt):
             return _take_size(symbolic.expression(value), sizes)
+        ignored = dict(self.live.labels).get(node)
+        if ignored is not None:
+            flat = "bs" in sizes.axes(value) or value.dim() == 1
+            return lambda given, selected: _take_labels(given, selected, ignored, flat=flat)
         if not isinstance(value, Tensor):
             return lambda given, selected: given
         axes = sizes.axes(value)
@@ -151,12 +174,6 @@ class LiveRun:
         raise Declined(f"{node.name} has rows in axes of its own")
 
 
-def _vectors(mask: Any) -> list[tuple[Node | None, Node]]:
-    """Pair what a mask was given by the model with the nodes that have its values."""
-    own = mask.own_start, mask.own_end, mask.query_ids, mask.key_ids
-    return list(zip(own, (mask.start, mask.end, mask.query_ids, mask.key_ids), strict=True))
-
-
 def _take_size(expression: Any, sizes: Any) -> Callable[[Any, Selection], Any]:
     if not sizes.depends(expression):
         return lambda given, selected: given
@@ -166,6 +183,13 @@ def _take_size(expression: Any, sizes: Any) -> Callable[[Any, Selection], Any]:
         return symbolic.evaluate(expression, known)
 
     return size
+
+
+def _take_labels(labels: Tensor, selected: Selection, ignored: int, *, flat: bool) -> Tensor:
+    """Take labels, and none for the copies that were added: [N], or [1, N] where these are not flat."""
+    taken = labels.flatten().index_select(0, selected.rows)
+    taken[selected.live :] = ignored
+    return taken if flat else taken[None]
 
 
 def _restore(axes: list[str]) -> Callable[[Tensor, Selection, tuple[int, int]], Tensor]:
@@ -219,12 +243,3 @@ class _Restored(torch.autograd.Function):
 def _capturing(inputs: Sequence[Any]) -> bool:
     on_gpu = any(isinstance(value, Tensor) and value.device.type == "cuda" for value in inputs)
     return on_gpu and torch.cuda.is_current_stream_capturing()
-
-
-def _on_host(facts: Tensor) -> list[int]:
-    """Copy a few numbers to the host."""
-    if facts.device.type != "cuda":
-        return facts.tolist()
-    copy = torch.empty_like(facts, device="cpu", pin_memory=True).copy_(facts, non_blocking=True)
-    torch.cuda.current_stream(facts.device).record_event().synchronize()
-    return copy.tolist()
