@@ -150,7 +150,8 @@ def _live_rows(
     gm: GraphModule, options: Options, report: GraphReport, deferred: Sequence[int]
 ) -> live_rows.LiveRows | None:
     """Prepare a graph to leave out rows that nobody reads, if it can be; the report says why not."""
-    if options.skip_padding is False or not options.outline or not torch.is_grad_enabled():
+    off = options.skip_padding is False or live_rows.RULE in options.disable or not options.outline
+    if off or not torch.is_grad_enabled():
         return None
     report.rows = RowsReport()
     try:

@@ -25,6 +25,7 @@ from fastft.rewriter.options import Options
 from fastft.rewriter.passes import rule_names
 from fastft.rewriter.report import history
 from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.rows import live_rows
 
 # Of a result's own norm: what sums in another order may change it by, in training of a few layers.
 TOLERANCES = {torch.float16: 0.02, torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-6}
@@ -149,6 +150,8 @@ def _applications(graphs: Sequence[GraphReport]) -> Iterator[Application]:
             yield Application(simplify.RULE, mask.module, mask.source)
         for module in graph.deferred:
             yield Application(losses.LAZY, module, "its logits are computed when they are read")
+        if graph.rows is not None and not graph.rows.reason:
+            yield Application(live_rows.RULE, "", str(graph.rows))
 
 
 class _Trial:

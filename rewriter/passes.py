@@ -31,6 +31,7 @@ from fastft.rewriter.options import Options, OptionsError, nearest
 from fastft.rewriter.projections import bnb4bit, merge, siblings
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.pass_log import PassLog
+from fastft.rewriter.rows import live_rows
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _run(each: Pass, gm: GraphModule, context: Context) -> None:
 
 def rule_names() -> list[str]:
     """List the names of all that may be applied: the rules, and what passes of their own do."""
-    own = (bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES)
+    own = (bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES, live_rows.RULE)
     return list(dict.fromkeys((*(rule.name for rule in patterns.RULES), *own)))
 
 

@@ -26,7 +26,7 @@ LEVELS = (
         "fastft.rewriter.loss",
         "fastft.rewriter.outline",
     ),
-    ("fastft.rewriter.memory",),
+    ("fastft.rewriter.memory", "fastft.rewriter.rows"),
     ("fastft.rewriter.runtime",),
     ("fastft.rewriter.lowering",),
     ("fastft.rewriter",),

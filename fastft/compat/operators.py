@@ -35,6 +35,11 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, (OpOverload, OpOverloadPacket))
 
 
+def schema_name(target: Any) -> str:
+    """Return the name of an operator with its library: ``aten::add``."""
+    return str(target._schema.name)
+
+
 def is_mutable(target: Any) -> bool:
     """Return whether a registered operator may mutate an argument."""
     if isinstance(target, OpOverloadPacket):

@@ -35,6 +35,7 @@ from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.rows import proof
 from fastft.rewriter.rows.proof import RowSizes
 
+RULE = "live_rows"
 PARAMETERS = REGISTRY["fastft::attention"].parameters
 LOSS_PARAMETERS = REGISTRY[proof.LOSS].parameters
 ANY_LENGTH = 3  # of the longest sequence, in the example: what is compiled is for any

@@ -154,11 +154,11 @@ class _Watch(eager.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         given = fake_tensors.tensors_in((args, kwargs))
-        if func._schema.name.startswith(("prim::", "aten::sym_")):  # what a tensor is, not what it holds
+        name = operators.schema_name(func)
+        if name.startswith(("prim::", "aten::sym_")):  # what a tensor is, not what it holds
             return results
         if not (any(map(self.sizes.holds, given)) or self.sizes.holds(results)):
             return results
-        name = func._schema.name
         try:
             self._check(func, name, args, kwargs or {}, results)
         except Declined:
