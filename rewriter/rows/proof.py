@@ -24,11 +24,11 @@ from fastft.rewriter.fx.effects import mutated_args
 from fastft.rewriter.fx.metadata import name_of, source_line
 
 LOSS = "fastft::linear_cross_entropy"  # rows whose label does not count add nothing to what it sums up
-_ROW_WISE = frozenset(
+ROW_WISE = frozenset(
     f"fastft::{name}"
     for name in (
         "rms_norm", "add_rms_norm", "rms_norm_add", "rms_norm_add_rms_norm", "layer_norm", "rotary", "rotary_qk",
-        "norm_rotary", "glu", "glu_packed", "lora_linear", "lora_add",
+        "norm_rotary", "glu", "glu_packed", "lora_linear",
     )
 )  # fmt: skip
 _ELEMENTWISE = frozenset(
@@ -139,7 +139,8 @@ def _runs_body(node: Node) -> bool:
 
 def _repeat(node: Node) -> None:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
-    with fake_tensors.fake_mode_of(fake_tensors.tensors_in((args, kwargs))), torch.no_grad():
+    tensors = fake_tensors.tensors_in((args, kwargs, value_of(node)))  # its own, as it may be made of sizes alone
+    with fake_tensors.fake_mode_of(tensors), torch.no_grad():
         function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
         function(*args, **kwargs)
 
@@ -185,7 +186,7 @@ class _Watch(eager.TorchDispatchMode):
             known = self._apart(short, args, kwargs)
         elif name in ("aten::mm", "aten::addmm", "aten::linear", "aten::embedding", "aten::bmm"):
             known = self._product(short, args)
-        elif name in _ROW_WISE or name == LOSS:
+        elif name in ROW_WISE or name == LOSS:
             known = self._of_ours(name, args, kwargs)
         else:
             known = False

@@ -1,0 +1,139 @@
+"""What is proven to keep rows apart gives the same rows among others, and what mixes them is declined."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lifting import normal
+from torch import Tensor
+from torch.fx import GraphModule
+
+import fastft  # noqa: F401  (the ops)
+from fastft.compat import symbolic
+from fastft.compat.fake_tensors import value_of
+from fastft.kernels import REGISTRY
+from fastft.reasons import Declined
+from fastft.rewriter.rows import proof
+from fastft.rewriter.rows.proof import RowSizes
+
+B, S, H = 3, 7, 8
+WEIGHT, SQUARE, VECTOR = normal(12, H, seed=1), normal(H, H, seed=2), normal(H, seed=3)
+TABLE = normal(9, H, seed=4)
+ROWS = torch.tensor([20, 3, 4, 11, 9])  # of B * S, taken out of order
+op = torch.ops.fastft
+
+APART: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: F.linear(x, WEIGHT),
+    "linear with a bias": lambda x: F.linear(x, SQUARE, VECTOR) + x,
+    "matmul": lambda x: x @ SQUARE,
+    "flattened": lambda x: (x.reshape(-1, H) @ SQUARE).view(x.shape),
+    "softmax": lambda x: x.softmax(-1),
+    "norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * VECTOR,
+    "rms_norm": lambda x: op.rms_norm(x, VECTOR, 1e-6, 0.0, True)[0],
+    "layer_norm": lambda x: op.layer_norm(x, VECTOR, None, 1e-6)[0],
+    "glu": lambda x: op.glu(x, x * 2, "silu"),
+    "heads": lambda x: x.view(*x.shape[:2], 2, -1).transpose(1, 2).transpose(1, 2).reshape(*x.shape[:2], H),
+    "split": lambda x: torch.cat(tuple(reversed(x.chunk(2, -1))), -1),
+    "stacked": lambda x: torch.stack((x, -x), 2).sum(2),
+    "halves": lambda x: torch.cat((-x[..., H // 2 :], x[..., : H // 2]), -1),
+    "whole slices": lambda x: x[:, :, :4][:, 0:],
+    "of a table": lambda x: F.embedding((x[..., 0] > 0).long(), TABLE),
+    "top": lambda x: x.topk(2, -1).values,
+    "where": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "expanded": lambda x: x[:, :, None].expand(-1, -1, 3, -1).reshape(*x.shape[:2], 3 * H),
+    "a constant of each row": lambda x: x + x.new_ones(x.shape[0], x.shape[1], 1),
+}
+MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "roll": lambda x: x.roll(1, 1),
+    "flip": lambda x: x.flip(1),
+    "shifted": lambda x: torch.cat((x[:, 1:], x[:, :1]), 1),
+    "cumsum": lambda x: x.cumsum(1),
+    "softmax over tokens": lambda x: x.softmax(1),
+    "mean over tokens": lambda x: x - x.mean(1, keepdim=True),
+    "mean over all": lambda x: x - x.mean(),
+    "norm over the batch": lambda x: x / x.norm(dim=0, keepdim=True),
+    "pooled": lambda x: x + x[:, -1:],
+    "scores": lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
+    "scrambled": lambda x: x.reshape(x.shape[1], x.shape[0], H).transpose(0, 1) * 1,
+    "features of many rows": lambda x: x.transpose(1, 2).reshape(x.shape[0], x.shape[1], H) * 1,
+    "positions": lambda x: x + torch.arange(x.shape[1])[:, None],
+    "the number of tokens": lambda x: x * x.shape[1],
+    "the number of rows": lambda x: x / (x.shape[0] * x.shape[1]),
+    "convolution": lambda x: F.conv1d(x.transpose(1, 2), SQUARE[..., None].expand(-1, -1, 3), padding=1).transpose(
+        1, 2
+    ),
+    "sorted": lambda x: x.sort(1).values,
+    "largest of a sequence": lambda x: x + x.amax((1, 2), keepdim=True),
+    "rms_norm over tokens": lambda x: op.rms_norm(x.mT.contiguous(), x[0, :, 0], 1e-6, 0.0, True)[0].mT * 1,
+    "gathered": lambda x: x.gather(1, (x > 0).long()),
+    "triangle": lambda x: x * torch.ones(x.shape[1], x.shape[1]).tril()[:, :1] + x.tril(),
+}
+
+
+def captured(function: Callable[[Tensor], Tensor]) -> tuple[GraphModule, RowSizes]:
+    """The graph of a function for any batch and length."""
+    graphs: list[tuple[GraphModule, RowSizes]] = []
+
+    def backend(gm: GraphModule, _: Any) -> Callable:
+        values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+        (x,) = (value for value in values if isinstance(value, Tensor) and value.dim() == 3)
+        graphs.append((gm, RowSizes(*map(symbolic.expression, x.shape[:2]))))
+        return gm.forward
+
+    torch._dynamo.reset()
+    x = normal(B, S, H)
+    for axis in (0, 1):
+        torch._dynamo.mark_dynamic(x, axis)
+    torch.compile(function, backend=backend)(x)
+    return graphs[-1]
+
+
+def among_others(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Some rows of what a function returns, and what it returns for these rows alone."""
+    x = normal(B, S, H)
+    return function(x).flatten(0, 1)[ROWS], function(x.flatten(0, 1)[ROWS][None])[0]
+
+
+@pytest.mark.parametrize("name", APART)
+def test_rows_that_are_kept_apart(name: str) -> None:
+    gm, sizes = captured(APART[name])
+    proof.check(gm, gm.graph.nodes, sizes)
+    torch.testing.assert_close(*among_others(APART[name]))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_rows_that_are_mixed(name: str) -> None:
+    gm, sizes = captured(MIXED[name])
+    with pytest.raises(Declined):
+        proof.check(gm, gm.graph.nodes, sizes)
+    with pytest.raises((AssertionError, RuntimeError)):  # so it has to be
+        torch.testing.assert_close(*among_others(MIXED[name]))
+
+
+def test_writes_are_declined() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        y.add_(1)
+        return y
+
+    gm, sizes = captured(function)
+    with pytest.raises(Declined, match="writes to"):
+        proof.check(gm, gm.graph.nodes, sizes)
+
+
+def test_dropout_that_has_to_draw_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm, sizes = captured(lambda x: F.dropout(x, 0.5))
+    proof.check(gm, gm.graph.nodes, sizes)
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    with pytest.raises(Declined, match="what eager code draws"):
+        proof.check(gm, gm.graph.nodes, sizes)
+
+
+@pytest.mark.quick
+def test_every_op_is_known_or_looked_at_apart() -> None:
+    """An op that is added is to be looked at: whether its rows are kept apart."""
+    forward = {name for name in REGISTRY if "backward" not in name}
+    apart = {"fastft::attention", "fastft::dequantize_4bit", proof.LOSS, "fastft::linear_kl_div"}
+    assert forward == proof.ROW_WISE | apart
