@@ -7,7 +7,9 @@
 Each contender, in a process of its own, loads the same model from a folder (random weights, a tokenizer of bytes), adds
 LoRA (r=16 on all seven projections) and trains on the Python language reference, cut into documents of 100 to 1,500
 bytes that SFTTrainer packs to rows of --length: what its users write, with SFTConfig's defaults but for what is listed
-under CONTENDERS.  fastft is one line more: ``trainer.model.compile(backend="fastft")``.
+under CONTENDERS.  With --median 250 documents are of log-normal lengths about that, and not packed: each batch is
+padded to its longest, but by those that leave padding out themselves, as Unsloth does.  fastft is one line more:
+``trainer.model.compile(backend="fastft")``.
 
 Tokens are those of each batch, without padding; seconds are from the end of one step to the end of the next, the median
 of all after --warmup; memory is the peak of tensors over the whole run.  The loss is logged at each step and drawn.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -42,9 +45,19 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what 
     "fastft-min": NO_CHECKPOINTS,
     "fastft-9GiB": NO_CHECKPOINTS,
     "fastft-padded": {"pad_to_multiple_of": 1024, **NO_CHECKPOINTS},
+    "fastft-all-rows": NO_CHECKPOINTS,
+    "padding-free": {
+        "padding_free": True,
+        "max_length": None,
+        **NO_CHECKPOINTS,
+    },  # TRL's own, of one row without padding
 }
 PADDING, BEGIN, END = 0, 1, 2  # tokens of the tokenizer of bytes
-OPTIONS = {"fastft-min": {"memory_budget": "min"}, "fastft-9GiB": {"memory_budget": "9GiB"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fastft-all-rows": {"skip_padding": False},
+    "fastft-min": {"memory_budget": "min"},
+    "fastft-9GiB": {"memory_budget": "9GiB"},
+}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +66,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--contenders", type=arguments.listed(_contender), default=["eager", "liger", "unsloth", "fastft"])
     add("--batch", type=arguments.positive, default=4, help="rows a step (default 4)")
     add("--length", type=arguments.positive, default=2048, help="tokens a row is packed to (default 2048)")
+    add("--median", type=arguments.positive, help="do not pack: pad rows of log-normal lengths about this median")
     add("--steps", type=arguments.positive, default=40, help="timed steps (default 40)")
     add("--warmup", type=arguments.positive, default=20, help="steps before them (default 20)")
     add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
@@ -82,7 +96,9 @@ def main() -> None:
 
 
 def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
-    asked = arguments.asked(options, "batch", "length", "steps", "warmup", "turns", "folder") | {"layers": None}
+    asked = arguments.asked(options, "batch", "length", "median", "steps", "warmup", "turns", "folder") | {
+        "layers": None
+    }
     return [workers.Job(name, asked | {"contender": name}, scratch / f"caches-{name}") for name in options.contenders]
 
 
@@ -112,6 +128,10 @@ def measure(asked: Row) -> Row:
         "ends": watch.ends,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
     }
+    if asked["contender"].startswith("fastft"):
+        import fastft
+
+        row["rows"] = [str(graph.rows) for graph in fastft.compilations().graphs]
     return row | summary(row, asked["warmup"])
 
 
@@ -136,11 +156,11 @@ def make_trainer(asked: Row, device: str) -> Any:
 
     name, cuda = asked["contender"], device.startswith("cuda")
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=asked["warmup"] + asked["steps"], packing=True,
-        max_length=asked["length"], per_device_train_batch_size=asked["batch"], gradient_accumulation_steps=1,
+        output_dir=tempfile.mkdtemp(), max_steps=asked["warmup"] + asked["steps"], packing=not asked["median"],
+        per_device_train_batch_size=asked["batch"], gradient_accumulation_steps=1,
         learning_rate=2e-4, logging_steps=1, report_to=[], save_strategy="no",
         bf16=cuda and asked["dtype"] == "bfloat16", use_cpu=not cuda, disable_tqdm=True, dataset_text_field="text",
-        seed=asked["seed"], **CONTENDERS[name],
+        seed=asked["seed"], **{"max_length": asked["length"], **CONTENDERS[name]},
     )  # fmt: skip
     lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": list(PROJECTIONS)}
     if name.startswith("unsloth"):
@@ -149,7 +169,7 @@ def make_trainer(asked: Row, device: str) -> Any:
     else:
         model, tokenizer = load(asked, device)
         more = {"peft_config": LoraConfig(task_type="CAUSAL_LM", **lora)}
-    data = Dataset.from_dict({"text": documents(asked["seed"])})
+    data = Dataset.from_dict({"text": documents(asked["seed"], asked["median"], asked["length"])})
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, **more)
     if name.startswith("fastft"):
         trainer.model.compile(backend="fastft", options={"lower": asked["lower"], **OPTIONS.get(name, {})})
@@ -204,14 +224,17 @@ def write_model(asked: Row, folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def documents(seed: int) -> list[str]:
-    """Pieces of the Python reference."""
+def documents(seed: int, median: int | None = None, longest: int = 0) -> list[str]:
+    """Pieces of the Python reference: of 100 to 1,500 bytes, or log-normal as measure.py has them, up to longest."""
+    from measure import SPREAD
+
     from fastft.data import python_reference
 
     text, chance, start = python_reference(), random.Random(seed), 0
     pieces = []
     while start < len(text):
-        end = start + chance.randint(100, 1500)
+        drawn = round(median * math.exp(SPREAD * chance.gauss(0, 1))) if median else chance.randint(100, 1500)
+        end = start + (min(max(drawn, 16), longest) if median else drawn)
         pieces.append(text[start:end])
         start = end
     return pieces
@@ -265,7 +288,9 @@ def title_of(rows: list[Row]) -> str:
     row = rows[0]
     kind = "NF4 LoRA" if row["nf4"] else "LoRA"
     where = row.get("gpu") or row.get("device") or "unknown device"
-    return f"SFTTrainer, {row['model']}, {kind}, {row['dtype']}, packed to {row['batch']}x{row['length']}, {where}"
+    rows = f"{row['batch']} rows of about {row['median']} to {row['length']}" if row.get("median") else ""
+    rows = rows or f"packed to {row['batch']}x{row['length']}"
+    return f"SFTTrainer, {row['model']}, {kind}, {row['dtype']}, {rows}, {where}"
 
 
 def show(rows: list[Row]) -> None:

@@ -14,9 +14,9 @@ Query i may attend to the keys j for which all of these conditions hold, as far 
 - mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.  Numbers
   below LOWEST, in which scores vanish, count as -inf.
 A row that may attend to nothing is 0, and its log-sum-exp is -inf.
-max_seqlen, if not 0: the caller vouches that no query may attend to more than so many keys, and that ids tell nothing
-that start and end do not, so that ids are not read; nor are start and end where max_seqlen is T or more, as there they
-tell nothing that causal and window do not.  FlashAttention calls the longest document in a packed row so.
+max_seqlen, if not 0: the caller vouches that no query may attend to more than so many keys.  Where that is less than T,
+start and end tell all that window and ids do, which are not read; else causal and window tell all, and start, end and
+ids are not read.  FlashAttention calls the longest document in a packed row so.
 sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXiv:2508.10925).
 softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
 seed [1], an integer: if given, a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
@@ -114,7 +114,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute out and log-sum-exp with all scores at once, in float32 (float64 for float64)."""
     dtype = wide(query.dtype)
-    start, end, query_ids, key_ids = attention_engines.restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
+    start, end, query_ids, key_ids = vectors
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale
     scores = scored(products, start, mask, softcap)
@@ -138,7 +139,8 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of query, key and value with all scores at once."""
     dtype, heads = wide(query.dtype), query.shape[1]
-    start, end, query_ids, key_ids = attention_engines.restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
+    start, end, query_ids, key_ids = vectors
     q, k, v, dout = (tensor.to(dtype) for tensor in (query, grouped(key, heads), grouped(value, heads), grad_output))
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = q @ k.transpose(-1, -2) * scale

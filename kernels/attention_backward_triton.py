@@ -314,7 +314,7 @@ def backward(
     B, H, S, D = query.shape
     G, T = key.shape[1:3]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
-    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
     meta = {**shared.meta, "D": D, "BLOCK_D": padded(D)}
     for_queries, for_keys = (tiles_for(table, query, mask) for table in (QUERY_TILES, KEY_TILES))

@@ -55,11 +55,13 @@ def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     return "efficient" if fits and EFFICIENT_FROM <= capability < FLASH_FROM else ""
 
 
-def restricting(key: Tensor, vectors: Sequence[Tensor | None], max_seqlen: int) -> Sequence[Tensor | None]:
-    """Return start, end, query_ids and key_ids, with None for those that max_seqlen says not to read."""
+def restricting(
+    key: Tensor, vectors: Sequence[Tensor | None], window: int, max_seqlen: int
+) -> tuple[Sequence[Tensor | None], int]:
+    """Return start, end, query_ids and key_ids, None for those that max_seqlen says not to read, and the window."""
     if not max_seqlen:
-        return vectors
-    return (None,) * 4 if max_seqlen >= key.shape[2] else (*vectors[:2], None, None)
+        return vectors, window
+    return ((None,) * 4, window) if max_seqlen >= key.shape[2] else ((*vectors[:2], None, None), 0)
 
 
 def chosen(
@@ -123,7 +125,7 @@ def forward(
     max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Compute out and log-sum-exp by one of torch's engines; return None where none is chosen."""
-    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     engine = chosen(query, key, (*vectors, mask, sinks, seed), causal, scale, window, softcap)
     if not engine:
         return None
@@ -143,7 +145,7 @@ def backward(
     causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Compute the gradients by one of torch's engines; return None where none is chosen."""
-    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     engine = chosen(query, key, (*vectors, mask, seed), causal, scale, window, softcap)
     if not engine:
         return None

@@ -149,7 +149,7 @@ def forward(
     out, lse = outputs
     B, H, S, D = query.shape
     q, k, v = unit(query), unit(key), unit(value)
-    vectors = restricting(key, (start, end, query_ids, key_ids), max_seqlen)
+    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
     tiles = tiles_for(TILES, query, mask)
     on_grid(forward_kernel, (cdiv(S, tiles.rows) * B * H,))(

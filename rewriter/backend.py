@@ -139,7 +139,7 @@ def _rewritten(
         inline_checkpoints=inline,
         folder=folder,
     )
-    live = _live_rows(gm, options, report, [output.position for output in deferred])
+    gm, live = _live_rows(gm, options, report, [output.position for output in deferred])
     if live is not None:
         example_inputs = [*example_inputs, value_of(live.max_seqlen)]
     compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined), live=live)
@@ -148,17 +148,21 @@ def _rewritten(
 
 def _live_rows(
     gm: GraphModule, options: Options, report: GraphReport, deferred: Sequence[int]
-) -> live_rows.LiveRows | None:
-    """Prepare a graph to leave out rows that nobody reads, if it can be; the report says why not."""
+) -> tuple[GraphModule, live_rows.LiveRows | None]:
+    """Prepare a copy of a graph to leave out rows that nobody reads; or return it, and the report says why.
+
+    A copy, as it gets an input of which Dynamo, whose graph it may be, knows nothing.
+    """
     off = options.skip_padding is False or live_rows.RULE in options.disable or not options.outline
     if off or not torch.is_grad_enabled():
-        return None
+        return gm, None
     report.rows = RowsReport()
+    copy = dynamo.inherit_capture_metadata(GraphModule(gm, dynamo.copy_graph(gm.graph)), gm)
     try:
-        return live_rows.prepare(gm, report, deferred, asked=options.skip_padding is True)
+        return copy, live_rows.prepare(copy, report, deferred, asked=options.skip_padding is True)
     except Declined as declined:
         report.rows.reason = declined.reason
-        return None
+        return gm, None
 
 
 def warn_once(message: str, more: str = "") -> None:

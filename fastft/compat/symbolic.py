@@ -77,6 +77,27 @@ def new_size(like: torch.SymInt, name: str, example: int) -> torch.SymInt:
     return env.create_symintnode(symbol, hint=example, source=source)
 
 
+class LaterGuards:
+    """What is assumed of sizes from now on, by lowering: compiled code is for sizes for which it holds.
+
+    Dynamo asks it of its own inputs alone.
+    """
+
+    def __init__(self, like: torch.SymInt) -> None:
+        self.env = like.node.shape_env
+        self.begin = len(self.env.guards)
+        self.asked: dict[Any, tuple[int, bool]] = {}  # by sizes: of how many guards, and the answer
+
+    def hold(self, sizes: Sizes) -> bool:
+        """Return whether all hold for these sizes."""
+        key, guards = tuple(sizes.values()), self.env.guards
+        count, answer = self.asked.get(key, (self.begin, True))
+        if count < len(guards):  # backward is compiled late
+            answer = answer and all(guard.expr.xreplace(sizes) != False for guard in guards[count:])  # noqa: E712
+            self.asked[key] = len(guards), answer
+        return answer
+
+
 def made_equal(left: Any, right: Any) -> bool:
     """Return whether two sizes are equal in the example; if so, what is compiled is for batches where they are.
 

@@ -193,7 +193,7 @@ def _read_heads(call: dict[str, Any], targets: Iterable[Any]) -> None:
 def _source(node: Node, targets: Iterable[Any]) -> Node:
     """Return what repeats, copies and empty caches were made of, as far as nothing of it is mutated or detached."""
     current = node
-    while (before := _copied(current)) is not None:
+    while (before := copied(current)) is not None:
         trained = [value_of(candidate).requires_grad for candidate in (current, before)]
         if trained[0] != trained[1] or any(
             may_alias(target, candidate) for target in targets for candidate in (current, before)
@@ -203,7 +203,7 @@ def _source(node: Node, targets: Iterable[Any]) -> Node:
     return current
 
 
-def _copied(node: Node) -> Node | None:
+def copied(node: Node) -> Node | None:
     """Return what this call only copies, or repeats along the heads as the op itself would read them, or None."""
     name = name_of(node.target)
     if node.op not in ("call_function", "call_method") or value_of(node).dim() != 4:

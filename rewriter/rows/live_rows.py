@@ -25,6 +25,7 @@ from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.kernels.core.launch_recorder import LARGEST_INT32
 from fastft.reasons import Declined
+from fastft.rewriter.attention import simplify
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.bodies import bodies, body_of
 from fastft.rewriter.fx.editing import annotate_like
@@ -66,7 +67,7 @@ class LiveRows:
     the input that attention takes it from.  masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with
     the number that does not count; none where logits are all that leaves the graph.  by_labels: whether a row is live
     only if there is a way to a label; not where logits leave the graph too, as those of tokens that are no padding may
-    be read.  restored: outputs of the graph that hold rows, by position.
+    be read.  guards: what compiled code assumes of sizes.  restored: outputs of the graph that hold rows, by position.
     """
 
     sizes: RowSizes
@@ -76,6 +77,7 @@ class LiveRows:
     masks: list[Mask]
     labels: list[tuple[Node, int]]
     by_labels: bool
+    guards: symbolic.LaterGuards
     restored: list[int] = field(default_factory=list)
 
 
@@ -111,7 +113,9 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     labels = [_label(node, sizes) for node in losses]
     if len(dict(labels)) < len(dict.fromkeys(labels)):
         raise Declined("two losses count different labels")
-    live = LiveRows(sizes, hidden, first, first, [], labels, asked or not deferred)
+    live = LiveRows(
+        sizes, hidden, first, first, [], labels, asked or not deferred, symbolic.LaterGuards(value_of(hidden).shape[1])
+    )
     if not live.by_labels and not any(one[name] is not None for one in read for name in _VECTORS):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
     live.restored = _restored(gm, set(after), sizes, deferred, [node for _, node in attentions])
@@ -248,9 +252,17 @@ def _restored(
             raise Declined(f"{node.name}, a size, leaves the graph")
         if not any(sizes.axes(value)):
             continue
-        if position not in deferred and _made_by(gm, node) not in caches:
+        if position not in deferred and not caches.intersection(_sources(gm, node)):
             raise Declined(f"{node.name} leaves the graph", "rows.returned")
         found.append(position)
+    return found
+
+
+def _sources(gm: GraphModule, node: Node) -> list[Node]:
+    """List the call that computes an output, and what it only copies."""
+    found = [_made_by(gm, node)]
+    while (source := simplify.copied(found[-1])) is not None:
+        found.append(source)
     return found
 
 

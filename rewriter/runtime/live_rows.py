@@ -22,6 +22,7 @@ from fastft.reasons import Declined
 from fastft.rewriter.report.data import RowsReport
 from fastft.rewriter.rows import selection
 from fastft.rewriter.rows.live_rows import LiveRows
+from fastft.rewriter.rows.proof import RowSizes
 from fastft.rewriter.rows.selection import Facts, Ranges, Selection
 from fastft.rewriter.runtime.row_watch import Watch, on_host
 
@@ -83,10 +84,7 @@ class LiveRun:
 
     def sizes(self, started: Started) -> Sizes:
         """Return the sizes that differ from those of the graph's inputs."""
-        if started.selected is None:
-            return {}
-        sizes = self.live.sizes
-        return {size: number for size, number in ((sizes.batch, 1), (sizes.length, started.selected.size)) if size != 1}
+        return {} if started.selected is None else _sizes_of(self.live.sizes, started.selected.size)
 
     def finish(self, started: Started) -> tuple[Any, ...]:
         """Run the layers and what follows."""
@@ -116,6 +114,7 @@ class LiveRun:
             facts = Facts(*on_host(looked.facts).result())
             live = self._computed(facts, B * S)
             pays = selection.rounded(live) < B * S * self.watch.least_saving(hidden)
+            pays = pays and self.live.guards.hold(_sizes_of(self.live.sizes, selection.rounded(live)))
             self.watch.quiet = 0 if pays else self.watch.quiet + 1
             self.report.add(B * S, live if pays else B * S)
             if pays:
@@ -140,8 +139,7 @@ class LiveRun:
 
     def _computed(self, facts: Facts, rows: int) -> int:
         """Return how many rows have to be computed: all where live ones are restricted by what ranges cannot tell."""
-        in_windows = facts.unread and any(mask.window for mask in self.live.masks)
-        return rows if facts.strange or in_windows or not facts.live else facts.live
+        return rows if facts.strange or not facts.live else facts.live
 
     def _take(self, node: Node) -> Callable[[Any, Selection], Any]:
         """Return how a value of the whole batch becomes one of live rows.  Raises Declined."""
@@ -174,13 +172,17 @@ class LiveRun:
         raise Declined(f"{node.name} has rows in axes of its own")
 
 
-def _take_size(expression: Any, sizes: Any) -> Callable[[Any, Selection], Any]:
+def _sizes_of(sizes: RowSizes, rows: int) -> Sizes:
+    """Return what the batch's sizes are where so many rows are one sequence."""
+    return {symbol: number for symbol, number in ((sizes.batch, 1), (sizes.length, rows)) if symbol != 1}
+
+
+def _take_size(expression: Any, sizes: RowSizes) -> Callable[[Any, Selection], Any]:
     if not sizes.depends(expression):
         return lambda given, selected: given
 
     def size(given: int, selected: Selection) -> int:
-        known = {symbol: number for symbol, number in ((sizes.batch, 1), (sizes.length, selected.size)) if symbol != 1}
-        return symbolic.evaluate(expression, known)
+        return symbolic.evaluate(expression, _sizes_of(sizes, selected.size))
 
     return size
 

@@ -1,0 +1,246 @@
+"""Whole models without the rows of their batches that nobody reads: eager's loss and gradients, fewer operations."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastft
+from fastft.rewriter import backend
+from models.families import FAMILIES, OTHERS, Family, build, step, truth
+from models.test_families import by_name
+
+LAYERS = 4  # from which on a graph is for any batch and length from the start
+LENGTH = 64
+LENGTHS = (64, 40, 9, 23, 2)
+SIDES = ("right", "left", "holes")
+EXPERTS = "gpt_oss"  # a loop over them breaks the graph
+FLOPS_A_TOKEN = 1.10
+
+
+def batch(side: str, lengths: tuple[int, ...] = LENGTHS, length: int = LENGTH, seed: int = 1) -> dict[str, Tensor]:
+    """Rows of these lengths, padded on a side; the first third of the second row is a prompt, without labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 128, (len(lengths), length), generator=generator)
+    place, sizes = torch.arange(length), torch.tensor(lengths)[:, None]
+    read = place < sizes if side == "right" else place >= length - sizes
+    if side == "holes":
+        read = torch.rand(ids.shape, generator=generator) < sizes / length
+    labels = ids.masked_fill(~read, -100)
+    labels[1 % len(lengths), : length // 3] = -100
+    return {"input_ids": ids, "attention_mask": read.long(), "labels": labels, "use_cache": False}
+
+
+def without_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, and nothing has to tell the first token of a row: on the left, that would be padding."""
+    first = inputs["attention_mask"].cumsum(1) == 1
+    return inputs | {"labels": inputs["labels"].masked_fill(first, -100)}
+
+
+class Compiled:
+    """A model compiled in place, the reports of its graphs, and the operations of a step."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.model, self.reports, self.counter = model, [], None
+        chosen = {"lower": "eager", "strict": True, **options}
+
+        def counting(gm: GraphModule, example_inputs: list[Any]) -> Callable:
+            with fastft.rewriter.report.history.recorded() as reports:
+                run = backend.fastft(gm, example_inputs, options=chosen)
+            self.reports += reports
+
+            def call(*inputs: Any) -> Any:
+                with self.counter or nullcontext():
+                    return run(*inputs)
+
+            return call
+
+        counting.traces_layers_once = True  # type: ignore[attr-defined]
+        torch._dynamo.reset()
+        model.compile(backend=counting)
+
+    def operations(self, inputs: dict[str, Tensor]) -> int:
+        """Count those of a step, forward and backward, once all is compiled."""
+        self.model(**inputs).loss.backward()
+        self.counter = counter = FlopCounterMode(display=False)
+        loss = self.model(**inputs).loss
+        self.counter = None
+        with counter:
+            loss.backward()
+        return counter.get_total_flops()
+
+    @property
+    def rows(self) -> Any:
+        """What the report of the last graph says of rows."""
+        return self.reports[-1].rows
+
+
+def pair(family: Family, **more: Any) -> tuple[nn.Module, nn.Module]:
+    """A model and the same again, which is not compiled."""
+    model = build(family, nf4=False, checkpoint=False, train_norms=True, layers=LAYERS, **more)
+    return model, copy.deepcopy(model)
+
+
+def assert_same(model: nn.Module, eager: nn.Module, inputs: dict[str, Tensor], **more: Any) -> None:
+    """Loss, the gradient of every parameter, and the logits of all tokens that are no padding."""
+    results = []
+    for one in (model, eager):
+        one.zero_grad(set_to_none=True)
+        outputs = one(**inputs, **more)
+        outputs.loss.backward()
+        results.append(outputs)
+    torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-5, atol=1e-5)
+    read = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["labels"]).bool()
+    torch.testing.assert_close(results[0].logits[read], results[1].logits[read], rtol=1e-4, atol=2e-5)
+    assert results[0].logits.isfinite().all()
+    assert_same_gradients(model, eager)
+
+
+def assert_same_gradients(model: nn.Module, eager: nn.Module) -> None:
+    for (name, mine), other in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None), name
+        if other.grad is not None:
+            scale = other.grad.abs().max().item()
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=2e-5 * max(scale, 1e-2), msg=name)
+
+
+UNDERSTOOD = [family for family in (*FAMILIES, *OTHERS) if family.head and family.name != EXPERTS]
+
+
+@pytest.mark.slow
+@by_name(UNDERSTOOD)
+def test_rows_that_nobody_reads_cost_nothing(family: Family) -> None:
+    """All families, padded on either side: eager's results, and at most a tenth more operations a token."""
+    model, eager = pair(family)
+    compiled = Compiled(model)
+    for side in SIDES:
+        assert_same(model, eager, batch(side))
+    full = batch("right", (LENGTH,) * len(LENGTHS))
+    assert_same(model, eager, full)
+    assert len(compiled.reports) == 1
+    if compiled.rows.reason:
+        pytest.fail(compiled.rows.reason)
+    assert 0 < compiled.rows.live < compiled.rows.rows
+    of_full = compiled.operations(full) / int(full["attention_mask"].sum())
+    for side in SIDES[:2]:
+        padded = without_first(batch(side))
+        assert compiled.operations(padded) / int(padded["attention_mask"].sum()) <= FLOPS_A_TOKEN * of_full
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "a row of padding alone": lambda: batch("right", (64, 0, 13, 30)),
+    "one row": lambda: batch("right", (40,)),
+    "one row, padded on the left": lambda: batch("left", (50,)),
+    "positions": lambda: (one := batch("left")) | {"position_ids": (one["attention_mask"].cumsum(1) - 1).clamp(min=0)},
+    "prompts": lambda: (
+        (one := batch("right")) | {"labels": one["labels"].masked_fill(torch.arange(LENGTH) < LENGTH // 2, -100)}
+    ),
+    "labels of padding": lambda: (one := batch("right")) | {"labels": one["input_ids"]},
+    "no padding": lambda: batch("right", (LENGTH,) * 3),
+    "a token of each row": lambda: batch("right", (1, 1, 2)),
+    "documents that end in padding": lambda: documents(),
+    "the number of labels": lambda: (one := batch("right")) | {"num_items_in_batch": (one["labels"] != -100).sum() * 2},
+}
+
+
+def documents() -> dict[str, Any]:
+    """Rows of documents told by positions that begin again, the last of which is padding."""
+    one = batch("right", (50, 64, 31))
+    positions = torch.arange(LENGTH) % 20
+    return one | {"position_ids": positions.expand(3, -1).contiguous()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@by_name(UNDERSTOOD[:1])
+def test_batches_of_all_kinds(family: Family, name: str) -> None:
+    """After another batch, so that nothing is for one size; twice, as gradients are accumulated."""
+    model, eager = pair(family)
+    compiled = Compiled(model)
+    inputs = CASES[name]()
+    if len(inputs["input_ids"]) > 1:
+        assert_same(model, eager, batch("right"))
+    assert_same(model, eager, inputs)
+    for one in (model, eager):
+        for seed in (2, 3):
+            one(**batch("left", seed=seed)).loss.backward()
+    assert_same_gradients(model, eager)
+    assert not compiled.rows.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "checkpoint", "budget", "inductor", "autocast"])
+@by_name(UNDERSTOOD[:1])
+def test_models_of_all_kinds(family: Family, kind: str) -> None:
+    more = {"nf4": kind in ("nf4", "budget"), "checkpoint": kind == "checkpoint"}
+    model = build(family, train_norms=True, layers=LAYERS, **more)
+    eager = copy.deepcopy(model)
+    options: dict[str, Any] = {"budget": {"memory_budget": "1GiB"}, "inductor": {"lower": "inductor"}}.get(kind, {})
+    compiled = Compiled(model, **options)
+    for side in SIDES[:2]:
+        assert_same(model, eager, batch(side))
+    assert not compiled.rows.reason
+    assert compiled.rows.live < compiled.rows.rows
+
+
+@pytest.mark.slow
+@by_name(UNDERSTOOD[:1])
+def test_dropout_of_adapters(family: Family) -> None:
+    """Its draws are others than eager's, and the mean of what they give is the same."""
+    model, _ = pair(family)
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout = nn.ModuleDict(dict.fromkeys(module.lora_dropout, nn.Dropout(0.3)))
+    eager, inputs = copy.deepcopy(model), batch("right")
+    compiled = Compiled(model)
+
+    def gradient(one: nn.Module, seed: int) -> Tensor:
+        """The mean of many draws."""
+        torch.manual_seed(seed)
+        total, times = torch.zeros(()), 100
+        for _ in range(times):
+            one.zero_grad(set_to_none=True)
+            one(**inputs).loss.backward()
+            total = total + torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]) / times
+        return total
+
+    expected = gradient(eager, 0)
+    by_chance = (gradient(eager, 1) - expected).norm()
+    assert by_chance > 0.01 * expected.norm()  # it does draw
+    assert (gradient(model, 0) - expected).norm() < 1.2 * by_chance
+    assert not compiled.rows.reason
+    assert compiled.rows.live < compiled.rows.rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
+@by_name([family for family in UNDERSTOOD if family.name in ("llama", "gemma2", "qwen3")])
+def test_on_a_card(family: Family, nf4: bool) -> None:
+    """In bfloat16, by the whole way: as near to float32 as the unmodified model, with and without padding."""
+    device, dtype = "cuda", torch.bfloat16
+    model = build(family, nf4=nf4, checkpoint=False, train_norms=True, layers=LAYERS, dtype=dtype, device=device)
+    eager = copy.deepcopy(model)
+    compiled = Compiled(model, lower="inductor")
+    full = batch("right", (LENGTH,) * 5)
+    for inputs in (*map(batch, SIDES), full, batch("right", seed=7)):
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        exact = truth(eager, inputs)
+        errors = []
+        for one in (model, eager):
+            found = step(one, inputs, one)
+            names = [name for name in exact.gradients if exact.gradients[name].norm() > 0]
+            errors.append([
+                (found.loss - exact.loss).abs() / exact.loss.abs(),
+                *((found.gradients[n] - exact.gradients[n]).norm() / exact.gradients[n].norm() for n in names),
+            ])  # fmt: skip
+        mine, others = (torch.stack([error.double() for error in one]) for one in errors)
+        assert mine.median() <= 1.5 * others.median() + 1e-3, (mine.median(), others.median())
+        assert mine.max() <= 3 * others.max() + 1e-2, (mine.max(), others.max())
+    assert not compiled.rows.reason
+    assert compiled.rows.live < compiled.rows.rows
