@@ -32,8 +32,9 @@ class Options:
         computes them in every forward.
     logits_memory: what a loss may take for logits, in bytes or as "256MiB": it is computed for so many tokens at once.
     skip_padding: run layers without the rows of a batch that nobody reads: padding, and what follows the last label.
-        None does so where the graph has the labels, so that nothing else can count.  True does so too where logits are
-        all that leaves the graph, and promises that nothing counts those of padding.  False runs all rows.
+        None does so where the graph has the labels, so that nothing else can count.  True does so too where the loss is
+        taken of logits or hidden states outside the graph, as TRL's trainers do, and promises that it counts no
+        padding, whose rows are zeros then.  False runs all rows.
     disable: what to leave out, to find out whose fault something is: names of rules ("glu.silu"), of one
         application of a rule ("glu.silu@layers.3.mlp"), of passes ("pass:attention"), and of
         ops ("op:glu").  ``fastft bisect`` finds the name.

@@ -85,7 +85,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     """Prepare a graph; changes nothing where it raises Declined.
 
     deferred: positions of hidden states among the outputs of which logits are computed when they are read.  asked: the
-    user says that no loss outside the graph counts padding.
+    user says that nothing outside the graph counts padding.
     """
     pieces = partition.outline(gm, report)
     layers = [piece for piece in pieces if piece.layer]
@@ -95,7 +95,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     after = _after(gm, first)
     calls = Calls(gm)
     losses = [node for node in after if node.target == torch.ops.fastft.linear_cross_entropy]
-    if not losses and not (asked and deferred):
+    if not losses and not asked:
         raise Declined("its loss is not taken from labels in it", "rows.labels")
     hidden = _hidden(layers[0])
     sizes = _sizes(value_of(hidden), losses)
@@ -118,7 +118,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     )
     if not live.by_labels and not any(one[name] is not None for one in read for name in _VECTORS):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
-    live.restored = _restored(gm, set(after), sizes, deferred, [node for _, node in attentions])
+    live.restored = _restored(gm, set(after), sizes, deferred, [node for _, node in attentions], asked)
     # Nothing is declined from here on.
     for node in hoisted:
         first.prepend(node)
@@ -239,7 +239,7 @@ def _levels(calls: Calls, body: GraphModule) -> list[Level]:
 
 
 def _restored(
-    gm: GraphModule, after: set[Node], sizes: RowSizes, deferred: Sequence[int], attentions: Sequence[Node]
+    gm: GraphModule, after: set[Node], sizes: RowSizes, deferred: Sequence[int], attentions: Sequence[Node], asked: bool
 ) -> list[int]:
     """List the outputs that hold rows.  Raises Declined where hidden states leave the graph but for their logits."""
     found = []
@@ -252,7 +252,7 @@ def _restored(
             raise Declined(f"{node.name}, a size, leaves the graph")
         if not any(sizes.axes(value)):
             continue
-        if position not in deferred and not caches.intersection(_sources(gm, node)):
+        if not (asked or position in deferred or caches.intersection(_sources(gm, node))):
             raise Declined(f"{node.name} leaves the graph", "rows.returned")
         found.append(position)
     return found
