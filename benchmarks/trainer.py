@@ -46,6 +46,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what 
     "fastft-9GiB": NO_CHECKPOINTS,
     "fastft-padded": {"pad_to_multiple_of": 1024, **NO_CHECKPOINTS},
     "fastft-all-rows": NO_CHECKPOINTS,
+    "fastft-skip": NO_CHECKPOINTS,  # TRL takes its loss outside the model, so it has to be told
     "padding-free": {
         "padding_free": True,
         "max_length": None,
@@ -55,6 +56,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what 
 PADDING, BEGIN, END = 0, 1, 2  # tokens of the tokenizer of bytes
 OPTIONS: dict[str, dict[str, Any]] = {
     "fastft-all-rows": {"skip_padding": False},
+    "fastft-skip": {"skip_padding": True},
     "fastft-min": {"memory_budget": "min"},
     "fastft-9GiB": {"memory_budget": "9GiB"},
 }

@@ -228,7 +228,8 @@ def test_on_a_card(family: Family, nf4: bool) -> None:
     eager = copy.deepcopy(model)
     compiled = Compiled(model, lower="inductor")
     full = batch("right", (LENGTH,) * 5)
-    for inputs in (*map(batch, SIDES), full, batch("right", seed=7)):
+    # Eager attention on a card has NaN for gradients where a row that counts has no keys.
+    for inputs in (*(without_first(batch(side)) for side in SIDES), full, batch("right", seed=7)):
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         exact = truth(eager, inputs)
         errors = []
