@@ -20,7 +20,7 @@ from fastft.rewriter.report.data import GraphReport, RowsReport
 from fastft.rewriter.rows.live_rows import LiveRows
 from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.cuda_graphs import Graphed
-from fastft.rewriter.runtime.live_rows import AS_GIVEN, LiveRun
+from fastft.rewriter.runtime.live_rows import AS_GIVEN, LiveRun, Part
 from fastft.rewriter.runtime.offload import Offloader
 from fastft.rewriter.runtime.planned_graph import Call, Planned
 
@@ -46,6 +46,8 @@ def lower(
     where a number of bytes that the user named is too small.
     """
     pieces = partition.outline(gm, report) if options.outline else []
+    if pieces and live is not None and live.rest is not None:
+        pieces = partition.divide(gm, pieces, live.rest, report)
     if planned_only and not pieces:
         raise WholeError
     if not options.outline:
@@ -98,20 +100,24 @@ def _live_run(
     gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable], live: LiveRows, report: GraphReport
 ) -> LiveRun:
     """Return what runs the pieces from the first layer on with the live rows of a batch."""
-    number = next(number for number, piece in enumerate(pieces) if live.first in piece.nodes)
-    before, after = pieces[:number], pieces[number:]
+    begin = next(number for number, piece in enumerate(pieces) if live.first in piece.nodes)
+    end = next((number for number, piece in enumerate(pieces) if live.rest in piece.nodes), len(pieces))
     placeholders = gm.graph.find_nodes(op="placeholder")
     given = [node for node in placeholders if node is not live.max_seqlen]
     outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
-    made = [node for piece in after for node in piece.outputs]
-    taken = [node for node in dict.fromkeys(value for piece in after for value in piece.inputs) if node not in made]
-    wanted = dict.fromkeys((*taken, live.hidden, *(node for node, _ in live.labels), *outputs))
-    carried = [node for node in wanted if isinstance(node, Node) and node.op != "placeholder" and node not in made]
-    left = [node for node in made if node in outputs]
-    return LiveRun(
-        live, given, outputs, stitch.chain(before, calls, given, tuple(carried)), carried,
-        stitch.chain(after, calls, taken, tuple(left)), taken, left, report.rows or RowsReport(),
-    )  # fmt: skip
+    before, among, rest = pieces[:begin], pieces[begin:end], pieces[end:]
+    parts = []
+    for part, others in ((among, rest), (rest, [])):
+        made = [node for piece in part for node in piece.outputs]
+        taken = list(dict.fromkeys(node for piece in part for node in piece.inputs if node not in made))
+        read = {*outputs, *(node for piece in others for node in piece.inputs)}
+        left = [node for node in made if node in read]
+        parts.append(Part(stitch.chain(part, calls, taken, tuple(left)), taken, left))
+    later = {node for piece in (*among, *rest) for node in piece.nodes}
+    wanted = dict.fromkeys((*parts[0].taken, *parts[1].taken, live.hidden, *dict(live.labels), *outputs))
+    carried = [node for node in wanted if isinstance(node, Node) and node.op != "placeholder" and node not in later]
+    first = Part(stitch.chain(before, calls, given, tuple(carried)), given, carried)
+    return LiveRun(live, first, parts[0], parts[1] if rest else None, outputs, report.rows or RowsReport())
 
 
 def _compile_regions(

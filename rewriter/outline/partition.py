@@ -72,6 +72,20 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
     return []
 
 
+def divide(gm: GraphModule, pieces: Sequence[Piece], node: Node, report: GraphReport) -> list[Piece]:
+    """Divide the piece that a node is in, so that another begins with it.  The report gets the regions."""
+    divided: list[Piece] = []
+    for piece in pieces:
+        at = piece.nodes.index(node) if node in piece.nodes else 0
+        parts = [piece.nodes[:at], piece.nodes[at:]] if at else [piece.nodes]
+        divided += [Piece(nodes, piece.layer, name=piece.name) for nodes in parts]
+    _connect(gm, divided)
+    for piece in divided:
+        piece.key = _key(gm, piece)
+    report.regions = _described(divided, [size(gm, piece.nodes) for piece in divided])
+    return divided
+
+
 def _cut(gm: GraphModule, nodes: Sequence[Node], stretches: Sequence[range]) -> list[Piece]:
     """Make pieces of the stretches and of the nodes before, between and after them.  Raises Declined."""
     pieces, done = [], 0

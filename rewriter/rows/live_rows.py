@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,22 +63,22 @@ class Mask:
 class LiveRows:
     """What it takes to run a graph's layers without some rows.
 
-    sizes: of the batch.  hidden: what comes into the first layer.  first: the first node that is run so.  max_seqlen:
-    the input that attention takes it from.  masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with
-    the number that does not count; none where logits are all that leaves the graph.  by_labels: whether a row is live
-    only if there is a way to a label; not where logits leave the graph too, as those of tokens that are no padding may
-    be read.  guards: what compiled code assumes of sizes.  restored: outputs of the graph that hold rows, by position.
+    sizes: of the batch.  hidden: what comes into the first layer.  first: the first node that is run so; rest: the
+    first behind it that is run for all rows again, if there is one.  max_seqlen: the input that attention takes it
+    from.  masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with the number that does not count.
+    by_labels: whether a row is live only if there is a way to a label; not where logits leave the graph too, as those
+    of tokens that are no padding may be read.  guards: what compiled code assumes of sizes.
     """
 
     sizes: RowSizes
     hidden: Node
     first: Node
+    rest: Node | None
     max_seqlen: Node
     masks: list[Mask]
     labels: list[tuple[Node, int]]
     by_labels: bool
     guards: symbolic.LaterGuards
-    restored: list[int] = field(default_factory=list)
 
 
 def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, asked: bool) -> LiveRows:
@@ -92,13 +92,16 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     if not layers:
         raise Declined("it has no layers that are compiled by themselves")
     first = layers[0].nodes[0]
+    hidden, calls = _hidden(layers[0]), Calls(gm)
     after = _after(gm, first)
-    calls = Calls(gm)
-    losses = [node for node in after if node.target == torch.ops.fastft.linear_cross_entropy]
+    losses = _losses(after)
     if not losses and not asked:
         raise Declined("its loss is not taken from labels in it", "rows.labels")
-    hidden = _hidden(layers[0])
     sizes = _sizes(value_of(hidden), losses)
+    rest: list[Node] = []
+    if asked:  # what follows the layers and is not known to keep rows apart is run for all rows
+        after, rest = _divided(gm, after, layers[-1].nodes[-1], sizes)
+        losses = _losses(after)
     hoisted = _hoisted(gm, after, losses)
     after = [node for node in after if node not in hoisted]
     region = [gm, *(body for body in bodies(gm) if body is not gm)]
@@ -113,12 +116,12 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     labels = [_label(node, sizes) for node in losses]
     if len(dict(labels)) < len(dict.fromkeys(labels)):
         raise Declined("two losses count different labels")
-    live = LiveRows(
-        sizes, hidden, first, first, [], labels, asked or not deferred, symbolic.LaterGuards(value_of(hidden).shape[1])
-    )
-    if not live.by_labels and not any(one[name] is not None for one in read for name in _VECTORS):
+    by_labels = not rest if asked else not deferred
+    guards = symbolic.LaterGuards(value_of(hidden).shape[1])
+    live = LiveRows(sizes, hidden, first, rest[0] if rest else None, first, [], labels, by_labels, guards)
+    if not (by_labels and losses) and not any(one[name] is not None for one in read for name in _VECTORS):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
-    live.restored = _restored(gm, set(after), sizes, deferred, [node for _, node in attentions], asked)
+    _check_outputs(gm, set(after), sizes, deferred, [node for _, node in attentions], asked)
     # Nothing is declined from here on.
     for node in hoisted:
         first.prepend(node)
@@ -132,6 +135,20 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
 
 _ATTENTION = torch.ops.fastft.attention
 _VECTORS = ("start", "end", "query_ids", "key_ids")
+
+
+def _losses(nodes: Sequence[Node]) -> list[Node]:
+    return [node for node in nodes if node.target == torch.ops.fastft.linear_cross_entropy]
+
+
+def _divided(gm: GraphModule, after: Sequence[Node], last: Node, sizes: RowSizes) -> tuple[list[Node], list[Node]]:
+    """Divide calls at the first behind the last layer that is not known to keep rows apart."""
+    for position in range(after.index(last) + 1, len(after)):
+        try:
+            proof.check(gm, [after[position]], sizes)
+        except Declined:
+            return list(after[:position]), list(after[position:])
+    return list(after), []
 
 
 def _after(gm: GraphModule, first: Node) -> list[Node]:
@@ -201,7 +218,7 @@ def _is_pure(gm: GraphModule, node: Node) -> bool:
 
 def _label(loss: Node, sizes: RowSizes) -> tuple[Node, int]:
     """Return a loss' labels, one for each row in the batch's order, and the number that does not count."""
-    call = dict(zip(LOSS_PARAMETERS, loss.args, strict=False))
+    call: dict[str, Any] = dict(zip(LOSS_PARAMETERS, loss.args, strict=False))
     labels = call["labels"]
     axes = sizes.axes(value_of(labels))
     expected = (["bs"], ["b", "s"]) if sizes.batch != 1 else (["s"], ["", "s"])
@@ -212,7 +229,7 @@ def _label(loss: Node, sizes: RowSizes) -> tuple[Node, int]:
 
 def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes) -> dict[str, Any]:
     """Return what restricts an attention, ranges and ids as nodes of the whole graph.  Raises Declined."""
-    call = dict(zip(PARAMETERS, node.args, strict=True))
+    call: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=True))
     if call["mask"] is not None:
         raise Declined("a mask is not understood", "rows.mask")
     query, key = value_of(call["query"]), value_of(call["key"])
@@ -238,11 +255,15 @@ def _levels(calls: Calls, body: GraphModule) -> list[Level]:
     return levels
 
 
-def _restored(
-    gm: GraphModule, after: set[Node], sizes: RowSizes, deferred: Sequence[int], attentions: Sequence[Node], asked: bool
-) -> list[int]:
-    """List the outputs that hold rows.  Raises Declined where hidden states leave the graph but for their logits."""
-    found = []
+def _check_outputs(
+    gm: GraphModule,
+    after: set[Node],
+    sizes: RowSizes,
+    deferred: Sequence[int],
+    attentions: Sequence[Node],
+    asked: bool,
+) -> None:
+    """Check that no hidden states leave the graph but for their logits, unless the user says so.  Raises Declined."""
     caches = {node.args[PARAMETERS.index(name)] for node in attentions for name in ("key", "value")}
     for position, node in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
         if not isinstance(node, Node) or node not in after:
@@ -250,12 +271,10 @@ def _restored(
         value = value_of(node)
         if not isinstance(value, Tensor):
             raise Declined(f"{node.name}, a size, leaves the graph")
-        if not any(sizes.axes(value)):
+        if asked or position in deferred or not any(sizes.axes(value)):
             continue
-        if not (asked or position in deferred or caches.intersection(_sources(gm, node))):
+        if not caches.intersection(_sources(gm, node)):
             raise Declined(f"{node.name} leaves the graph", "rows.returned")
-        found.append(position)
-    return found
 
 
 def _sources(gm: GraphModule, node: Node) -> list[Node]:

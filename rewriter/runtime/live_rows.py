@@ -21,7 +21,7 @@ from fastft.compat.symbolic import Sizes
 from fastft.reasons import Declined
 from fastft.rewriter.report.data import RowsReport
 from fastft.rewriter.rows import selection
-from fastft.rewriter.rows.live_rows import LiveRows
+from fastft.rewriter.rows.live_rows import LiveRows, Mask
 from fastft.rewriter.rows.proof import RowSizes
 from fastft.rewriter.rows.selection import Facts, Ranges, Selection
 from fastft.rewriter.runtime.row_watch import Watch, on_host
@@ -38,20 +38,31 @@ class Started:
     max_seqlen: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of the graph: a function of the values of ``taken`` that returns those of ``made``."""
+
+    run: Callable
+    taken: Sequence[Node]
+    made: Sequence[Node]
+
+    def __call__(self, values: dict[Node, Any]) -> dict[Node, Any]:
+        """Run it on these values, and return what it makes."""
+        return dict(zip(self.made, self.run(*map(values.__getitem__, self.taken)), strict=True))
+
+
 class LiveRun:
     """A function of the graph's inputs, that of the user.
 
-    before: runs what comes before the layers and returns the values of ``carried``.  after: runs the rest on the values
-    of ``taken`` and returns those of ``made``.
+    before: runs what comes before the layers, for all rows.  among: runs the layers and what follows.  rest: runs what
+    is then to be run for all rows again, if anything.
     """
 
     def __init__(
-        self, live: LiveRows, placeholders: Sequence[Node], outputs: Sequence[Any], before: Callable,
-        carried: Sequence[Node], after: Callable, taken: Sequence[Node], made: Sequence[Node], report: RowsReport,
-    ) -> None:  # fmt: skip
+        self, live: LiveRows, before: Part, among: Part, rest: Part | None, outputs: Sequence[Any], report: RowsReport
+    ) -> None:
         self.live, self.report = live, report
-        self.placeholders, self.outputs = list(placeholders), list(outputs)
-        self.before, self.carried, self.after, self.taken, self.made = before, carried, after, taken, made
+        self.before, self.among, self.rest, self.outputs = before, among, rest, list(outputs)
         self.watch = Watch()
         self.unmasked = all(
             one is None for mask in live.masks
@@ -64,10 +75,10 @@ class LiveRun:
         self.takes: list[Callable[[Any, Selection], Any]] = []
         self.restores: dict[Node, Callable[[Tensor, Selection, tuple[int, int]], Tensor]] = {}
         try:
-            self.takes = [self._take(node) for node in taken]
-            self.restores = {
-                outputs[position]: _restore(live.sizes.axes(value_of(outputs[position]))) for position in live.restored
-            }
+            self.takes = [self._take(node) for node in among.taken]
+            for node in among.made:
+                if isinstance(value_of(node), Tensor) and any(axes := live.sizes.axes(value_of(node))):
+                    self.restores[node] = _restore(axes)
         except Declined as declined:
             self.report.reason = declined.reason
 
@@ -76,8 +87,8 @@ class LiveRun:
 
     def begin(self, inputs: Sequence[Any]) -> Started:
         """Run what comes before the layers, and choose which rows go on."""
-        values = dict(zip(self.placeholders, inputs, strict=True))
-        values |= zip(self.carried, self.before(*inputs), strict=True)
+        values = dict(zip(self.before.taken, inputs, strict=True))
+        values |= self.before(values)
         looks = not self.report.reason and torch.is_grad_enabled() and not _capturing(inputs)
         selected, max_seqlen = self._choose(values) if looks else (None, AS_GIVEN)
         return Started(values, selected, max_seqlen)
@@ -89,16 +100,18 @@ class LiveRun:
     def finish(self, started: Started) -> tuple[Any, ...]:
         """Run the layers and what follows."""
         values, selected = started.values | {self.live.max_seqlen: started.max_seqlen}, started.selected
-        if selected is None:
-            results = self.after(*map(values.__getitem__, self.taken))
-        else:
-            given = [take(values[node], selected) for take, node in zip(self.takes, self.taken, strict=True)]
-            results = self.after(*given)
-        found = values | dict(zip(self.made, results, strict=True))
+        given = values
         if selected is not None:
-            for node, restore in self.restores.items():
-                found[node] = restore(found[node], selected, tuple(values[self.live.hidden].shape[:2]))
-        return tuple(found[one] if isinstance(one, Node) else one for one in self.outputs)
+            pairs = zip(self.takes, self.among.taken, strict=True)
+            given = {node: take(values[node], selected) for take, node in pairs}
+        found = self.among(given)
+        if selected is not None:
+            B, S = values[self.live.hidden].shape[:2]
+            found |= {node: restore(found[node], selected, (B, S)) for node, restore in self.restores.items()}
+        values = values | found
+        if self.rest is not None:
+            values |= self.rest(values)
+        return tuple(values[one] if isinstance(one, Node) else one for one in self.outputs)
 
     def _choose(self, values: dict[Node, Any]) -> tuple[Selection | None, int]:
         """Return the live rows to go on with, None for all, and max_seqlen."""
@@ -123,10 +136,13 @@ class LiveRun:
         plain = self.unmasked or facts.plain(B * S, causal=all(mask.causal for mask in masks))
         return None, S if plain and not (self.watch.is_small(hidden) and not self.unmasked) else AS_GIVEN
 
-    def _ranges(self, mask: Any, values: dict[Node, Any]) -> Ranges:
-        own = mask.own_start, mask.own_end, mask.query_ids, mask.key_ids
-        pairs = zip(own, (mask.start, mask.end, mask.query_ids, mask.key_ids), strict=True)
-        return Ranges(*(None if one is None else values[node] for one, node in pairs), mask.causal, mask.window)
+    def _ranges(self, mask: Mask, values: dict[Node, Any]) -> Ranges:
+        """Return what the model itself restricts an attention by."""
+        given = lambda own, node: None if own is None else values[node]  # noqa: E731
+        return Ranges(
+            given(mask.own_start, mask.start), given(mask.own_end, mask.end), given(mask.query_ids, mask.query_ids),
+            given(mask.key_ids, mask.key_ids), mask.causal, mask.window,
+        )  # fmt: skip
 
     def _look(self, values: dict[Node, Any], masks: Sequence[Ranges], hidden: Tensor) -> selection.Look:
         B, S = hidden.shape[:2]

@@ -26,7 +26,7 @@ import workers  # noqa: E402
 Row = dict[str, Any]
 QUICK = "--model tiny --device cpu --lower eager --steps 2 --warmup 1 --batches 1x32 --contenders fastft"
 ASKED = {"contender", "batch", "length", "model", "nf4", "dtype", "device", "mask", "loss", "seed", "lower"}
-ASKED |= {"layers", "steps", "warmup", "turns", "as_trainer", "lengths"}
+ASKED |= {"layers", "steps", "warmup", "turns", "as_trainer", "lengths", "median"}
 ABOUT = {"date", "commit", "status", "gpu", "cuda", "versions", "wall_s", "log"}
 MEASURED = {
     *("seconds", "seconds_p20", "seconds_p50", "seconds_p80", "tokens_per_s", "first_step_s", "build_s"),

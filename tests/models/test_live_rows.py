@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
@@ -245,3 +246,83 @@ def test_on_a_card(family: Family, nf4: bool) -> None:
         assert mine.max() <= 3 * others.max() + 1e-2, (mine.max(), others.max())
     assert not compiled.rows.reason
     assert compiled.rows.live < compiled.rows.rows
+
+
+class Outside(nn.Module):
+    """A model whose hidden states alone leave the graph, cut as TRL's trainers cut them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+        base = self.model.get_base_model()
+        hidden = base.model(**inputs).last_hidden_state[:, :-1]
+        return hidden, labels[:, 1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [None, True], ids=["unasked", "asked"])
+@by_name(UNDERSTOOD[:1])
+def test_a_loss_outside_the_graph(family: Family, asked: bool | None) -> None:
+    """Nobody knows what it counts, but for the user."""
+    model, eager = (Outside(one) for one in pair(family))
+    compiled = Compiled(model, skip_padding=asked)
+    for side in SIDES[:2]:
+        inputs, results = without_first(batch(side)), []
+        for one in (model, eager):
+            one.zero_grad(set_to_none=True)
+            hidden, labels = one(**inputs)
+            head = one.model.get_base_model().lm_head
+            results.append(F.cross_entropy(head(hidden[labels != -100]), labels[labels != -100]))
+            results[-1].backward()
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(model, eager)
+    if asked:
+        assert not compiled.rows.reason
+        assert compiled.rows.live < compiled.rows.rows
+    else:
+        assert compiled.rows.reason == "its loss is not taken from labels in it"
+
+
+@pytest.mark.slow
+@by_name(UNDERSTOOD[:1])
+def test_what_leaves_the_graph(family: Family) -> None:
+    """Hidden states for which nobody asked are not touched; keys and values of a cache are zeros in padding."""
+    model, eager = pair(family)
+    compiled = Compiled(model)
+    inputs = batch("right") | {"use_cache": True}
+    assert_same(model, eager, inputs)
+    assert compiled.rows.live < compiled.rows.rows
+    read = inputs["attention_mask"].bool()
+    caches = [one(**inputs).past_key_values for one in (model, eager)]
+    for mine, others in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            found, expected = (getattr(layer, name).transpose(1, 2) for layer in (mine, others))
+            torch.testing.assert_close(found[read], expected[read], rtol=1e-4, atol=1e-4)
+            assert not found[~read].any()
+    model, eager = pair(family)
+    compiled = Compiled(model)
+    inputs = batch("right") | {"output_hidden_states": True}
+    assert_same(model, eager, inputs)
+    assert compiled.rows.reason
+
+
+@pytest.mark.slow
+@by_name(UNDERSTOOD[:1])
+def test_what_is_never_left_out(family: Family) -> None:
+    """Without gradients, in eval mode, and where it is switched off."""
+    model, _ = pair(family)
+    compiled, inputs = Compiled(model), batch("right")
+    with torch.no_grad():
+        loss = model(**inputs).loss
+    assert compiled.rows is None
+    torch.testing.assert_close(loss, model(**inputs).loss.detach())
+    model, _ = pair(family)
+    compiled = Compiled(model, skip_padding=False)
+    model(**inputs)
+    assert compiled.rows is None
+    model, _ = pair(family)
+    compiled = Compiled(model, disable=["live_rows"])
+    model(**inputs)
+    assert compiled.rows is None

@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "graphs": {"cuda_graphs": True},
 }
 _UNCOUNTED = (
-    "fastft.rewriter.report.", "fastft.rewriter.plan_report.",  # text, of the last 256 graphs
+    "fastft.rewriter.report.", "fastft.reasons.",  # text, of the last 256 graphs
     "fastft.rewriter.planner.",  # a few numbers of each plan, which a measurement replaces
     "torch.fx.experimental.", "torch._subclasses.",  # torch keeps some of every compilation, by other backends too
 )  # fmt: skip

@@ -89,7 +89,7 @@ def test_every_mode_in_turn(compiling: Callable) -> None:
     graphs = fastft.compilations().graphs
     assert all([region.calls for region in graph.regions] == [1, LAYERS, 1] for graph in graphs)
     assert 3 <= len(graphs) <= 4  # train, no_grad, inference_mode; eval where it differs from train
-    assert [graph.dynamic for graph in graphs] == [[]] * len(graphs)  # other modes are no reason for changing sizes
+    assert len({tuple(graph.dynamic) for graph in graphs}) == 1  # other modes are no reason for changing sizes
 
 
 def generated(model: nn.Module, **more: object) -> Tensor:
