@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastft.reasons import with_prefix
 from fastft.rewriter.report.graph_listing import Line
 from fastft.rewriter.report.plan import PlanReport
 
@@ -102,8 +103,13 @@ class RowsReport:
         )
 
     def __str__(self) -> str:
+        return self.told
+
+    @property
+    def told(self) -> str:
+        """What is run, with the code of the reason by which advice is found."""
         if self.reason:
-            return f"every row of a batch is run: {self.reason}"
+            return with_prefix("every row of a batch is run: ", self.reason)
         if not self.rows:
             return "rows that nobody reads are left out"
         dropped, last = self.rows - self.live, self.last[0] - self.last[1]

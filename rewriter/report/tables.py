@@ -44,6 +44,7 @@ def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[s
         ("Regions, each compiled once", *_regions(graphs)),
         ("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in graphs)),
         (MEMORY, ("graph", "plan"), _plans(graphs)),
+        ("Rows of padded batches", ("graph", "rows"), _rows(graphs)),
         (FATES, ("layers", "tensor", "shape", "fate", "MiB", "µs"), _fates(graphs)),
         ("Checkpoints that gave way to the plan", ("module", "times"), _inlined(graphs)),
         (LIFTED, ("rule", "times", "modules"), _by_rule(report.lifted)),
@@ -115,6 +116,12 @@ def _regions(graphs: Sequence[GraphReport]) -> tuple[Sequence[str], list[Sequenc
 
 def _plans(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
     return [(str(number), str(graph.plan)) for number, graph in enumerate(graphs) if graph.plan is not None]
+
+
+def _rows(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
+    """Tell which rows are run of graphs that have layers."""
+    asked = [(number, graph.rows) for number, graph in enumerate(graphs) if graph.rows is not None and graph.regions]
+    return [(str(number), with_advice(rows.told) if rows.reason else rows.told) for number, rows in asked]
 
 
 def _fates(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:

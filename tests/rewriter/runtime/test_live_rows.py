@@ -1,0 +1,65 @@
+"""Rows that are taken and put back, and batches that are waited for."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastft.rewriter.runtime import live_rows, row_watch
+from fastft.rewriter.runtime.row_watch import Watch
+
+ROWS = torch.tensor([5, 0, 3, 5, 5])  # of 7; the last two were added
+LIVE, M = 3, 7
+
+
+@pytest.mark.quick
+def test_rows_are_put_back_where_they_were_taken() -> None:
+    whole = torch.randn(M, 2, 3, dtype=torch.float64, requires_grad=True)
+    part = torch.randn(len(ROWS), 2, 3, dtype=torch.float64, requires_grad=True)
+    taken, restored = live_rows._Taken.apply(whole, ROWS, LIVE), live_rows._Restored.apply(part, ROWS, LIVE, M)
+    assert torch.equal(taken, whole[ROWS])
+    assert torch.equal(restored[ROWS[:LIVE]], part[:LIVE])
+    others = [row for row in range(M) if row not in ROWS]
+    assert not restored[others].any()
+    upstream = torch.randn_like(taken)
+    (gradient,) = torch.autograd.grad(taken, whole, upstream)
+    assert torch.equal(gradient[ROWS[:LIVE]], upstream[:LIVE])  # what was added adds nothing
+    assert not gradient[others].any()
+    upstream = torch.randn_like(restored)
+    (gradient,) = torch.autograd.grad(restored, part, upstream)
+    assert torch.equal(gradient[:LIVE], upstream[ROWS[:LIVE]])
+    assert not gradient[LIVE:].any()
+
+
+class OnCard:
+    """What a watch asks of hidden states."""
+
+    def __init__(self, *shape: int, is_cuda: bool = True) -> None:
+        self.shape, self.is_cuda = shape, is_cuda
+
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+SMALL, LARGE = OnCard(2, 512, 2048), OnCard(8, 2048, 4096)
+
+
+@pytest.mark.quick
+def test_small_batches_are_not_waited_for_once_nothing_was_left_out() -> None:
+    watch = Watch()
+    for _ in range(row_watch.QUIET):
+        assert watch.waits(SMALL)
+        watch.quiet += 1
+    assert not watch.waits(SMALL)
+    assert watch.waits(LARGE)
+    assert watch.waits(OnCard(2, 512, 2048, is_cuda=False))  # where nothing runs ahead
+    due = [watch.is_due() for _ in range(2 * row_watch.EVERY)]
+    assert sum(due) == 2
+    watch.note(facts(1000))
+    assert not watch.waits(SMALL)  # 1000 of 1024 rows: too little to wait for
+    watch.note(facts(500))
+    assert watch.waits(SMALL)
+    assert watch.quiet == 0
+
+
+def facts(live: int) -> Tensor:
+    return torch.tensor([live, *[0] * 7])
