@@ -154,7 +154,7 @@ def _live_rows(
     A copy, as it gets an input of which Dynamo, whose graph it may be, knows nothing.
     """
     off = options.skip_padding is False or live_rows.RULE in options.disable or not options.outline
-    if off or not torch.is_grad_enabled():
+    if off or not torch.is_grad_enabled() or dynamo.in_eval_mode():
         return gm, None
     report.rows = RowsReport()
     copy = dynamo.inherit_capture_metadata(GraphModule(gm, dynamo.copy_graph(gm.graph)), gm)

@@ -4,6 +4,7 @@ from mutants import Mutant
 
 CHECKS, MATCHER, ALGEBRA, RANGES = "checks", "matcher", "mask algebra", "mask ranges"
 READING, WRITING, MERGE, PLANNER, LOSSES = "mask reading", "mask writing", "merge and projections", "planner", "losses"
+ROWS = "live rows"
 
 
 def _of(kind: str, tests: str, *changes: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
@@ -221,6 +222,35 @@ ENGINE = (
         ("writes that are overlooked", "loss/losses._check", "for target in mutated_args(self.gm, node)", "for target in ()"),
         ("modes that are overlooked", "loss/losses._check", "if switches_mode(node) and", "if node is None and"),
         ("logits that are returned", "loss/losses.run", "if left and not (lazy and (known or self.losses)):", "if left and known and not lazy:"),
+    ),
+    *_of(
+        ROWS, "rows/proof",
+        ("any call keeps rows apart", "rows/proof._check", "        if not known:", "        if known is None:"),
+        ("any reshape", "rows/proof._check", "known = self._rows_in_order(args[0]) == self._rows_in_order(results)", "known = True"),
+        ("slices of tokens", "rows/proof._check", "or self._same(args[0].shape[dim], results.shape[dim])", "or True"),
+        ("sums over tokens", "rows/proof._apart", "return not any(axes[dim] for dim in along)", "return True"),
+        ("sums over everything", "rows/proof._apart", "            return False", "            return True"),
+        ("products of rows", "rows/proof._product", "not axes[0][-1] and not any(axis for others in axes[1:] for axis in others)", "True"),
+        ("batches of products", "rows/proof._product", "one == other and not inner and not any(rest)", "one == other"),
+        ("numbers that are sizes", "rows/proof._no_numbers", "if symbolic.is_symbolic(argument) and", "if argument is None and"),
+        ("ops along tokens", "rows/proof._of_ours", "if any(last) or", "if"),
+        ("tokens taken by an index", "rows/proof._check", "(axis or self.sizes.holds(index))", "self.sizes.holds(index)"),
+    ),
+    *_of(
+        ROWS, "rows/selection",
+        ("rows of other sequences", "rows/selection.among_live", "base[batch] + rank[batch, bound]", "rank[batch, bound]"),
+        ("windows forgotten", "rows/selection._low", "if mask.window else None", "if mask.window > 10**9 else None"),
+        ("starts forgotten", "rows/selection._low", "return mask.start.clamp(min=0) if windowed is None else torch.maximum(mask.start, windowed)", "return windowed"),
+        ("ends forgotten", "rows/selection._high", "return high if mask.end is None else torch.minimum(mask.end, high)", "return high"),
+        ("the next token", "rows/selection._high", "place + 1 if mask.causal", "place + 2 if mask.causal"),
+        ("rows that nobody reads are keys", "rows/selection.select", "    if facts.unread:", "    if facts.unread < 0:"),
+        ("documents that are one", "rows/selection._max_seqlen", "facts.documents == 1 and ", ""),
+        ("bounds that are none", "rows/selection._max_seqlen", "not facts.bounded and ", ""),
+        ("windows over gaps", "rows/selection._max_seqlen", "windows_fit = not facts.gaps or", "windows_fit = True or"),
+        ("padding that is read", "rows/selection.plain", "self.live == rows or (causal and not self.before)", "causal"),
+        ("ids that are looked over", "rows/selection._restrictions", "strange = strange | (mask.query_ids != mask.query_ids[:, :1])", "pass"),
+        ("rows that weigh all alike", "rows/selection._restrictions", "strange = strange | (mask.start < 0)", "pass"),
+        ("labels alone", "rows/selection.look", "live = live | (_keys(mask, reached, place) & reached)", "pass"),
     ),
 )
 # fmt: on

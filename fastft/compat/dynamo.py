@@ -181,6 +181,15 @@ def compiled_modules() -> list[torch.nn.Module]:
     return [value for value in values if isinstance(value, torch.nn.Module)]
 
 
+def in_eval_mode() -> bool:
+    """Return whether what is compiled now are modules in eval mode; False where it is not known."""
+    try:
+        modules = compiled_modules()
+    except Exception:  # called without Dynamo
+        return False
+    return bool(modules) and not any(module.training for module in modules)
+
+
 def source_name(placeholder: Node) -> str:
     """Return where an input comes from, as Dynamo spells it: ``L['batch']['input_ids']``."""
     source = getattr(placeholder, "_dynamo_source", None)

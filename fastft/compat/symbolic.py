@@ -49,6 +49,11 @@ def is_zero(size: Any) -> bool:
     return isinstance(size, int) and size == 0
 
 
+def is_symbolic(value: Any) -> bool:
+    """Return whether a value is a number that is computed from symbols, of any type."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
 def is_one(expression: Any) -> bool:
     """Return whether an expression of sizes is one symbol by itself."""
     return getattr(expression, "is_Symbol", False)

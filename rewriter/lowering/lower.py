@@ -76,7 +76,9 @@ def _lower_pieces(
     examples = dict(zip(placeholders, example_inputs, strict=True))
     regions = {key: RegionCompiler(gm, alike[0], examples, options) for key, alike in by_kind(pieces).items()}
     graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
-    planned = plan_builder.plan_graph(gm, pieces, regions, options, graphed, say) if plan else None
+    planned = None
+    if plan:
+        planned = plan_builder.plan_graph(gm, pieces, regions, options, graphed, say, exact=live is None)
     offloader = Offloader(planned.device, planned.facts.host) if planned is not None else None
     calls = _compile_regions(pieces, regions, report, say, planned, offloader)
     running, called = pieces, dict(calls)

@@ -59,11 +59,14 @@ def plan_graph(
     options: Options,
     graphed: range | None,
     say: Callable[[str], None],
+    *,
+    exact: bool = True,
 ) -> GraphPlan | None:
     """Plan a graph; return None if nothing in it goes backward.
 
     regions: by the kind of piece.  graphed: the range of pieces that may run as CUDA graphs.  say: takes messages on
-    progress.  Raises BudgetError where a number of bytes that the user named is too small.
+    progress.  exact: whether steps are of the sizes in the example, and not of fewer rows.  Raises BudgetError where a
+    number of bytes that the user named is too small.
     """
     for region in regions.values():
         say(f"planning the memory of {region.name}")
@@ -78,7 +81,7 @@ def plan_graph(
     facts = device_budget.facts(device, stages.input_bytes(gm), gradient_bytes)
     limit_bytes = device_budget.budget_bytes(options.budget, device)
     # If another graph of the same step has run, the bytes allocated now include its activations.
-    strict = isinstance(options.budget, int) and not any(graph.waiting() for graph in controller.alive)
+    strict = exact and isinstance(options.budget, int) and not any(graph.waiting() for graph in controller.alive)
     plan = controller.plan_or_leanest(sequence, facts, limit_bytes, {}, strict=strict)
     if sequence.hints:
         _keep_few_choices(sequence, plan.choices)

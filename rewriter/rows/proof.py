@@ -180,7 +180,7 @@ class _Watch(eager.TorchDispatchMode):
         if name in _RANDOM and aot.draws_as_eager():
             raise Declined("what dropout draws has to be what eager code draws (fallback_random)")
         if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
-            self._no_numbers(args)
+            self._no_numbers((*args, *kwargs.values()))
         elif name in _RESHAPES:
             known = self._rows_in_order(args[0]) == self._rows_in_order(results)
         elif name == "aten::expand":
@@ -205,7 +205,7 @@ class _Watch(eager.TorchDispatchMode):
     def _no_numbers(self, args: Sequence[Any]) -> None:
         """Check that no number that is computed with depends on the batch's sizes."""
         for argument in args:
-            if isinstance(argument, torch.SymInt) and self.sizes.depends(symbolic.expression(argument)):
+            if symbolic.is_symbolic(argument) and self.sizes.depends(argument.node.expr):
                 raise Declined(f"it computes with the size {argument}")
 
     def _same(self, left: Any, right: Any) -> bool:

@@ -26,6 +26,7 @@ from fastft.rewriter.rows.proof import RowSizes
 from fastft.rewriter.rows.selection import Facts, Ranges, Selection
 from fastft.rewriter.runtime.row_watch import Watch, on_host
 
+Restore = Callable[[Any, Selection, tuple[int, int]], Any]
 AS_GIVEN = 0  # max_seqlen that has attention read all ranges and ids
 
 
@@ -73,12 +74,12 @@ class LiveRun:
         for number, mask in enumerate(live.masks):
             self.as_ranges |= {mask.start: (number, 0), mask.end: (number, 1)}
         self.takes: list[Callable[[Any, Selection], Any]] = []
-        self.restores: dict[Node, Callable[[Tensor, Selection, tuple[int, int]], Tensor]] = {}
+        self.restores: dict[Node, Restore] = {}
         try:
             self.takes = [self._take(node) for node in among.taken]
             for node in among.made:
-                if isinstance(value_of(node), Tensor) and any(axes := live.sizes.axes(value_of(node))):
-                    self.restores[node] = _restore(axes)
+                if (restore := _restoring(value_of(node), live.sizes)) is not None:
+                    self.restores[node] = restore
         except Declined as declined:
             self.report.reason = declined.reason
 
@@ -181,8 +182,7 @@ class LiveRun:
             return lambda given, selected: _Taken.apply(given, selected.rows, selected.live)
         if "b" not in axes and "bs" not in axes:
             if axes.count("s") == 1 and not value.requires_grad:
-                axis = axes.index("s")
-                return lambda given, selected: given.index_select(axis, selected.places)
+                return _take_places(value, axes.index("s"))
             if "s" not in axes:
                 return lambda given, selected: given
         raise Declined(f"{node.name} has rows in axes of its own")
@@ -210,13 +210,34 @@ def _take_labels(labels: Tensor, selected: Selection, ignored: int, *, flat: boo
     return taken if flat else taken[None]
 
 
-def _restore(axes: list[str]) -> Callable[[Tensor, Selection, tuple[int, int]], Tensor]:
-    """Return how what was computed of live rows becomes a tensor of the whole batch.  Raises Declined."""
+def _take_places(value: Tensor, axis: int) -> Callable[[Any, Selection], Any]:
+    """Return how what is the same for all sequences is taken, laid out in memory as it was.  Raises Declined."""
+    strides = [symbolic.hint(stride) for stride in value.stride()]
+    if any(stride == 0 and symbolic.hint(size) > 1 for stride, size in zip(strides, value.shape, strict=True)):
+        raise Declined("what is the same for all sequences is repeated in memory")
+    order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
+    back = sorted(range(value.dim()), key=order.__getitem__)
+    place = order.index(axis)
+    return lambda given, selected: given.permute(order).index_select(place, selected.places).permute(back)
+
+
+def _restoring(value: Any, sizes: RowSizes) -> Restore | None:
+    """Return how what was computed of live rows becomes what it is of the whole batch; None for what is the same.
+
+    Raises Declined.
+    """
+    if isinstance(value, torch.SymInt) and sizes.depends(expression := symbolic.expression(value)):
+        symbols = [symbol for symbol in sizes if symbol != 1]
+        return lambda part, selected, shape: symbolic.evaluate(
+            expression, dict(zip(symbols, shape[-len(symbols) :], strict=True))
+        )
+    if not isinstance(value, Tensor) or not any(axes := sizes.axes(value)):
+        return None
 
     def whole(part: Tensor, selected: Selection, shape: tuple[int, int]) -> Tensor:
         return _Restored.apply(part, selected.rows, selected.live, shape[0] * shape[1])
 
-    if "".join(axes) == "bs" and axes[0] == "bs":
+    if axes[0] == "bs":
         return whole
     if axes[1:2] == ["s"]:
         return lambda part, selected, shape: whole(part[0], selected, shape).unflatten(0, shape)

@@ -319,6 +319,10 @@ def test_what_is_never_left_out(family: Family) -> None:
     assert compiled.rows is None
     torch.testing.assert_close(loss, model(**inputs).loss.detach())
     model, _ = pair(family)
+    compiled = Compiled(model.eval())
+    model(**inputs)
+    assert compiled.rows is None
+    model, _ = pair(family)
     compiled = Compiled(model, skip_padding=False)
     model(**inputs)
     assert compiled.rows is None
