@@ -6,6 +6,9 @@ capped to that card's.  Needs CUDA.
 
     python benchmarks/longest.py --model llama-8b --nf4 --cards 8,12,16,24,80 --confirm 12,16 --json longest.json
 
+--mask padded pads the last quarter: of lengths that are found and run it is the tokens that are counted, all of them with
+--all-rows, which has every row computed.
+
 A card of 12 GB has 12e9 bytes, less 0.5 GiB for CUDA's context and MARGIN for fragments.  That is too little where
 the allocator's segments cannot grow: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or see shorter ones run.
 """
@@ -36,6 +39,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--cards", type=arguments.listed(int), default=[8, 12, 16, 24, 80], help="GB, comma-separated")
     add("--confirm", type=arguments.listed(int), default=[], help="of these, which to run")
     add("--layers", type=arguments.positive, help="cut the model to this many layers")
+    add("--all-rows", action="store_true", help="skip_padding=False")
     add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
     return parser.parse_args(words)
 
@@ -50,6 +54,8 @@ def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
     asked = arguments.asked(options, "layers", "cards", "confirm", "turns")
     asked |= {"contender": "fastft", "batch": 1, "length": 2048, "warmup": 1, "steps": 1}
     asked["options"] = {"memory_budget": "min", "cuda_graphs": False}
+    if options.all_rows:
+        asked["options"]["skip_padding"] = False
     return [workers.Job("longest contexts", asked, scratch / "caches")]
 
 
@@ -117,7 +123,8 @@ def confirm(training: Any, run: Any, card_gb: int, tokens: int) -> Row:
 
     import fastft
 
-    batch = make_batch(run, 1, tokens, torch.Generator().manual_seed(1))
+    padded = run.mask == "padded" and run.options.get("skip_padding") is None
+    batch = make_batch(run, 1, tokens * 4 // 3 if padded else tokens, torch.Generator().manual_seed(1))
     training.model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
