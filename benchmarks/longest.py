@@ -6,8 +6,8 @@ capped to that card's.  Needs CUDA.
 
     python benchmarks/longest.py --model llama-8b --nf4 --cards 8,12,16,24,80 --confirm 12,16 --json longest.json
 
---mask padded pads the last quarter: of lengths that are found and run it is the tokens that are counted, all of them with
---all-rows, which has every row computed.
+--mask padded pads the last quarter: lengths that are found and run are then those without padding.  --all-rows has
+every row computed, and counts all.
 
 A card of 12 GB has 12e9 bytes, less 0.5 GiB for CUDA's context and MARGIN for fragments.  That is too little where
 the allocator's segments cannot grow: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or see shorter ones run.
