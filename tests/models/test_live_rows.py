@@ -220,6 +220,7 @@ def test_dropout_of_adapters(family: Family) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
 @by_name([family for family in UNDERSTOOD if family.name in ("llama", "gemma2", "qwen3")])
 def test_on_a_card(family: Family, nf4: bool) -> None:
