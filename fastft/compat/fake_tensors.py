@@ -130,6 +130,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+def leaves(value: Any) -> list[Any]:
+    """List all that is in a call's arguments, however nested."""
+    return tree_leaves(value)
+
+
 def is_plain(value: Any) -> bool:
     """Return whether this is a strided tensor of no subclass, or a size."""
     return isinstance(value, torch.SymInt) or (type(value) is FakeTensor and value.layout is torch.strided)

@@ -30,6 +30,7 @@ from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.bodies import bodies, body_of
 from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import may_use_rng, mutated_args, switches_mode
+from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.fx.operands import Calls, Level, pass_in
 from fastft.rewriter.outline import partition
 from fastft.rewriter.report.data import GraphReport
@@ -102,6 +103,8 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     if asked:  # what follows the layers and is not known to keep rows apart is run for all rows
         after, rest = _divided(gm, after, layers[-1].nodes[-1], sizes)
         losses = _losses(after)
+    if any(switches_mode(node) and "autocast" not in name_of(node.target) for node in (*after, *rest)):
+        raise Declined("gradients are switched on or off behind the first layer", "mode.switched")
     hoisted = _hoisted(gm, after, losses)
     after = [node for node in after if node not in hoisted]
     region = [gm, *(body for body in bodies(gm) if body is not gm)]
@@ -111,8 +114,11 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     attentions = [
         (body, node) for body in region for node in body.graph.find_nodes(op="call_function", target=_ATTENTION)
     ]
-    read = [_restricted(calls, body, node, sizes) for body, node in attentions]
+    read = [_restricted(calls, body, node, sizes, first) for body, node in attentions]
     around = [_levels(calls, body) for body, _ in attentions]
+    for (_, node), levels in zip(attentions, around, strict=True):
+        if any(call < first for call in (levels[-1][1] if levels else [node])):
+            raise Declined("there is attention before the layers")
     labels = [_label(node, sizes) for node in losses]
     if len(dict(labels)) < len(dict.fromkeys(labels)):
         raise Declined("two losses count different labels")
@@ -207,7 +213,9 @@ def _hoisted(gm: GraphModule, after: Sequence[Node], losses: Sequence[Node]) -> 
         pending += node.all_input_nodes
     for node in after:
         reads = [one for one in node.all_input_nodes if one in inside]
-        if reads and wanted.issuperset(reads) and _is_pure(gm, node):
+        values = fake_tensors.tensors_in(value_of(node))
+        whole = not any(value.is_floating_point() for value in values)  # which autocast leaves alone
+        if reads and wanted.issuperset(reads) and whole and _is_pure(gm, node):
             wanted.add(node)
     return {node: None for node in after if node in wanted}
 
@@ -227,7 +235,7 @@ def _label(loss: Node, sizes: RowSizes) -> tuple[Node, int]:
     return labels, call["ignore_index"]
 
 
-def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes) -> dict[str, Any]:
+def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes, first: Node) -> dict[str, Any]:
     """Return what restricts an attention, ranges and ids as nodes of the whole graph.  Raises Declined."""
     call: dict[str, Any] = dict(zip(PARAMETERS, node.args, strict=True))
     if call["mask"] is not None:
@@ -236,9 +244,11 @@ def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes) ->
     expected = ["b" if sizes.batch != 1 else "", "", "s", ""]
     if sizes.axes(query) != expected or sizes.axes(key) != expected:
         raise Declined("its queries and keys are not the rows of the batch")
+    if any(symbolic.is_symbolic(value_of(one)) for one in call.values()):
+        raise Declined("attention computes with a size")
     outer = {name: call[name] and calls.outside(body, call[name])[0] for name in _VECTORS}
     for name, vector in outer.items():
-        if vector is not None and vector.graph is not calls.gm.graph:
+        if vector is not None and not (vector.graph is calls.gm.graph and vector < first):
             raise Declined(f"{name} is not made before the layers")
     return outer | {name: call[name] for name in ("causal", "window")}
 

@@ -65,6 +65,7 @@ _ELEMENTWISE = frozenset(
     )
 )  # fmt: skip  (and what moves whole axes)
 _RANDOM = frozenset(("aten::native_dropout", "aten::bernoulli_", "aten::bernoulli", "aten::rand_like"))
+_BY_SIZES = frozenset(("aten::slice", "aten::select", "aten::split", "aten::split_with_sizes"))
 _RESHAPES = frozenset(("aten::view", "aten::_unsafe_view", "aten::reshape"))
 _ALONG = {  # the place of the axes along which these mix elements, by name
     "sum": 1, "mean": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "any": 1, "all": 1, "prod": 1, "_softmax": 1,
@@ -165,6 +166,7 @@ class _Watch(eager.TorchDispatchMode):
         if name.startswith(("prim::", "aten::sym_")):  # what a tensor is, not what it holds
             return results
         if not (any(map(self.sizes.holds, given)) or self.sizes.holds(results)):
+            self._no_numbers(fake_tensors.leaves((args, kwargs)))  # what holds no rows may hold their number
             return results
         try:
             self._check(func, name, args, kwargs or {}, results)
@@ -179,8 +181,12 @@ class _Watch(eager.TorchDispatchMode):
         known = True
         if name in _RANDOM and aot.draws_as_eager():
             raise Declined("what dropout draws has to be what eager code draws (fallback_random)")
-        if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
+        if name not in _BY_SIZES:
             self._no_numbers((*args, *kwargs.values()))
+        if name in _RANDOM and not self._for_each_row(results):
+            raise Declined("what is drawn is not for each row by itself")
+        if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
+            pass
         elif name in _RESHAPES:
             known = self._rows_in_order(args[0]) == self._rows_in_order(results)
         elif name == "aten::expand":
@@ -191,6 +197,12 @@ class _Watch(eager.TorchDispatchMode):
         elif name == "aten::index":
             places = zip(self.sizes.axes(args[0]), args[1], strict=False)
             known = not any(index is not None and (axis or self.sizes.holds(index)) for axis, index in places)
+        elif short == "gather":
+            tensor, dim, index = args[:3]
+            pairs = zip(self.sizes.axes(tensor), self.sizes.axes(index), strict=True)
+            known = self._apart(short, args, kwargs) and all(
+                one == other for place, (one, other) in enumerate(pairs) if place != dim % tensor.dim()
+            )
         elif short in _ALONG:
             known = self._apart(short, args, kwargs)
         elif name in ("aten::mm", "aten::addmm", "aten::linear", "aten::embedding", "aten::bmm"):
@@ -201,6 +213,13 @@ class _Watch(eager.TorchDispatchMode):
             known = False
         if not known:
             raise Declined(f"{short} may mix rows", "rows.mixed")
+
+    def _for_each_row(self, results: Any) -> bool:
+        """Return whether what is drawn has both axes of rows."""
+        wanted = {"s"} if self.sizes.batch == 1 else {"b", "s"}
+        return all(
+            set(axes) - {""} in (wanted, {"bs"}) for axes in map(self.sizes.axes, fake_tensors.tensors_in(results))
+        )
 
     def _no_numbers(self, args: Sequence[Any]) -> None:
         """Check that no number that is computed with depends on the batch's sizes."""

@@ -91,7 +91,8 @@ class LiveRun:
         values = dict(zip(self.before.taken, inputs, strict=True))
         values |= self.before(values)
         looks = not self.report.reason and torch.is_grad_enabled() and not _capturing(inputs)
-        selected, max_seqlen = self._choose(values) if looks else (None, AS_GIVEN)
+        whole = values[self.live.hidden].shape[1] if self.unmasked else AS_GIVEN
+        selected, max_seqlen = self._choose(values) if looks else (None, whole)
         return Started(values, selected, max_seqlen)
 
     def sizes(self, started: Started) -> Sizes:
@@ -111,7 +112,7 @@ class LiveRun:
             found |= {node: restore(found[node], selected, (B, S)) for node, restore in self.restores.items()}
         values = values | found
         if self.rest is not None:
-            values |= self.rest(values)
+            values |= self.rest(values | {self.live.max_seqlen: AS_GIVEN})
         return tuple(values[one] if isinstance(one, Node) else one for one in self.outputs)
 
     def _choose(self, values: dict[Node, Any]) -> tuple[Selection | None, int]:
@@ -175,7 +176,10 @@ class LiveRun:
         if not isinstance(value, Tensor):
             return lambda given, selected: given
         axes = sizes.axes(value)
-        one_sequence = sizes.batch == 1 and axes[:2] == ["", "s"]
+        one_sequence = sizes.batch == 1 and axes[:2] == ["", "s"] and symbolic.expression(value.shape[0]) == 1
+        by_rows = axes[:2] == ["b", "s"] or one_sequence or axes[:1] == ["bs"]
+        if by_rows and (any(axes[2:]) or axes[1:2] == ["bs"] or not value.is_contiguous()):
+            raise Declined(f"{node.name} is laid out in another way than by rows")
         if axes[:2] == ["b", "s"] or one_sequence:
             return lambda given, selected: _Taken.apply(given.flatten(0, 1), selected.rows, selected.live)[None]
         if axes[:1] == ["bs"]:
@@ -237,11 +241,13 @@ def _restoring(value: Any, sizes: RowSizes) -> Restore | None:
     def whole(part: Tensor, selected: Selection, shape: tuple[int, int]) -> Tensor:
         return _Restored.apply(part, selected.rows, selected.live, shape[0] * shape[1])
 
-    if axes[0] == "bs":
+    first = ["b"] if sizes.batch != 1 else [""]
+    one = sizes.batch != 1 or symbolic.expression(value.shape[0]) == 1
+    if axes[0] == "bs" and not any(axes[1:]) and value.is_contiguous():
         return whole
-    if axes[1:2] == ["s"]:
+    if one and axes[:2] == [*first, "s"] and not any(axes[2:]) and value.is_contiguous():
         return lambda part, selected, shape: whole(part[0], selected, shape).unflatten(0, shape)
-    if axes[2:3] == ["s"]:  # keys and values, by heads
+    if one and axes == [*first, "", "s", ""]:  # keys and values, by heads
         turned = lambda tensor: tensor.transpose(1, 2)  # noqa: E731
         return lambda part, selected, shape: turned(whole(turned(part)[0], selected, shape).unflatten(0, shape))
     raise Declined("what leaves the graph has rows in axes of its own")
