@@ -21,7 +21,7 @@ Sizes = dict[Any, int]  # the symbols of a graph's sizes, and what they are
 
 def expression(size: Any) -> Any:
     """Convert a size to what outlives its graph: a number, or an expression of symbols."""
-    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+    return size.node.expr if is_symbolic(size) else int(size)
 
 
 def evaluate(expression: Any, sizes: dict[Any, int]) -> int:

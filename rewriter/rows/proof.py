@@ -224,7 +224,7 @@ class _Watch(eager.TorchDispatchMode):
     def _no_numbers(self, args: Sequence[Any]) -> None:
         """Check that no number that is computed with depends on the batch's sizes."""
         for argument in args:
-            if symbolic.is_symbolic(argument) and self.sizes.depends(argument.node.expr):
+            if symbolic.is_symbolic(argument) and self.sizes.depends(symbolic.expression(argument)):
                 raise Declined(f"it computes with the size {argument}")
 
     def _same(self, left: Any, right: Any) -> bool:

@@ -65,6 +65,9 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "the number of tokens": lambda x: x * x.shape[1],
     "a root of the number of tokens": lambda x: x * x.shape[1] ** 0.5,
     "as many times as there are tokens": lambda x: torch.add(x, x, alpha=x.shape[1]),
+    "a factor by the number of tokens": lambda x: x * (VECTOR / x.shape[1]),
+    "the number of tokens as a tensor": lambda x: x * torch.full((1,), x.shape[1]),
+    "places of a table": lambda x: x + TABLE.gather(1, (x[0] > 0).long()),
     "the number of rows": lambda x: x / (x.shape[0] * x.shape[1]),
     "convolution": lambda x: F.conv1d(x.transpose(1, 2), SQUARE[..., None].expand(-1, -1, 3), padding=1).transpose(
         1, 2
@@ -141,6 +144,21 @@ def test_dropout_that_has_to_draw_as_eager_does() -> None:
     gm, sizes = captured(lambda x: F.dropout(x, 0.5))
     proof.check(gm, gm.graph.nodes, sizes)
     with torch._inductor.config.patch(fallback_random=True), pytest.raises(Declined, match="what eager code draws"):
+        proof.check(gm, gm.graph.nodes, sizes)
+
+
+@pytest.mark.parametrize("axes", [(0, 2), (1, 2), (2,)])
+def test_draws_that_rows_share(axes: tuple[int, ...]) -> None:
+    """A path that is dropped for a sequence, or for a place in all of them."""
+
+    def function(x: Tensor) -> Tensor:
+        return x * F.dropout(x.new_ones([x.shape[axis] if axis in axes else 1 for axis in range(3)]), 0.5)
+
+    gm, sizes = captured(function)
+    if axes == (2,):
+        proof.check(gm, gm.graph.nodes, sizes)  # the same features of all rows
+        return
+    with pytest.raises(Declined, match="drawn"):
         proof.check(gm, gm.graph.nodes, sizes)
 
 
