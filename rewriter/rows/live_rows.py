@@ -131,7 +131,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     # Nothing is declined from here on.
     for node in hoisted:
         first.prepend(node)
-    live.max_seqlen = _add_input(gm, sizes.length)
+    live.max_seqlen = _add_input(gm, value_of(hidden).shape[1])
     masks: dict[Any, Mask] = {}
     for (_, node), outer, levels in zip(attentions, read, around, strict=True):
         _restrict(node, outer, levels, live, masks)
@@ -306,16 +306,12 @@ def _made_by(gm: GraphModule, node: Node) -> Node:
     return node
 
 
-def _add_input(gm: GraphModule, like: Any) -> Node:
-    """Add max_seqlen to the graph's inputs, as the last."""
+def _add_input(gm: GraphModule, like: torch.SymInt) -> Node:
+    """Add max_seqlen to the graph's inputs, as the last: a symbol beside that of a size."""
     last = list(gm.graph.find_nodes(op="placeholder"))[-1]
-    known = next(
-        size for node in gm.graph.find_nodes(op="placeholder") for size in getattr(value_of(node), "shape", ())
-        if isinstance(size, torch.SymInt)
-    )  # fmt: skip
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder("max_seqlen")
-    fake_tensors.set_value(node, symbolic.new_size(known, "max_seqlen", ANY_LENGTH))
+    fake_tensors.set_value(node, symbolic.new_size(like, "max_seqlen", ANY_LENGTH))
     return node
 
 

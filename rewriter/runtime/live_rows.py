@@ -91,13 +91,12 @@ class LiveRun:
         values = dict(zip(self.before.taken, inputs, strict=True))
         values |= self.before(values)
         looks = not self.report.reason and torch.is_grad_enabled() and not _capturing(inputs)
-        whole = values[self.live.hidden].shape[1] if self.unmasked else AS_GIVEN
-        selected, max_seqlen = self._choose(values) if looks else (None, whole)
+        selected, max_seqlen = self._choose(values) if looks else (None, self._unlooked(values))
         return Started(values, selected, max_seqlen)
 
     def sizes(self, started: Started) -> Sizes:
         """Return the sizes that differ from those of the graph's inputs."""
-        return {} if started.selected is None else _sizes_of(self.live.sizes, started.selected.size)
+        return {} if started.selected is None else _sizes_of(self.live.sizes, 1, started.selected.size)
 
     def finish(self, started: Started) -> tuple[Any, ...]:
         """Run the layers and what follows."""
@@ -115,6 +114,11 @@ class LiveRun:
             values |= self.rest(values | {self.live.max_seqlen: AS_GIVEN})
         return tuple(values[one] if isinstance(one, Node) else one for one in self.outputs)
 
+    def _unlooked(self, values: dict[Node, Any]) -> int:
+        """Return max_seqlen for a batch of which nothing is known."""
+        return values[self.live.hidden].shape[1] if self.unmasked else AS_GIVEN
+
+    @torch.no_grad()
     def _choose(self, values: dict[Node, Any]) -> tuple[Selection | None, int]:
         """Return the live rows to go on with, None for all, and max_seqlen."""
         hidden = values[self.live.hidden]
@@ -123,20 +127,19 @@ class LiveRun:
         if not self.watch.waits(hidden):
             if self.watch.is_due():
                 self.watch.note(self._look(values, masks, hidden).facts)
-            return None, S if self.unmasked else AS_GIVEN
-        with torch.no_grad():
-            looked = self._look(values, masks, hidden)
-            facts = Facts(*on_host(looked.facts).result())
-            live = self._computed(facts, B * S)
-            pays = selection.rounded(live) < B * S * self.watch.least_saving(hidden)
-            pays = pays and self.live.guards.hold(_sizes_of(self.live.sizes, selection.rounded(live)))
-            self.watch.quiet = 0 if pays else self.watch.quiet + 1
-            self.report.add(B * S, live if pays else B * S)
-            if pays:
-                chosen = selection.select(looked, facts, masks, self.ends)
-                return chosen, chosen.max_seqlen
-        plain = self.unmasked or facts.plain(B * S, causal=all(mask.causal for mask in masks))
-        return None, S if plain and not (self.watch.is_small(hidden) and not self.unmasked) else AS_GIVEN
+            return None, self._unlooked(values)
+        looked = self._look(values, masks, hidden)
+        facts = Facts(*on_host(looked.facts).result())
+        live = self._computed(facts, B * S)
+        pays = selection.rounded(live) < B * S * self.watch.least_saving(hidden)
+        pays = pays and self.live.guards.hold(_sizes_of(self.live.sizes, 1, selection.rounded(live)))
+        self.watch.quiet = 0 if pays else self.watch.quiet + 1
+        self.report.add(B * S, live if pays else B * S)
+        if pays:
+            chosen = selection.select(looked, facts, masks, self.ends)
+            return chosen, chosen.max_seqlen
+        plain = facts.plain(B * S, causal=all(mask.causal for mask in masks)) and not self.watch.is_small(hidden)
+        return None, S if plain else self._unlooked(values)
 
     def _ranges(self, mask: Mask, values: dict[Node, Any]) -> Ranges:
         """Return what the model itself restricts an attention by."""
@@ -149,11 +152,10 @@ class LiveRun:
     def _look(self, values: dict[Node, Any], masks: Sequence[Ranges], hidden: Tensor) -> selection.Look:
         B, S = hidden.shape[:2]
         counted = None
-        with torch.no_grad():
-            for labels, ignored in self.live.labels:
-                counts = (values[labels] != ignored).view(B, S)
-                counted = counts if counted is None else counted | counts
-            return selection.look(counted, masks, hidden.device, B, S, by_labels=self.live.by_labels)
+        for labels, ignored in self.live.labels:
+            counts = (values[labels] != ignored).view(B, S)
+            counted = counts if counted is None else counted | counts
+        return selection.look(counted, masks, hidden.device, B, S, by_labels=self.live.by_labels)
 
     def _computed(self, facts: Facts, rows: int) -> int:
         """Return how many rows have to be computed: all where live ones are restricted by what ranges cannot tell."""
@@ -192,9 +194,9 @@ class LiveRun:
         raise Declined(f"{node.name} has rows in axes of its own")
 
 
-def _sizes_of(sizes: RowSizes, rows: int) -> Sizes:
-    """Return what the batch's sizes are where so many rows are one sequence."""
-    return {symbol: number for symbol, number in ((sizes.batch, 1), (sizes.length, rows)) if symbol != 1}
+def _sizes_of(sizes: RowSizes, *shape: int) -> Sizes:
+    """Return the values of the symbols of a batch's sizes for such a batch."""
+    return {symbol: number for symbol, number in zip(sizes, shape, strict=True) if symbol != 1}
 
 
 def _take_size(expression: Any, sizes: RowSizes) -> Callable[[Any, Selection], Any]:
@@ -202,7 +204,7 @@ def _take_size(expression: Any, sizes: RowSizes) -> Callable[[Any, Selection], A
         return lambda given, selected: given
 
     def size(given: int, selected: Selection) -> int:
-        return symbolic.evaluate(expression, _sizes_of(sizes, selected.size))
+        return symbolic.evaluate(expression, _sizes_of(sizes, 1, selected.size))
 
     return size
 
@@ -231,10 +233,7 @@ def _restoring(value: Any, sizes: RowSizes) -> Restore | None:
     Raises Declined.
     """
     if isinstance(value, torch.SymInt) and sizes.depends(expression := symbolic.expression(value)):
-        symbols = [symbol for symbol in sizes if symbol != 1]
-        return lambda part, selected, shape: symbolic.evaluate(
-            expression, dict(zip(symbols, shape[-len(symbols) :], strict=True))
-        )
+        return lambda part, selected, shape: symbolic.evaluate(expression, _sizes_of(sizes, *shape))
     if not isinstance(value, Tensor) or not any(axes := sizes.axes(value)):
         return None
 
