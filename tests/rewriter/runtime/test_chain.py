@@ -32,7 +32,7 @@ def is_ours(path: Path) -> bool:
 
 
 def test_the_calls_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the compiled model's call to an op's kernel, with a plan and logits that nobody read yet."""
+    """From the compiled model's call to an op's kernel, with a plan, rows left out and logits that nobody read yet."""
     page = (ROOT / "docs" / "run-time.md").read_text(encoding="utf-8")
     diagram = re.findall(r"[\w/]+\.py", page.partition("```\n")[2].partition("```")[0])
     drawn = [end_of(path) for path in diagram if end_of(path) not in ELSEWHERE]
@@ -45,8 +45,9 @@ def test_the_calls_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch) -> Non
 
     torch._dynamo.reset()
     model = build(FAMILIES[0], nf4=False, checkpoint=False, train_norms=False, layers=3)
-    compiled = torch.compile(model, backend="fastft", options={"lower": "eager", "memory_budget": "max-speed"})
-    inputs = {"input_ids": batch(padded=False)["input_ids"]}
+    options = {"lower": "eager", "memory_budget": "max-speed"}
+    compiled = torch.compile(model, backend="fastft", dynamic=True, options=options)
+    inputs = batch(padded=True)
     compiled(**inputs)
     monkeypatch.setattr(dispatch, "fill", noted)
     compiled(**inputs)
