@@ -158,11 +158,20 @@ def _live_rows(
         return gm, None
     report.rows = RowsReport()
     copy = dynamo.inherit_capture_metadata(GraphModule(gm, dynamo.copy_graph(gm.graph)), gm)
+    original = Snapshot(copy)
     try:
         return copy, live_rows.prepare(copy, report, deferred, asked=options.skip_padding is True)
     except Declined as declined:
         report.rows.reason = declined.reason
-        return gm, None
+    except dynamo.RestartAnalysis:
+        raise
+    except Exception as error:  # costs this alone
+        if options.strict:
+            raise
+        original.restore()  # bodies, which both graphs call
+        report.rows.reason = f"it could not be prepared: {describe(error)}"
+        warn_once(f"fastft runs every row of a padded batch, because of {describe(error)}")
+    return gm, None
 
 
 def warn_once(message: str, more: str = "") -> None:

@@ -85,13 +85,14 @@ def _lower_pieces(
     if graphed is not None:
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, options.cuda_graphs, offloader)
     named = profiling.named(running, called)
-    run = stitch.stitch(gm, running, named) if live is None else _live_run(gm, running, named, live, report)
+    graphs = [call for call in called.values() if isinstance(call, Graphed)]
+    run = stitch.stitch(gm, running, named) if live is None else _live_run(gm, running, named, live, report, graphs)
     if planned is None or offloader is None:
         return run
     result = Planned(
         planned.sequence, planned.facts, planned.budget, planned.device, planned.plan,
         run=run, calls=[call for call in calls.values() if isinstance(call, Call)], offloader=offloader,
-        graphed=[call for call in called.values() if isinstance(call, Graphed)],
+        graphed=graphs,
         sizes_of=plan_builder.sizes_of([node for node in placeholders if live is None or node is not live.max_seqlen]),
     )  # fmt: skip
     report.plan = result.report
@@ -99,8 +100,9 @@ def _lower_pieces(
 
 
 def _live_run(
-    gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable], live: LiveRows, report: GraphReport
-) -> LiveRun:
+    gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable], live: LiveRows, report: GraphReport,
+    graphs: Sequence[Graphed],
+) -> LiveRun:  # fmt: skip
     """Return what runs the pieces from the first layer on with the live rows of a batch."""
     begin = next(number for number, piece in enumerate(pieces) if live.first in piece.nodes)
     end = next((number for number, piece in enumerate(pieces) if live.rest in piece.nodes), len(pieces))
@@ -119,7 +121,8 @@ def _live_run(
     wanted = dict.fromkeys((*parts[0].taken, *parts[1].taken, live.hidden, *dict(live.labels), *outputs))
     carried = [node for node in wanted if isinstance(node, Node) and node.op != "placeholder" and node not in later]
     first = Part(stitch.chain(before, calls, given, tuple(carried)), given, carried)
-    return LiveRun(live, first, parts[0], parts[1] if rest else None, outputs, report.rows or RowsReport())
+    last, told = parts[1] if rest else None, report.rows or RowsReport()
+    return LiveRun(live, first, parts[0], last, outputs, told, next(iter(graphs), None))
 
 
 def _compile_regions(

@@ -31,10 +31,10 @@ from fastft.rewriter.fx.bodies import bodies, body_of
 from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import may_use_rng, mutated_args, switches_mode
 from fastft.rewriter.fx.metadata import name_of
-from fastft.rewriter.fx.operands import Calls, Level, pass_in
+from fastft.rewriter.fx.operands import Calls, Level, pass_in, take_out
 from fastft.rewriter.outline import partition
 from fastft.rewriter.report.data import GraphReport
-from fastft.rewriter.rows import proof
+from fastft.rewriter.rows import moves, proof
 from fastft.rewriter.rows.proof import RowSizes
 
 RULE = "live_rows"
@@ -128,6 +128,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     if not (by_labels and losses) and not any(one[name] is not None for one in read for name in _VECTORS):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
     _check_outputs(gm, set(after), sizes, deferred, [node for _, node in attentions], asked)
+    _check_moves(after, sizes, dict(labels))
     # Nothing is declined from here on.
     for node in hoisted:
         first.prepend(node)
@@ -287,6 +288,17 @@ def _check_outputs(
             raise Declined(f"{node.name} leaves the graph", "rows.returned")
 
 
+def _check_moves(after: Sequence[Node], sizes: RowSizes, labels: dict[Node, int]) -> None:
+    """Check that what these calls read of others can be taken by rows, and put back what others read of them."""
+    inside = set(after)
+    for node in dict.fromkeys(operand for user in after for operand in user.all_input_nodes):
+        if node not in inside and node.op != "get_attr":
+            moves.taker(node, sizes, labels)
+    for node in after:
+        if not inside.issuperset(node.users):
+            moves.restorer(value_of(node), sizes)
+
+
 def _sources(gm: GraphModule, node: Node) -> list[Node]:
     """List the call that computes an output, and what it only copies."""
     found = [_made_by(gm, node)]
@@ -320,20 +332,21 @@ def _restrict(node: Node, outer: dict[str, Any], levels: list[Level], live: Live
     key = tuple(outer.values())
     if key not in masks:
         start, end = outer["start"], outer["end"]
-        taken = {mask.start for mask in masks.values()}
-        new_start = _range(live, 0, start) if start is None or start in taken else start
-        needed = not outer["causal"] or outer["query_ids"] is not None  # some rows may not be read
-        new_end = _range(live, LARGEST_INT32) if end is None and needed else end
-        masks[key] = Mask(new_start, start, new_end, end, *key[2:])
+        needed = end is not None or not outer["causal"] or outer["query_ids"] is not None  # some rows may not be read
+        new_end = _range(live, LARGEST_INT32, end) if needed else None
+        masks[key] = Mask(_range(live, 0, start), start, new_end, end, *key[2:])
     mask = masks[key]
     call = dict(zip(PARAMETERS, node.args, strict=True))
     call["start"], call["end"] = pass_in(levels, mask.start), pass_in(levels, mask.end)
     call["max_seqlen"] = pass_in(levels, live.max_seqlen)
+    own = {one for one in node.all_input_nodes if one.op == "placeholder"}
     node.args = tuple(call.values())
+    for one in own.difference(node.all_input_nodes):
+        take_out(levels, one)
 
 
 def _range(live: LiveRows, fill: int, like: Node | None = None) -> Node:
-    """Return a new range before the layers: of this number, or a copy of one that another mask has too."""
+    """Return a new range before the layers, for attention alone: of this number, or a copy of one that there is."""
     graph, first, hidden = live.first.graph, live.first, value_of(live.hidden)
     with graph.inserting_before(first):
         if like is not None:

@@ -181,11 +181,16 @@ class Selection:
         return len(self.rows)
 
 
-def select(looked: Look, facts: Facts, masks: Sequence[Ranges], ends: Sequence[bool]) -> Selection:
-    """Select the live rows, at least one.  ends: whether each mask's attention is given an end."""
+def select(
+    looked: Look, facts: Facts, masks: Sequence[Ranges], ends: Sequence[bool], N: int, longest: int
+) -> Selection:
+    """Select N rows, the live ones, of which there is one at least, and copies.
+
+    ends: whether each mask's attention is given an end.  longest: as long as any sequence's live rows, or longer.
+    """
     rank = looked.rank
     (B, S), device = looked.live.shape, looked.live.device
-    N, flat = rounded(facts.live), looked.live.flatten()
+    flat = looked.live.flatten()
     keys = looked.keys.flatten()
     # Rows that are added are copies of one that is live, so that whatever is computed of them is finite.
     rows = flat.to(torch.uint8).argmax().expand(N + 1).clone()
@@ -213,17 +218,17 @@ def select(looked: Look, facts: Facts, masks: Sequence[Ranges], ends: Sequence[b
         if end is not None:
             end[facts.live :] = own[facts.live :] + 1
         ranges.append((_vector(start), None if end is None else _vector(end)))
-    return Selection(facts.live, rows, places, ranges, _max_seqlen(facts, masks, N))
+    return Selection(facts.live, rows, places, ranges, _max_seqlen(facts, masks, N, longest))
 
 
 def _vector(bounds: Tensor) -> Tensor:
     return bounds.to(torch.int32)[None]
 
 
-def _max_seqlen(facts: Facts, masks: Sequence[Ranges], N: int) -> int:
-    """Return N where all live rows are one document whose ranges tell nothing; else the longest document, rounded."""
+def _max_seqlen(facts: Facts, masks: Sequence[Ranges], N: int, longest: int) -> int:
+    """Return N where all live rows are one document whose ranges tell nothing; else the longest document's length."""
     windows_fit = not facts.gaps or not any(mask.window for mask in masks)
     added = facts.live < N and not all(mask.causal for mask in masks)  # queries that are not causal would read these
     if facts.documents == 1 and not facts.bounded and not facts.unread and windows_fit and not added:
         return N
-    return min(rounded(facts.longest), N - 1)
+    return min(longest, N - 1)

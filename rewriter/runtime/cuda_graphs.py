@@ -30,7 +30,8 @@ from fastft.rewriter.runtime.offload import Offloader
 log = logging.getLogger("fastft")
 _one_at_a_time = threading.Lock()  # captures share a stream
 MOST_SHAPES = 64  # that are remembered until they occur a second time
-MOST_CAPTURES = 8  # of one stack: for different shapes, and after parameters were moved
+MOST_CAPTURES = 12  # of one stack: for different shapes, and after parameters were moved
+MOST_RESETS = 4  # after which captures are counted on: a plan that changes with each size would have them made anew
 
 
 class Graphed:
@@ -53,7 +54,7 @@ class Graphed:
         self.addresses: dict[Any, list[int | None]] = {}  # by shapes: of the inputs in the last uncaptured call
         self.captures: dict[Any, Capture] = {}
         self.moved_once: set[int] = set()
-        self.attempts = 0
+        self.attempts = self.resets = 0
         self.pool: Any = None
         self.waiting: weakref.ref | None = None  # a forward whose backward may still come
 
@@ -74,7 +75,10 @@ class Graphed:
 
     def reset(self, *, enabled: bool) -> None:
         """Drop all captures because the layers' choices change; if enabled, later calls capture again."""
-        self.enabled, self.attempts, self.pool, self.pool_bytes = enabled, 0, None, 0
+        self.enabled, self.pool, self.pool_bytes = enabled, None, 0
+        self.resets += 1
+        if self.resets <= MOST_RESETS:
+            self.attempts = 0
         self.captures.clear()
 
     def _capture(self, shapes: Any, inputs: Sequence[Any]) -> Capture | None:

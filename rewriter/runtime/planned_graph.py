@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastft.compat import eager
 from fastft.compat.symbolic import Sizes
@@ -134,13 +135,14 @@ class Planned:
         self._watch(inputs)
         self.controller = controller.shared(self)
         self.sizes = self.sizes_of(inputs)
-        run = functools.partial(self.run, *inputs)
+        again = run = functools.partial(self.run, *inputs)
+        state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         if isinstance(self.run, LiveRun):  # how much is computed is known before the layers
             started = self.run.begin(inputs)
             self.sizes |= self.run.sizes(started)
             run = functools.partial(self.run.finish, started)
         self.controller.begin(self)
-        return self._opened(self._repeatedly(run))
+        return self._opened(self._repeatedly(run, again, state))
 
     def _watch(self, inputs: Sequence[Any]) -> None:
         """Free memory when the model is deleted: Dynamo keeps its compiled code, and thereby this, until a reset."""
@@ -151,19 +153,19 @@ class Planned:
         if parameter is not None:
             weakref.finalize(parameter, _release, weakref.ref(self)).atexit = False
 
-    def _repeatedly(self, run: Callable[[], Any]) -> Any:
-        """Run a forward, and once more with less memory where that runs out."""
-        if self.device.type != "cuda":
-            return run()
-        state = torch.cuda.get_rng_state(self.device)
+    def _repeatedly(self, run: Callable[[], Any], again: Callable[[], Any], state: Tensor | None) -> Any:
+        """Run a forward, and once more, with less memory, where that runs out.
+
+        state: of the device's random numbers, for the second; None not on a GPU.
+        """
         try:
             return run()
         except torch.OutOfMemoryError:
-            if not self.controller.replan_after_oom("the step is run again"):
+            if state is None or not self.controller.replan_after_oom("the step is run again"):
                 raise
         torch.cuda.empty_cache()  # only here, where the failed run's tensors have been freed
         torch.cuda.set_rng_state(state, self.device)
-        return run()
+        return again()
 
     def _opened(self, results: Any) -> Any:
         """Note that a backward is pending: until it begins, this graph's activations are in memory beside others'."""

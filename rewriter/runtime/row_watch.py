@@ -1,4 +1,4 @@
-"""Decide whether a forward waits to be told how many rows of its batch are live, and how numbers come to the host."""
+"""Decide whether a forward waits to be told how many rows of its batch are live, and for how many it then runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.rewriter.rows import selection
+from fastft.rewriter.runtime.cuda_graphs import Graphed
+
 SMALL = 2**23  # elements of the hidden states of a batch: below it a step may be as short as what the host is ahead
 WORTH = 0.8  # the share of a small batch's rows that is computed at the most, for the wait to pay
+WORTH_BESIDE_GRAPHS = 2**19  # elements of hidden states that must not be computed for that, where CUDA graphs are run
+PARTS = 8  # as many sizes has a batch where CUDA graphs are run, as each size is captured by itself
 QUIET, EVERY = 4, 16  # small batches that had nothing to leave out, before only each so many is looked at
 
 
@@ -41,13 +46,18 @@ def on_host(facts: Tensor) -> OnHost:
 
 
 class Watch:
-    """Decides whether to wait for what a batch holds.
+    """Decides whether to wait for what a batch holds, and how many rows to run for.
 
     A wait costs what the host was ahead, which is much of a small step.  So small batches are not waited for once
     several in a row had nothing to leave out; one in a while is looked at all the same, and the answer taken later.
+
+    graphed: the layers' CUDA graphs, if they may run as such.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graphed: Graphed | None = None) -> None:
+        self.graphed = graphed
+        self.shape: tuple[int, ...] = ()  # of the last batch, and how often it came in a row
+        self.row = 0
         self.quiet = 0  # batches in a row that had too little to leave out
         self.forwards = 0  # that did not wait
         self.noted: OnHost | None = None
@@ -56,9 +66,31 @@ class Watch:
         """Return whether a wait would be felt."""
         return hidden.is_cuda and hidden.numel() <= SMALL
 
-    def least_saving(self, hidden: Tensor) -> float:
-        """Return the share of rows that has to be left over at the most."""
-        return WORTH if self.is_small(hidden) else 1.0
+    @property
+    def in_graphs(self) -> bool:
+        """Whether the layers run as CUDA graphs for batches of the last one's shape."""
+        return self.graphed is not None and self.graphed.enabled and self.row >= self.graphed.patience
+
+    def meet(self, hidden: Tensor) -> None:
+        """Count a batch."""
+        shape = tuple(hidden.shape)
+        self.row = self.row + 1 if shape == self.shape else 1
+        self.shape = shape
+
+    def size(self, hidden: Tensor, live: int) -> int:
+        """Return for how many rows to run if so many are live: for all, where too few could be left out."""
+        B, S, H = hidden.shape
+        size, rows = selection.rounded(live), B * S
+        if self.in_graphs:
+            part = -(-rows // PARTS)
+            size = min(-(-size // part) * part, rows)
+            if (rows - size) * H < WORTH_BESIDE_GRAPHS and self.is_small(hidden):
+                return rows
+        return size if size < rows * (WORTH if self.is_small(hidden) else 1.0) else rows
+
+    def longest(self, hidden: Tensor, longest: int) -> int:
+        """Return what attention is told for sequences of so many live rows at the most."""
+        return hidden.shape[1] if self.in_graphs else selection.rounded(longest)
 
     def waits(self, hidden: Tensor) -> bool:
         """Return whether to wait for this batch."""
@@ -67,7 +99,7 @@ class Watch:
         if self.noted is not None and self.noted.is_there:
             live, *_ = self.noted.result()
             self.noted = None
-            if live < WORTH * hidden.shape[0] * hidden.shape[1]:
+            if self.size(hidden, live) < hidden.shape[0] * hidden.shape[1]:
                 self.quiet = 0
         return self.quiet < QUIET
 

@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastft
+from fastft.kernels.core import dispatch
 from fastft.rewriter import backend
+from fastft.rewriter.rows import live_rows, moves, selection
+from fastft.rewriter.runtime import cuda_graphs, row_watch
 from models.families import FAMILIES, OTHERS, Family, build, step, truth
 from models.test_families import by_name
 
@@ -104,11 +108,12 @@ def assert_same(model: nn.Module, eager: nn.Module, inputs: dict[str, Tensor], *
 
 
 def assert_same_gradients(model: nn.Module, eager: nn.Module) -> None:
+    """Each is up to 2.3e-5 of the largest element from what float64 gives (olmo2), so two are up to 5e-5 apart."""
     for (name, mine), other in zip(model.named_parameters(), eager.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None), name
         if other.grad is not None:
             scale = other.grad.abs().max().item()
-            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=2e-5 * max(scale, 1e-2), msg=name)
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4 * max(scale, 1e-2), msg=name)
 
 
 UNDERSTOOD = [family for family in (*FAMILIES, *OTHERS) if family.head and family.name != EXPERTS]
@@ -219,19 +224,42 @@ def test_dropout_of_adapters(family: Family) -> None:
     assert compiled.rows.live < compiled.rows.rows
 
 
+@by_name(UNDERSTOOD[:1])
+def test_few_sizes_where_layers_run_as_cuda_graphs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_watch.Watch, "in_graphs", True)
+    select, sizes = selection.select, []
+
+    def noted(*arguments: Any) -> Any:
+        sizes.append(select(*arguments).size)
+        return select(*arguments)
+
+    monkeypatch.setattr(selection, "select", noted)
+    model, eager = pair(family)
+    compiled = Compiled(model)
+    for lengths in ((64, 40, 9, 23, 2), (64, 30, 20, 23, 9), (20, 10, 9, 23, 2)):
+        assert_same(model, eager, batch("right", lengths))
+    assert sizes == [160, 160, 80]  # parts of 5 * 64
+    assert not compiled.rows.reason
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [None, True], ids=["", "graphs"])
 @pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
 @by_name([family for family in UNDERSTOOD if family.name in ("llama", "gemma2", "qwen3")])
-def test_on_a_card(family: Family, nf4: bool) -> None:
+def test_on_a_card(family: Family, nf4: bool, graphs: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, by the whole way: as near to float32 as the unmodified model, with and without padding."""
     device, dtype = "cuda", torch.bfloat16
     model = build(family, nf4=nf4, checkpoint=False, train_norms=True, layers=LAYERS, dtype=dtype, device=device)
     eager = copy.deepcopy(model)
-    compiled = Compiled(model, lower="inductor")
+    compiled = Compiled(model, lower="inductor", cuda_graphs=graphs)
+    capture, captures = cuda_graphs.Capture.of, []
+    monkeypatch.setattr(cuda_graphs.Capture, "of", lambda *given: (captures.append(given), capture(*given))[1])
+    monkeypatch.setattr(row_watch, "WORTH_BESIDE_GRAPHS", 0)  # as this model is small
     full = batch("right", (LENGTH,) * 5)
     # Eager attention on a card has NaN for gradients where a row that counts has no keys.
-    for inputs in (*(without_first(batch(side)) for side in SIDES), full, batch("right", seed=7)):
+    padded = [without_first(batch(side)) for side in SIDES]
+    for inputs in (*padded, full, *(batch("right", seed=7) for _ in range(3)), *(padded if graphs else ())):
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         exact = truth(eager, inputs)
         errors = []
@@ -247,6 +275,8 @@ def test_on_a_card(family: Family, nf4: bool) -> None:
         assert mine.max() <= 3 * others.max() + 1e-2, (mine.max(), others.max())
     assert not compiled.rows.reason
     assert compiled.rows.live < compiled.rows.rows
+    assert bool(captures) == bool(graphs)
+    assert len(captures) <= row_watch.PARTS
 
 
 class Outside(nn.Module):
@@ -307,6 +337,58 @@ def test_what_leaves_the_graph(family: Family) -> None:
     inputs = batch("right") | {"output_hidden_states": True}
     assert_same(model, eager, inputs)
     assert compiled.rows.reason
+
+
+@by_name(UNDERSTOOD[:1])
+def test_rows_that_are_left_out_are_let_go_of(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole batch's hidden states are freed before the layers."""
+    taken: list[StorageWeakRef] = []
+    freed: list[bool] = []
+    forward, fill = moves.Taken.forward, dispatch.fill
+
+    def noted(ctx: Any, whole: Tensor, *arguments: Any) -> Tensor:
+        taken.append(StorageWeakRef(whole.untyped_storage()))
+        return forward(ctx, whole, *arguments)
+
+    def asked(*arguments: Any) -> None:
+        freed.append(all(one.expired() for one in taken))
+        fill(*arguments)
+
+    model, _ = pair(family)
+    compiled = Compiled(model, memory_budget="max-speed")
+    inputs = batch("right")
+    model(**inputs)
+    monkeypatch.setattr(moves.Taken, "forward", noted)
+    monkeypatch.setattr(dispatch, "fill", asked)
+    model(**inputs)
+    assert len(freed) >= LAYERS
+    assert all(freed)
+    assert taken
+    assert not compiled.rows.reason
+
+
+@by_name(UNDERSTOOD[:1])
+def test_a_failure_costs_the_rule_alone(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of changing a graph and the bodies of its layers, the worst moment."""
+    restrict, calls = live_rows._restrict, []
+
+    def failing(*arguments: Any) -> None:
+        restrict(*arguments)
+        calls.append(arguments)
+        raise RuntimeError("forced")
+
+    monkeypatch.setattr(live_rows, "_restrict", failing)
+    model, eager = pair(family)
+    compiled = Compiled(model, strict=False)
+    with pytest.warns(RuntimeWarning, match="runs every row of a padded batch, because of RuntimeError: forced"):
+        assert_same(model, eager, batch("right"))
+    assert calls
+    assert compiled.rows.reason == "it could not be prepared: RuntimeError: forced"
+    assert compiled.reports[-1].regions
+    torch._dynamo.reset()
+    compiled = Compiled(pair(family)[0])
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="forced"):
+        compiled.model(**batch("right"))
 
 
 @pytest.mark.slow

@@ -136,7 +136,10 @@ def test_live_rows_see_what_they_saw(kinds: tuple[str, ...], causal: bool, data:
     if facts.strange or not facts.live:
         return
     ends = [mask.end is not None or mask.query_ids is not None or not mask.causal for mask in masks]
-    selected = selection.select(looked, facts, masks, ends)
+    longest, size = selection.rounded(facts.longest), selection.rounded(facts.live)
+    longest, size = data.draw(st.sampled_from([longest, max(longest, S)])), size + data.draw(st.sampled_from([0, 7]))
+    selected = selection.select(looked, facts, masks, ends, size, longest)
+    assert selected.size == size
     taken = selected.rows[: facts.live]
     assert set(taken.tolist()) == set(looked.live.flatten().nonzero().flatten().tolist())
     assert len(set(taken.tolist())) == facts.live
@@ -179,6 +182,6 @@ def test_a_window_over_gaps() -> None:
     mask = Ranges(None, None, torch.zeros(1, 8, dtype=torch.int32), read.int() - 1, True, 2)
     looked = selection.look(None, [mask], read.device, 1, 8, by_labels=False)
     facts = Facts(*looked.facts.tolist())
-    selected = selection.select(looked, facts, [mask], [True])
+    selected = selection.select(looked, facts, [mask], [True], selection.rounded(facts.live), 8)
     assert 0 < selected.max_seqlen < selected.size
     assert selected.ranges[0][0][0, : facts.live].tolist() == [0, 1, 1, 3, 3]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastft.rewriter.runtime import live_rows, row_watch
+from fastft.rewriter.rows import moves
+from fastft.rewriter.runtime import row_watch
 from fastft.rewriter.runtime.row_watch import Watch
 
 ROWS = torch.tensor([5, 0, 3, 5, 5])  # of 7; the last two were added
@@ -15,7 +16,7 @@ LIVE, M = 3, 7
 def test_rows_are_put_back_where_they_were_taken() -> None:
     whole = torch.randn(M, 2, 3, dtype=torch.float64, requires_grad=True)
     part = torch.randn(len(ROWS), 2, 3, dtype=torch.float64, requires_grad=True)
-    taken, restored = live_rows._Taken.apply(whole, ROWS, LIVE), live_rows._Restored.apply(part, ROWS, LIVE, M)
+    taken, restored = moves.Taken.apply(whole, ROWS, LIVE), moves.Restored.apply(part, ROWS, LIVE, M)
     assert torch.equal(taken, whole[ROWS])
     assert torch.equal(restored[ROWS[:LIVE]], part[:LIVE])
     others = [row for row in range(M) if row not in ROWS]
@@ -59,6 +60,34 @@ def test_small_batches_are_not_waited_for_once_nothing_was_left_out() -> None:
     watch.note(facts(500))
     assert watch.waits(SMALL)
     assert watch.quiet == 0
+
+
+class Graphs:
+    """What a watch asks of CUDA graphs."""
+
+    enabled, patience = True, 3
+
+
+@pytest.mark.quick
+def test_where_layers_run_as_graphs_sizes_are_few() -> None:
+    graphs = Graphs()
+    watch, plain = Watch(graphs), Watch()
+    rows = 2 * 512
+    for _ in range(graphs.patience - 1):
+        watch.meet(SMALL)
+        assert watch.size(SMALL, rows // 2 + 1) == plain.size(SMALL, rows // 2 + 1) < rows * 5 // 8
+    watch.meet(SMALL)
+    sizes = {watch.size(SMALL, live) for live in range(1, rows + 1)}
+    assert sizes == {*range(rows // 8, rows * 6 // 8 + 1, rows // 8), rows}  # what saves less is not worth it
+    assert all(watch.size(SMALL, live) >= live for live in range(1, rows + 1))
+    assert {watch.longest(SMALL, longest) for longest in range(1, 513)} == {512}
+    assert watch.size(tiny := OnCard(2, 128, 2048), 130) == 2 * 128
+    assert plain.size(tiny, 130) < 2 * 128
+    graphs.enabled = False
+    assert watch.longest(SMALL, 100) < 512
+    graphs.enabled = True
+    watch.meet(LARGE)  # of another shape
+    assert not watch.in_graphs
 
 
 def facts(live: int) -> Tensor:
