@@ -250,7 +250,16 @@ ENGINE = (
         ("padding that is read", "rows/selection.plain", "self.live == rows or (causal and not self.before)", "causal"),
         ("ids that are looked over", "rows/selection._restrictions", "strange = strange | (mask.query_ids != mask.query_ids[:, :1])", "pass"),
         ("rows that weigh all alike", "rows/selection._restrictions", "strange = strange | (mask.start < 0)", "pass"),
+        ("more rows than were asked for", "rows/selection.select", "    rows = rows[:N]", "    rows = rows[: facts.live]"),
         ("labels alone", "rows/selection.look", "live = live | (_keys(mask, reached, place) & reached)", "pass"),
+    ),
+    *_of(
+        ROWS, "runtime/live_rows",
+        ("copies that are trained", "rows/moves.backward", "grad.new_zeros(ctx.shape).index_copy(0, rows[: ctx.live], grad[: ctx.live])", "grad.new_zeros(ctx.shape).index_add(0, rows, grad)"),
+        ("a size for each number of rows", "runtime/row_watch.size", "size = min(-(-size // part) * part, rows)", "pass"),
+        ("all sizes beside graphs", "runtime/row_watch.size", "if (rows - size) * H < WORTH_BESIDE_GRAPHS", "if rows < 0"),
+        ("a length for each batch", "runtime/row_watch.longest", "hidden.shape[1] if self.in_graphs else ", ""),
+        ("always waits", "runtime/row_watch.waits", "self.quiet < QUIET:", "self.quiet >= 0:"),
     ),
 )
 # fmt: on
