@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, free_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols, statically_known_true
 
 from fastft.compat.fake_tensors import value_of
 
@@ -77,9 +77,16 @@ def size_inputs(graph: Graph) -> dict[Any, Node]:
 
 def new_size(like: torch.SymInt, name: str, example: int) -> torch.SymInt:
     """Return a number of which nothing but the example is known, as a symbol beside those of ``like``."""
-    env, source = like.node.shape_env, ConstantSource(name)
+    value, _ = new_symbol(like.node.shape_env, name, example)
+    assert isinstance(value, torch.SymInt)
+    return value
+
+
+def new_symbol(env: ShapeEnv, name: str, example: int) -> tuple[torch.SymInt | int, Any]:
+    """Return a size of its own, and the symbol that it is, or the number where the example is 0 or 1."""
+    source = ConstantSource(name)
     symbol = env.create_symbol(example, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-    return env.create_symintnode(symbol, hint=example, source=source)
+    return env.create_symintnode(symbol, hint=example, source=source), symbol
 
 
 class LaterGuards:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
+from fastft.compat import symbolic
 from fastft.compat.fake_tensors import computing_in
 
 without_modes = _disable_current_modes  # within it tensors are real, and no mode sees them
@@ -32,9 +32,7 @@ class SymbolicSizes:
         self.values: dict[str, Any] = {}
         self.printer = _Printer()
         for name, size in example.items():
-            source = ConstantSource(name)
-            symbol = self.env.create_symbol(size, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-            self.values[name] = self.env.create_symintnode(symbol, hint=size, source=source)
+            self.values[name], symbol = symbolic.new_symbol(self.env, name, size)
             self.printer.names[str(symbol)] = name
 
     def computing(self) -> AbstractContextManager[None]:

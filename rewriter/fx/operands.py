@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fastft.compat import fake_tensors, operators
 from fastft.compat.fake_tensors import value_of
+from fastft.reasons import Declined
 from fastft.rewriter.fx.bodies import bodies, nested_graphs, runs_bodies
 
 Level = tuple[GraphModule, list[Node]]  # a body and all its calls
@@ -26,6 +27,17 @@ class Calls:
             for node in graph.graph.nodes:
                 for body in nested_graphs(graph, node) if runs_bodies(node) else ():
                     self.around.setdefault(id(body), []).append((graph, node))
+
+    def levels(self, body: GraphModule) -> list[Level]:
+        """List a body and those around it, the innermost first, with all calls of each.  Raises Declined."""
+        found: list[Level] = []
+        while body is not self.gm:
+            around = self.around.get(id(body), [])
+            if len({id(graph) for graph, _ in around}) != 1:
+                raise Declined("a layer's body is called from several others")
+            found.append((body, [call for _, call in around]))
+            body = around[0][0]
+        return found
 
     def outside(self, body: GraphModule, node: Node) -> tuple[Node, list[Level]]:
         """Follow a body's input to the node that all its calls pass in, through all bodies around it.

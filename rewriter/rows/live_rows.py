@@ -115,7 +115,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
         (body, node) for body in region for node in body.graph.find_nodes(op="call_function", target=_ATTENTION)
     ]
     read = [_restricted(calls, body, node, sizes, first) for body, node in attentions]
-    around = [_levels(calls, body) for body, _ in attentions]
+    around = [calls.levels(body) for body, _ in attentions]
     for (_, node), levels in zip(attentions, around, strict=True):
         if any(call < first for call in (levels[-1][1] if levels else [node])):
             raise Declined("there is attention before the layers")
@@ -252,18 +252,6 @@ def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes, fi
         if vector is not None and not (vector.graph is calls.gm.graph and vector < first):
             raise Declined(f"{name} is not made before the layers")
     return outer | {name: call[name] for name in ("causal", "window")}
-
-
-def _levels(calls: Calls, body: GraphModule) -> list[Level]:
-    """Return the bodies around an attention, the innermost first, with all calls of each.  Raises Declined."""
-    levels: list[Level] = []
-    while body is not calls.gm:
-        around = calls.around.get(id(body), [])
-        if len({id(graph) for graph, _ in around}) != 1:
-            raise Declined("a layer's body is called from several others")
-        levels.append((body, [call for _, call in around]))
-        body = around[0][0]
-    return levels
 
 
 def _check_outputs(
