@@ -63,7 +63,8 @@ class LiveRun:
     ) -> None:  # fmt: skip
         self.live, self.report = live, report
         self.before, self.among, self.rest, self.outputs = before, among, rest, list(outputs)
-        self.left = {node for node in (*self.outputs, *(rest.taken if rest is not None else ())) if node is not None}
+        read = (*self.outputs, *(rest.taken if rest is not None else ()))
+        self.read_later = {one for one in read if isinstance(one, Node)}
         self.watch = Watch(graphed)
         self.unmasked = all(
             one is None for mask in live.masks
@@ -93,7 +94,7 @@ class LiveRun:
         return {} if started.selected is None else moves.of_shape(self.live.sizes, 1, started.selected.size)
 
     def finish(self, started: Started) -> tuple[Any, ...]:
-        """Run the layers and what follows, once: values that only they need are let go of."""
+        """Run the layers and what follows, once, as values that only they need are let go of where rows are taken."""
         values, selected = started.values | {self.live.max_seqlen: started.max_seqlen}, started.selected
         given = values
         B, S = values[self.live.hidden].shape[:2]
@@ -101,7 +102,7 @@ class LiveRun:
             pairs = zip(self.takes, self.among.taken, strict=True)
             given = {node: take(values[node], selected) for take, node in pairs}
             started.values.clear()
-            values = {node: value for node, value in values.items() if node in self.left}
+            values = {node: value for node, value in values.items() if node in self.read_later}
         found = self.among(given)
         if selected is not None:
             found |= {node: restore(found[node], selected, (B, S)) for node, restore in self.restores.items()}
