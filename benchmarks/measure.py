@@ -36,7 +36,8 @@ class Run:
     options: of the contender, where it takes any, over its own.
     as_trainer: as transformers' Trainer with bf16 and a paged 8-bit optimizer steps, which reads each loss.
     lengths: the shortest and the longest row, where each row has a length of its own.  median: theirs, if they are
-        log-normal as those of instructions are, with SPREAD; else they are uniform.
+        log-normal as those of instructions are, with SPREAD; else they are uniform.  max_length: whether batches are
+        padded up to the longest row that there may be, and not to their own.
     """
 
     contender: str
@@ -57,6 +58,7 @@ class Run:
     as_trainer: bool = False
     lengths: tuple[int, int] | None = None
     median: int | None = None
+    max_length: bool = False
 
     @classmethod
     def of(cls, asked: Row) -> Run:
@@ -205,7 +207,7 @@ def make_batch(run: Run, batch: int, length: int, generator: torch.Generator) ->
         if run.median:
             drawn = run.median * torch.exp(SPREAD * torch.randn(batch, generator=generator))
             sizes = drawn.round().long().clamp(*run.lengths)
-        length = int(sizes.max())
+        length = length if run.max_length else int(sizes.max())
     ids = torch.randint(PRESETS[run.model]["vocab_size"], (batch, length), generator=generator)
     ids = ids.to(device_of(run.device))
     made = {"input_ids": ids, "labels": ids}

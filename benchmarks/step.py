@@ -41,6 +41,7 @@ and pads to the longest of its batch, on the right, without labels, as a collato
 rows, and 2048 their bound.  tokens/s are those of all timed batches in all their time (--warmup does not count), and a
 row has the share of padding, tokens/s without it, and the seconds of each step of the warm-up.  With --median 250 the
 lengths are log-normal about 250, as those of instructions are: --lengths 16-2048 then says where they are cut off.
+With --max-length every batch is padded up to the bound, as a tokenizer's padding="max_length" does.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--as-trainer", action="store_true", help="autocast, a paged 8-bit optimizer, and the loss read in each step")
     add("--median", type=arguments.positive, help="the lengths of --lengths are log-normal about this one")
     add("--lengths", type=arguments.span, help="each row has a length between these, as in 256-2048")
+    add("--max-length", action="store_true", help="pad every batch of --lengths up to their bound")
     options = parser.parse_args(words)
     if options.lengths:
         options.batches = [(batch, options.lengths[1]) for batch, _ in options.batches]
@@ -89,7 +91,9 @@ def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
     pairs = [(name, shape) for shape in options.batches for name in options.contenders]
     made = []
     for i, (name, (batch, length)) in enumerate(pairs):
-        asked = arguments.asked(options, "layers", "steps", "warmup", "turns", "as_trainer", "lengths", "median")
+        asked = arguments.asked(
+            options, "layers", "steps", "warmup", "turns", "as_trainer", "lengths", "median", "max_length"
+        )
         asked |= {"contender": name, "batch": batch, "length": length}
         caches = None if options.warm_cache else scratch / f"caches-{i}"
         made.append(workers.Job(f"{name} {batch}x{length}", asked, caches))

@@ -26,7 +26,7 @@ import workers  # noqa: E402
 Row = dict[str, Any]
 QUICK = "--model tiny --device cpu --lower eager --steps 2 --warmup 1 --batches 1x32 --contenders fastft"
 ASKED = {"contender", "batch", "length", "model", "nf4", "dtype", "device", "mask", "loss", "seed", "lower"}
-ASKED |= {"layers", "steps", "warmup", "turns", "as_trainer", "lengths", "median"}
+ASKED |= {"layers", "steps", "warmup", "turns", "as_trainer", "lengths", "median", "max_length"}
 ABOUT = {"date", "commit", "status", "gpu", "cuda", "versions", "wall_s", "log"}
 MEASURED = {
     *("seconds", "seconds_p20", "seconds_p50", "seconds_p80", "tokens_per_s", "first_step_s", "build_s"),
@@ -106,6 +106,14 @@ def test_padding_is_on_the_right_and_has_no_labels() -> None:
         assert bool((read.int().diff(dim=1) <= 0).all()), "what is read comes first"
         assert bool((batch["labels"][~read] == measure.IGNORED).all())
         assert torch.equal(batch["labels"][read], batch["input_ids"][read])
+
+
+def test_padding_up_to_the_longest_that_there_may_be() -> None:
+    asked = {**job_of().asked, "batch": 4, "length": 9, "lengths": (3, 9), "device": "cpu"}
+    own, longest = (measure.make_batches(measure.Run.of({**asked, "max_length": fixed})) for fixed in (False, True))
+    assert {batch["input_ids"].shape[1] for batch in longest} == {9}
+    assert {batch["input_ids"].shape[1] for batch in own} != {9}
+    assert torch.equal(own[0]["attention_mask"].sum(1), longest[0]["attention_mask"].sum(1))
 
 
 @pytest.mark.parametrize("text", ["8", "0-4", "9-3", "a-b"])
