@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastft.rewriter.rows import moves
-from fastft.rewriter.runtime import row_watch
+from fastft.rewriter.runtime import cuda_graphs, row_watch
 from fastft.rewriter.runtime.row_watch import Watch
 
 ROWS = torch.tensor([5, 0, 3, 5, 5])  # of 7; the last two were added
@@ -88,6 +88,18 @@ def test_where_layers_run_as_graphs_sizes_are_few() -> None:
     graphs.enabled = True
     watch.meet(LARGE)  # of another shape
     assert not watch.in_graphs
+
+
+@pytest.mark.quick
+def test_a_plan_that_changes_with_each_size_does_not_capture_for_ever() -> None:
+    graphed = cuda_graphs.Graphed(lambda: (), [])
+    made = 0
+    for _ in range(100):  # batches of two sizes in turn, each with choices of its own
+        if graphed.attempts < cuda_graphs.MOST_CAPTURES:
+            graphed.attempts += 1
+            made += 1
+        graphed.reset(enabled=True)
+    assert cuda_graphs.MOST_CAPTURES <= made < 2 * cuda_graphs.MOST_CAPTURES
 
 
 def facts(live: int) -> Tensor:
