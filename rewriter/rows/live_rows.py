@@ -165,7 +165,10 @@ def _after(gm: GraphModule, first: Node) -> list[Node]:
 
 def _hidden(layer: Any) -> Node:
     """Return the hidden states [B, S, H] that come into a layer.  Raises Declined."""
-    fitting = [node for node in layer.inputs if _may_be_hidden(value_of(node))]
+    states = [node for node in layer.inputs if _may_be_hidden(value_of(node))]
+    if not states:
+        raise Declined("no hidden states come into its layers")
+    fitting = [node for node in states if isinstance(value_of(node).shape[1], torch.SymInt)]
     several = [node for node in fitting if isinstance(value_of(node).shape[0], torch.SymInt)]  # angles are for all
     if not fitting:
         raise Declined("it is compiled for batches of one size", "rows.sizes")
@@ -175,7 +178,7 @@ def _hidden(layer: Any) -> Node:
 def _may_be_hidden(value: Any) -> bool:
     if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
         return False
-    return value.is_floating_point() and value.dim() == 3 and isinstance(value.shape[1], torch.SymInt)
+    return value.is_floating_point() and value.dim() == 3
 
 
 def _sizes(hidden: Tensor, losses: Sequence[Node]) -> RowSizes:
