@@ -47,11 +47,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what 
     "fastft-padded": {"pad_to_multiple_of": 1024, **NO_CHECKPOINTS},
     "fastft-all-rows": NO_CHECKPOINTS,
     "fastft-skip": NO_CHECKPOINTS,  # TRL takes its loss outside the model, so it has to be told
-    "padding-free": {
-        "padding_free": True,
-        "max_length": None,
-        **NO_CHECKPOINTS,
-    },  # TRL's own, of one row without padding
+    "padding-free": {"padding_free": True, "max_length": None, **NO_CHECKPOINTS},  # TRL's own: one row, no padding
 }
 PADDING, BEGIN, END = 0, 1, 2  # tokens of the tokenizer of bytes
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -98,9 +94,8 @@ def main() -> None:
 
 
 def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
-    asked = arguments.asked(options, "batch", "length", "median", "steps", "warmup", "turns", "folder") | {
-        "layers": None
-    }
+    asked = arguments.asked(options, "batch", "length", "median", "steps", "warmup", "turns", "folder")
+    asked["layers"] = None
     return [workers.Job(name, asked | {"contender": name}, scratch / f"caches-{name}") for name in options.contenders]
 
 

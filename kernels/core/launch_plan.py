@@ -70,9 +70,8 @@ def plan(name: str, *arguments: Any) -> Plan:
 def record_ahead(described: str, sizes: Mapping[str, int]) -> None:
     """Record a plan for such sizes before it is called.  described: the arguments of ``plan``, as text."""
     try:
-        eval(f"plan({described})", {"plan": plan, "Described": Described, "Named": Named, "torch": torch}).record_ahead(
-            sizes
-        )
+        names = {"plan": plan, "Described": Described, "Named": Named, "torch": torch}
+        eval(f"plan({described})", names).record_ahead(sizes)
     except Exception as error:  # such as no process that may have others: kernels are compiled when they are launched
         log.debug("nothing is compiled ahead of %s: %s", described[:100], error)
 

@@ -86,28 +86,29 @@ def _lower_pieces(
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, options.cuda_graphs, offloader)
     named = profiling.named(running, called)
     graphs = [call for call in called.values() if isinstance(call, Graphed)]
-    run = stitch.stitch(gm, running, named) if live is None else _live_run(gm, running, named, live, report, graphs)
+    given = [node for node in placeholders if live is None or node is not live.max_seqlen]  # by the graph's caller
+    if live is None:
+        run: Callable = stitch.stitch(gm, running, named)
+    else:
+        run = _live_run(gm, running, named, given, live, report, graphs)
     if planned is None or offloader is None:
         return run
     result = Planned(
         planned.sequence, planned.facts, planned.budget, planned.device, planned.plan,
         run=run, calls=[call for call in calls.values() if isinstance(call, Call)], offloader=offloader,
-        graphed=graphs,
-        sizes_of=plan_builder.sizes_of([node for node in placeholders if live is None or node is not live.max_seqlen]),
+        graphed=graphs, sizes_of=plan_builder.sizes_of(given),
     )  # fmt: skip
     report.plan = result.report
     return result
 
 
 def _live_run(
-    gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable], live: LiveRows, report: GraphReport,
-    graphs: Sequence[Graphed],
+    gm: GraphModule, pieces: Sequence[Piece], calls: Mapping[Piece, Callable], given: Sequence[Node], live: LiveRows,
+    report: GraphReport, graphs: Sequence[Graphed],
 ) -> LiveRun:  # fmt: skip
-    """Return what runs the pieces from the first layer on with the live rows of a batch."""
+    """Return what runs the pieces from the first layer on with the live rows of a batch.  given: the run's inputs."""
     begin = next(number for number, piece in enumerate(pieces) if live.first in piece.nodes)
     end = next((number for number, piece in enumerate(pieces) if live.rest in piece.nodes), len(pieces))
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    given = [node for node in placeholders if node is not live.max_seqlen]
     outputs = list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
     before, among, rest = pieces[:begin], pieces[begin:end], pieces[end:]
     parts = []
@@ -118,7 +119,7 @@ def _live_run(
         left = [node for node in made if node in read]
         parts.append(Part(stitch.chain(part, calls, taken, tuple(left)), taken, left))
     later = {node for piece in (*among, *rest) for node in piece.nodes}
-    wanted = dict.fromkeys((*parts[0].taken, *parts[1].taken, live.hidden, *dict(live.labels), *outputs))
+    wanted = dict.fromkeys((*parts[0].taken, *parts[1].taken, live.hidden, *live.labels, *outputs))
     carried = [node for node in wanted if isinstance(node, Node) and node.op != "placeholder" and node not in later]
     first = Part(stitch.chain(before, calls, given, tuple(carried)), given, carried)
     last, told = parts[1] if rest else None, report.rows or RowsReport()

@@ -95,12 +95,10 @@ class RowsReport:
 
     def add(self, rows: int, live: int) -> None:
         """Count a forward."""
-        self.forwards, self.rows, self.live, self.last = (
-            self.forwards + 1,
-            self.rows + rows,
-            self.live + live,
-            (rows, live),
-        )
+        self.forwards += 1
+        self.rows += rows
+        self.live += live
+        self.last = rows, live
 
     def __str__(self) -> str:
         return self.told

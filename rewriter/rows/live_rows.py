@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class LiveRows:
     rest: Node | None
     max_seqlen: Node
     masks: list[Mask]
-    labels: list[tuple[Node, int]]
+    labels: dict[Node, int]
     by_labels: bool
     guards: symbolic.LaterGuards
 
@@ -112,32 +112,34 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
         with autocast.around(gm, body):
             proof.check(body, after if body is gm else body.graph.nodes, sizes)
     attentions = [
-        (body, node) for body in region for node in body.graph.find_nodes(op="call_function", target=_ATTENTION)
-    ]
-    read = [_restricted(calls, body, node, sizes, first) for body, node in attentions]
-    around = [calls.levels(body) for body, _ in attentions]
-    for (_, node), levels in zip(attentions, around, strict=True):
-        if any(call < first for call in (levels[-1][1] if levels else [node])):
-            raise Declined("there is attention before the layers")
-    labels = [_label(node, sizes) for node in losses]
-    if len(dict(labels)) < len(dict.fromkeys(labels)):
-        raise Declined("two losses count different labels")
+        _attention(calls, body, node, sizes, first)
+        for body in region for node in body.graph.find_nodes(op="call_function", target=_ATTENTION)
+    ]  # fmt: skip
+    labels = _labels(losses, sizes)
     by_labels = not rest if asked else not deferred
     guards = symbolic.LaterGuards(value_of(hidden).shape[1])
     live = LiveRows(sizes, hidden, first, rest[0] if rest else None, first, [], labels, by_labels, guards)
-    if not (by_labels and losses) and not any(one[name] is not None for one in read for name in _VECTORS):
+    if not (by_labels and losses) and not any(one.outer[name] is not None for one in attentions for name in _VECTORS):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
-    _check_outputs(gm, set(after), sizes, deferred, [node for _, node in attentions], asked)
-    _check_moves(after, sizes, dict(labels))
+    _check_outputs(gm, set(after), sizes, deferred, [one.node for one in attentions], asked)
+    _check_moves(after, sizes, labels)
     # Nothing is declined from here on.
     for node in hoisted:
         first.prepend(node)
     live.max_seqlen = _add_input(gm, value_of(hidden).shape[1])
     masks: dict[Any, Mask] = {}
-    for (_, node), outer, levels in zip(attentions, read, around, strict=True):
-        _restrict(node, outer, levels, live, masks)
+    for one in attentions:
+        _restrict(one, live, masks)
     live.masks = list(masks.values())
     return live
+
+
+class _Attention(NamedTuple):
+    """A call of attention.  outer: what restricts it, as nodes of the whole graph.  levels: the bodies around it."""
+
+    node: Node
+    outer: dict[str, Any]
+    levels: list[Level]
 
 
 _ATTENTION = torch.ops.fastft.attention
@@ -228,6 +230,15 @@ def _is_pure(gm: GraphModule, node: Node) -> bool:
     return not (mutated_args(gm, node) or may_use_rng(node) or switches_mode(node))
 
 
+def _labels(losses: Sequence[Node], sizes: RowSizes) -> dict[Node, int]:
+    """Return the labels of each loss, with the number that does not count.  Raises Declined."""
+    pairs = [_label(loss, sizes) for loss in losses]
+    found = dict(pairs)
+    if any(found[labels] != ignored for labels, ignored in pairs):
+        raise Declined("two losses count different labels")
+    return found
+
+
 def _label(loss: Node, sizes: RowSizes) -> tuple[Node, int]:
     """Return a loss' labels, one for each row in the batch's order, and the number that does not count."""
     call: dict[str, Any] = dict(zip(LOSS_PARAMETERS, loss.args, strict=False))
@@ -237,6 +248,14 @@ def _label(loss: Node, sizes: RowSizes) -> tuple[Node, int]:
     if axes not in expected or not isinstance(call["ignore_index"], int):
         raise Declined("its labels are not one for each row")
     return labels, call["ignore_index"]
+
+
+def _attention(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes, first: Node) -> _Attention:
+    """Return an attention with what is around it.  Raises Declined."""
+    outer, levels = _restricted(calls, body, node, sizes, first), calls.levels(body)
+    if any(call < first for call in (levels[-1][1] if levels else [node])):
+        raise Declined("there is attention before the layers")
+    return _Attention(node, outer, levels)
 
 
 def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes, first: Node) -> dict[str, Any]:
@@ -258,13 +277,9 @@ def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes, fi
 
 
 def _check_outputs(
-    gm: GraphModule,
-    after: set[Node],
-    sizes: RowSizes,
-    deferred: Sequence[int],
-    attentions: Sequence[Node],
+    gm: GraphModule, after: set[Node], sizes: RowSizes, deferred: Sequence[int], attentions: Sequence[Node],
     asked: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Check that no hidden states leave the graph but for their logits, unless the user says so.  Raises Declined."""
     caches = {node.args[PARAMETERS.index(name)] for node in attentions for name in ("key", "value")}
     for position, node in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
@@ -318,8 +333,9 @@ def _add_input(gm: GraphModule, like: torch.SymInt) -> Node:
     return node
 
 
-def _restrict(node: Node, outer: dict[str, Any], levels: list[Level], live: LiveRows, masks: dict[Any, Mask]) -> None:
+def _restrict(attention: _Attention, live: LiveRows, masks: dict[Any, Mask]) -> None:
     """Give an attention ranges that can be replaced, and max_seqlen."""
+    node, outer, levels = attention
     key = tuple(outer.values())
     if key not in masks:
         start, end = outer["start"], outer["end"]

@@ -31,39 +31,14 @@ ROW_WISE = frozenset(
         "norm_rotary", "glu", "glu_packed", "lora_linear",
     )
 )  # fmt: skip
-_ELEMENTWISE = frozenset(
+_ELEMENTWISE = frozenset(  # and what moves whole axes
     f"aten::{name}"
     for name in (
-        "clone",
-        "copy_",
-        "fill_",
-        "_to_copy",
-        "detach",
-        "alias",
-        "lift_fresh",
-        "native_dropout",
-        "bernoulli_",
-        "bernoulli",
-        "rand_like",
-        "zeros",
-        "zeros_like",
-        "new_zeros",
-        "ones",
-        "ones_like",
-        "new_ones",
-        "full",
-        "full_like",
-        "new_full",
-        "empty_like",
-        "stack",
-        "stack",
-        "permute",
-        "transpose",
-        "t",
-        "unsqueeze",
-        "squeeze",
+        "clone", "copy_", "fill_", "_to_copy", "detach", "alias", "lift_fresh", "native_dropout", "bernoulli_",
+        "bernoulli", "rand_like", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full",
+        "full_like", "new_full", "empty_like", "stack", "permute", "transpose", "t", "unsqueeze", "squeeze",
     )
-)  # fmt: skip  (and what moves whole axes)
+)  # fmt: skip
 _RANDOM = frozenset(("aten::native_dropout", "aten::bernoulli_", "aten::bernoulli", "aten::rand_like"))
 _BY_SIZES = frozenset(("aten::slice", "aten::select", "aten::split", "aten::split_with_sizes"))
 _RESHAPES = frozenset(("aten::view", "aten::_unsafe_view", "aten::reshape"))

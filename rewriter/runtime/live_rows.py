@@ -151,7 +151,7 @@ class LiveRun:
     def _look(self, values: dict[Node, Any], masks: Sequence[Ranges], hidden: Tensor) -> selection.Look:
         B, S = hidden.shape[:2]
         counted = None
-        for labels, ignored in self.live.labels:
+        for labels, ignored in self.live.labels.items():
             counts = (values[labels] != ignored).view(B, S)
             counted = counts if counted is None else counted | counts
         return selection.look(counted, masks, hidden.device, B, S, by_labels=self.live.by_labels)
@@ -167,7 +167,7 @@ class LiveRun:
         if node in self.as_ranges:
             number, place = self.as_ranges[node]
             return lambda given, selected: selected.ranges[number][place]
-        return moves.taker(node, self.live.sizes, dict(self.live.labels))
+        return moves.taker(node, self.live.sizes, self.live.labels)
 
 
 def _capturing(inputs: Sequence[Any]) -> bool:
