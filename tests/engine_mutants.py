@@ -256,8 +256,10 @@ ENGINE = (
     *_of(
         ROWS, "runtime/live_rows",
         ("copies that are trained", "rows/moves.backward", "grad.new_zeros(ctx.shape).index_copy(0, rows[: ctx.live], grad[: ctx.live])", "grad.new_zeros(ctx.shape).index_add(0, rows, grad)"),
-        ("a size for each number of rows", "runtime/row_watch.size", "size = min(-(-size // part) * part, rows)", "pass"),
-        ("all sizes beside graphs", "runtime/row_watch.size", "if (rows - size) * H < WORTH_BESIDE_GRAPHS", "if rows < 0"),
+        ("a size for each number of rows", "runtime/row_watch.size", "size = -(-size // part) * part", "pass"),
+        ("small batches that wait for little", "runtime/row_watch.size", "if self.is_small(hidden) else 1", "if rows < 0 else 1"),
+        ("sizes that come again, forgotten", "runtime/row_watch.meet", "self.graphed.settled = self.in_graphs", "pass"),
+        ("sizes that come again, captured late", "runtime/cuda_graphs._capture", " and not self.settled", ""),
         ("a length for each batch", "runtime/row_watch.longest", "hidden.shape[1] if self.in_graphs else ", ""),
         ("always waits", "runtime/row_watch.waits", "self.quiet < QUIET:", "self.quiet >= 0:"),
     ),

@@ -36,7 +36,8 @@ MOST_RESETS = 4  # after which captures are counted on: a plan that changes with
 
 class Graphed:
     """``call`` as CUDA graphs, captured once it has been called ``patience`` times in a row with the same shapes; at
-    the second such call where patience is 2, whatever was between.
+    the second such call where patience is 2, whatever was between, and while ``settled``: a caller sets it who knows
+    that shapes will come again.
 
     call takes tensors and numbers and returns tensors; it writes to none of its inputs.  moving: positions of inputs
     whose address changes with every call.  name: the name of the graphs in profiles.
@@ -46,7 +47,7 @@ class Graphed:
         self, call: Callable[..., tuple], moving: Sequence[int], offloader: Offloader | None = None,
         name: str = "(the layers)", patience: int = 2,
     ) -> None:  # fmt: skip
-        self.patience, self.row = patience, 0
+        self.patience, self.row, self.settled = patience, 0, False
         self.last: Any = None  # the shapes of the last call, and how often they came in a row
         self.replay = profiling.in_range(name, _Replay.apply)
         self.call, self.moving, self.offloader = call, sorted(moving), offloader
@@ -87,7 +88,7 @@ class Graphed:
         while before is None and len(self.addresses) >= MOST_SHAPES:
             del self.addresses[next(iter(self.addresses))]
         self.addresses[shapes] = _addresses(inputs)
-        if self.patience > 2 and self.row < self.patience:
+        if self.patience > 2 and self.row < self.patience and not self.settled:
             return None
         if before is None or self.attempts >= MOST_CAPTURES or not _on_current_device(inputs):
             return None

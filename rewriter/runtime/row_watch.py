@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.rewriter.memory.device_rates import TYPICAL, rates
 from fastft.rewriter.rows import selection
 from fastft.rewriter.runtime.cuda_graphs import Graphed
 
-SMALL = 2**23  # elements of the hidden states of a batch: below it a step may be as short as what the host is ahead
-WORTH = 0.8  # the share of a small batch's rows that is computed at the most, for the wait to pay
-WORTH_BESIDE_GRAPHS = 2**19  # elements of hidden states that must not be computed for that, where CUDA graphs are run
+# Of the hidden states of a batch, in elements on an H100; fewer on slower cards.
+SMALL = 2**23  # below it a step may be as short as what the host is ahead
+WORTH = 2**21  # as many must be left out of a small one for the wait to pay
 PARTS = 8  # as many sizes has a batch where CUDA graphs are run, as each size is captured by itself
 QUIET, EVERY = 4, 16  # small batches that had nothing to leave out, before only each so many is looked at
 
@@ -49,7 +50,7 @@ class Watch:
     """Decides whether to wait for what a batch holds, and how many rows to run for.
 
     A wait costs what the host was ahead, which is much of a small step.  So small batches are not waited for once
-    several in a row had nothing to leave out; one in a while is looked at all the same, and the answer taken later.
+    several in a row had too little to leave out; one in a while is looked at all the same, and the answer taken later.
 
     graphed: the layers' CUDA graphs, if they may run as such.
     """
@@ -64,7 +65,7 @@ class Watch:
 
     def is_small(self, hidden: Tensor) -> bool:
         """Return whether a wait would be felt."""
-        return hidden.is_cuda and hidden.numel() <= SMALL
+        return hidden.is_cuda and hidden.numel() <= _scaled(SMALL, hidden.device)
 
     @property
     def in_graphs(self) -> bool:
@@ -76,6 +77,8 @@ class Watch:
         shape = tuple(hidden.shape)
         self.row = self.row + 1 if shape == self.shape else 1
         self.shape = shape
+        if self.graphed is not None:
+            self.graphed.settled = self.in_graphs
 
     def size(self, hidden: Tensor, live: int) -> int:
         """Return for how many rows to run if so many are live: for all, where too few could be left out."""
@@ -83,10 +86,9 @@ class Watch:
         size, rows = selection.rounded(live), B * S
         if self.in_graphs:
             part = -(-rows // PARTS)
-            size = min(-(-size // part) * part, rows)
-            if (rows - size) * H < WORTH_BESIDE_GRAPHS and self.is_small(hidden):
-                return rows
-        return size if size < rows * (WORTH if self.is_small(hidden) else 1.0) else rows
+            size = -(-size // part) * part
+        least = _scaled(WORTH, hidden.device) if self.is_small(hidden) else 1
+        return size if (rows - size) * H >= least else rows
 
     def longest(self, hidden: Tensor, longest: int) -> int:
         """Return what attention is told for sequences of so many live rows at the most."""
@@ -111,3 +113,8 @@ class Watch:
     def note(self, facts: Tensor) -> None:
         """Have these numbers sent, to be read at a later forward."""
         self.noted = on_host(facts)
+
+
+def _scaled(elements: int, device: torch.device) -> float:
+    """Return how many elements take as long on a device as so many on an H100."""
+    return elements * rates(device).flops / TYPICAL.flops

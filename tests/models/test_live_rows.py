@@ -255,7 +255,7 @@ def test_on_a_card(family: Family, nf4: bool, graphs: bool | None, monkeypatch: 
     compiled = Compiled(model, lower="inductor", cuda_graphs=graphs)
     capture, captures = cuda_graphs.Capture.of, []
     monkeypatch.setattr(cuda_graphs.Capture, "of", lambda *given: (captures.append(given), capture(*given))[1])
-    monkeypatch.setattr(row_watch, "WORTH_BESIDE_GRAPHS", 0)  # as this model is small
+    monkeypatch.setattr(row_watch, "WORTH", 0)  # as this model is small
     full = batch("right", (LENGTH,) * 5)
     # Eager attention on a card has NaN for gradients where a row that counts has no keys.
     padded = [without_first(batch(side)) for side in SIDES]

@@ -1,9 +1,12 @@
 """Rows that are taken and put back, and batches that are waited for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from fastft.rewriter.memory.device_rates import TYPICAL
 from fastft.rewriter.rows import moves
 from fastft.rewriter.runtime import cuda_graphs, row_watch
 from fastft.rewriter.runtime.row_watch import Watch
@@ -34,6 +37,8 @@ def test_rows_are_put_back_where_they_were_taken() -> None:
 class OnCard:
     """What a watch asks of hidden states."""
 
+    device = torch.device("cpu")  # whose rates are an H100's
+
     def __init__(self, *shape: int, is_cuda: bool = True) -> None:
         self.shape, self.is_cuda = shape, is_cuda
 
@@ -41,7 +46,7 @@ class OnCard:
         return torch.Size(self.shape).numel()
 
 
-SMALL, LARGE = OnCard(2, 512, 2048), OnCard(8, 2048, 4096)
+TINY, SMALL, LARGE = OnCard(1, 512, 2048), OnCard(8, 512, 2048), OnCard(8, 2048, 4096)
 
 
 @pytest.mark.quick
@@ -55,39 +60,66 @@ def test_small_batches_are_not_waited_for_once_nothing_was_left_out() -> None:
     assert watch.waits(OnCard(2, 512, 2048, is_cuda=False))  # where nothing runs ahead
     due = [watch.is_due() for _ in range(2 * row_watch.EVERY)]
     assert sum(due) == 2
-    watch.note(facts(1000))
-    assert not watch.waits(SMALL)  # 1000 of 1024 rows: too little to wait for
-    watch.note(facts(500))
+    watch.note(facts(3500))
+    assert not watch.waits(SMALL)  # of 4096 rows: too little to wait for
+    watch.note(facts(2000))
     assert watch.waits(SMALL)
     assert watch.quiet == 0
+
+
+@pytest.mark.quick
+def test_what_is_small_depends_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    assert watch.size(TINY, 1) == 512
+    assert watch.size(SMALL, 3100) == watch.size(SMALL, 3500) == 4096
+    assert watch.size(SMALL, 2900) < 4096
+    assert watch.size(LARGE, 16_000) < 8 * 2048
+    slower = replace(TYPICAL, flops=TYPICAL.flops / 16)
+    monkeypatch.setattr(row_watch, "rates", lambda device: slower)
+    assert not watch.is_small(SMALL)
+    assert watch.is_small(OnCard(1, 256, 2048))
+    assert watch.size(TINY, 1) < 512
 
 
 class Graphs:
     """What a watch asks of CUDA graphs."""
 
-    enabled, patience = True, 3
+    enabled, patience, settled = True, 3, False
 
 
 @pytest.mark.quick
 def test_where_layers_run_as_graphs_sizes_are_few() -> None:
     graphs = Graphs()
     watch, plain = Watch(graphs), Watch()
-    rows = 2 * 512
+    rows = 8 * 512
     for _ in range(graphs.patience - 1):
         watch.meet(SMALL)
         assert watch.size(SMALL, rows // 2 + 1) == plain.size(SMALL, rows // 2 + 1) < rows * 5 // 8
+        assert not graphs.settled
     watch.meet(SMALL)
+    assert graphs.settled  # each of these sizes will come again
     sizes = {watch.size(SMALL, live) for live in range(1, rows + 1)}
     assert sizes == {*range(rows // 8, rows * 6 // 8 + 1, rows // 8), rows}  # what saves less is not worth it
     assert all(watch.size(SMALL, live) >= live for live in range(1, rows + 1))
     assert {watch.longest(SMALL, longest) for longest in range(1, 513)} == {512}
-    assert watch.size(tiny := OnCard(2, 128, 2048), 130) == 2 * 128
-    assert plain.size(tiny, 130) < 2 * 128
+    assert {watch.size(LARGE, live) for live in (1, 9000, 16_000)} == {2048, 10_240, 8 * 2048}
     graphs.enabled = False
     assert watch.longest(SMALL, 100) < 512
     graphs.enabled = True
     watch.meet(LARGE)  # of another shape
     assert not watch.in_graphs
+    assert not graphs.settled
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("settled", [False, True])
+def test_sizes_that_come_again_are_captured_the_second_time(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphed = cuda_graphs.Graphed(lambda *_: (), [0], patience=4)
+    graphed.settled, tried = settled, []
+    monkeypatch.setattr(cuda_graphs, "_on_current_device", lambda inputs: tried.append(inputs[0]))  # false: no capture
+    for size in (5, 6, 5, 6, 7):  # never twice in a row
+        graphed(size)
+    assert tried == ([5, 6] if settled else [])
 
 
 @pytest.mark.quick
