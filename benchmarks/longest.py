@@ -73,7 +73,7 @@ def measure(asked: Row) -> Row:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)  # as Dynamo does itself once a length has changed
         training.step(batch)
     turns.time()
-    found = [longest(card) for card in asked["cards"]]
+    found = [longest(card, left_out=_left_out(run)) for card in asked["cards"]]
     for point in found:
         if point["card_gb"] in asked["confirm"] and point["tokens"]:
             point |= confirmed(training, run, point)
@@ -96,9 +96,18 @@ def usable_bytes(card_gb: int) -> int:
     return int((card_gb * 10**9 - budgets.CONTEXT_BYTES) * (1 - MARGIN))
 
 
-def longest(card_gb: int) -> Row:
-    """By bisection over the planner's least peak, which grows with the length."""
+def _left_out(run: Any) -> bool:
+    """Whether padding is left out, so that lengths are those without it."""
+    return run.mask == "padded" and run.options.get("skip_padding") is None
+
+
+def longest(card_gb: int, *, left_out: bool) -> Row:
+    """By bisection over the planner's least peak, which grows with the length.
+
+    left_out: see _left_out; rows are then rounded up.
+    """
     from fastft.rewriter.memory import planner
+    from fastft.rewriter.rows import selection
     from fastft.rewriter.runtime import controller
 
     (planned,) = controller.alive
@@ -106,7 +115,8 @@ def longest(card_gb: int) -> Row:
     symbol = max(planned.sizes, key=lambda one: planned.sizes[one])
 
     def peak(tokens: int) -> int:
-        return planner.plan(book.sequence, book.facts, 0, {symbol: tokens}, graphs=False).peak_bytes
+        rows = selection.rounded(tokens) if left_out else tokens
+        return planner.plan(book.sequence, book.facts, 0, {symbol: rows}, graphs=False).peak_bytes
 
     low, high = 0, 2**20 // STEP
     while low < high:
@@ -123,8 +133,8 @@ def confirm(training: Any, run: Any, card_gb: int, tokens: int) -> Row:
 
     import fastft
 
-    padded = run.mask == "padded" and run.options.get("skip_padding") is None
-    batch = make_batch(run, 1, tokens * 4 // 3 if padded else tokens, torch.Generator().manual_seed(1))
+    length = tokens * 4 // 3 if _left_out(run) else tokens
+    batch = make_batch(run, 1, length, torch.Generator().manual_seed(1))
     training.model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()

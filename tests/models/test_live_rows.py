@@ -242,6 +242,12 @@ def test_few_sizes_where_layers_run_as_cuda_graphs(family: Family, monkeypatch: 
     assert not compiled.rows.reason
 
 
+def distances(found: Any, exact: Any, names: list[str]) -> Tensor:
+    """How far off the loss is, and the gradients of these names, each to the size of what is exact."""
+    pairs = [(found.loss, exact.loss), *((found.gradients[name], exact.gradients[name]) for name in names)]
+    return torch.stack([((mine - true).norm() / true.norm()).double() for mine, true in pairs])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", [None, True], ids=["", "graphs"])
@@ -257,22 +263,20 @@ def test_on_a_card(family: Family, nf4: bool, graphs: bool | None, monkeypatch: 
     monkeypatch.setattr(cuda_graphs.Capture, "of", lambda *given: (captures.append(given), capture(*given))[1])
     monkeypatch.setattr(row_watch, "WORTH", 0)  # as this model is small
     full = batch("right", (LENGTH,) * 5)
-    # Eager attention on a card has NaN for gradients where a row that counts has no keys.
     padded = [without_first(batch(side)) for side in SIDES]
+    errors = []
     for inputs in (*padded, full, *(batch("right", seed=7) for _ in range(3)), *(padded if graphs else ())):
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         exact = truth(eager, inputs)
-        errors = []
-        for one in (model, eager):
-            found = step(one, inputs, one)
-            names = [name for name in exact.gradients if exact.gradients[name].norm() > 0]
-            errors.append([
-                (found.loss - exact.loss).abs() / exact.loss.abs(),
-                *((found.gradients[n] - exact.gradients[n]).norm() / exact.gradients[n].norm() for n in names),
-            ])  # fmt: skip
-        mine, others = (torch.stack([error.double() for error in one]) for one in errors)
-        assert mine.median() <= 1.5 * others.median() + 1e-3, (mine.median(), others.median())
+        names = [name for name in exact.gradients if exact.gradients[name].norm() > 0]
+        errors.append([distances(step(one, inputs, one), exact, names) for one in (model, eager)])
+    # Eager attention on a card has NaN for gradients where a row has no keys: other batches tell how far off it is.
+    usual = torch.stack([others for _, others in errors]).nan_to_num(0.0).amax(0)
+    errors = [(mine, others.where(others.isfinite(), usual)) for mine, others in errors]
+    for mine, others in errors:
         assert mine.max() <= 3 * others.max() + 1e-2, (mine.max(), others.max())
+    mine, others = map(torch.cat, zip(*errors, strict=True))  # of one batch either may be twice the other's, by chance
+    assert mine.median() <= 1.5 * others.median() + 1e-3, (mine.median(), others.median())
     assert not compiled.rows.reason
     assert compiled.rows.live < compiled.rows.rows
     assert bool(captures) == bool(graphs)
