@@ -35,6 +35,7 @@ def take_apart(
     calls = {node: node.meta.pop("layer_call") for node in copy.graph.nodes if "layer_call" in node.meta}
     tuples = {node.args[-1] for node in calls}
     whole = [node in tuples for node in copy.graph.find_nodes(op="placeholder")]
+    fakes = [value_of(node) for node in copy.graph.find_nodes(op="placeholder")]
     traces = {id(call.trace): (call.trace, node) for node, call in reversed(calls.items())}
     for trace, call in traces.values():
         _flatten_body(getattr(copy, trace.body))
@@ -52,7 +53,9 @@ def take_apart(
             values.extend(value) if apart else values.append(value)
         return values
 
-    return copy, flat(example_inputs), lambda compiled: lambda *inputs: compiled(*flat(inputs))
+    # Of real tensors that Dynamo never saw by themselves AOTAutograd would make fake ones of any size.
+    examples = [fake if apart else given for fake, given, apart in zip(fakes, example_inputs, whole, strict=True)]
+    return copy, flat(examples), lambda compiled: lambda *inputs: compiled(*flat(inputs))
 
 
 def _flatten_body(body: GraphModule) -> None:

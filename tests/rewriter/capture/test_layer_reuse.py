@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from aot import through_aot
 from torch import Tensor, nn
 
 import fastft
-from fastft.compat import layer_reuse
+from fastft.compat import aot, layer_reuse
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter import backend
 
@@ -108,6 +110,44 @@ def test_one_trace_of_a_kind_and_one_graph_for_all_lengths(called: list[str]) ->
     assert graphs() == before + 1
     regions = fastft.compilations().graphs[-1].regions
     assert max(region.calls for region in regions) == LAYERS, "the first layer is of the others' kind all the same"
+
+
+class Heads(Layer):
+    """A layer whose code asks how many heads a weight is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 24)
+
+    def forward(self, x: Tensor, *given: Any, **more: Any) -> Tensor:
+        heads = self.project(x).view(*x.shape[:2], -1, 4)
+        return super().forward(x, *given, **more) + heads.transpose(1, 2).mean((1, 3)).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("why", ["rewriting", "lowering", "outline=False"])
+def test_a_graph_that_is_compiled_as_a_whole(why: str, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tensors of layers that were called AOTAutograd would make what it knows no source of."""
+    monkeypatch.setattr(aot, "compile_fx", through_aot)
+    options: dict[str, Any] = {"lower": "inductor", "strict": False}
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        raise RuntimeError("forced")
+
+    if why == "outline=False":
+        options |= {"outline": False, "strict": True}
+    else:
+        monkeypatch.setattr(backend, "rewrite" if why == "rewriting" else "lower", failing)
+    model, before = Stack(make=Heads), graphs()
+    call = compiled(model, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in (7, 5, 9):
+            check(model, call, length)
+    ours = [str(one.message).split(";")[0] for one in caught if "fastft" in str(one.message)]
+    assert ours in ([], ["fastft left a graph as it was, because of RuntimeError: forced"])
+    assert bool(fastft.compilations().graphs[-1].failure) == (why != "outline=False")
+    assert len(called) == LAYERS - 2
+    assert graphs() == before + 1
 
 
 def test_the_report_is_of_every_layer(called: list[str]) -> None:
