@@ -135,6 +135,11 @@ def leaves(value: Any) -> list[Any]:
     return tree_leaves(value)
 
 
+def is_fake(value: Any) -> bool:
+    """Return whether this is a tensor without data."""
+    return isinstance(value, FakeTensor)
+
+
 def is_plain(value: Any) -> bool:
     """Return whether this is a strided tensor of no subclass, or a size."""
     return isinstance(value, torch.SymInt) or (type(value) is FakeTensor and value.layout is torch.strided)

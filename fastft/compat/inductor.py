@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from fastft.compat import symbolic
+from fastft.compat.symbolic import Sizes
 from fastft.compat.triton_launch import ALIGNMENT
 
 log = logging.getLogger("fastft")
@@ -29,7 +31,7 @@ def call_plans(
 ) -> None:
     """Lower these operators to calls of their launch plans, on the devices that planned_on returns True for.
 
-    ahead: is called with the arguments of launch_plan.plan, as text, and the example's named sizes.
+    ahead: is called with the arguments of launch_plan.plan, as text, and the named sizes that are expected first.
     """
     PlannedKernel.planned_on, PlannedKernel.ahead = staticmethod(planned_on), staticmethod(ahead)
     for op in ops:
@@ -39,6 +41,16 @@ def call_plans(
         handler: Any = functools.partial(_lower, op)
         handler._is_fallback_handler = True
         lowering.lowerings[op] = handler
+
+
+@contextmanager
+def expecting(sizes: Sizes) -> Iterator[None]:
+    """Let kernels be compiled ahead for these sizes, where they are not those of the example."""
+    before, PlannedKernel.expected = PlannedKernel.expected, sizes
+    try:
+        yield
+    finally:
+        PlannedKernel.expected = before
 
 
 @functools.cache
@@ -70,6 +82,7 @@ class PlannedKernel(ir.FallbackKernel):
 
     planned_on: Callable[[torch.device], bool]
     ahead: Callable[[str, dict[str, int]], None]
+    expected: ClassVar[Sizes] = {}
 
     def codegen(self, wrapper: PythonWrapperCodegen) -> None:
         """Write the call, and the plan into the code's header."""
@@ -114,7 +127,7 @@ class PlannedKernel(ir.FallbackKernel):
     def _described(self) -> tuple[str, dict[str, int] | None]:
         """Write the operator's name and a description of each argument, as launch_plan.plan takes them.
 
-        Also returns the named sizes in the example, None where they are not known.
+        Also returns the named sizes that are expected, None where they are not known.
         """
         args, kwargs = self.unflatten_args(self.inputs, self.constant_args)
         every = [*args, *self._rest(args, kwargs)]
@@ -152,8 +165,9 @@ class _Sizes:
         return str(int(number)) if number.is_Integer else f"Named({self._name(number)!r})"
 
     def hints(self) -> dict[str, int] | None:
-        """Return the named sizes in the example; None if one is not known."""
+        """Return the named sizes that are expected, or in the example; None if one is not known."""
         known = symbolic.hints_in(V.graph.sizevars.shape_env)
+        known = {**known, **{symbol: sympy.Integer(size) for symbol, size in PlannedKernel.expected.items()}}
         values = {name: expression.xreplace(known) for expression, name in self.names.items()}
         return {n: int(value) for n, value in values.items()} if all(v.is_Integer for v in values.values()) else None
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from fastft.compat import inductor
+from fastft.compat.symbolic import Sizes
+from fastft.errors import describe
 from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.inductor import compile_graph
 from fastft.rewriter.lowering.plan_builder import GraphPlan
@@ -20,9 +24,12 @@ from fastft.rewriter.report.data import GraphReport, RowsReport
 from fastft.rewriter.rows.live_rows import LiveRows
 from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.cuda_graphs import Graphed
-from fastft.rewriter.runtime.live_rows import AS_GIVEN, LiveRun, Part
+from fastft.rewriter.runtime.live_rows import LiveRun, Part
 from fastft.rewriter.runtime.offload import Offloader
 from fastft.rewriter.runtime.planned_graph import Call, Planned
+from fastft.rewriter.runtime.row_choice import AS_GIVEN, RowChoice
+
+log = logging.getLogger("fastft")
 
 
 class WholeError(Exception):
@@ -80,7 +87,8 @@ def _lower_pieces(
     if plan:
         planned = plan_builder.plan_graph(gm, pieces, regions, options, graphed, say, exact=live is None)
     offloader = Offloader(planned.device, planned.facts.host) if planned is not None else None
-    calls = _compile_regions(pieces, regions, report, say, planned, offloader)
+    with inductor.expecting(_first_sizes(gm, live, examples) if live is not None else {}):
+        calls = _compile_regions(pieces, regions, report, say, planned, offloader)
     running, called = pieces, dict(calls)
     if graphed is not None:
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, options.cuda_graphs, offloader)
@@ -100,6 +108,15 @@ def _lower_pieces(
     )  # fmt: skip
     report.plan = result.report
     return result
+
+
+def _first_sizes(gm: GraphModule, live: LiveRows, examples: Mapping[Node, Any]) -> Sizes:
+    """Return the sizes that layers will meet at first, as far as they are not those of the batch."""
+    try:
+        return RowChoice(live, RowsReport()).expected(gm, examples)
+    except Exception as error:
+        log.debug("what the first batch holds is not known: %s", describe(error))
+        return {}
 
 
 def _live_run(
@@ -122,8 +139,8 @@ def _live_run(
     wanted = dict.fromkeys((*parts[0].taken, *parts[1].taken, live.hidden, *live.labels, *outputs))
     carried = [node for node in wanted if isinstance(node, Node) and node.op != "placeholder" and node not in later]
     first = Part(stitch.chain(before, calls, given, tuple(carried)), given, carried)
-    last, told = parts[1] if rest else None, report.rows or RowsReport()
-    return LiveRun(live, first, parts[0], last, outputs, told, next(iter(graphs), None))
+    choice = RowChoice(live, report.rows or RowsReport(), next(iter(graphs), None))
+    return LiveRun(choice, first, parts[0], parts[1] if rest else None, outputs)
 
 
 def _compile_regions(

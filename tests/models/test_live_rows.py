@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastft
-from fastft.kernels.core import dispatch
+from fastft.compat import inductor
+from fastft.kernels.core import dispatch, launch_plan
 from fastft.rewriter import backend
 from fastft.rewriter.rows import live_rows, moves, selection
-from fastft.rewriter.runtime import cuda_graphs, row_watch
+from fastft.rewriter.runtime import cuda_graphs, row_choice, row_watch
 from models.families import FAMILIES, OTHERS, Family, build, step, truth
 from models.test_families import by_name
 
@@ -222,6 +224,48 @@ def test_dropout_of_adapters(family: Family) -> None:
     assert (gradient(model, 0) - expected).norm() < 1.2 * by_chance
     assert not compiled.rows.reason
     assert compiled.rows.live < compiled.rows.rows
+
+
+@by_name(UNDERSTOOD[:2])
+@pytest.mark.parametrize(
+    "inputs", [batch("right"), batch("left"), batch("right", (LENGTH,) * 5)], ids=["pads", "left", "full"]
+)
+def test_the_first_batch_is_expected(
+    family: Family, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled ahead is for the sizes that the layers then meet."""
+    expected, chosen = [], []
+    expecting, of = inductor.expecting, row_choice.RowChoice.of
+
+    def noted(self: row_choice.RowChoice, values: Any) -> Any:
+        chosen.append(of(self, values))
+        return chosen[-1]
+
+    monkeypatch.setattr(inductor, "expecting", lambda sizes: (expected.append(sizes), expecting(sizes))[1])
+    monkeypatch.setattr(row_choice.RowChoice, "of", noted)
+    model, _ = pair(family)
+    compiled = Compiled(model)
+    state = torch.get_rng_state()
+    model(**inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    (sizes,), ((selected, max_seqlen),) = expected, chosen
+    assert [*sizes.values()] == [*([1, selected.size] if selected is not None else []), max_seqlen]
+    assert (selected is None) == bool(inputs["attention_mask"].all())
+    assert not compiled.rows.reason
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_the_first_batch_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the whole way: each op is recorded once, for the rows of a padded batch."""
+    monkeypatch.setattr(launch_plan, "PLANNED_ON", {"cpu"})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plans: dict[str, launch_plan.Plan] = {}
+    monkeypatch.setattr(launch_plan, "_plans", plans)
+    model, eager = pair(UNDERSTOOD[0])
+    Compiled(model, lower="inductor")
+    assert_same(model, eager, batch("right"))
+    assert {plan.name for plan in plans.values()} > {"fastft::attention", "fastft::lora_linear", "fastft::rms_norm"}
+    assert all(len(plan.variants) == 1 for plan in plans.values())
 
 
 @by_name(UNDERSTOOD[:1])
