@@ -261,6 +261,7 @@ ENGINE = (
         ("sizes that come again, forgotten", "runtime/row_watch.meet", "self.graphed.settled = self.in_graphs", "pass"),
         ("sizes that come again, captured late", "runtime/cuda_graphs._capture", " and not self.settled", ""),
         ("a length for each batch", "runtime/row_watch.longest", "hidden.shape[1] if self.in_graphs else ", ""),
+        ("the same on all cards", "runtime/row_watch._scaled", " * rates(device).flops / TYPICAL.flops", ""),
         ("always waits", "runtime/row_watch.waits", "self.quiet < QUIET:", "self.quiet >= 0:"),
     ),
 )

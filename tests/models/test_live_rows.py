@@ -18,7 +18,7 @@ import fastft
 from fastft.compat import inductor
 from fastft.kernels.core import dispatch, launch_plan
 from fastft.rewriter import backend
-from fastft.rewriter.rows import live_rows, moves, selection
+from fastft.rewriter.rows import live_rows, moves
 from fastft.rewriter.runtime import cuda_graphs, row_choice, row_watch
 from models.families import FAMILIES, OTHERS, Family, build, step, truth
 from models.test_families import by_name
@@ -271,13 +271,14 @@ def test_kernels_are_compiled_for_the_first_batch_alone(monkeypatch: pytest.Monk
 @by_name(UNDERSTOOD[:1])
 def test_few_sizes_where_layers_run_as_cuda_graphs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_watch.Watch, "in_graphs", True)
-    select, sizes = selection.select, []
+    of, sizes = row_choice.RowChoice.of, []
 
-    def noted(*arguments: Any) -> Any:
-        sizes.append(select(*arguments).size)
-        return select(*arguments)
+    def noted(self: row_choice.RowChoice, values: Any) -> Any:
+        selected, max_seqlen = of(self, values)
+        sizes.append(selected.size)
+        return selected, max_seqlen
 
-    monkeypatch.setattr(selection, "select", noted)
+    monkeypatch.setattr(row_choice.RowChoice, "of", noted)
     model, eager = pair(family)
     compiled = Compiled(model)
     for lengths in ((64, 40, 9, 23, 2), (64, 30, 20, 23, 9), (20, 10, 9, 23, 2)):
