@@ -71,11 +71,9 @@ class LiveRun:
         """Run what comes before the layers, and choose which rows go on."""
         values = dict(zip(self.before.taken, inputs, strict=True))
         values |= self.before(values)
-        looks = torch.is_grad_enabled() and not _capturing(inputs)
-        selected, max_seqlen = (
-            self.choice.of(values) if looks else (None, self.choice.unlooked(values[self.live.hidden]))
-        )
-        return Started(values, selected, max_seqlen)
+        if torch.is_grad_enabled() and not _capturing(inputs):
+            return Started(values, *self.choice.of(values))
+        return Started(values, None, self.choice.unlooked(values[self.live.hidden]))
 
     def sizes(self, started: Started) -> Sizes:
         """Return the sizes that differ from those of the graph's inputs."""
