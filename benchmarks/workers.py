@@ -2,12 +2,14 @@
 
 A task is a module with ``measure(asked) -> row``.  It runs in a fresh process (``workers.py TASK RUN ROW``), so that no
 contender sees another's patches, caches or memory; a crash, a timeout and running out of memory become rows as well.
+The log of a timeout ends in what its threads were doing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -85,6 +87,8 @@ def launch(task: str, job: Job, environment: dict[str, str], folder: Path, timeo
             code: int | None = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = None
+            process.send_signal(signal.SIGUSR1)  # it writes where it is into its log, or ends
+            time.sleep(0.5)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # compile workers too
@@ -110,6 +114,7 @@ def make_environment(scratch: Path) -> dict[str, str]:
 
 def work(task: str, run_file: Path, row_file: Path) -> None:
     """The inside of a worker.  The machine is noted first, for the row of a run that dies."""
+    faulthandler.register(signal.SIGUSR1)
     from measure import device_of, machine
 
     asked = json.loads(run_file.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -138,6 +139,15 @@ def test_a_timeout_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     row = workers.launch("never", job_of(), workers.make_environment(tmp_path), tmp_path / "1", timeout=0.2)
     assert (row["status"], row["error"]) == ("timeout", "no result after 0.2 s")
+
+
+@pytest.mark.slow
+def test_a_timeout_tells_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "never.py").write_text("import threading\ndef measure(asked):\n    threading.Event().wait()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row = workers.launch("never", job_of(), workers.make_environment(tmp_path), tmp_path / "1", timeout=20)
+    assert row["status"] == "timeout"
+    assert re.search(r'never.py", line 3 in measure', row["log"]), row["log"]
 
 
 def test_one_failure_does_not_stop_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
