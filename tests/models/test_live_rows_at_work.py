@@ -1,0 +1,182 @@
+"""Models without the rows of their batches that nobody reads: what is compiled, run as CUDA graphs, let go of."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastft.compat import inductor
+from fastft.kernels.core import dispatch, launch_plan
+from fastft.rewriter.rows import live_rows, moves
+from fastft.rewriter.runtime import cuda_graphs, row_choice, row_watch
+from models.families import Family, build, step, truth
+from models.padded_models import (
+    LAYERS,
+    LENGTH,
+    SIDES,
+    UNDERSTOOD,
+    Compiled,
+    assert_same,
+    batch,
+    pair,
+    without_first,
+)
+from models.test_families import by_name
+
+
+@by_name(UNDERSTOOD[:2])
+@pytest.mark.parametrize(
+    "inputs", [batch("right"), batch("left"), batch("right", (LENGTH,) * 5)], ids=["pads", "left", "full"]
+)
+def test_the_first_batch_is_expected(
+    family: Family, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled ahead is for the sizes that the layers then meet."""
+    expected, chosen = [], []
+    expecting, of = inductor.expecting, row_choice.RowChoice.of
+
+    def noted(self: row_choice.RowChoice, values: Any) -> Any:
+        chosen.append(of(self, values))
+        return chosen[-1]
+
+    monkeypatch.setattr(inductor, "expecting", lambda sizes: (expected.append(sizes), expecting(sizes))[1])
+    monkeypatch.setattr(row_choice.RowChoice, "of", noted)
+    model, _ = pair(family)
+    compiled = Compiled(model)
+    state = torch.get_rng_state()
+    model(**inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    (sizes,), ((selected, max_seqlen),) = expected, chosen
+    assert [*sizes.values()] == [*([1, selected.size] if selected is not None else []), max_seqlen]
+    assert (selected is None) == bool(inputs["attention_mask"].all())
+    assert not compiled.rows.reason
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_the_first_batch_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the whole way: each op is recorded once, for the rows of a padded batch."""
+    monkeypatch.setattr(launch_plan, "PLANNED_ON", {"cpu"})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plans: dict[str, launch_plan.Plan] = {}
+    monkeypatch.setattr(launch_plan, "_plans", plans)
+    model, eager = pair(UNDERSTOOD[0])
+    Compiled(model, lower="inductor")
+    assert_same(model, eager, batch("right"))
+    assert {plan.name for plan in plans.values()} > {"fastft::attention", "fastft::lora_linear", "fastft::rms_norm"}
+    assert all(len(plan.variants) == 1 for plan in plans.values())
+
+
+@by_name(UNDERSTOOD[:1])
+def test_few_sizes_where_layers_run_as_cuda_graphs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_watch.Watch, "in_graphs", True)
+    of, sizes = row_choice.RowChoice.of, []
+
+    def noted(self: row_choice.RowChoice, values: Any) -> Any:
+        selected, max_seqlen = of(self, values)
+        sizes.append(selected.size)
+        return selected, max_seqlen
+
+    monkeypatch.setattr(row_choice.RowChoice, "of", noted)
+    model, eager = pair(family)
+    compiled = Compiled(model)
+    for lengths in ((64, 40, 9, 23, 2), (64, 30, 20, 23, 9), (20, 10, 9, 23, 2)):
+        assert_same(model, eager, batch("right", lengths))
+    assert sizes == [160, 160, 80]  # parts of 5 * 64
+    assert not compiled.rows.reason
+
+
+def distances(found: Any, exact: Any, names: list[str]) -> Tensor:
+    """How far off the loss is, and the gradients of these names, each to the size of what is exact."""
+    pairs = [(found.loss, exact.loss), *((found.gradients[name], exact.gradients[name]) for name in names)]
+    return torch.stack([((mine - true).norm() / true.norm()).double() for mine, true in pairs])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [None, True], ids=["", "graphs"])
+@pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
+@by_name([family for family in UNDERSTOOD if family.name in ("llama", "gemma2", "qwen3")])
+def test_on_a_card(family: Family, nf4: bool, graphs: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, by the whole way: as near to float32 as the unmodified model, with and without padding."""
+    device, dtype = "cuda", torch.bfloat16
+    model = build(family, nf4=nf4, checkpoint=False, train_norms=True, layers=LAYERS, dtype=dtype, device=device)
+    eager = copy.deepcopy(model)
+    compiled = Compiled(model, lower="inductor", cuda_graphs=graphs)
+    capture, captures = cuda_graphs.Capture.of, []
+    monkeypatch.setattr(cuda_graphs.Capture, "of", lambda *given: (captures.append(given), capture(*given))[1])
+    monkeypatch.setattr(row_watch, "WORTH", 0)  # as this model is small
+    full = batch("right", (LENGTH,) * 5)
+    padded = [without_first(batch(side)) for side in SIDES]
+    errors = []
+    for inputs in (*padded, full, *(batch("right", seed=7) for _ in range(3)), *(padded if graphs else ())):
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        exact = truth(eager, inputs)
+        names = [name for name in exact.gradients if exact.gradients[name].norm() > 0]
+        errors.append([distances(step(one, inputs, one), exact, names) for one in (model, eager)])
+    # Eager attention on a card has NaN for gradients where a row has no keys: other batches tell how far off it is.
+    usual = torch.stack([others for _, others in errors]).nan_to_num(0.0).amax(0)
+    errors = [(mine, others.where(others.isfinite(), usual)) for mine, others in errors]
+    for mine, others in errors:
+        assert mine.max() <= 3 * others.max() + 1e-2, (mine.max(), others.max())
+    mine, others = map(torch.cat, zip(*errors, strict=True))  # of one batch either may be twice the other's, by chance
+    assert mine.median() <= 1.5 * others.median() + 1e-3, (mine.median(), others.median())
+    assert not compiled.rows.reason
+    assert compiled.rows.live < compiled.rows.rows
+    assert bool(captures) == bool(graphs)
+    assert len(captures) <= row_watch.PARTS
+
+
+@by_name(UNDERSTOOD[:1])
+def test_rows_that_are_left_out_are_let_go_of(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole batch's hidden states are freed before the layers."""
+    taken: list[StorageWeakRef] = []
+    freed: list[bool] = []
+    forward, fill = moves.Taken.forward, dispatch.fill
+
+    def noted(ctx: Any, whole: Tensor, *arguments: Any) -> Tensor:
+        taken.append(StorageWeakRef(whole.untyped_storage()))
+        return forward(ctx, whole, *arguments)
+
+    def asked(*arguments: Any) -> None:
+        freed.append(all(one.expired() for one in taken))
+        fill(*arguments)
+
+    model, _ = pair(family)
+    compiled = Compiled(model, memory_budget="max-speed")
+    inputs = batch("right")
+    model(**inputs)
+    monkeypatch.setattr(moves.Taken, "forward", noted)
+    monkeypatch.setattr(dispatch, "fill", asked)
+    model(**inputs)
+    assert len(freed) >= LAYERS
+    assert all(freed)
+    assert taken
+    assert not compiled.rows.reason
+
+
+@by_name(UNDERSTOOD[:1])
+def test_a_failure_costs_the_rule_alone(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of changing a graph and the bodies of its layers, the worst moment."""
+    restrict, calls = live_rows._restrict, []
+
+    def failing(*arguments: Any) -> None:
+        restrict(*arguments)
+        calls.append(arguments)
+        raise RuntimeError("forced")
+
+    monkeypatch.setattr(live_rows, "_restrict", failing)
+    model, eager = pair(family)
+    compiled = Compiled(model, strict=False)
+    with pytest.warns(RuntimeWarning, match="runs every row of a padded batch, because of RuntimeError: forced"):
+        assert_same(model, eager, batch("right"))
+    assert calls
+    assert compiled.rows.reason == "it could not be prepared: RuntimeError: forced"
+    assert compiled.reports[-1].regions
+    torch._dynamo.reset()
+    compiled = Compiled(pair(family)[0])
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="forced"):
+        compiled.model(**batch("right"))
