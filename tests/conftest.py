@@ -115,3 +115,19 @@ def _quick_is_quick(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched, torch.compiler.set_stance("fail_on_recompile"):
         patched.setattr(subprocess.Popen, "__init__", refuse)
         yield
+
+
+@pytest.fixture
+def planned_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Launch plans on the CPU too, and those that are made; no code that was compiled without them."""
+    import torch
+
+    from fastft.kernels.core import launch_plan
+
+    monkeypatch.setattr(launch_plan, "PLANNED_ON", {"cpu"})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plans: dict[str, Any] = {}
+    monkeypatch.setattr(launch_plan, "_plans", plans)
+    torch._dynamo.reset()
+    yield plans
+    torch._dynamo.reset()

@@ -170,7 +170,7 @@ class _Sizes:
         known = dict(symbolic.hints_in(sizevars.shape_env))
         for symbol in {symbol for expression in self.names for symbol in expression.free_symbols}:
             for other, size in PlannedKernel.expected.items():
-                if symbol == other or sizevars.statically_known_equals(symbol, other):
+                if sizevars.statically_known_equals(symbol, other):
                     known[symbol] = sympy.Integer(size)
         values = {name: expression.xreplace(known) for expression, name in self.names.items()}
         return {n: int(value) for n, value in values.items()} if all(v.is_Integer for v in values.values()) else None

@@ -23,7 +23,7 @@ from fastft.rewriter.attention.masks.recognize import recognize
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.bodies import bodies
 from fastft.rewriter.fx.editing import annotate_like
-from fastft.rewriter.fx.effects import may_alias, may_use_rng, maybe_mutated_args, mutated_args, switches_mode
+from fastft.rewriter.fx.effects import is_pure, may_alias, mutated_args
 from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line
 from fastft.rewriter.fx.operands import Calls, pass_in, take_out
 from fastft.rewriter.report.data import Lifted
@@ -166,7 +166,7 @@ def _drop(calls: Calls, body: GraphModule, mask: Node) -> None:
     while pending:
         node = pending.pop()
         stays = node.users or node.op not in ("call_function", "call_method")
-        if stays or maybe_mutated_args(node) or may_use_rng(node) or switches_mode(node):
+        if stays or not is_pure(node):
             continue
         pending += node.all_input_nodes
         node.graph.erase_node(node)

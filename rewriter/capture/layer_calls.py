@@ -34,8 +34,8 @@ def take_apart(
     now = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
     calls = {node: node.meta.pop("layer_call") for node in copy.graph.nodes if "layer_call" in node.meta}
     tuples = {node.args[-1] for node in calls}
-    whole = [node in tuples for node in copy.graph.find_nodes(op="placeholder")]
-    fakes = [value_of(node) for node in copy.graph.find_nodes(op="placeholder")]
+    placeholders = list(copy.graph.find_nodes(op="placeholder"))
+    whole = [node in tuples for node in placeholders]
     traces = {id(call.trace): (call.trace, node) for node, call in reversed(calls.items())}
     for trace, call in traces.values():
         _flatten_body(getattr(copy, trace.body))
@@ -54,7 +54,8 @@ def take_apart(
         return values
 
     # Of real tensors that Dynamo never saw by themselves AOTAutograd would make fake ones of any size.
-    examples = [fake if apart else given for fake, given, apart in zip(fakes, example_inputs, whole, strict=True)]
+    pairs = zip(placeholders, example_inputs, strict=True)
+    examples = [value_of(node) if node in tuples else given for node, given in pairs]
     return copy, flat(examples), lambda compiled: lambda *inputs: compiled(*flat(inputs))
 
 

@@ -111,6 +111,11 @@ def switches_mode(node: Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_SWITCHES
 
 
+def is_pure(node: Node) -> bool:
+    """Tell whether this node only computes: made elsewhere, once more or not at all, it changes nothing else."""
+    return not (maybe_mutated_args(node) or may_use_rng(node) or switches_mode(node))
+
+
 def is_transform(target: Any) -> bool:
     """Tell whether a node's target belongs to a torch.func transform or to forward-mode AD."""
     return _TRANSFORM.search(getattr(target, "__name__", "")) is not None

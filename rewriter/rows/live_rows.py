@@ -29,7 +29,7 @@ from fastft.rewriter.attention import simplify
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.bodies import bodies, body_of
 from fastft.rewriter.fx.editing import annotate_like
-from fastft.rewriter.fx.effects import may_use_rng, mutated_args, switches_mode
+from fastft.rewriter.fx.effects import is_pure, switches_mode
 from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.fx.operands import Calls, Level, pass_in, take_out
 from fastft.rewriter.outline import partition
@@ -105,7 +105,7 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
         losses = _losses(after)
     if any(switches_mode(node) and "autocast" not in name_of(node.target) for node in (*after, *rest)):
         raise Declined("gradients are switched on or off behind the first layer", "mode.switched")
-    hoisted = _hoisted(gm, after, losses)
+    hoisted = _hoisted(after, losses)
     after = [node for node in after if node not in hoisted]
     region = [gm, *(body for body in bodies(gm) if body is not gm)]
     for body in region:
@@ -204,7 +204,7 @@ def _make_equal(hidden: Tensor, labels: Any, loss: Node) -> None:
                     symbolic.made_equal(size, of_batch)
 
 
-def _hoisted(gm: GraphModule, after: Sequence[Node], losses: Sequence[Node]) -> dict[Node, None]:
+def _hoisted(after: Sequence[Node], losses: Sequence[Node]) -> dict[Node, None]:
     """List the calls that make labels, and what is made of these alone, in graph order.  Raises Declined."""
     inside = set(after)
     wanted: set[Node] = set()
@@ -213,7 +213,7 @@ def _hoisted(gm: GraphModule, after: Sequence[Node], losses: Sequence[Node]) -> 
         node = pending.pop()
         if not isinstance(node, Node) or node not in inside or node in wanted:
             continue
-        if not _is_pure(gm, node) or node.target == _ATTENTION or node in losses:
+        if not is_pure(node) or node.target == _ATTENTION or node in losses:
             raise Declined(f"its labels depend on {node.name}")
         wanted.add(node)
         pending += node.all_input_nodes
@@ -221,13 +221,9 @@ def _hoisted(gm: GraphModule, after: Sequence[Node], losses: Sequence[Node]) -> 
         reads = [one for one in node.all_input_nodes if one in inside]
         values = fake_tensors.tensors_in(value_of(node))
         whole = not any(value.is_floating_point() for value in values)  # which autocast leaves alone
-        if reads and wanted.issuperset(reads) and whole and _is_pure(gm, node):
+        if reads and wanted.issuperset(reads) and whole and is_pure(node):
             wanted.add(node)
     return {node: None for node in after if node in wanted}
-
-
-def _is_pure(gm: GraphModule, node: Node) -> bool:
-    return not (mutated_args(gm, node) or may_use_rng(node) or switches_mode(node))
 
 
 def _labels(losses: Sequence[Node], sizes: RowSizes) -> dict[Node, int]:

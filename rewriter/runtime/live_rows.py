@@ -77,7 +77,7 @@ class LiveRun:
 
     def sizes(self, started: Started) -> Sizes:
         """Return the sizes that differ from those of the graph's inputs."""
-        return {} if started.selected is None else moves.of_shape(self.live.sizes, 1, started.selected.size)
+        return self.choice.sizes(started.selected)
 
     def finish(self, started: Started) -> tuple[Any, ...]:
         """Run the layers and what follows, once, as values that only they need are let go of where rows are taken."""

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.compat.symbolic import Sizes
-from fastft.rewriter.fx.effects import may_use_rng, mutated_args
+from fastft.rewriter.fx.effects import is_pure
 from fastft.rewriter.report.data import RowsReport
 from fastft.rewriter.rows import moves, selection
 from fastft.rewriter.rows.live_rows import LiveRows, Mask
@@ -53,6 +53,10 @@ class RowChoice:
         """Return max_seqlen for a batch of which nothing is known."""
         return hidden.shape[1] if self.unmasked else AS_GIVEN
 
+    def sizes(self, selected: Selection | None) -> Sizes:
+        """Return the sizes that the layers meet, where they are not those of the batch."""
+        return {} if selected is None else moves.of_shape(self.live.sizes, 1, selected.size)
+
     def _looked(self, values: Mapping[Node, Any], hidden: Tensor) -> tuple[Selection | None, int]:
         """Wait for what the batch holds, and choose."""
         B, S = hidden.shape[:2]
@@ -91,8 +95,7 @@ class RowChoice:
         shape = [symbolic.hint(size) for size in example.shape]
         hidden = torch.empty(1, device=example.device).expand(shape)  # no more is asked of it than shape and device
         selected, max_seqlen = self._looked(values, hidden)
-        sizes = {} if selected is None else moves.of_shape(self.live.sizes, 1, selected.size)
-        return sizes | {symbolic.expression(value_of(self.live.max_seqlen)): max_seqlen}
+        return self.sizes(selected) | {symbolic.expression(value_of(self.live.max_seqlen)): max_seqlen}
 
 
 def _ranges(mask: Mask, value: Callable[[Any], Any]) -> Ranges:
@@ -118,8 +121,8 @@ def _computed(gm: GraphModule, wanted: Sequence[Node], given: Mapping[Node, Any]
             if node not in given or fake_tensors.is_fake(given[node]):
                 return None
             run.env[node] = symbolic.number(given[node]) if symbolic.is_symbolic(given[node]) else given[node]
-        elif may_use_rng(node) or mutated_args(gm, node):
-            return None
-        else:
+        elif is_pure(node):
             run.env[node] = run.run_node(node)
+        else:
+            return None
     return run.env

@@ -1,7 +1,6 @@
 """Models without the rows of their batches that nobody reads: what is compiled, run as CUDA graphs, let go of."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,17 +56,14 @@ def test_the_first_batch_is_expected(
 
 
 @pytest.mark.slow
-def test_kernels_are_compiled_for_the_first_batch_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_are_compiled_for_the_first_batch_alone(planned_here: dict[str, launch_plan.Plan]) -> None:
     """By the whole way: each op is recorded once, for the rows of a padded batch."""
-    monkeypatch.setattr(launch_plan, "PLANNED_ON", {"cpu"})
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    plans: dict[str, launch_plan.Plan] = {}
-    monkeypatch.setattr(launch_plan, "_plans", plans)
     model, eager = pair(UNDERSTOOD[0])
     Compiled(model, lower="inductor")
     assert_same(model, eager, batch("right"))
-    assert {plan.name for plan in plans.values()} > {"fastft::attention", "fastft::lora_linear", "fastft::rms_norm"}
-    assert all(len(plan.variants) == 1 for plan in plans.values())
+    plans = planned_here.values()
+    assert {plan.name for plan in plans} > {"fastft::attention", "fastft::lora_linear", "fastft::rms_norm"}
+    assert all(len(plan.variants) == 1 for plan in plans)
 
 
 @by_name(UNDERSTOOD[:1])

@@ -1,7 +1,6 @@
 """Inductor's code calls launch plans where it would call ops: the same results at any length, by one function each."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,6 @@ from torch import Tensor
 from fastft.kernels.core import launch_plan
 
 LENGTHS = (5, 9, 14)
-
-
-@pytest.fixture
-def planned_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[launch_plan.Plan]]:
-    """Plans on the CPU too, and those that are made; no code that was compiled without them."""
-    monkeypatch.setattr(launch_plan, "PLANNED_ON", {"cpu"})
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    plans: dict[str, launch_plan.Plan] = {}
-    monkeypatch.setattr(launch_plan, "_plans", plans)
-    torch._dynamo.reset()
-    yield plans  # type: ignore[misc]
-    torch._dynamo.reset()
 
 
 def step(model: Stack, x: Tensor) -> tuple[Tensor, list[Tensor]]:
