@@ -240,8 +240,9 @@ _BACKWARD = {"grad_output": "B G*E S D", **_QKV, "out": "B G*E S D", "lse": "B G
 _IDS = {"query_ids": "index B S 2", "key_ids": "index B T 2"}
 # The scale is small, as products of long heads are large.
 _PLAIN = {"causal": False, "window": 0, "max_seqlen": 0, "scale": 0.01, "softcap": 0.0, "dropout": 0.0}
+_AS_MANY = {"key": "B G S D", "value": "B G S D"}  # behind fewer keys a window is empty
 _WAYS: list[tuple[dict, dict]] = [
-    ({}, {}), ({}, {"causal": True}), ({}, {"causal": True, "window": 3}), ({}, {"causal": True, "softcap": 0.1}),
+    ({}, {}), ({}, {"causal": True}), (_AS_MANY, {"causal": True, "window": 3}), ({}, {"causal": True, "softcap": 0.1}),
     ({"start": "index B S T"}, {}), ({"mask": "B 1 S T"}, {}), ({"mask": "1 G*E S T"}, {"causal": True}),
     ({"seed": "index 1 N"}, {"dropout": 0.25}),
 ]  # fmt: skip

@@ -122,8 +122,7 @@ def test_on_a_card(family: Family, nf4: bool, graphs: bool | None, monkeypatch: 
     assert mine.median() <= 1.5 * others.median() + 1e-3, (mine.median(), others.median())
     assert not compiled.rows.reason
     assert compiled.rows.live < compiled.rows.rows
-    assert bool(captures) == bool(graphs)
-    assert len(captures) <= row_watch.PARTS
+    assert 0 < len(captures) <= row_watch.PARTS  # unasked too, as batches have one shape
 
 
 @by_name(UNDERSTOOD[:1])
