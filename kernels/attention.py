@@ -14,9 +14,10 @@ Query i may attend to the keys j for which all of these conditions hold, as far 
 - mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.  Numbers
   below LOWEST, in which scores vanish, count as -inf.
 A row that may attend to nothing is 0, and its log-sum-exp is -inf.
-max_seqlen, if not 0: the caller vouches that no query may attend to more than so many keys.  Where that is less than T,
-start and end tell all that window and ids do, which are not read; else causal and window tell all, and start, end and
-ids are not read.  FlashAttention calls the longest document in a packed row so.
+max_seqlen: what the caller vouches for.  0: nothing.  -1: start and end leave out no key; they are not read.  Above 0:
+no query may attend to more than so many keys; where these are less than T, start and end tell all that window and ids
+do, which are not read; else causal and window tell all, and start, end and ids are not read.  FlashAttention calls the
+longest document in a packed row so.
 sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXiv:2508.10925).
 softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
 seed [1], an integer: if given, a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
@@ -249,6 +250,7 @@ _WAYS: list[tuple[dict, dict]] = [
 _SPARSE_WAYS: list[tuple[dict, dict]] = [  # a row may be left without a key
     ({"start": "index B S T", "end": "index 1 S T"}, {}), (_IDS, {"causal": True}),
     ({"start": "index 1 S T", **_IDS}, {"softcap": 0.1}), ({"start": "index B S T", **_IDS}, {"max_seqlen": 4}),
+    ({"start": "index B S T", "end": "index 1 S T", **_IDS}, {"causal": True, "max_seqlen": -1}),
 ]  # fmt: skip
 _SINKS = {"sinks": "G*E"}
 attention = define(

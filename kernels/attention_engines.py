@@ -22,6 +22,7 @@ CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
 FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
 FLASH_SMALL_HEAD = 192  # its backward refuses longer ones where a block has little shared memory
 EFFICIENT_FROM = (7, 5)
+AS_GIVEN, NO_RANGES = 0, -1  # max_seqlen where all ranges and ids are read, and where start and end tell nothing
 SHORTEST = 64  # for cuDNN, which crashes at 1; where queries are few, in decoding, FlashAttention-2 splits the keys
 ALIGNED_BYTES = 16
 
@@ -59,7 +60,9 @@ def restricting(
     key: Tensor, vectors: Sequence[Tensor | None], window: int, max_seqlen: int
 ) -> tuple[Sequence[Tensor | None], int]:
     """Return start, end, query_ids and key_ids, None for those that max_seqlen says not to read, and the window."""
-    if not max_seqlen:
+    if max_seqlen == NO_RANGES:
+        return (None, None, *vectors[2:]), window
+    if max_seqlen == AS_GIVEN:
         return vectors, window
     return ((None,) * 4, window) if max_seqlen >= key.shape[2] else ((*vectors[:2], None, None), 0)
 

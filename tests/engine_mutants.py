@@ -258,6 +258,8 @@ ENGINE = (
         ("copies that are trained", "rows/moves.backward", "grad.new_zeros(ctx.shape).index_copy(0, rows[: ctx.live], grad[: ctx.live])", "grad.new_zeros(ctx.shape).index_add(0, rows, grad)"),
         ("a size for each number of rows", "runtime/row_watch.size", "size = -(-size // part) * part", "pass"),
         ("small batches that wait for little", "runtime/row_watch.size", "if self.is_small(hidden) else 1", "if rows < 0 else 1"),
+        ("ranges that the model has, not read", "runtime/row_choice.unlooked", "AS_GIVEN if self.ranged else NO_RANGES", "NO_RANGES"),
+        ("ranges that say nothing, read", "runtime/row_choice.unlooked", "AS_GIVEN if self.ranged else NO_RANGES", "AS_GIVEN"),
         ("sizes that come again, forgotten", "runtime/row_watch.meet", "self.graphed.settled = self.in_graphs", "pass"),
         ("sizes that come again, captured late", "runtime/cuda_graphs._capture", " and not self.settled", ""),
         ("a length for each batch", "runtime/row_watch.longest", "hidden.shape[1] if self.in_graphs else ", ""),

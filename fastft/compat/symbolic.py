@@ -83,7 +83,9 @@ def new_size(like: torch.SymInt, name: str, example: int) -> torch.SymInt:
 
 
 def new_symbol(env: ShapeEnv, name: str, example: int) -> tuple[torch.SymInt | int, Any]:
-    """Return a size of its own, and the symbol that it is, or the number where the example is 0 or 1."""
+    """Return a size of its own, and the symbol that it is, or the number where the example is below 2."""
+    if example < 0:  # of which torch has no symbols
+        return example, example
     source = ConstantSource(name)
     symbol = env.create_symbol(example, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=example, source=source), symbol

@@ -23,7 +23,7 @@ class SymbolicSizes:
     """Named sizes as symbols, in a mode of fake tensors of their own.
 
     A comparison of symbols has the result that it has for the example's sizes, and is noted as an assumption.  A size
-    of 0 or 1 stays a number, and the others count as at least 2.
+    below 2 stays a number, and the others count as at least 2.
     """
 
     def __init__(self, example: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from fastft.compat import inductor
 from fastft.compat.symbolic import Sizes
 from fastft.errors import describe
+from fastft.kernels.attention_engines import AS_GIVEN
 from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.inductor import compile_graph
 from fastft.rewriter.lowering.plan_builder import GraphPlan
@@ -27,7 +28,7 @@ from fastft.rewriter.runtime.cuda_graphs import Graphed
 from fastft.rewriter.runtime.live_rows import LiveRun, Part
 from fastft.rewriter.runtime.offload import Offloader
 from fastft.rewriter.runtime.planned_graph import Call, Planned
-from fastft.rewriter.runtime.row_choice import AS_GIVEN, RowChoice
+from fastft.rewriter.runtime.row_choice import RowChoice
 
 log = logging.getLogger("fastft")
 

@@ -20,7 +20,7 @@ from fastft.compat.symbolic import Sizes
 from fastft.rewriter.rows import moves
 from fastft.rewriter.rows.moves import Take
 from fastft.rewriter.rows.selection import Selection
-from fastft.rewriter.runtime.row_choice import AS_GIVEN, RowChoice
+from fastft.rewriter.runtime.row_choice import RowChoice
 
 
 @dataclass
@@ -73,7 +73,7 @@ class LiveRun:
         values |= self.before(values)
         if torch.is_grad_enabled() and not _capturing(inputs):
             return Started(values, *self.choice.of(values))
-        return Started(values, None, self.choice.unlooked(values[self.live.hidden]))
+        return Started(values, None, self.choice.unlooked(values[self.live.hidden].shape[1]))
 
     def sizes(self, started: Started) -> Sizes:
         """Return the sizes that differ from those of the graph's inputs."""
@@ -94,7 +94,7 @@ class LiveRun:
             found |= {node: restore(found[node], selected, (B, S)) for node, restore in self.restores.items()}
         values = values | found
         if self.rest is not None:
-            values |= self.rest(values | {self.live.max_seqlen: AS_GIVEN})
+            values |= self.rest(values | {self.live.max_seqlen: self.choice.unlooked(S)})
         return tuple(values[one] if isinstance(one, Node) else one for one in self.outputs)
 
     def _taker(self, node: Node) -> Take:

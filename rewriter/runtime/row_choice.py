@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.compat.symbolic import Sizes
+from fastft.kernels.attention_engines import AS_GIVEN, NO_RANGES
 from fastft.rewriter.fx.effects import is_pure
 from fastft.rewriter.report.data import RowsReport
 from fastft.rewriter.rows import moves, selection
@@ -19,8 +20,6 @@ from fastft.rewriter.rows.live_rows import LiveRows, Mask
 from fastft.rewriter.rows.selection import Facts, Look, Ranges, Selection
 from fastft.rewriter.runtime.cuda_graphs import Graphed
 from fastft.rewriter.runtime.row_watch import Watch, on_host
-
-AS_GIVEN = 0  # max_seqlen that has attention read all ranges and ids
 
 
 class RowChoice:
@@ -32,6 +31,7 @@ class RowChoice:
             one is None for mask in live.masks
             for one in (mask.own_start, mask.own_end, mask.query_ids, mask.key_ids)
         )  # fmt: skip
+        self.ranged = any(one is not None for mask in live.masks for one in (mask.own_start, mask.own_end))
         self.ends = [mask.end is not None for mask in live.masks]
 
     @torch.no_grad()
@@ -42,16 +42,18 @@ class RowChoice:
         if not self.watch.waits(hidden):
             if self.watch.is_due():
                 self.watch.note(self._look(values, hidden)[0].facts)
-            return None, self.unlooked(hidden)
+            return None, self.unlooked(hidden.shape[1])
         selected, max_seqlen = self._looked(values, hidden)
         rows = hidden.shape[0] * hidden.shape[1]
         self.watch.quiet = 0 if selected is not None else self.watch.quiet + 1
         self.report.add(rows, rows if selected is None else selected.live)
         return selected, max_seqlen
 
-    def unlooked(self, hidden: Tensor) -> int:
-        """Return max_seqlen for a batch of which nothing is known."""
-        return hidden.shape[1] if self.unmasked else AS_GIVEN
+    def unlooked(self, length: int) -> int:
+        """Return max_seqlen for a batch of sequences of this length of which nothing is known."""
+        if self.unmasked:
+            return length
+        return AS_GIVEN if self.ranged else NO_RANGES
 
     def sizes(self, selected: Selection | None) -> Sizes:
         """Return the sizes that the layers meet, where they are not those of the batch."""
@@ -70,7 +72,7 @@ class RowChoice:
             chosen = selection.select(looked, facts, masks, self.ends, size, longest)
             return chosen, chosen.max_seqlen
         plain = facts.plain(B * S, causal=all(mask.causal for mask in masks)) and not self.watch.is_small(hidden)
-        return None, S if plain else self.unlooked(hidden)
+        return None, S if plain else self.unlooked(S)
 
     def _look(self, values: Mapping[Node, Any], hidden: Tensor) -> tuple[Look, list[Ranges]]:
         B, S = hidden.shape[:2]

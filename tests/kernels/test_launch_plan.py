@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastft.kernels import REGISTRY, attention_engines
 from fastft.kernels.core import launch_plan
-from fastft.kernels.core.launch_plan import Described, Plan
+from fastft.kernels.core.launch_plan import Described, Named, Plan
 from fastft.kernels.core.launch_recorder import constant, is_aligned, setting
 
 OPS = sorted(name for name, entry in REGISTRY.items() if entry.planned)
@@ -112,6 +112,20 @@ def test_a_comparison_of_sizes_makes_another_function_and_nothing_else_does() ->
         expected = 2.0 if length > 10 else max(3.0, length // 4)
         assert torch.equal(plan(torch.ones(length, 3)), torch.full((length, 3), expected))
     assert len(calls) == 3 * 2
+
+
+def test_a_number_that_changes_decides_as_a_size_does_and_may_be_negative() -> None:
+    def compute(x: Tensor, number: int) -> Tensor:
+        if number == attention_engines.NO_RANGES:
+            return x - 1
+        return x * 2 if number == attention_engines.AS_GIVEN else x + 0
+
+    x = torch.arange(6.0)
+    plan = Plan(compute, [Described(x.dtype, "cpu", (6,), (1,), True), Named("n0")])
+    for number in (5, -1, 9, 0, -1, 3):
+        assert torch.equal(plan(x, number), compute(x, number))
+    assert len(plan.variants) == 3
+    assert not plan.unrecorded
 
 
 def test_sizes_that_decide_too_often_are_left_to_the_op(monkeypatch: pytest.MonkeyPatch) -> None:

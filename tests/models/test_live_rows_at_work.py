@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastft.compat import inductor
+from fastft.kernels import attention_engines
 from fastft.kernels.core import dispatch, launch_plan
 from fastft.rewriter.rows import live_rows, moves
 from fastft.rewriter.runtime import cuda_graphs, row_choice, row_watch
@@ -53,6 +54,30 @@ def test_the_first_batch_is_expected(
     assert [*sizes.values()] == [*([1, selected.size] if selected is not None else []), max_seqlen]
     assert (selected is None) == bool(inputs["attention_mask"].all())
     assert not compiled.rows.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["padding", "documents", "eager's attention"])
+@by_name(UNDERSTOOD[:1])
+def test_batches_that_are_not_looked_at(family: Family, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small ones are run: attention reads the ranges that the model has, and none that were made for live rows."""
+    monkeypatch.setattr(row_watch.Watch, "waits", lambda self, hidden: False)
+    told, unlooked = [], row_choice.RowChoice.unlooked
+    monkeypatch.setattr(
+        row_choice.RowChoice, "unlooked", lambda self, length: (told.append(unlooked(self, length)), told[-1])[1]
+    )
+    model, eager = pair(family)
+    for one in (model, eager):
+        one.get_base_model().set_attn_implementation("eager" if kind == "eager's attention" else "sdpa")
+    compiled = Compiled(model)
+    inputs = batch("right")
+    if kind == "documents":
+        del inputs["attention_mask"]
+        inputs["position_ids"] = (torch.arange(LENGTH) % 20).expand(len(inputs["labels"]), -1).contiguous()
+    assert_same(model, eager, inputs)
+    assert {*told} == {attention_engines.NO_RANGES if kind == "padding" else attention_engines.AS_GIVEN}
+    assert not compiled.rows.reason
+    assert not compiled.rows.forwards
 
 
 @pytest.mark.slow

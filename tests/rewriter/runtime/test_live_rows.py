@@ -1,14 +1,21 @@
 """Rows that are taken and put back, and batches that are waited for."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from fastft.kernels.attention_engines import AS_GIVEN, NO_RANGES
 from fastft.rewriter.memory.device_rates import TYPICAL
+from fastft.rewriter.report.data import RowsReport
 from fastft.rewriter.rows import moves
+from fastft.rewriter.rows.live_rows import Mask
 from fastft.rewriter.runtime import cuda_graphs, row_watch
+from fastft.rewriter.runtime.row_choice import RowChoice
 from fastft.rewriter.runtime.row_watch import Watch
 
 ROWS = torch.tensor([5, 0, 3, 5, 5])  # of 7; the last two were added
@@ -79,6 +86,24 @@ def test_what_is_small_depends_on_the_card(monkeypatch: pytest.MonkeyPatch) -> N
     assert not watch.is_small(SMALL)
     assert watch.is_small(OnCard(1, 256, 2048))
     assert watch.size(TINY, 1) < 512
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, 512),
+        ({"query_ids": Node, "key_ids": Node}, NO_RANGES),
+        ({"own_end": Node}, AS_GIVEN),
+        ({"own_start": Node, "query_ids": Node, "key_ids": Node}, AS_GIVEN),
+    ],
+)
+def test_attention_of_a_batch_that_is_not_looked_at(own: dict[str, Any], expected: int) -> None:
+    """It reads what the model has, and not the ranges that live rows would be told by."""
+    names = ("own_start", "end", "own_end", "query_ids", "key_ids")
+    mask = Mask(start=Node, **dict.fromkeys(names) | own, causal=True, window=0)  # type: ignore[arg-type]
+    choice = RowChoice(SimpleNamespace(masks=[mask]), RowsReport())  # type: ignore[arg-type]
+    assert choice.unlooked(512) == expected
 
 
 class Graphs:
