@@ -27,11 +27,9 @@ class RowChoice:
 
     def __init__(self, live: LiveRows, report: RowsReport, graphed: Graphed | None = None) -> None:
         self.live, self.report, self.watch = live, report, Watch(graphed)
-        self.unmasked = all(
-            one is None for mask in live.masks
-            for one in (mask.own_start, mask.own_end, mask.query_ids, mask.key_ids)
-        )  # fmt: skip
         self.ranged = any(one is not None for mask in live.masks for one in (mask.own_start, mask.own_end))
+        identified = any(one is not None for mask in live.masks for one in (mask.query_ids, mask.key_ids))
+        self.unmasked = not self.ranged and not identified
         self.ends = [mask.end is not None for mask in live.masks]
 
     @torch.no_grad()

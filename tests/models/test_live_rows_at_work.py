@@ -12,6 +12,7 @@ from fastft.compat import inductor
 from fastft.kernels import attention_engines
 from fastft.kernels.core import dispatch, launch_plan
 from fastft.rewriter.rows import live_rows, moves
+from fastft.rewriter.rows.selection import Selection
 from fastft.rewriter.runtime import cuda_graphs, row_choice, row_watch
 from models.families import Family, build, step, truth
 from models.padded_models import (
@@ -28,23 +29,24 @@ from models.padded_models import (
 from models.test_families import by_name
 
 
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Selection | None, int]]:
+    """What is chosen for each batch."""
+    of, found = row_choice.RowChoice.of, []
+    monkeypatch.setattr(row_choice.RowChoice, "of", lambda self, values: (found.append(of(self, values)), found[-1])[1])
+    return found
+
+
 @by_name(UNDERSTOOD[:2])
 @pytest.mark.parametrize(
     "inputs", [batch("right"), batch("left"), batch("right", (LENGTH,) * 5)], ids=["pads", "left", "full"]
 )
 def test_the_first_batch_is_expected(
-    family: Family, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    family: Family, inputs: dict[str, Tensor], chosen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is compiled ahead is for the sizes that the layers then meet."""
-    expected, chosen = [], []
-    expecting, of = inductor.expecting, row_choice.RowChoice.of
-
-    def noted(self: row_choice.RowChoice, values: Any) -> Any:
-        chosen.append(of(self, values))
-        return chosen[-1]
-
+    expecting, expected = inductor.expecting, []
     monkeypatch.setattr(inductor, "expecting", lambda sizes: (expected.append(sizes), expecting(sizes))[1])
-    monkeypatch.setattr(row_choice.RowChoice, "of", noted)
     model, _ = pair(family)
     compiled = Compiled(model)
     state = torch.get_rng_state()
@@ -92,21 +94,15 @@ def test_kernels_are_compiled_for_the_first_batch_alone(planned_here: dict[str, 
 
 
 @by_name(UNDERSTOOD[:1])
-def test_few_sizes_where_layers_run_as_cuda_graphs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_sizes_where_layers_run_as_cuda_graphs(
+    family: Family, chosen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_watch.Watch, "in_graphs", True)
-    of, sizes = row_choice.RowChoice.of, []
-
-    def noted(self: row_choice.RowChoice, values: Any) -> Any:
-        selected, max_seqlen = of(self, values)
-        sizes.append(selected.size)
-        return selected, max_seqlen
-
-    monkeypatch.setattr(row_choice.RowChoice, "of", noted)
     model, eager = pair(family)
     compiled = Compiled(model)
     for lengths in ((64, 40, 9, 23, 2), (64, 30, 20, 23, 9), (20, 10, 9, 23, 2)):
         assert_same(model, eager, batch("right", lengths))
-    assert sizes == [160, 160, 80]  # parts of 5 * 64
+    assert [selected.size for selected, _ in chosen] == [160, 160, 80]  # parts of 5 * 64
     assert not compiled.rows.reason
 
 
