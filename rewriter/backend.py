@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.compat import ddp, dynamo, layer_reuse
+from fastft.compat import ddp, dynamo, fsdp, fsdp_tracing, layer_reuse
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.reasons import Declined
@@ -20,7 +20,7 @@ from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.lowering import cache_dirs
 from fastft.rewriter.lowering.inductor import compile_graph
-from fastft.rewriter.lowering.lower import WholeError, lower
+from fastft.rewriter.lowering.lower import UnshardedError, WholeError, lower
 from fastft.rewriter.lowering.plan_builder import should_plan
 from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
@@ -78,7 +78,7 @@ def _compile(
     gm: GraphModule, example_inputs: list[Any], options: Options, folder: Path | None
 ) -> tuple[Callable, GraphReport]:
     """Compile a graph as fastft does, or, where anything of that fails, as the user wrote it."""
-    original = Snapshot(gm)
+    original, roots = Snapshot(gm), fsdp_tracing.traced_roots()
     try:
         if ddp.is_cut(gm):
             raise CutError("torch cut it at the buckets of DistributedDataParallel (optimize_ddp)")
@@ -91,9 +91,24 @@ def _compile(
     except (BudgetError, dynamo.RestartAnalysis):  # the user's, and Dynamo's to trace again with a number it now knows
         raise
     except Exception as error:
+        if roots and (isinstance(error, UnshardedError) or not options.strict):
+            _leave_to_hooks(roots, error)
         if options.strict:
             raise
         return _as_it_was(original, gm, example_inputs, options, error)
+
+
+def _leave_to_hooks(roots: Sequence[Any], error: Exception) -> None:
+    """Have Dynamo trace again a model that FSDP2 has sharded, with FSDP2's hooks, which cut it into single layers."""
+    reason = str(error) if isinstance(error, UnshardedError) else describe(error)
+    for root in roots:
+        fsdp.refuse(root, reason)
+    message = f"fastft leaves a sharded model to FSDP2's hooks, layer by layer, because of {reason}"
+    if isinstance(error, UnshardedError):
+        log.info(message)
+    else:
+        warn_once(message)
+    raise fsdp_tracing.TraceAgain(restart_reason=message)
 
 
 def _as_it_was(
@@ -142,7 +157,10 @@ def _rewritten(
     gm, live = _live_rows(gm, options, report, [output.position for output in deferred])
     if live is not None:
         example_inputs = [*example_inputs, value_of(live.max_seqlen)]
-    compiled = lower(gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined), live=live)
+    homes = {place: home for place, value in enumerate(example_inputs) if (home := fsdp.home_of(value)) is not None}
+    compiled = lower(
+        gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined), live=live, homes=homes
+    )
     return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 
@@ -205,5 +223,6 @@ def _traces_layers_once() -> bool:
 
 fastft.traces_layers_once = True  # type: ignore[attr-defined]
 layer_reuse.install(_traces_layers_once)
+fsdp_tracing.install(_is_ours)
 dynamo.break_early(_is_ours)
 dynamo.before_sizes(lambda tensor, name: dynamic_shapes.expect_any_size(tensor, name) if _is_ours() else None)

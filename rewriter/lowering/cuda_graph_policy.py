@@ -20,13 +20,19 @@ SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what gr
 PATIENCE = 4  # calls with the same sizes in a row, where sizes may change, before graphs for them pay unasked
 
 
-def capturable(pieces: Sequence[Piece], asked: bool | None) -> range | None:
+def capturable(pieces: Sequence[Piece], asked: bool | None, *, sharded: bool = False) -> range | None:
     """Return the range of the pieces from the first layer to the last if they should and can run as CUDA graphs.
 
     Returns None otherwise.  asked: the user's option; None uses CUDA graphs where sizes are small and stay the same.
+    sharded: whether parameters are gathered while they run: each time elsewhere in memory, and by collectives that
+    would have to be captured by all processes alike.
     """
     layers = [number for number, piece in enumerate(pieces) if piece.layer]
     if asked is False or not layers:
+        return None
+    if sharded:
+        if asked:
+            log.warning("no CUDA graphs: FSDP2 gathers the layers' weights, each time elsewhere in memory")
         return None
     stack = stitch.join(pieces[layers[0] : layers[-1] + 1])
     values = [value_of(node) for node in stack.inputs]

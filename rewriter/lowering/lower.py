@@ -10,6 +10,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fastft.compat import inductor
+from fastft.compat.fsdp import Home
 from fastft.compat.symbolic import Sizes
 from fastft.errors import describe
 from fastft.kernels.attention_engines import AS_GIVEN
@@ -17,6 +18,7 @@ from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.inductor import compile_graph
 from fastft.rewriter.lowering.plan_builder import GraphPlan
 from fastft.rewriter.lowering.region import RegionCompiler, by_kind
+from fastft.rewriter.lowering.sharding import Sharding
 from fastft.rewriter.options import Options
 from fastft.rewriter.outline import partition, stitch
 from fastft.rewriter.outline.partition import Piece
@@ -29,12 +31,17 @@ from fastft.rewriter.runtime.live_rows import LiveRun, Part
 from fastft.rewriter.runtime.offload import Offloader
 from fastft.rewriter.runtime.planned_graph import Call, Planned
 from fastft.rewriter.runtime.row_choice import RowChoice
+from fastft.rewriter.runtime.sharded import Sharded
 
 log = logging.getLogger("fastft")
 
 
 class WholeError(Exception):
     """Raised for a graph that had checkpoints, but has no layers to plan for."""
+
+
+class UnshardedError(Exception):
+    """Raised for a graph of a sharded model that is no sequence of pieces, and would need all of its parameters."""
 
 
 def lower(
@@ -46,18 +53,21 @@ def lower(
     plan: bool,
     planned_only: bool = False,
     live: LiveRows | None = None,
+    homes: Mapping[int, Home] | None = None,
 ) -> Callable:
     """Compile a graph in regions if it has layers, else as a whole; ``report`` records what was done.
 
     plan: whether to plan its memory.  planned_only: raise WholeError where it cannot be planned.  live: what the
-    graph was prepared for, by which it has an input more than its caller gives.  Raises BudgetError
-    where a number of bytes that the user named is too small.
+    graph was prepared for, by which it has an input more than its caller gives.  homes: of the inputs that are sharded,
+    which only a graph in regions may have.  Raises BudgetError where a number of bytes that the user named is too small.
     """
     pieces = partition.outline(gm, report) if options.outline else []
     if pieces and live is not None and live.rest is not None:
         pieces = partition.divide(gm, pieces, live.rest, report)
     if planned_only and not pieces:
         raise WholeError
+    if homes and not pieces:
+        raise UnshardedError(report.whole or "outline=False")
     if not options.outline:
         report.whole = "outline=False"
     with compile_progress.line() as say:
@@ -65,7 +75,7 @@ def lower(
             say(f"compiling a graph of {report.nodes_after} nodes")
             whole = compile_graph(gm, example_inputs, options)
             return whole if live is None else lambda *inputs: whole(*inputs, AS_GIVEN)
-        return _lower_pieces(gm, pieces, example_inputs, options, report, say, plan=plan, live=live)
+        return _lower_pieces(gm, pieces, example_inputs, options, report, say, plan=plan, live=live, homes=homes or {})
 
 
 def _lower_pieces(
@@ -77,22 +87,30 @@ def _lower_pieces(
     say: Callable[[str], None],
     *,
     plan: bool,
-    live: LiveRows | None = None,
+    live: LiveRows | None,
+    homes: Mapping[int, Home],
 ) -> Callable:
     """Compile each region, in the variants that its plan needs if it has one, and stitch the pieces together."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     examples = dict(zip(placeholders, example_inputs, strict=True))
     regions = {key: RegionCompiler(gm, alike[0], examples, options) for key, alike in by_kind(pieces).items()}
-    graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs)
+    graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs, sharded=bool(homes))
     planned = None
+    sharding = Sharding(pieces, placeholders, homes, regions) if homes else None
     if plan:
-        planned = plan_builder.plan_graph(gm, pieces, regions, options, graphed, say, exact=live is None)
+        planned = plan_builder.plan_graph(
+            gm, pieces, regions, options, graphed, say, exact=live is None,
+            sharding=sharding.account if sharding is not None else None,
+        )  # fmt: skip
     offloader = Offloader(planned.device, planned.facts.host) if planned is not None else None
     with inductor.expecting(_first_sizes(gm, live, examples) if live is not None else {}):
         calls = _compile_regions(pieces, regions, report, say, planned, offloader)
     running, called = pieces, dict(calls)
     if graphed is not None:
         running = cuda_graph_policy.graph_layers(pieces, called, graphed, options.cuda_graphs, offloader)
+    sharded = Sharded(sharding.units) if sharding is not None else None
+    if sharded is not None:
+        called |= {piece: sharded.around(number, called[piece]) for number, piece in enumerate(pieces)}
     named = profiling.named(running, called)
     graphs = [call for call in called.values() if isinstance(call, Graphed)]
     given = [node for node in placeholders if live is None or node is not live.max_seqlen]  # by the graph's caller
@@ -100,12 +118,23 @@ def _lower_pieces(
         run: Callable = stitch.stitch(gm, running, named)
     else:
         run = _live_run(gm, running, named, given, live, report, graphs)
-    if planned is None or offloader is None:
+    if planned is not None and offloader is not None:
+        run = _planned(planned, offloader, run, calls, graphs, given, report, again=sharded is None)
+    if sharded is None:
         return run
+    sharded.run = run
+    return sharded
+
+
+def _planned(
+    planned: GraphPlan, offloader: Offloader, run: Callable, calls: Mapping[Piece, Callable],
+    graphs: Sequence[Graphed], given: Sequence[Node], report: GraphReport, *, again: bool,
+) -> Planned:  # fmt: skip
+    """Return what runs a graph by its plan.  again: whether a forward that runs out of memory may run again."""
     result = Planned(
         planned.sequence, planned.facts, planned.budget, planned.device, planned.plan,
         run=run, calls=[call for call in calls.values() if isinstance(call, Call)], offloader=offloader,
-        graphed=graphs, sizes_of=plan_builder.sizes_of(given),
+        graphed=graphs, sizes_of=plan_builder.sizes_of(given), again=again,
     )  # fmt: skip
     report.plan = result.report
     return result

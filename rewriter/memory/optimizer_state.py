@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.compat import fsdp
+
 
 def optimizers() -> list[torch.optim.Optimizer]:
     """Find the optimizers in this process: the training loop makes its own and registers it nowhere.
@@ -30,7 +32,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def state_bytes(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Count the bytes of state still to be allocated for the parameters on this device."""
     return sum(
-        _bytes_of_state(optimizer, group, parameter)
+        _bytes_of_state(optimizer, group, fsdp.local(parameter))
         for group in optimizer.param_groups for parameter in group["params"]
         if parameter.requires_grad and parameter.device == device and not optimizer.state.get(parameter)
     )  # fmt: skip
@@ -57,5 +59,6 @@ def _bytes_of_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], par
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Count the bytes of a tensor's elements."""
+    """Count the bytes of a tensor's elements on this device."""
+    tensor = fsdp.local(tensor)
     return tensor.numel() * tensor.element_size()

@@ -12,6 +12,7 @@ from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.report.plan import ACTIVATIONS, ERROR
 
 POOL = "CUDA graphs"
+GATHERED = "gathered from other devices"
 # Of a CUDA graph's pool beyond its peak of live bytes, for fragmentation: measured on an H100 (docs/performance.md).
 POOL_SHARE, POOL_SHARE_OF_WORK = 0.05, 0.5
 Name = Hashable  # of a value that goes between stages
@@ -50,13 +51,16 @@ class Stage:
     """A piece at its place in a graph.
 
     inputs: values that other stages made, by their index among the inputs of its kind.  gradient_bytes: of the
-    parameters whose gradients its backward is the first to make.
+    parameters whose gradients its backward is the first to make.  gathered_forward, gathered_backward: of parameters
+    and gradients that are whole while it runs, in a model that is sharded.
     """
 
     kind: Kind
     name: str
     inputs: dict[int, Name]
     gradient_bytes: int = 0
+    gathered_forward: int = 0
+    gathered_backward: int = 0
 
 
 @dataclass(eq=False)
@@ -181,7 +185,8 @@ class _Simulation:
         for number, stage in enumerate(stages):
             pending = self._moved(number - 1) if number else 0
             held = self._between(number, forward=True)
-            yield self._moment(f"forward of {stage.name}", kept, held, self.memories[number].forward + pending, 0)
+            work = self.memories[number].forward + pending
+            yield self._moment(f"forward of {stage.name}", kept, held, work, 0, stage.gathered_forward)
             kept += self.memories[number].saved - self.offloaded[number][0]
         gradients = 0
         for number in range(len(stages) - 1, -1, -1):
@@ -189,7 +194,8 @@ class _Simulation:
             fetched = self._moved(number) + (self._moved(number - 1) if number else 0)
             held = self._between(number, forward=False)
             label = f"backward of {stage.name}"
-            yield self._moment(label, kept, held, self.memories[number].backward + fetched, gradients)
+            work = self.memories[number].backward + fetched
+            yield self._moment(label, kept, held, work, gradients, stage.gathered_backward)
             kept -= self.memories[number].saved - self.offloaded[number][0]
             gradients += stage.gradient_bytes
         yield self._moment("the optimizer's step", 0, 0, 0, gradients)
@@ -228,11 +234,11 @@ class _Simulation:
                 held += self.size[name]
         return held
 
-    def _moment(self, label: str, kept: int, between: int, work: int, gradients: int) -> Moment:
+    def _moment(self, label: str, kept: int, between: int, work: int, gradients: int, gathered: int = 0) -> Moment:
         facts = self.facts
         parts = {
             "held before": facts.before, "gradients": gradients, "optimizer": facts.optimizer,
             "libraries": facts.workspace, ERROR: facts.error, "kept activations": kept, "between layers": between,
-            "at work": work,
+            "at work": work, GATHERED: gathered,
         }  # fmt: skip
         return Moment(label, sum(parts.values()), parts)

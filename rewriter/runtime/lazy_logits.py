@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.compat import eager, fake_tensors
+from fastft.compat import eager, fake_tensors, fsdp
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.effects import names_a_write
 from fastft.rewriter.loss.head import Logits, run
@@ -39,7 +39,7 @@ VIEWS = frozenset(
 )
 # What can be asked of a tensor without computing its values.
 _GETTERS = (
-    "shape dtype device layout ndim requires_grad is_leaf grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
+    "shape dtype device layout ndim requires_grad is_leaf grad_fn _base is_cuda is_cpu is_meta is_sparse is_quantized "
     "is_nested is_mkldnn is_mps is_xpu is_xla names itemsize nbytes output_nr retains_grad"
 )
 _METHODS = (
@@ -139,7 +139,7 @@ class LazyLogits(Tensor):
         with eager.as_plain_tensors():
             lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
             if lazy is not None and not _is_read(lazy):
-                if func in METADATA:
+                if func in METADATA or (func is Tensor.register_hook and fsdp.is_hook(args[1])):
                     return func(*args, **kwargs)
                 result = _lazily(lazy, func, args[1:], kwargs)
                 if result is not None:
@@ -178,11 +178,17 @@ def _lazily(lazy: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> An
     followed = follow(name, source.logits, args, kwargs, run, widened)
     if followed is None:
         source.check()
-        return consume(name, source.logits, args, kwargs, run, source.chunk_bytes, widened)
+        return consume(name, source.logits, args, kwargs, _run_whole, source.chunk_bytes, widened)
     if name == "contiguous" or (name in CASTS and followed.dtype == source.logits.dtype and not copies):
         return lazy
     made = make(followed)
     return _as_view(made, lazy, func, args, kwargs) if name in VIEWS else made
+
+
+def _run_whole(function: Callable | str, *args: Any, **kwargs: Any) -> Any:
+    """Run a call, with what is sharded as a whole."""
+    args, kwargs = fake_tensors.tree_map_only(Tensor, fsdp.whole, (args, kwargs))
+    return run(function, *args, **kwargs)
 
 
 def _as_view(made: LazyLogits, base: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> LazyLogits:
@@ -327,7 +333,7 @@ def restore(
         results = list(compiled(*inputs))
         made = {}
         for output in deferred:
-            values = [(inputs if kind == "input" else results)[index] for kind, index in output.values]
+            values = [fsdp.sharded((inputs if kind == "input" else results)[index]) for kind, index in output.values]
             logits = output.logits.with_values([results[output.position], *values])
             made[output.position] = LazyLogits.of(logits, chunk_bytes, reads)
         return tuple(made.get(position, result) for position, result in enumerate(results[:outputs]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastft.compat import eager
+from fastft.compat import eager, fsdp
 from fastft.rewriter.loss.head import Logits
 
 STALE = (
@@ -50,7 +50,7 @@ class Computation:
         self.check()
         self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            self.computed = self.bare.with_values(self.leaves).compute()
+            self.computed = self.bare.with_values(list(map(fsdp.whole, self.leaves))).compute()
         return self.computed.detach()
 
     def check(self) -> None:
@@ -97,9 +97,9 @@ unread: weakref.WeakSet[Computation] = weakref.WeakSet()  # all that may still b
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Mark computations stale whose weights an optimizer changed: not every optimizer increments version counters."""
     if waiting := [computation for computation in unread if computation.computed is None]:
-        changed = {parameter.data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
+        changed = {fsdp.local(parameter).data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
         for computation in waiting:
-            computation.stale |= any(parameter.data_ptr() in changed for parameter, _ in computation.parameters)
+            computation.stale |= any(fsdp.local(parameter).data_ptr() in changed for parameter, _ in computation.parameters)
 
 
 register_optimizer_step_post_hook(_after_step)

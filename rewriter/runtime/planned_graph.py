@@ -92,17 +92,17 @@ class Planned:
 
     plan: for the sizes of the example inputs.  run: calls the pieces one after another.  calls: the calls of the
     pieces, in order.  graphed: the CUDA graphs, if any.  sizes_of: returns the values of the graph's size symbols for
-    given inputs.  choices: the stages' active choices.
+    given inputs.  again: whether a forward that runs out of memory may run again.  choices: the stages' active choices.
     """
 
     def __init__(
         self, sequence: StageSequence, facts: Facts, budget: Any, device: torch.device, plan: Plan, *,
         run: Callable, calls: Sequence[Call], graphed: Sequence[Graphed], offloader: Offloader,
-        sizes_of: Callable[[Sequence[Any]], Sizes],
+        sizes_of: Callable[[Sequence[Any]], Sizes], again: bool = True,
     ) -> None:  # fmt: skip
         self.sequence, self.device = sequence, device
         self.run, self.calls, self.graphed, self.offloader = run, calls, graphed, offloader
-        self.sizes_of = sizes_of
+        self.sizes_of, self.again = sizes_of, again
         self.report = PlanReport()
         self.sizes: Sizes = {}
         self.choices = plan.choices
@@ -161,7 +161,7 @@ class Planned:
         try:
             return run()
         except torch.OutOfMemoryError:
-            if state is None or not self.controller.replan_after_oom("the step is run again"):
+            if state is None or not self.again or not self.controller.replan_after_oom("the step is run again"):
                 raise
         torch.cuda.empty_cache()  # only here, where the failed run's tensors have been freed
         torch.cuda.set_rng_state(state, self.device)

@@ -51,14 +51,17 @@ def train(
         if not alone:
             dist.all_reduce(mean)
             mean /= WORLD
-        seen += [mean.item(), *([value.grad.norm().item() for value in trained(model)] if each else [_norm(model)])]
+        seen += [mean.item(), *([_number(value.grad.norm()) for value in trained(model)] if each else [_norm(model)])]
         optimizer.step()
         optimizer.zero_grad()
     return seen
 
 
 def _norm(model: nn.Module) -> float:
-    norm = nn.utils.get_total_norm([value.grad for value in trained(model)])
+    return _number(nn.utils.get_total_norm([value.grad for value in trained(model)]))
+
+
+def _number(norm: torch.Tensor) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
@@ -105,15 +108,7 @@ def fsdp(setting: Setting) -> list[float]:
 def fsdp_full(setting: Setting) -> list[float]:
     """FSDP2, all weights, gradients accumulated without reducing them"""
     model = setting.model(lora=None)
-    sharded = _fsdp(setting, model)
-
-    @contextlib.contextmanager
-    def waiting() -> Any:
-        sharded.set_requires_gradient_sync(False)
-        yield
-        sharded.set_requires_gradient_sync(True)
-
-    return train(setting, model, sharded, parts=2, waiting=waiting if dist.is_initialized() else None)
+    return train(setting, model, _fsdp(setting, model), parts=2, waiting=_unreduced(model))
 
 
 def fsdp_4bit(setting: Setting) -> list[float]:
@@ -127,6 +122,50 @@ def fsdp_4bit_sharded(setting: Setting) -> list[float]:
     """FSDP2, 4-bit weights sharded too"""
     model = setting.model(nf4=True)
     return train(setting, model, _fsdp(setting, model))
+
+
+def fsdp_whole(setting: Setting) -> list[float]:
+    """FSDP2 as one graph, LoRA: `torch.compile(model)`"""
+    model = setting.model()
+    return train(setting, model, setting.compile(_sharded(model)), each=True)
+
+
+def fsdp_whole_full(setting: Setting) -> list[float]:
+    """FSDP2 as one graph, all weights, gradients accumulated without reducing them"""
+    model = setting.model(lora=None)
+    return train(setting, model, setting.compile_in_place(_sharded(model)), parts=2, waiting=_unreduced(model))
+
+
+def fsdp_whole_4bit(setting: Setting) -> list[float]:
+    """FSDP2 as one graph, LoRA, 4-bit weights sharded"""
+    model = setting.model(nf4=True)
+    return train(setting, model, setting.compile(_sharded(model)), each=True)
+
+
+def fsdp_whole_planned(setting: Setting) -> list[float]:
+    """FSDP2 as one graph, LoRA, 4-bit weights sharded, as little memory as possible"""
+    model = setting.model(nf4=True, layers=MANY // 2)
+    least = Setting(setting.folder, setting.compiled, options={**setting.options, "memory_budget": "min"})
+    return train(setting, model, least.compile(_sharded(model)), each=True)
+
+
+def _sharded(model: Any) -> Any:
+    """``fully_shard`` of layers and root, as it is usually written."""
+    if dist.is_initialized():
+        for layer in (model.get_base_model() if hasattr(model, "get_base_model") else model).model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+def _unreduced(model: Any) -> Any:
+    @contextlib.contextmanager
+    def waiting() -> Any:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    return waiting if dist.is_initialized() else None
 
 
 def _ddp(model: nn.Module, **more: Any) -> Any:
@@ -145,7 +184,10 @@ def _fsdp(setting: Setting, model: Any, **more: Any) -> Any:
     return model
 
 
-DEVICES: Sequence[Any] = (ddp, ddp_4bit, ddp_split, ddp_padded, fsdp, fsdp_full, fsdp_4bit, fsdp_4bit_sharded)
+DEVICES: Sequence[Any] = (
+    ddp, ddp_4bit, ddp_split, ddp_padded, fsdp_whole, fsdp_whole_full, fsdp_whole_4bit, fsdp_whole_planned,
+    fsdp, fsdp_full, fsdp_4bit, fsdp_4bit_sharded,
+)  # fmt: skip
 
 
 def together(folder: Path) -> dict[str, Any]:

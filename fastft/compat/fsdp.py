@@ -1,0 +1,273 @@
+"""The parameters that FSDP2 (``fully_shard``) has sharded: found, gathered, freed, reduced; by private torch symbols.
+
+FSDP2 swaps the parameters of a module for whole ones in a hook before its forward, and back behind it.  fastft leaves
+the modules as they are and gathers what a piece of a graph reads: see rewriter/runtime/sharded.py.  What FSDP2 makes of
+gradients is its own code: reduction, accumulation, replicated meshes, offloading.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import make_contiguous_strides_for
+from torch.autograd import Variable
+from torch.utils.weak import WeakIdKeyDictionary
+
+try:
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import foreach_all_gather, foreach_all_gather_copy_out
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _get_module_fsdp_state
+    from torch.distributed.tensor import DTensor, Partial
+except ImportError:  # a torch without it
+    FSDPState = DTensor = None  # type: ignore[assignment,misc]
+
+MARK = "_fastft_sharded"  # an attribute of the parameters that are known here, which Dynamo guards
+
+
+@dataclass(frozen=True, eq=False)
+class Home:
+    """Where FSDP2 keeps a parameter: its own object for it, the group that is reduced together, and the model's root."""
+
+    parameter: Any
+    group: Any
+    root: Any
+
+    @property
+    def whole_bytes(self) -> int:
+        """The bytes of the whole parameter."""
+        return self.parameter._orig_size.numel() * _dtype(self.parameter).itemsize
+
+    @property
+    def own_bytes(self) -> int:
+        """The bytes of this process's part of the parameter, as it is kept."""
+        return self.parameter._sharded_param_data.untyped_storage().nbytes()
+
+    @property
+    def own_gradient_bytes(self) -> int:
+        """The bytes of this process's part of its gradient; 0 for a frozen parameter."""
+        return self.own_bytes if self.parameter.sharded_param.requires_grad else 0
+
+    @property
+    def processes(self) -> int:
+        """Over how many processes it is sharded."""
+        return self.group._all_gather_process_group.size()
+
+    def whole(self) -> nn.Parameter:
+        """Return the whole parameter; it has no memory until it is gathered."""
+        parameter = self.parameter
+        if not hasattr(parameter, "_unsharded_param"):
+            elements = [parameter.padded_sharded_param_size.numel()]
+            parameter.init_all_gather_outputs(elements, [_dtype(parameter)], self.processes, parameter.device)
+            parameter.init_unsharded_param()
+            parameter.free_unsharded_param()
+        whole = parameter._unsharded_param
+        if whole.requires_grad != parameter.sharded_param.requires_grad:
+            whole.requires_grad_(parameter.sharded_param.requires_grad)
+        return whole
+
+    def like(self) -> dict[str, Any]:
+        """Return size, stride, dtype and device of the whole parameter."""
+        size = self.parameter._orig_size
+        return {
+            "size": size, "stride": make_contiguous_strides_for(size), "dtype": _dtype(self.parameter),
+            "device": self.parameter.device,
+        }  # fmt: skip
+
+
+def _dtype(parameter: Any) -> torch.dtype:
+    return parameter.param_dtype or parameter.orig_dtype
+
+
+_homes: Any = WeakIdKeyDictionary()  # by the parameter, sharded or whole: weak references to FSDP2's objects
+
+
+def home_of(tensor: Any) -> Home | None:
+    """Return where a parameter is kept that ``adopt`` has seen."""
+    references = _homes.get(tensor) if isinstance(tensor, Tensor) else None
+    if references is None:
+        return None
+    parameter, group, root = (reference() for reference in references)
+    return Home(parameter, group, root) if parameter is not None else None
+
+
+def state_of(module: Any) -> Any:
+    """Return what FSDP2 keeps of a module, or None."""
+    return _get_module_fsdp_state(module) if FSDPState is not None else None
+
+
+def is_hook(function: Any) -> bool:
+    """Return whether a module's hook is FSDP2's."""
+    while function is not None and FSDPState is not None:
+        if isinstance(getattr(function, "__self__", None), FSDPState):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def adopt(state: Any) -> tuple[Any, str]:
+    """Note the parameters of the model that a state belongs to; return its root, and why it is left to FSDP2's hooks.
+
+    The root's own hook may have run: around the code that is traced, as torch.compile arranges it.
+    """
+    root = state._state_ctx.iter_forward_root or state
+    if root in _refused:
+        return root, _refused[root]
+    if root._is_root is False:
+        return root, "it is a part of a model that is called by itself"
+    root._lazy_init()
+    found = [
+        (parameter, group)
+        for one in root._state_ctx.all_states for group in groups_of(one) for parameter in group.fsdp_params
+    ]  # fmt: skip
+    for parameter, group in found:
+        if reason := _reason(parameter, group):
+            return root, reason
+    for parameter, group in found:
+        sharded = parameter.sharded_param
+        setattr(sharded, MARK, True)
+        home = Home(parameter, group, root)
+        _homes[sharded] = _homes[home.whole()] = weakref.ref(parameter), weakref.ref(group), weakref.ref(root)
+        statistics = getattr(parameter._module_info.module, "quant_state", None)
+        if statistics is not None and parameter._module_info.param_name == "weight":
+            for weight in (sharded, home.whole()):  # where bitsandbytes looks for them, or it makes a parameter anew
+                weight.quant_state = statistics  # type: ignore[attr-defined]
+    return root, ""
+
+
+def _reason(parameter: Any, group: Any) -> str:
+    """Return why a parameter is left to FSDP2's hooks."""
+    if not isinstance(group.mesh_info, FSDPMeshInfo):
+        return "a parameter is replicated, not sharded"
+    if getattr(parameter, "is_dtensor", False):
+        return "a parameter is also sharded by tensor parallelism"
+    if hasattr(parameter.sharded_param._local_tensor, "fsdp_pre_all_gather"):
+        return "a parameter is gathered in a way of its own"
+    return ""
+
+
+_refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def refuse(state: Any, reason: str) -> None:
+    """Leave a model to FSDP2's hooks from now on."""
+    _refused[state] = reason
+
+
+def groups_of(state: Any) -> list[Any]:
+    """Return the groups of parameters that a state reduces."""
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return groups
+
+
+def casts(state: Any, module: Any) -> tuple[torch.dtype | None, torch.dtype | None, torch.device | None]:
+    """Return to which dtypes FSDP2 casts what a module takes and returns, and the device to which a root's inputs go."""
+    policy = state._mp_policy
+    taken = policy.param_dtype if policy.cast_forward_inputs else None
+    return taken, policy.output_dtype, state._device if state._is_root and state._device.type != "cpu" else None
+
+
+@dataclass(eq=False)
+class Gathering:
+    """Parameters of one group on their way: from the first call to the second all of them are twice in memory."""
+
+    homes: Sequence[Home]
+    result: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        group, context = self.homes[0].group, self.homes[0].root._comm_ctx
+        self.result = foreach_all_gather(
+            [home.parameter for home in self.homes], group._all_gather_process_group, False,
+            context.all_gather_copy_in_stream, context.all_gather_stream, group.device, group._all_gather_comm,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Wait for them, and put them into place."""
+        group, context = self.homes[0].group, self.homes[0].root._comm_ctx
+        parameters = [home.parameter for home in self.homes]
+        foreach_all_gather_copy_out(self.result, parameters, group._all_gather_process_group)
+        for parameter in parameters:
+            parameter.init_unsharded_param()
+        copied = group.device_handle.Event()
+        copied.record()
+        for stream in (context.all_gather_copy_in_stream, context.all_gather_stream):
+            stream.wait_event(copied)  # before the memory of the result is used again
+        self.result = None
+
+
+def free(homes: Sequence[Home]) -> None:
+    """Free the whole parameters."""
+    for home in homes:
+        home.parameter.free_unsharded_param()
+
+
+def begin(root: Any) -> None:
+    """Prepare for a forward: what is gathered from now on is as the optimizer left it."""
+    context, streams = root._state_ctx, root._comm_ctx
+    event, context.post_optim_event = context.post_optim_event, None
+    current = root._device_handle.current_stream()
+    for stream in (streams.all_gather_copy_in_stream, streams.all_gather_stream):
+        if event is not None:
+            stream.wait_event(event)
+        else:
+            stream.wait_stream(current)
+
+
+def reduce(group: Any) -> None:
+    """Reduce the gradients of a group over all processes, or keep them for later where the user asked for that.
+
+    Where there are none yet FSDP2 is not told: it would take the group for done.
+    """
+    if any(one._unsharded_param.grad is not None for one in group.fsdp_params if hasattr(one, "_unsharded_param")):
+        group.post_backward()
+
+
+def is_whole(home: Home) -> bool:
+    """Return whether FSDP2 itself has gathered a parameter: the root's, whose hook has run around a graph."""
+    return home.group.is_unsharded and home.parameter.sharded_state.name == "UNSHARDED"
+
+
+def give_up(homes: Sequence[Home]) -> None:
+    """Shard again what FSDP2 itself has gathered."""
+    for home in homes:
+        home.parameter.to_sharded()
+
+
+def at_end_of_backward(root: Any, function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward that is running, where FSDP2 reduces what is left."""
+    Variable._execution_engine.queue_callback(function)
+    root._register_root_post_backward_final_callback()
+
+
+def sharded(tensor: Tensor) -> Tensor:
+    """Return the parameter that stays, for one that is whole for a while; any other tensor as it is."""
+    home = home_of(tensor)
+    return tensor if home is None else home.parameter.sharded_param
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is sharded as a whole, of the dtype that FSDP2 gives it; any other as it is.
+
+    All processes have to ask.  Backward gives each the mean of all processes' gradients for its part.
+    """
+    home = home_of(tensor) if is_sharded(tensor) else None
+    if home is None:
+        return tensor
+    cast: Any = tensor.to(_dtype(home.parameter))
+    return cast.full_tensor(grad_placements=[Partial("avg")] * cast.device_mesh.ndim)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return whether a tensor's elements are spread over processes."""
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that is sharded, or the tensor."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor

@@ -1,0 +1,158 @@
+"""Trace a model that FSDP2 has sharded as if it was whole: without FSDP2's hooks, its parameters as they are in forward.
+
+By private torch symbols.  Dynamo breaks the graph at each of these hooks, so that no graph would hold more than a
+layer, and a model whose parameters are not gathered could not be traced without them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import GraphArg, VariableBuilder, wrap_fx_proxy
+from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+
+
+from fastft.compat import fsdp
+from fastft.compat.ddp import TraceAgain
+from fastft.compat.dynamo import put_around
+
+__all__ = ["TraceAgain"]  # what is only passed on
+
+log = logging.getLogger("fastft")
+_BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
+_HOOKS = {_BEFORE, _BEHIND, f"{_BEFORE}_with_kwargs", f"{_BEHIND}_with_kwargs", f"{_BEHIND}_always_called"}
+
+
+def install(is_ours: Callable[[], bool]) -> None:
+    """Leave FSDP2's hooks out of compilations during which ``is_ours`` is true; leave all others alone."""
+
+    def attribute(original: Callable, self: Any, tx: Any, name: str) -> Any:
+        found = original(self, tx, name)
+        if name not in _HOOKS or not getattr(self.value, name, None) or fsdp.state_of(self.value) is None:
+            return found
+        if not hasattr(found, "items") or not _is_whole(tx.output, self.value, is_ours):
+            return found
+        return _without_hooks(tx, self.value, name, found)
+
+    def wrap_tensor(original: Callable, self: Any, value: Any) -> Any:
+        home = fsdp.home_of(value) if fsdp.is_sharded(value) else None
+        if home is None or home.root not in roots_of(self.tx.output):
+            return original(self, value)
+        return _whole(self, value, home)
+
+    for name in ("var_getattr", "tp_getattro_impl"):  # the second from torch 2.14 on
+        if name in vars(UnspecializedNNModuleVariable):
+            put_around(UnspecializedNNModuleVariable, name, attribute)
+    put_around(VariableBuilder, "wrap_tensor", wrap_tensor)
+
+
+def traced_roots() -> list[Any]:
+    """Return the roots' states of the models that this compilation traced without FSDP2's hooks."""
+    return roots_of(InstructionTranslator.current_tx().output)
+
+
+def roots_of(output: Any) -> list[Any]:
+    """Return the roots' states of the models that a compilation traces without FSDP2's hooks."""
+    return [root for root in vars(output).get("_fastft_roots", {}).values() if root is not None]
+
+
+def _is_whole(output: Any, module: nn.Module, is_ours: Callable[[], bool]) -> bool:
+    """Return whether a module is traced without hooks: as all of its model, whose root is called first."""
+    roots = vars(output).setdefault("_fastft_roots", {})  # by what all states of a model share
+    state = fsdp.state_of(module)
+    if state._state_ctx not in roots:
+        root = None
+        try:
+            root, reason = fsdp.adopt(state) if is_ours() and not output.export else (None, "it is not fastft's")
+        except Exception as error:  # what another torch does not have
+            reason = str(error)
+        if reason:
+            log.info("FSDP2's hooks break the graph: %s", reason)
+        roots[state._state_ctx] = None if reason else root
+    return roots[state._state_ctx] is not None
+
+
+def _without_hooks(tx: Any, module: nn.Module, name: str, found: Any) -> Any:
+    """Return a module's hooks without FSDP2's, or with what is left of these: casts of what goes in and out."""
+    state, hooks = fsdp.state_of(module), getattr(module, name)
+    taken, returned, device = fsdp.casts(state, module)
+    before, behind = getattr(module, _BEFORE), getattr(module, _BEHIND)
+    casting = {}
+    for key in (key for key, hook in before.items() if fsdp.is_hook(hook)):
+        casting[key] = _casting_inputs(taken, device) if taken is not None or device is not None else None
+    for key in (key for key, hook in behind.items() if fsdp.is_hook(hook)):
+        casting[key] = _casting_results(returned) if returned is not None else None
+    items = {}
+    for key, item in zip(hooks, list(found.items), strict=True):
+        if key not in casting:
+            items[item] = found.items[item]
+        elif casting[key] is not None:
+            flag = name not in (_BEFORE, _BEHIND)
+            items[item] = found.items[item] if flag else VariableTracker.build(tx, casting[key])
+    if len(items) < len(found.items) or name in (_BEFORE, _BEHIND):
+        found.items = items
+        found.original_items = dict(items)
+    return found
+
+
+def _casting_inputs(dtype: torch.dtype | None, device: torch.device | None) -> Callable:
+    def cast_inputs(module: Any, args: Any, kwargs: Any) -> Any:
+        return _cast(args, dtype, device), _cast(kwargs, dtype, device)
+
+    return cast_inputs
+
+
+def _casting_results(dtype: torch.dtype) -> Callable:
+    def cast_results(module: Any, args: Any, output: Any) -> Any:
+        return _cast(output, dtype, None)
+
+    return cast_results
+
+
+def _cast(value: Any, dtype: torch.dtype | None, device: torch.device | None) -> Any:
+    """Cast the floating-point tensors in a value, and move all."""
+    if isinstance(value, Tensor):
+        if device is not None and value.device != device:
+            value = value.to(device)
+        if dtype is not None and value.is_floating_point() and value.dtype != dtype:
+            value = value.to(dtype)
+        return value
+    if type(value) is tuple:
+        return tuple([_cast(item, dtype, device) for item in value])
+    if type(value) is list:
+        return [_cast(item, dtype, device) for item in value]
+    if isinstance(value, dict):
+        for name in list(value):
+            if value[name] is not None:
+                value[name] = _cast(value[name], dtype, device)
+    return value
+
+
+def _whole(builder: Any, value: Any, home: fsdp.Home) -> Any:
+    """Make a parameter that is sharded an input of Dynamo's graph as it is when it is gathered."""
+    output, source = builder.tx.output, builder.get_source()
+    if source in output.input_source_to_var:
+        return output.input_source_to_var[source]
+    kind = home.like()
+    with output.fake_mode:
+        fake = torch.empty_strided(kind["size"], kind["stride"], dtype=kind["dtype"], device=kind["device"])
+        fake = nn.Parameter(fake, requires_grad=value.requires_grad)
+    name = re.sub(r"[^a-zA-Z0-9]+", "_", builder.name)
+    proxy = output.root_tracer.create_graph_input(name, type(value), fake, source=source)
+    proxy.node.meta["grapharg"] = GraphArg(source, value, False, fake)
+    variable = wrap_fx_proxy(tx=builder.tx, proxy=proxy, example_value=fake, source=source)
+    output.side_effects.track_object_existing(value, variable)
+    builder.install_guards(GuardBuilder.TYPE_MATCH)
+    for attribute in (fsdp.MARK, "requires_grad"):
+        install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH))
+    output.input_source_to_var[source] = variable
+    return variable

@@ -1,0 +1,71 @@
+"""What sharding changes in lowering a graph: which parameters are gathered for which piece, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from fastft.compat.fsdp import Home
+from fastft.rewriter.lowering.region import RegionCompiler
+from fastft.rewriter.memory.simulate import StageSequence
+from fastft.rewriter.outline.partition import Piece
+from fastft.rewriter.runtime.sharded import Unit, units
+
+
+class Sharding:
+    """Which parameters are gathered for which piece of a graph.
+
+    inputs: the graph's.  homes: by their place among these.  The units are known once memory was planned: the choices of
+    a plan may differ between processes, so all gather for backward what any choice reads.  Without a plan it is not
+    known what backward reads, and all that a piece reads is gathered for its backward too.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], inputs: Sequence[Node], homes: Mapping[int, Home],
+        regions: Mapping[Any, RegionCompiler],
+    ) -> None:  # fmt: skip
+        self.homes, self.place_of = homes, {node: place for place, node in enumerate(inputs)}
+        self.pieces = pieces
+        reads = [self._sharded(piece.inputs) for piece in pieces]
+        trained = [regions[piece.key].trained for piece in pieces]
+        self.units = units(reads, [read if any(trained) else [] for read in reads], homes)
+        self.reads = reads
+
+    def _sharded(self, nodes: Sequence[Node]) -> list[int]:
+        places = (self.place_of.get(node) for node in nodes)
+        return [place for place in places if place in self.homes]
+
+    def account(self, sequence: StageSequence) -> int:
+        """Add to a plan's stages what is gathered for them; return the bytes of inputs that other devices hold."""
+        saves = []
+        for piece, stage in zip(self.pieces, sequence.stages, strict=True):
+            joint = stage.kind.joint
+            kept = {place for choice in stage.kind.choices for place in joint.saved_inputs(choice.ops)} if joint else ()
+            saves.append(self._sharded([piece.inputs[place] for place in sorted(kept)]))
+        self.units = units(self.reads, saves, self.homes)
+        account(sequence, self.units, self.homes)
+        read = {place for places in self.reads for place in places}
+        return sum(self.homes[place].whole_bytes - self.homes[place].own_bytes for place in read)
+
+
+def account(sequence: StageSequence, made: Sequence[Unit], homes: Mapping[int, Home]) -> None:
+    """Add to the stages what is gathered while they run: their own parameters, and those of the next on their way.
+
+    Whole gradients are in memory until the stage before has run backward: once as they are made, once as they are sent.
+    A trained parameter's gradient stays as this process's part of it.  homes: by input.
+    """
+    whole = {unit: sum(homes[place].whole_bytes for place in unit.places) for unit in made}
+    trained = [home for home in homes.values() if home.own_gradient_bytes]
+    sent = [0] * (len(sequence.stages) + 1)
+    for home in trained:
+        number = max(number for unit in made if any(homes[place] is home for place in unit.places) for number in unit.forward)
+        sequence.stages[number].gradient_bytes += home.own_gradient_bytes - home.whole_bytes
+        sent[number] += home.whole_bytes
+    for number, stage in enumerate(sequence.stages):
+        near = {number, number + 1}
+        stage.gathered_forward = sum(whole[unit] for unit in made if not near.isdisjoint(unit.forward))
+        near = {number, number - 1}
+        backward = sum(whole[unit] for unit in made if not near.isdisjoint(unit.backward))
+        stage.gathered_backward = backward + sent[number] + sent[number + 1]
