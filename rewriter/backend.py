@@ -92,23 +92,21 @@ def _compile(
         raise
     except Exception as error:
         if roots and (isinstance(error, UnshardedError) or not options.strict):
-            _leave_to_hooks(roots, error)
+            _leave_to_hooks(error)
         if options.strict:
             raise
         return _as_it_was(original, gm, example_inputs, options, error)
 
 
-def _leave_to_hooks(roots: Sequence[Any], error: Exception) -> None:
+def _leave_to_hooks(error: Exception) -> None:
     """Have Dynamo trace again a model that FSDP2 has sharded, with FSDP2's hooks, which cut it into single layers."""
     reason = str(error) if isinstance(error, UnshardedError) else describe(error)
-    for root in roots:
-        fsdp.refuse(root, reason)
     message = f"fastft leaves a sharded model to FSDP2's hooks, layer by layer, because of {reason}"
     if isinstance(error, UnshardedError):
         log.info(message)
     else:
         warn_once(message)
-    raise fsdp_tracing.TraceAgain(restart_reason=message)
+    fsdp_tracing.trace_again(message)
 
 
 def _as_it_was(

@@ -25,8 +25,6 @@ from fastft.compat import fsdp
 from fastft.compat.ddp import TraceAgain
 from fastft.compat.dynamo import put_around
 
-__all__ = ["TraceAgain"]  # what is only passed on
-
 log = logging.getLogger("fastft")
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
 _HOOKS = {_BEFORE, _BEHIND, f"{_BEFORE}_with_kwargs", f"{_BEHIND}_with_kwargs", f"{_BEHIND}_always_called"}
@@ -58,6 +56,14 @@ def install(is_ours: Callable[[], bool]) -> None:
 def traced_roots() -> list[Any]:
     """Return the roots' states of the models that this compilation traced without FSDP2's hooks."""
     return roots_of(InstructionTranslator.current_tx().output)
+
+
+def trace_again(reason: str) -> None:
+    """Have Dynamo trace again what it compiles, with FSDP2's hooks."""
+    for root in traced_roots():
+        fsdp.refuse(root, reason)
+    InstructionTranslator.current_tx().speculation_log.clear()  # it knows a trace without them
+    raise TraceAgain(restart_reason=reason)
 
 
 def roots_of(output: Any) -> list[Any]:

@@ -61,7 +61,7 @@ def lower(
     graph was prepared for, by which it has an input more than its caller gives.  homes: of the inputs that are sharded,
     which only a graph in regions may have.  Raises BudgetError where a number of bytes that the user named is too small.
     """
-    pieces = partition.outline(gm, report) if options.outline else []
+    pieces = partition.outline(gm, report, always=bool(homes)) if options.outline else []
     if pieces and live is not None and live.rest is not None:
         pieces = partition.divide(gm, pieces, live.rest, report)
     if planned_only and not pieces:

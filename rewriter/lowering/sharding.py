@@ -60,7 +60,9 @@ def account(sequence: StageSequence, made: Sequence[Unit], homes: Mapping[int, H
     trained = [home for home in homes.values() if home.own_gradient_bytes]
     sent = [0] * (len(sequence.stages) + 1)
     for home in trained:
-        number = max(number for unit in made if any(homes[place] is home for place in unit.places) for number in unit.forward)
+        number = max(
+            number for unit in made if any(homes[place] is home for place in unit.places) for number in unit.forward
+        )
         sequence.stages[number].gradient_bytes += home.own_gradient_bytes - home.whole_bytes
         sent[number] += home.whole_bytes
     for number, stage in enumerate(sequence.stages):

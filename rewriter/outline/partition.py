@@ -51,10 +51,11 @@ class Piece:
         return _common(filter(None, map(module_path, self.nodes))) if self.layer else ""
 
 
-def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
+def outline(gm: GraphModule, report: GraphReport, *, always: bool = False) -> list[Piece]:
     """Cut a graph into pieces; return [] where compiling it as a whole is faster or safer.
 
-    The report gets the regions, or the reason why the graph stays whole.
+    always: cut it also where that saves no compilation.  The report gets the regions, or the reason why the graph stays
+    whole.
     """
     nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     report.whole = "nothing in it repeats"
@@ -66,7 +67,7 @@ def outline(gm: GraphModule, report: GraphReport) -> list[Piece]:
             continue
         sizes = [size(gm, piece.nodes) for piece in pieces]
         once = dict(zip((piece.key for piece in pieces), sizes, strict=True))
-        if sum(once.values()) <= (1 - LEAST_SAVING) * sum(sizes):
+        if always or sum(once.values()) <= (1 - LEAST_SAVING) * sum(sizes):
             report.whole, report.regions = "", _described(pieces, sizes)
             return pieces
     return []

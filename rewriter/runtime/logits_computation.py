@@ -97,9 +97,13 @@ unread: weakref.WeakSet[Computation] = weakref.WeakSet()  # all that may still b
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Mark computations stale whose weights an optimizer changed: not every optimizer increments version counters."""
     if waiting := [computation for computation in unread if computation.computed is None]:
-        changed = {fsdp.local(parameter).data_ptr() for group in optimizer.param_groups for parameter in group["params"]}
+        changed = {
+            fsdp.local(parameter).data_ptr() for group in optimizer.param_groups for parameter in group["params"]
+        }
         for computation in waiting:
-            computation.stale |= any(fsdp.local(parameter).data_ptr() in changed for parameter, _ in computation.parameters)
+            computation.stale |= any(
+                fsdp.local(parameter).data_ptr() in changed for parameter, _ in computation.parameters
+            )
 
 
 register_optimizer_step_post_hook(_after_step)
