@@ -1,6 +1,6 @@
 """Several cards: one alone, DistributedDataParallel and FSDP2, with fastft, as torch runs them, and by Inductor.
 
-QLoRA, one process for each card, one way after the other, with a new model, compilation and Inductor's caches each time.
+QLoRA with 4-bit weights stored as the other weights are, which FSDP2 asks for, one process for each card, one way after the other, with a new model, compilation and Inductor's caches each time.
 fastft's own kernels stay compiled, which makes later first steps shorter: to compare first steps, give each command one
 of --ways.
 
@@ -131,7 +131,7 @@ def train(options: argparse.Namespace, way: str, device: str, rank: int) -> Row:
 
     dtype, clock, known = getattr(torch, options.dtype), Clock(device), len(fastft.compilations().graphs)
     model: nn.Module = models.build(
-        options.model, layers=options.layers, nf4=True, dtype=dtype, device=device, seed=options.seed
+        options.model, layers=options.layers, nf4=True, dtype=dtype, device=device, seed=options.seed, storage=dtype
     )
     frozen_gib = sum(one.numel() * one.element_size() for one in model.parameters() if not one.requires_grad) / GIB
     called = made(way, model, options)
@@ -190,7 +190,11 @@ def made(way: str, model: Any, options: argparse.Namespace) -> Any:
         wrapped = DistributedDataParallel(model, bucket_cap_mb=options.bucket)
         return wrapped if way == "eager-ddp" else torch.compile(wrapped, **compiler)
     base = model.get_base_model()
-    whole = {one for one in model.parameters() if not one.is_floating_point()} if way == "fsdp-layers" else None
+    whole = (
+        {one for name, one in model.named_parameters() if one.ndim == 2 and one.shape[1] == 1}
+        if way == "fsdp-layers"
+        else None
+    )
     for layer in base.model.layers:
         if way in ("fsdp-layers", "inductor-fsdp"):
             layer.compile(**(compiler if way == "fsdp-layers" else {}))

@@ -17,11 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def build(preset: str, *, layers: int | None, nf4: bool, dtype: torch.dtype, device: str, seed: int) -> nn.Module:
+def build(
+    preset: str, *, layers: int | None, nf4: bool, dtype: torch.dtype, device: str, seed: int,
+    storage: torch.dtype = torch.uint8,
+) -> nn.Module:  # fmt: skip
     """A preset with random weights and LoRA (r=16) on all seven projections, in train mode.
 
     LoRA's B starts random, not zero, so that every factor has a gradient from the first step on.  PEFT keeps A and B in
-    float32 beside the base's dtype, as it does by default.
+    float32 beside the base's dtype, as it does by default.  storage: the dtype that 4-bit weights pretend to have.
     """
     torch.manual_seed(seed)
     shape = PRESETS[preset] | ({"num_hidden_layers": layers} if layers else {})
@@ -29,7 +32,7 @@ def build(preset: str, *, layers: int | None, nf4: bool, dtype: torch.dtype, dev
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
     if nf4:
-        _swap_for_nf4(model, dtype)
+        _swap_for_nf4(model, dtype, storage)
     for module in model.modules():
         _fill(module, device)
     model.tie_weights()
@@ -48,7 +51,7 @@ def _fill(module: nn.Module, device: str) -> None:
         module._parameters[name] = _quantised(module, data) if _is_nf4(module) else nn.Parameter(data)
 
 
-def _swap_for_nf4(model: Any, dtype: torch.dtype) -> None:
+def _swap_for_nf4(model: Any, dtype: torch.dtype, storage: torch.dtype) -> None:
     """Each projection becomes bitsandbytes' Linear4bit, still on the meta device; the head stays as it is."""
     from bitsandbytes.nn import Linear4bit
 
@@ -62,6 +65,7 @@ def _swap_for_nf4(model: Any, dtype: torch.dtype) -> None:
                     compute_dtype=dtype,
                     compress_statistics=True,
                     quant_type="nf4",
+                    quant_storage=storage,
                     device="meta",
                 )
                 setattr(parent, name, new.to(dtype))
@@ -75,5 +79,6 @@ def _is_nf4(module: nn.Module) -> bool:
 def _quantised(module: Any, data: torch.Tensor) -> nn.Parameter:
     from bitsandbytes.nn import Params4bit
 
-    weight: Any = Params4bit(data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module)
+    settings = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": module.quant_storage}
+    weight: Any = Params4bit(data, requires_grad=False, module=module, **settings)
     return weight.to(data.device)  # this quantises

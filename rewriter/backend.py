@@ -156,6 +156,8 @@ def _rewritten(
     if live is not None:
         example_inputs = [*example_inputs, value_of(live.max_seqlen)]
     homes = {place: home for place, value in enumerate(example_inputs) if (home := fsdp.home_of(value)) is not None}
+    if homes and any(fsdp.is_sharded(value) and place not in homes for place, value in enumerate(example_inputs)):
+        raise UnshardedError("a tensor is sharded otherwise than by FSDP2")
     compiled = lower(
         gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined), live=live, homes=homes
     )

@@ -208,8 +208,16 @@ def free(homes: Sequence[Home]) -> None:
 
 
 def begin(root: Any) -> None:
-    """Prepare for a forward: what is gathered from now on is as the optimizer left it."""
+    """Prepare for a forward: what is gathered from now on is as the optimizer left it.
+
+    What the root's own hook has gathered is in place, but would be held a second time until the next hook.
+    """
     context, streams = root._state_ctx, root._comm_ctx
+    if (held := streams.all_gather_state) is not None:
+        for stream in (streams.all_gather_copy_in_stream, streams.all_gather_stream):
+            if held.event is not None:
+                stream.wait_event(held.event)
+        streams.all_gather_state = None
     event, context.post_optim_event = context.post_optim_event, None
     current = root._device_handle.current_stream()
     for stream in (streams.all_gather_copy_in_stream, streams.all_gather_stream):

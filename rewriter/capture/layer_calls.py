@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastft.compat import dynamo, fake_tensors
+from fastft.compat import dynamo, fake_tensors, fsdp
 from fastft.compat.fake_tensors import set_value, value_of
 from fastft.compat.layer_arguments import fresh
 from fastft.compat.layer_reuse import LayerCall, Trace
@@ -53,10 +53,17 @@ def take_apart(
             values.extend(value) if apart else values.append(value)
         return values
 
-    # Of real tensors that Dynamo never saw by themselves AOTAutograd would make fake ones of any size.
     pairs = zip(placeholders, example_inputs, strict=True)
-    examples = [value_of(node) if node in tuples else given for node, given in pairs]
+    examples = [list(map(_example, value_of(node), given)) if node in tuples else given for node, given in pairs]
     return copy, flat(examples), lambda compiled: lambda *inputs: compiled(*flat(inputs))
+
+
+def _example(fake: Any, real: Any) -> Any:
+    """Return the example of a layer's tensor: of real ones AOTAutograd would make fakes of any size.
+
+    Of a sharded parameter it never makes one, and the real one tells where it is kept.
+    """
+    return real if fsdp.is_sharded(real) else fake
 
 
 def _flatten_body(body: GraphModule) -> None:

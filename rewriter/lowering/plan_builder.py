@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,13 +61,13 @@ def plan_graph(
     say: Callable[[str], None],
     *,
     exact: bool = True,
-    sharding: Callable[[StageSequence], int] | None = None,
+    sharding: Callable[[StageSequence, torch.device], int] | None = None,
 ) -> GraphPlan | None:
     """Plan a graph; return None if nothing in it goes backward.
 
     regions: by the kind of piece.  graphed: the range of pieces that may run as CUDA graphs.  say: takes messages on
     progress.  exact: whether steps are of the sizes in the example, and not of fewer rows.  sharding: adds to the stages
-    what is gathered for them, and returns the bytes of inputs that other devices hold.  Raises BudgetError where a
+    what is gathered for them, and returns the bytes of it that are held before the step too.  Raises BudgetError where a
     number of bytes that the user named is too small.
     """
     for region in regions.values():
@@ -79,9 +79,10 @@ def plan_graph(
     captures = {key: region.capture for key, region in regions.items()}
     sequence = stages.read(gm, pieces, captures, device_rates.rates(device))
     sequence.graphed = graphed
-    elsewhere = sharding(sequence) if sharding is not None else 0
+    twice = sharding(sequence, device) if sharding is not None else 0
     gradient_bytes = sum(stage.gradient_bytes for stage in sequence.stages)
-    facts = device_budget.facts(device, stages.input_bytes(gm) - elsewhere, gradient_bytes)
+    facts = device_budget.facts(device, stages.input_bytes(gm), gradient_bytes)
+    facts = replace(facts, before=facts.before - twice)
     limit_bytes = device_budget.budget_bytes(options.budget, device)
     # If another graph of the same step has run, the bytes allocated now include its activations.
     strict = exact and isinstance(options.budget, int) and not any(graph.waiting() for graph in controller.alive)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
+from fastft.compat import fsdp
 from fastft.compat.fsdp import Home
 from fastft.rewriter.lowering.region import RegionCompiler
 from fastft.rewriter.memory.simulate import StageSequence
@@ -37,8 +39,12 @@ class Sharding:
         places = (self.place_of.get(node) for node in nodes)
         return [place for place in places if place in self.homes]
 
-    def account(self, sequence: StageSequence) -> int:
-        """Add to a plan's stages what is gathered for them; return the bytes of inputs that other devices hold."""
+    def account(self, sequence: StageSequence, device: torch.device) -> int:
+        """Add to a plan's stages what is gathered for them.
+
+        Returns the bytes of whole parameters among those that are counted as held before the step: all that the graph
+        reads on a CPU, where the graph's inputs are counted, else what FSDP2 has gathered so far.
+        """
         saves = []
         for piece, stage in zip(self.pieces, sequence.stages, strict=True):
             joint = stage.kind.joint
@@ -46,15 +52,20 @@ class Sharding:
             saves.append(self._sharded([piece.inputs[place] for place in sorted(kept)]))
         self.units = units(self.reads, saves, self.homes)
         account(sequence, self.units, self.homes)
-        read = {place for places in self.reads for place in places}
-        return sum(self.homes[place].whole_bytes - self.homes[place].own_bytes for place in read)
+        for root in {home.root for home in self.homes.values()}:
+            fsdp.begin(root)
+        read = [self.homes[place] for place in {place for places in self.reads for place in places}]
+        if device.type != "cuda":
+            return sum(home.whole_bytes - home.own_bytes for home in read)
+        return sum(home.whole_bytes for home in read if fsdp.is_whole(home))
 
 
 def account(sequence: StageSequence, made: Sequence[Unit], homes: Mapping[int, Home]) -> None:
     """Add to the stages what is gathered while they run: their own parameters, and those of the next on their way.
 
     Whole gradients are in memory until the stage before has run backward: once as they are made, once as they are sent.
-    A trained parameter's gradient stays as this process's part of it.  homes: by input.
+    A trained parameter's gradient stays as this process's part of it.  What FSDP2 has gathered before the graph stays
+    until the last piece that reads it.  homes: by input.
     """
     whole = {unit: sum(homes[place].whole_bytes for place in unit.places) for unit in made}
     trained = [home for home in homes.values() if home.own_gradient_bytes]
@@ -65,9 +76,13 @@ def account(sequence: StageSequence, made: Sequence[Unit], homes: Mapping[int, H
         )
         sequence.stages[number].gradient_bytes += home.own_gradient_bytes - home.whole_bytes
         sent[number] += home.whole_bytes
+    given = [unit for unit in made if all(fsdp.is_whole(homes[place]) for place in unit.places)]
     for number, stage in enumerate(sequence.stages):
         near = {number, number + 1}
-        stage.gathered_forward = sum(whole[unit] for unit in made if not near.isdisjoint(unit.forward))
+        held = [
+            unit for unit in made if not near.isdisjoint(unit.forward) or (unit in given and number < max(unit.forward))
+        ]
+        stage.gathered_forward = sum(whole[unit] for unit in held)
         near = {number, number - 1}
         backward = sum(whole[unit] for unit in made if not near.isdisjoint(unit.backward))
         stage.gathered_backward = backward + sent[number] + sent[number + 1]
