@@ -1,15 +1,15 @@
 """Several cards: one alone, DistributedDataParallel and FSDP2, with fastft, as torch runs them, and by Inductor.
 
-QLoRA with 4-bit weights stored as the other weights are, which FSDP2 asks for, one process for each card, one way after the other, with a new model, compilation and Inductor's caches each time.
-fastft's own kernels stay compiled, which makes later first steps shorter: to compare first steps, give each command one
-of --ways.
+QLoRA with 4-bit weights stored as the other weights are, which FSDP2 asks for, one process for each card, one way after
+the other, with a new model, compilation and Inductor's caches each time.  fastft's own kernels stay compiled, which
+makes later first steps shorter: to compare first steps, give each command one of --ways.
 
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model llama-8b --layers 8 --json ways.json
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model tiny --device cpu --batch 1x32 --lower eager
 
 one: each card trains by itself.  ddp: fastft around DDP; ddp-uncut without torch's optimize_ddp.  fsdp: fully_shard of
-each layer and the model, then fastft; fsdp-split: of embeddings and head too; fsdp-layers: each layer compiled before it
-is sharded, its 4-bit weights left whole.  eager-ddp, eager-fsdp, inductor-fsdp: the same without fastft.
+each layer and the model, then fastft; fsdp-split: of embeddings and head too; fsdp-layers: each layer compiled before
+it is sharded, its 4-bit weights left whole.  eager-ddp, eager-fsdp, inductor-fsdp: the same without fastft.
 """
 
 from __future__ import annotations

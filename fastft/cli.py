@@ -142,8 +142,24 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     it.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file or preset")
     it.add_argument("--rank", type=positive(int), default=16, help="rank of the LoRA adapters (default: %(default)s)")
     it.add_argument("--no-lora", action="store_true", help="the bare model, all of it trained")
+    it.add_argument("--nf4", action="store_true", help="QLoRA: hold the base model in 4 bits")
     it.add_argument("--batch-size", type=positive(int), default=2, help="(default: %(default)s)")
     it.add_argument("--seq-len", type=at_least_two, default=128, help="(default: %(default)s)")
+    it.add_argument("--batch", type=rows_and_tokens, metavar="ROWSxTOKENS", help="both at once, such as 1x4096")
+    cards = it.add_argument_group("a step's peak and time on cards that need not be here")
+    cards.add_argument("--devices", type=positive(int), default=1, help="how many of them (default: %(default)s)")
+    cards.add_argument(
+        "--shard", action="store_true", help="fully_shard of layers and model; else DistributedDataParallel"
+    )
+    cards.add_argument("--card", help="its name, such as H100, or its memory, such as 24GiB")
+
+
+def rows_and_tokens(text: str) -> tuple[int, int]:
+    """Parse an argument such as 1x4096."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None or int(found[2]) < 2:
+        raise argparse.ArgumentTypeError(f"it must be rows and tokens, such as 1x4096, not {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _add_bisect(commands: argparse._SubParsersAction) -> None:
@@ -182,15 +198,24 @@ def finetune(options: argparse.Namespace) -> int:
 
 def explain(options: argparse.Namespace) -> int:
     """Run ``fastft explain``."""
+    from rich.console import Console
+
     from fastft import explain as explain_model
+    from fastft.cards import card_of, show_cards
     from fastft.finetune import quieten
     from fastft.models import on_meta
 
     quieten()
     rank = 0 if options.no_lora else options.rank
-    model, batch = on_meta(options.model, rank=rank, batch_size=options.batch_size, seq_len=options.seq_len)
-    explain_model(model, **batch).print()
-    return 0
+    rows, tokens = options.batch or (options.batch_size, options.seq_len)
+    card = options.card and card_of(options.card)
+    if card is None and (options.devices > 1 or options.shard):
+        raise UserError("--devices and --shard ask for a card too: add --card 24GiB or --card H100.")
+    model, batch = on_meta(options.model, rank=rank, batch_size=rows, seq_len=tokens, nf4=options.nf4)
+    if card is None:
+        explain_model(model, **batch).print()
+        return 0
+    return show_cards(Console(), model, batch, card, options.devices, shard=options.shard)
 
 
 def bisect(options: argparse.Namespace) -> int:

@@ -196,14 +196,19 @@ def add_lora(model: Any, *, rank: int, random_base: bool) -> Any:
     return get_peft_model(model, lora)
 
 
-def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int) -> tuple[Any, dict[str, Any]]:
-    """Build a model without weights and a batch for it, both on the meta device: any size fits."""
+def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int, nf4: bool = False) -> tuple[Any, dict[str, Any]]:
+    """Build a model without weights and a batch for it, both on the meta device: any size fits.
+
+    nf4: its layers as QLoRA holds them, and everything else in bfloat16.
+    """
     import torch
+
+    from fastft.quantize import four_bit_on_meta
 
     source = find(name)
     model_config = load_config(source)
     with torch.device("meta"):
-        model = _random(source, model_config, rank)
+        model = _random(source, model_config, rank, prepare=four_bit_on_meta if nf4 else None)
         ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
     return model, _batch(ids)
 
@@ -226,13 +231,18 @@ def small(name: str, *, layers: int, rank: int, device: str) -> tuple[Any, dict[
     return model, _batch(torch.randint(model.config.vocab_size, (2, 32), device=device))
 
 
-def _random(source: Source, model_config: Any, rank: int) -> Any:
-    """Build a model of this configuration without its weights, with adapters unless ``rank`` is 0, to be trained."""
+def _random(source: Source, model_config: Any, rank: int, prepare: Any = None) -> Any:
+    """Build a model of this configuration without its weights, with adapters unless ``rank`` is 0, to be trained.
+
+    prepare: is called with the model before it gets its adapters.
+    """
     from transformers import AutoModelForCausalLM
 
     with explained(source):
         model = AutoModelForCausalLM.from_config(model_config)
         model.config.use_cache = False
+        if prepare is not None:
+            prepare(model)
         if rank:
             model = add_lora(model, rank=rank, random_base=source.preset)
     return model.train()

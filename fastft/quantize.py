@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,6 +133,37 @@ def _four_bit(layer: nn.Linear, quant_type: str, blocksize: int, double_quant: b
     new.bias = layer.bias
     new.register_load_state_dict_pre_hook(_take_statistics)
     return new.train(layer.training)
+
+
+def four_bit_on_meta(model: Any) -> None:
+    """Replace the linear layers but the head of a model on the meta device, as QLoRA holds them; the rest: bfloat16."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    empty = partial(torch.empty, device="meta")
+    model.to(torch.bfloat16)
+    heads = _heads(model)
+    for name in _linears(model):
+        layer = model.get_submodule(name)
+        if id(layer) in heads:
+            continue
+        rows, columns = layer.weight.shape
+        blocks = rows * columns // 64
+        second = QuantState(absmax=empty(-(-blocks // 256)), code=empty(256), blocksize=256, dtype=torch.float32)
+        statistics = QuantState(
+            absmax=empty(blocks, dtype=torch.uint8), shape=layer.weight.shape, code=empty(16), blocksize=64,
+            quant_type="nf4", dtype=torch.bfloat16, offset=empty(()), state2=second,
+        )  # fmt: skip
+        new = Linear4bit(
+            columns, rows, bias=layer.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+        )
+        new.weight = Params4bit(
+            empty(rows * columns // 2, 1, dtype=torch.uint8), requires_grad=False, quant_state=statistics,
+            quant_type="nf4", bnb_quantized=True, module=new,
+        )  # fmt: skip
+        new.bias, new.quant_state = layer.bias, statistics
+        _put(model, name, new.train(layer.training))
+    model.is_loaded_in_4bit = True
 
 
 @contextmanager

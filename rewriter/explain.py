@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.compat import ddp
+from fastft.compat import ddp, fsdp
 from fastft.compat.dynamo import RestartAnalysis, compile_once
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
+from fastft.rewriter import backend  # noqa: F401  (it has Dynamo trace as it does for the backend)
 from fastft.rewriter.capture import layer_calls
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.lowering import cuda_graph_policy, plan_builder
 from fastft.rewriter.lowering.region import RegionCompiler, by_kind
+from fastft.rewriter.lowering.sharding import Sharding
 from fastft.rewriter.memory import stages
 from fastft.rewriter.options import Options
 from fastft.rewriter.outline.partition import outline
@@ -28,8 +30,10 @@ from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.graph_breaks import record_breaks
 from fastft.rewriter.report.graph_listing import lines
 from fastft.rewriter.report.report import Report
+from fastft.rewriter.runtime.sharded import Sharded, units
 
 log = logging.getLogger("fastft")
+Planning = Callable[[GraphModule, Any, Sequence[Any]], Any]
 PLANNED = Options(lower="eager", memory_budget="max-speed")  # a plan without a compiler
 
 
@@ -42,6 +46,11 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     A training step's memory is simulated, with every layer keeping what is fastest.
     If the model fails after some graphs, the report has those and the error; if before, the error is raised.
     """
+    return explained(model, args, batch, _planned)
+
+
+def explained(model: Callable, args: Sequence[Any], batch: Mapping[str, Any], planned: Planning) -> Report:
+    """Explain a model as ``explain`` does.  planned: makes each graph's plan, of the graph, its pieces and inputs."""
     report = Report()
 
     def capture(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
@@ -52,8 +61,8 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
             before = lines(gm)
             graph = rewrite(gm, deferred=[])
             graph.before, graph.after, graph.device = before, lines(gm), str(stages.device_of(gm))
-            pieces = outline(gm, graph)
-            graph.plan = _planned(gm, pieces, example_inputs)
+            pieces = outline(gm, graph, always=bool(_homes(example_inputs)))
+            graph.plan = planned(gm, pieces, example_inputs)
         except RestartAnalysis:  # Dynamo's, to trace again with a number it now knows
             raise
         except Exception as error:
@@ -61,7 +70,7 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
         graph.repro = repro
         report.graphs.append(graph)
         original.restore()
-        return taking_tuples(_without_activations(gm))
+        return taking_tuples(_without_activations(gm, _homes(example_inputs)))
 
     capture.traces_layers_once = True  # type: ignore[attr-defined]
     with unchanged(model), record_breaks(report.breaks):
@@ -74,15 +83,21 @@ def explain(model: Callable, /, *args: Any, **batch: Any) -> Report:
     return report
 
 
-def _planned(gm: GraphModule, pieces: Any, example_inputs: list[Tensor]) -> Any:
+def _homes(example_inputs: Sequence[Any]) -> dict[int, fsdp.Home]:
+    return {place: home for place, value in enumerate(example_inputs) if (home := fsdp.home_of(value)) is not None}
+
+
+def _planned(gm: GraphModule, pieces: Any, example_inputs: Sequence[Any]) -> Any:
     """Plan a training step's memory and describe the plan; None where nothing can be planned."""
     if not pieces or not torch.is_grad_enabled():
         return None
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     try:
         regions = {key: RegionCompiler(gm, alike[0], given, PLANNED) for key, alike in by_kind(pieces).items()}
-        graphed = cuda_graph_policy.capturable(pieces, PLANNED.cuda_graphs)
-        planned = plan_builder.plan_graph(gm, pieces, regions, PLANNED, graphed, lambda text: None)
+        homes = _homes(example_inputs)
+        graphed = cuda_graph_policy.capturable(pieces, PLANNED.cuda_graphs, sharded=bool(homes))
+        sharding = Sharding(pieces, list(given), homes, regions).account if homes else None
+        planned = plan_builder.plan_graph(gm, pieces, regions, PLANNED, graphed, lambda text: None, sharding=sharding)
     except Exception as error:
         log.info("no plan to explain: %s", describe(error))
         return None
@@ -101,14 +116,23 @@ class _Grown(torch.autograd.Function):
         return None, None
 
 
-def _without_activations(gm: GraphModule) -> Callable:
-    """Run the graph without autograd, with outputs that need a gradient where they would have needed one."""
+def _without_activations(gm: GraphModule, homes: Mapping[int, fsdp.Home]) -> Callable:
+    """Run the graph without autograd, with outputs that need a gradient where they would have needed one.
+
+    homes: of inputs that are sharded; all are gathered for it.
+    """
     outputs: Any = gm.graph.output_node().args[0]
     needs_grad = [isinstance(value := value_of(node), Tensor) and value.requires_grad for node in outputs]
 
+    whole = gm.forward
+    if homes:
+        sharded = Sharded(units([list(homes)], [[]], homes))
+        sharded.run = sharded.around(0, gm.forward)
+        whole = sharded
+
     def run(*inputs: Any) -> tuple:
         with torch.no_grad():
-            results = gm.forward(*inputs)
+            results = whole(*inputs)
         root = torch.empty(0, requires_grad=True)
         return tuple(
             _Grown.apply(root, [result]) if needed else result

@@ -31,7 +31,7 @@ MARK = "_fastft_sharded"  # an attribute of the parameters that are known here, 
 
 @dataclass(frozen=True, eq=False)
 class Home:
-    """Where FSDP2 keeps a parameter: its own object for it, the group that is reduced together, and the model's root."""
+    """Where FSDP2 keeps a parameter: its own object for it, the group that is reduced with it, and the model's root."""
 
     parameter: Any
     group: Any
@@ -48,9 +48,19 @@ class Home:
         return self.parameter._sharded_param_data.untyped_storage().nbytes()
 
     @property
+    def trained(self) -> bool:
+        """Whether it needs a gradient."""
+        return self.parameter.sharded_param.requires_grad
+
+    @property
     def own_gradient_bytes(self) -> int:
         """The bytes of this process's part of its gradient; 0 for a frozen parameter."""
-        return self.own_bytes if self.parameter.sharded_param.requires_grad else 0
+        return self.own_bytes if self.trained else 0
+
+    @property
+    def is_given(self) -> bool:
+        """Whether FSDP2 itself has gathered it: the root's parameters, whose hook has run around a graph."""
+        return self.group.is_unsharded and self.parameter.sharded_state.name == "UNSHARDED"
 
     @property
     def processes(self) -> int:
@@ -134,8 +144,9 @@ def adopt(state: Any) -> tuple[Any, str]:
         _homes[sharded] = _homes[home.whole()] = weakref.ref(parameter), weakref.ref(group), weakref.ref(root)
         statistics = getattr(parameter._module_info.module, "quant_state", None)
         if statistics is not None and parameter._module_info.param_name == "weight":
-            for weight in (sharded, home.whole()):  # where bitsandbytes looks for them, or it makes a parameter anew
-                weight.quant_state = statistics  # type: ignore[attr-defined]
+            weights: tuple[Any, Any] = sharded, home.whole()
+            for weight in weights:  # where bitsandbytes looks for them, or it makes a parameter anew
+                weight.quant_state = statistics
     return root, ""
 
 
@@ -167,7 +178,7 @@ def groups_of(state: Any) -> list[Any]:
 
 
 def casts(state: Any, module: Any) -> tuple[torch.dtype | None, torch.dtype | None, torch.device | None]:
-    """Return to which dtypes FSDP2 casts what a module takes and returns, and the device to which a root's inputs go."""
+    """Return the dtypes to which FSDP2 casts what a module takes and returns, and where a root's inputs go."""
     policy = state._mp_policy
     taken = policy.param_dtype if policy.cast_forward_inputs else None
     return taken, policy.output_dtype, state._device if state._is_root and state._device.type != "cpu" else None
@@ -236,11 +247,6 @@ def reduce(group: Any) -> None:
         group.post_backward()
 
 
-def is_whole(home: Home) -> bool:
-    """Return whether FSDP2 itself has gathered a parameter: the root's, whose hook has run around a graph."""
-    return home.group.is_unsharded and home.parameter.sharded_state.name == "UNSHARDED"
-
-
 def give_up(homes: Sequence[Home]) -> None:
     """Shard again what FSDP2 itself has gathered."""
     for home in homes:
@@ -278,4 +284,4 @@ def is_sharded(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor that is sharded, or the tensor."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Trace a model that FSDP2 has sharded as if it was whole: without FSDP2's hooks, its parameters as they are in forward.
+"""Trace a model that FSDP2 has sharded as if it was whole: without hooks, its parameters as they are in forward.
 
 By private torch symbols.  Dynamo breaks the graph at each of these hooks, so that no graph would hold more than a
 layer, and a model whose parameters are not gathered could not be traced without them.
@@ -19,7 +19,6 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import GraphArg, VariableBuilder, wrap_fx_proxy
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
-
 
 from fastft.compat import fsdp
 from fastft.compat.ddp import TraceAgain
@@ -150,8 +149,8 @@ def _whole(builder: Any, value: Any, home: fsdp.Home) -> Any:
         return output.input_source_to_var[source]
     kind = home.like()
     with output.fake_mode:
-        fake = torch.empty_strided(kind["size"], kind["stride"], dtype=kind["dtype"], device=kind["device"])
-        fake = nn.Parameter(fake, requires_grad=value.requires_grad)
+        empty = torch.empty_strided(kind["size"], kind["stride"], dtype=kind["dtype"], device=kind["device"])
+        fake: Any = nn.Parameter(empty, requires_grad=value.requires_grad)
     name = re.sub(r"[^a-zA-Z0-9]+", "_", builder.name)
     proxy = output.root_tracer.create_graph_input(name, type(value), fake, source=source)
     proxy.node.meta["grapharg"] = GraphArg(source, value, False, fake)

@@ -58,8 +58,9 @@ def lower(
     """Compile a graph in regions if it has layers, else as a whole; ``report`` records what was done.
 
     plan: whether to plan its memory.  planned_only: raise WholeError where it cannot be planned.  live: what the
-    graph was prepared for, by which it has an input more than its caller gives.  homes: of the inputs that are sharded,
-    which only a graph in regions may have.  Raises BudgetError where a number of bytes that the user named is too small.
+    graph was prepared for, by which it has an input more than its caller gives.  homes: of the inputs that are
+    sharded, which only a graph in regions may have.  Raises BudgetError where a number of bytes that the user named is
+    too small.
     """
     pieces = partition.outline(gm, report, always=bool(homes)) if options.outline else []
     if pieces and live is not None and live.rest is not None:

@@ -15,6 +15,7 @@ from fastft.compat.symbolic import Sizes
 from fastft.rewriter.lowering.region import RegionCompiler
 from fastft.rewriter.memory import device_budget, device_rates, stages
 from fastft.rewriter.memory.describe import describe
+from fastft.rewriter.memory.device_rates import Rates
 from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.memory.simulate import Facts, Plan, StageSequence
 from fastft.rewriter.options import Options
@@ -66,18 +67,14 @@ def plan_graph(
     """Plan a graph; return None if nothing in it goes backward.
 
     regions: by the kind of piece.  graphed: the range of pieces that may run as CUDA graphs.  say: takes messages on
-    progress.  exact: whether steps are of the sizes in the example, and not of fewer rows.  sharding: adds to the stages
-    what is gathered for them, and returns the bytes of it that are held before the step too.  Raises BudgetError where a
-    number of bytes that the user named is too small.
+    progress.  exact: whether steps are of the sizes in the example, and not of fewer rows.  sharding: adds to the
+    stages what is gathered for them, and returns the bytes of it that are held before the step too.  Raises BudgetError
+    where a number of bytes that the user named is too small.
     """
-    for region in regions.values():
-        say(f"planning the memory of {region.name}")
-        region.trace()
+    device = stages.device_of(gm)
+    sequence = traced(gm, pieces, regions, device_rates.rates(device), say)
     if all(region.capture is None for region in regions.values()):
         return None
-    device = stages.device_of(gm)
-    captures = {key: region.capture for key, region in regions.items()}
-    sequence = stages.read(gm, pieces, captures, device_rates.rates(device))
     sequence.graphed = graphed
     twice = sharding(sequence, device) if sharding is not None else 0
     gradient_bytes = sum(stage.gradient_bytes for stage in sequence.stages)
@@ -91,6 +88,18 @@ def plan_graph(
         _keep_few_choices(sequence, plan.choices)
         plan = controller.plan_or_leanest(sequence, facts, limit_bytes, {}, strict=False)
     return GraphPlan(sequence, facts, options.budget, device, plan)
+
+
+def traced(
+    gm: GraphModule, pieces: Sequence[Piece], regions: Mapping[Any, RegionCompiler], rate: Rates,
+    say: Callable[[str], None],
+) -> StageSequence:  # fmt: skip
+    """Trace the regions, and return the stages of a step."""
+    for region in regions.values():
+        say(f"planning the memory of {region.name}")
+        region.trace()
+    captures = {key: region.capture for key, region in regions.items()}
+    return stages.read(gm, pieces, captures, rate)
 
 
 def _keep_few_choices(sequence: StageSequence, chosen: Sequence[Choice]) -> None:

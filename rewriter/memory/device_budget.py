@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,13 @@ def facts(device: torch.device, held_by_inputs: int, gradients_to_come: int) -> 
 
 
 def host_bytes() -> int:
-    """Return the bytes that may be offloaded: HOST_SHARE of the host's free memory; 8 GiB where it is unknown."""
+    """Return the bytes that may be offloaded: HOST_SHARE of the host's free memory; 8 GiB where it is unknown.
+
+    Processes on one host, one for each card, share it.
+    """
     try:
         available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         available = None
-    return int(HOST_SHARE * int(available[1]) * 1024) if available else 8 * GIB
+    share = HOST_SHARE / max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # as torchrun and accelerate set it
+    return int(share * int(available[1]) * 1024) if available else 8 * GIB

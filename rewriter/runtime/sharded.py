@@ -50,7 +50,7 @@ class _Held:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        self.given = self.whole = all(map(fsdp.is_whole, self.homes))
+        self.given = self.whole = all(home.is_given for home in self.homes)
 
     def ask(self) -> None:
         """Have the parameters come."""
@@ -206,7 +206,7 @@ def units(reads: Sequence[Sequence[int]], saves: Sequence[Sequence[int]], homes:
             found.setdefault((id(home.group), readers), []).append(place)
     made = []
     for (_, readers), places in found.items():
-        trained = any(homes[place].parameter.sharded_param.requires_grad for place in places)
+        trained = any(homes[place].trained for place in places)
         backward = frozenset(number for number in readers if not set(places).isdisjoint(saves[number]))
         made.append(Unit(tuple(places), readers, backward, min(readers) if trained else None))
     return made
