@@ -35,6 +35,9 @@ GIB = 2**30
 WAYS = (
     "one", "ddp", "ddp-uncut", "fsdp", "fsdp-split", "fsdp-layers", "eager-ddp", "eager-fsdp", "inductor-fsdp",
 )  # fmt: skip
+FIGURES = (
+    "first_step_s", "seconds_p50", "peak_gib", "planned_gib", "held_gib", "frozen_gib", "loss_first", "loss_last",
+)  # fmt: skip
 USUAL = ("one", "ddp", "fsdp", "eager-fsdp")
 
 
@@ -52,7 +55,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), help="cuda if there is one, else cpu")
     add("--lower", default="inductor", help="fastft's option of that name")
     add("--budget", help="fastft's memory_budget, for each card")
-    add("--share", type=float, help="of each card's memory, all that this process may allocate")
+    add("--share", type=float, help="of each card's memory, all that a process may allocate once its model is built")
     add("--seed", type=int, default=0)
     add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")
     add("--json", type=Path, help="write the rows here")
@@ -106,17 +109,19 @@ def measured(options: argparse.Namespace, way: str, device: str, rank: int) -> R
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-        if options.share:
-            torch.cuda.set_per_process_memory_fraction(options.share)
-    with torch._dynamo.config.patch(optimize_ddp=way != "ddp-uncut"), fresh_cache():
-        row = train(options, way, device, rank)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=way != "ddp-uncut"), fresh_cache():
+            row = train(options, way, device, rank) | {"status": "ok"}
+    except torch.OutOfMemoryError as error:
+        row = dict.fromkeys(FIGURES, float("nan")) | {"status": str(error)[:60], "graphs": 0, "gradients": []}
     batch, length = options.batch
     processes = 1 if way == "one" else dist.get_world_size()
-    about = {"way": way, "status": "ok", "date": date.today().isoformat(), "commit": options.commit}
+    about = {"way": way, "date": date.today().isoformat(), "commit": options.commit}
     asked = {name: getattr(options, name) for name in ("model", "layers", "dtype", "lower", "seed", "steps", "warmup")}
     about |= asked | {"batch": batch, "length": length, "nf4": True, "mask": "ones", "bucket_cap_mb": options.bucket}
     row["tokens_per_s"] = batch * length * processes / row["seconds_p50"]
-    return about | {"processes": processes, "budget": options.budget} | machine(device) | row
+    return about | {"processes": processes, "budget": options.budget, "share": options.share} | machine(device) | row
 
 
 def train(options: argparse.Namespace, way: str, device: str, rank: int) -> Row:
@@ -150,6 +155,9 @@ def train(options: argparse.Namespace, way: str, device: str, rank: int) -> Row:
         return loss.detach()
 
     gc.collect()
+    if options.share and device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(options.share)
     clock.reset_peak()
     held_gib, began = clock.allocated_gib(), clock.now()
     losses = [step()]
@@ -226,7 +234,7 @@ def compared(rows: list[Row]) -> list[Row]:
     gradients = [row.pop("gradients") for row in rows]
     first = next((mine for row, mine in zip(rows, gradients, strict=True) if row["way"] != "one"), [])
     for row, mine in zip(rows, gradients, strict=True):
-        pairs = zip(mine, first, strict=True) if row["way"] != "one" else ()
+        pairs = zip(mine, first, strict=True) if row["way"] != "one" and mine else ()
         row["gradients_apart"] = max(
             (((one - other).norm() / other.norm()).item() for one, other in pairs), default=0.0
         )

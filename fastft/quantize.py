@@ -37,6 +37,7 @@ def quantize_(
     blocksize: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
+    storage: torch.dtype = torch.uint8,
 ) -> Quantized:
     """Replace the frozen nn.Linear layers of ``model`` by bitsandbytes' Linear4bit, PEFT's base layers included.
 
@@ -47,7 +48,9 @@ def quantize_(
     state dict, quantize the new model in the same way first.
 
     quant_type: "nf4" or "fp4".  double_quant: the absmax are quantised too.  compute_dtype: of the products; each
-    layer's own dtype if None.  Raises ValueError for another quant_type, ImportError without bitsandbytes.
+    layer's own dtype if None.  storage: the dtype that the packed bytes pretend to have, as transformers'
+    bnb_4bit_quant_storage: torch 2.11 shards floating-point parameters alone.  Raises ValueError for another
+    quant_type, ImportError without bitsandbytes.
     """
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type {quant_type!r} is none of {', '.join(QUANT_TYPES)}; use 'nf4'.")
@@ -63,11 +66,11 @@ def quantize_(
             if reason:
                 skipped[name] = reason
                 continue
-            new = _four_bit(layer, quant_type, blocksize, double_quant, compute_dtype or layer.weight.dtype)
+            new = _four_bit(layer, quant_type, blocksize, double_quant, compute_dtype or layer.weight.dtype, storage)
             _put(model, name, new)
             layers.append(name)
     if layers:
-        _tell_peft_and_transformers(model, quant_type, double_quant, compute_dtype, list(skipped))
+        _tell_peft_and_transformers(model, quant_type, double_quant, compute_dtype, list(skipped), storage)
     return Quantized(tuple(layers), skipped)
 
 
@@ -117,16 +120,18 @@ def _reason_of_parent(parent: nn.Module) -> str:
     return f"the adapter {merged[0]!r} is merged into its weight: unmerge it first" if merged else ""
 
 
-def _four_bit(layer: nn.Linear, quant_type: str, blocksize: int, double_quant: bool, dtype: torch.dtype) -> nn.Module:
+def _four_bit(
+    layer: nn.Linear, quant_type: str, blocksize: int, double_quant: bool, dtype: torch.dtype, storage: torch.dtype
+) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new = Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
-        compress_statistics=double_quant, quant_type=quant_type, device="meta",
+        compress_statistics=double_quant, quant_type=quant_type, quant_storage=storage, device="meta",
     )  # fmt: skip
     weight: Any = Params4bit(
         layer.weight.data, requires_grad=False, blocksize=blocksize, compress_statistics=double_quant,
-        quant_type=quant_type, module=new,
+        quant_type=quant_type, quant_storage=storage, module=new,
     )  # fmt: skip
     with on_default_stream(layer.weight.device):
         new.weight = weight.to(layer.weight.device)  # this quantises
@@ -211,7 +216,7 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _tell_peft_and_transformers(
-    model: Any, quant_type: str, double_quant: bool, dtype: torch.dtype | None, skipped: list[str]
+    model: Any, quant_type: str, double_quant: bool, dtype: torch.dtype | None, skipped: list[str], storage: torch.dtype
 ) -> None:
     """Set what PEFT reads to wrap and merge layers as 4-bit ones, and transformers to save and load the model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -224,6 +229,7 @@ def _tell_peft_and_transformers(
     base.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype or base.dtype, llm_int8_skip_modules=skipped or None,
+        bnb_4bit_quant_storage=storage,
     )  # fmt: skip
     base.is_quantized = True
     base.hf_quantizer = AutoHfQuantizer.from_config(base.config.quantization_config)  # what Trainer asks

@@ -93,16 +93,13 @@ def _dtype(parameter: Any) -> torch.dtype:
     return parameter.param_dtype or parameter.orig_dtype
 
 
-_homes: Any = WeakIdKeyDictionary()  # by the parameter, sharded or whole: weak references to FSDP2's objects
+_homes: Any = WeakIdKeyDictionary()  # by the parameter, sharded or whole: weak references
 
 
 def home_of(tensor: Any) -> Home | None:
     """Return where a parameter is kept that ``adopt`` has seen."""
-    references = _homes.get(tensor) if isinstance(tensor, Tensor) else None
-    if references is None:
-        return None
-    parameter, group, root = (reference() for reference in references)
-    return Home(parameter, group, root) if parameter is not None else None
+    reference = _homes.get(tensor) if isinstance(tensor, Tensor) else None
+    return reference() if reference is not None else None
 
 
 def state_of(module: Any) -> Any:
@@ -140,8 +137,8 @@ def adopt(state: Any) -> tuple[Any, str]:
     for parameter, group in found:
         sharded = parameter.sharded_param
         setattr(sharded, MARK, True)
-        home = Home(parameter, group, root)
-        _homes[sharded] = _homes[home.whole()] = weakref.ref(parameter), weakref.ref(group), weakref.ref(root)
+        home = parameter._fastft_home = Home(parameter, group, root)  # for as long as FSDP2 keeps the parameter
+        _homes[sharded] = _homes[home.whole()] = weakref.ref(home)
         statistics = getattr(parameter._module_info.module, "quant_state", None)
         if statistics is not None and parameter._module_info.param_name == "weight":
             weights: tuple[Any, Any] = sharded, home.whole()

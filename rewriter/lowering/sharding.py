@@ -81,5 +81,7 @@ class Sharding:
                 if not unit.forward.isdisjoint((number, number + 1)) or (unit in given and number < max(unit.forward))
             ]  # fmt: skip
             stage.gathered_forward = sum(whole[unit] for unit in held)
+            if number == 0:  # FSDP2 has them twice when it gathers them
+                stage.gathered_forward = max(stage.gathered_forward, 2 * sum(whole[unit] for unit in given))
             held = [unit for unit in self.units if not unit.backward.isdisjoint((number, number - 1))]
             stage.gathered_backward = sum(whole[unit] for unit in held) + sent[number] + sent[number + 1]

@@ -10,6 +10,7 @@ All processes gather in the same order, as the pieces of a graph and what they r
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,16 @@ class Sharded:
         self.units = units
         self.run: Callable = lambda *inputs: None
         self.current: _Run | None = None
+        self.known: dict[int, tuple[weakref.ref[Any], weakref.ref[Home]]] = {}  # by place: an input, and its home
+
+    def _home(self, place: int, given: Any) -> Home:
+        """Return where an input is kept.  Raises RuntimeError where that is not known any more."""
+        known = self.known.get(place)
+        home = known[1]() if known is not None and known[0]() is given else fsdp.home_of(given)
+        if home is None:
+            raise RuntimeError("a parameter is not where FSDP2 kept it: call torch.compiler.reset() and compile again.")
+        self.known[place] = weakref.ref(given), weakref.ref(home)
+        return home
 
     def around(self, number: int, call: Callable) -> Callable:
         """Return a piece's call that has its parameters gathered, and gathered again for its backward."""
@@ -178,8 +189,7 @@ class Sharded:
     def __call__(self, *inputs: Any) -> Any:
         given, held = list(inputs), []
         for unit in self.units:
-            homes = [home for place in unit.places if (home := fsdp.home_of(inputs[place])) is not None]
-            assert len(homes) == len(unit.places)
+            homes = [self._home(place, inputs[place]) for place in unit.places]
             held.append(_Held(unit, homes))
             for place, home in zip(unit.places, homes, strict=True):
                 given[place] = home.whole()

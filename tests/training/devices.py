@@ -137,8 +137,8 @@ def fsdp_whole_full(setting: Setting) -> list[float]:
 
 
 def fsdp_whole_4bit(setting: Setting) -> list[float]:
-    """FSDP2 as one graph, LoRA, 4-bit weights sharded"""
-    model = setting.model(nf4=True)
+    """FSDP2 as one graph, LoRA, 4-bit weights sharded, stored as the other weights are"""
+    model = setting.model(nf4=True, storage=torch.float32)
     return train(setting, model, setting.compile(_sharded(model)), each=True)
 
 
@@ -190,13 +190,16 @@ DEVICES: Sequence[Any] = (
 )  # fmt: skip
 
 
-def together(folder: Path) -> dict[str, Any]:
-    """What the processes saw."""
+ON_CARDS = (ddp_4bit, fsdp_whole_full, fsdp_whole_4bit)  # a minute's compilation
+
+
+def together(folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """What the processes saw; on cards, of ON_CARDS alone and through Inductor."""
     results = folder / "results.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "training.devices", str(rank), str(folder / "meeting"), str(results)],
+            [sys.executable, "-m", "training.devices", str(rank), str(folder / "meeting"), str(results), device],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(WORLD)
@@ -210,16 +213,21 @@ def together(folder: Path) -> dict[str, Any]:
     return json.loads(results.read_text())
 
 
-def main(rank: int, file: str, results: str) -> None:
+def main(rank: int, file: str, results: str, device: str = "cpu") -> None:
     """Every scenario with fastft; the first process writes what it saw and what was lifted."""
     torch.set_num_threads(1)
+    settings: dict[str, Any] = {}
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        settings = {"device": "cuda", "options": {"strict": True}}
     torch._dynamo.config.optimize_ddp = False
     dist._DEFAULT_FIRST_BUCKET_BYTES = BUCKET
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=WORLD)
     found = {}
-    for scenario in DEVICES:
+    for scenario in DEVICES if device == "cpu" else ON_CARDS:
         try:
-            values, graphs = seen_with_fastft(scenario)
+            values, graphs = seen_with_fastft(scenario, **settings)
         except torch._dynamo.exc.InternalTorchDynamoError as error:  # Dynamo's own, of torch 2.14 at a 4-bit parameter
             found[scenario.__name__] = {"error": str(error)}
             continue
@@ -237,4 +245,4 @@ def main(rank: int, file: str, results: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -55,15 +55,16 @@ class Setting:
 
     def model(
         self, *, dtype: torch.dtype = torch.float32, lora: Any = FEW, nf4: bool = False, rounded: Any = None,
-        layers: int = LAYERS,
+        layers: int = LAYERS, storage: torch.dtype = torch.uint8,
     ) -> Any:  # fmt: skip
         """A small Llama in train mode, with adapters whose second factors are not zero.
 
         lora: the layers that have them, if any.  rounded: the dtype that is computed in, if another than the weights'.
+        storage: of 4-bit weights.
         """
         model = base(dtype, layers)
         if nf4:
-            fastft.quantize_(model.requires_grad_(False))
+            fastft.quantize_(model.requires_grad_(False), storage=storage)
         if lora:
             torch.manual_seed(1)
             model = get_peft_model(model, adapter(target_modules=lora))
@@ -74,7 +75,7 @@ class Setting:
         if self.nudge:
             generator = torch.Generator().manual_seed(self.nudge)
             for value in model.parameters():
-                if value.is_floating_point():
+                if value.is_floating_point() and not hasattr(value, "quant_state"):
                     noise = torch.rand(value.shape, generator=generator) * 2 - 1
                     value.data.copy_(value.data * (1 + torch.finfo(dtype or value.dtype).eps * noise.to(value.device)))
         return model

@@ -30,11 +30,27 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
         difference, allowed = compare(torch.tensor(mine["seen"], dtype=torch.float64), scenario)
         if difference > allowed:
             wrong[scenario.__name__] = f"{difference:.1e} apart, {allowed:.1e} allowed"
+        if "whole" in scenario.__name__:
+            assert len(mine["layers"]) == 1  # one graph
         if "sharded" not in scenario.__name__:
-            layers = {devices.ddp_split: devices.MANY, devices.ddp_padded: devices.MANY // 2}.get(scenario, LAYERS)
+            deeper = (devices.ddp_padded, devices.fsdp_whole_planned)
+            depths = {devices.ddp_split: devices.MANY} | dict.fromkeys(deeper, devices.MANY // 2)
+            layers = depths.get(scenario, LAYERS)
             assert mine["lifted"]["glu"] % layers == 0
             assert mine["lifted"]["attention"] == mine["lifted"]["glu"] > 0
     assert not wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < devices.WORLD, reason="needs two CUDA devices")
+def test_two_cards_are_as_one(tmp_path: Path) -> None:
+    found = devices.together(tmp_path, "cuda")
+    for scenario in devices.ON_CARDS:
+        mine = found[scenario.__name__]
+        assert not mine["failures"]
+        difference, allowed = compare(torch.tensor(mine["seen"], dtype=torch.float64), scenario, device="cuda")
+        assert difference <= allowed, f"{scenario.__name__}: {difference:.1e} apart, {allowed:.1e} allowed"
 
 
 def test_gradients_of_a_layer_are_there_before_those_of_the_layer_below(tmp_path: Path) -> None:
