@@ -209,6 +209,25 @@ def _is_view(node: Any) -> bool:
     return not typed and (node.target != "t" or 1 in value_of(node).shape)
 
 
+def _is_seen_as(node: Any) -> bool:
+    """Tell whether this has the bytes of its argument as another dtype."""
+    return (
+        isinstance(node, Node) and node.op == "call_method" and node.target == "view" and not node.kwargs
+        and len(node.args) == 2 and isinstance(node.args[1], torch.dtype)
+    )  # fmt: skip
+
+
+def _seen_as(node: Node, dtype: Any) -> Node:
+    """Return the node of the outer graph that has these bytes as another dtype; forward and backward share it."""
+    for user in node.users:
+        if _is_seen_as(user) and user.args[1] == dtype:
+            return user
+    with node.graph.inserting_before(next(iter(node.users))):  # and not ahead of all layers
+        view = node.graph.call_method("view", (node, dtype))
+    annotate_like(view, node)
+    return view
+
+
 def _check_gradients(
     reader: _Reader, grad_output: Node, gradients: Sequence[Any], arguments: Sequence[Any], projection: FourBitLinear
 ) -> None:
@@ -252,6 +271,8 @@ class _Reader:
     def outer(self, node: Any) -> Node:
         """Return the node of the outer graph that this stands for.  Raises Declined."""
         outer_node = self.known.get(node) if self.known else node
+        if outer_node is None and _is_seen_as(node):
+            return _seen_as(self.outer(node.args[0]), node.args[1])
         if not isinstance(outer_node, Node):
             raise Declined(f"{node} is computed inside")
         return outer_node

@@ -78,14 +78,17 @@ class _Held:
 class _Run:
     """One forward, and the backward that may follow.
 
-    begun: the pieces whose outputs need a gradient, in order.  in_backward: whether backward has begun.
+    memory: by the storage of a whole parameter.  begun: the pieces whose outputs need a gradient, in order.  in_backward: whether backward has begun.  reduced: the
+    groups whose gradients it has reduced.  pinned: units of which a piece has returned a view, that others may read.
     """
 
     held: list[_Held]
     roots: list[Any]
+    memory: dict[int, _Held]
     begun: list[int] = field(default_factory=list)
     in_backward: bool = False
     reduced: set[Any] = field(default_factory=set)
+    pinned: set[_Held] = field(default_factory=set)
 
     def forward(self, piece: int) -> None:
         """Have the parameters of a piece in memory, those of the next on their way, and no others."""
@@ -108,7 +111,7 @@ class _Run:
     def _have(
         self, readers: Callable[[Unit], frozenset[int]], now: int, then: int | None, stays: Sequence[_Held] = ()
     ) -> None:  # fmt: skip
-        wanted = [held for held in self.held if now in readers(held.unit)]
+        wanted = [held for held in self.held if now in readers(held.unit) or held in self.pinned]
         coming = [held for held in self.held if then in readers(held.unit)]
         for held in self.held:
             if held not in wanted and held not in coming and held not in stays:
@@ -129,6 +132,11 @@ class _Run:
             if number > piece and group not in self.reduced:
                 self.reduced.add(group)
                 fsdp.reduce(group)
+
+    def pin(self, results: Sequence[Any]) -> None:
+        """Note the units of which one of a piece's results is a view."""
+        kept = {value.untyped_storage()._cdata for value in results if isinstance(value, Tensor)}
+        self.pinned |= {self.memory[key] for key in kept if key in self.memory}
 
     def leave(self) -> None:
         """Free all parameters: what is gathered again is as it is then.
@@ -176,6 +184,7 @@ class Sharded:
             assert run is not None
             run.forward(number)
             results = call(*inputs)
+            run.pin(results)
             if torch.is_grad_enabled():
                 made = [value for value in results if isinstance(value, Tensor) and value.grad_fn is not None]
                 if made:
@@ -187,13 +196,15 @@ class Sharded:
         return piece
 
     def __call__(self, *inputs: Any) -> Any:
-        given, held = list(inputs), []
+        given, held, memory = list(inputs), [], {}
         for unit in self.units:
             homes = [self._home(place, inputs[place]) for place in unit.places]
-            held.append(_Held(unit, homes))
+            one = _Held(unit, homes)
+            held.append(one)
             for place, home in zip(unit.places, homes, strict=True):
                 given[place] = home.whole()
-        run = _Run(held, list(dict.fromkeys(one.homes[0].root for one in held)))
+                memory[given[place].untyped_storage()._cdata] = one
+        run = _Run(held, list(dict.fromkeys(one.homes[0].root for one in held)), memory)
         before, self.current = self.current, run
         try:
             for root in run.roots:
