@@ -114,7 +114,8 @@ def measured(options: argparse.Namespace, way: str, device: str, rank: int) -> R
         with torch._dynamo.config.patch(optimize_ddp=way != "ddp-uncut"), fresh_cache():
             row = train(options, way, device, rank) | {"status": "ok"}
     except torch.OutOfMemoryError as error:
-        row = dict.fromkeys(FIGURES, float("nan")) | {"status": str(error)[:60], "graphs": 0, "gradients": []}
+        row = dict.fromkeys(FIGURES, float("nan")) | {"status": "out of memory", "error": str(error)[:80]}
+        row |= {"contender": way, "graphs": 0, "gradients": []}
     batch, length = options.batch
     processes = 1 if way == "one" else dist.get_world_size()
     about = {"way": way, "date": date.today().isoformat(), "commit": options.commit}

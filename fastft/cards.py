@@ -53,8 +53,8 @@ def show_cards(console: Console, model: Any, batch: dict[str, Any], card: Card, 
         return 1
     console.print(_table(plan, rows * tokens * devices))
     console.print(
-        "Memory is as a step is simulated before it runs; time is estimated from the operations and bytes of its ops, and "
-        "leaves out the host's.", style="dim", soft_wrap=True,
+        "Memory is as a step is simulated before it runs; time is estimated from the operations and bytes of its "
+        "ops, and leaves out the host's.", style="dim", soft_wrap=True,
     )  # fmt: skip
     return 0
 

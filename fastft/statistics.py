@@ -14,8 +14,8 @@ def statistics_as_parameters_(model: nn.Module) -> list[str]:
     """Make the absmax of every 4-bit weight of ``model`` a frozen parameter, so that ``fully_shard`` shards them.
 
     Call it before ``fully_shard``.  They are a thirty-second of the packed bytes (an eighth without double
-    quantisation), and whole on every device otherwise.  Forward is as before, compiled or not, and so are checkpoints of
-    adapters; a state dict of the whole model has the parameters in addition.  Returns the names of the layers.
+    quantisation), and whole on every device otherwise.  Forward is as before, compiled or not, and so are checkpoints
+    of adapters; a state dict of the whole model has the parameters in addition.  Returns the names of the layers.
     """
     names = []
     for name, module in model.named_modules():

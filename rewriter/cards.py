@@ -109,7 +109,7 @@ def plan_for(
 ) -> CardPlan:  # fmt: skip
     """Plan a graph's step for one of so many cards.
 
-    shard: parameters over all of them, else each has them whole.  As much host memory as the card's may be offloaded to.
+    shard: parameters over all of them, else each has them whole.  As much may be offloaded to the host as a card has.
     """
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     given = dict(zip(inputs, example_inputs, strict=True))

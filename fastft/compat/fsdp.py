@@ -183,20 +183,50 @@ def casts(state: Any, module: Any) -> tuple[torch.dtype | None, torch.dtype | No
 
 @dataclass(eq=False)
 class Gathering:
-    """Parameters of one group on their way: from the first call to the second all of them are twice in memory."""
+    """Parameters of one group on their way.
+
+    Several are sent as one, and are twice in memory while they are put in place; one comes into its place.
+    """
 
     homes: Sequence[Home]
     result: Any = field(init=False)
 
     def __post_init__(self) -> None:
         group, context = self.homes[0].group, self.homes[0].root._comm_ctx
+        if self._goes_straight():
+            self._gather_straight()
+            return
         self.result = foreach_all_gather(
             [home.parameter for home in self.homes], group._all_gather_process_group, False,
             context.all_gather_copy_in_stream, context.all_gather_stream, group.device, group._all_gather_comm,
         )  # fmt: skip
 
+    def _goes_straight(self) -> bool:
+        """Return whether there is one parameter, whose parts lie one after another in the whole as they are sent."""
+        parameter = self.homes[0].parameter
+        plain = parameter.param_dtype is None and not parameter.offload_to_cpu and parameter.fsdp_placement.dim == 0
+        return len(self.homes) == 1 and plain
+
+    def _gather_straight(self) -> None:
+        """Gather one parameter into its place, so that it is never twice in memory."""
+        home = self.homes[0]
+        parameter, stream = home.parameter, home.root._comm_ctx.all_gather_stream
+        whole = home.whole()
+        parameter.alloc_all_gather_outputs()
+        handle = home.group.device_handle
+        stream.wait_stream(handle.current_stream())  # the memory may have been another's
+        with handle.stream(stream), torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(whole):
+            torch.distributed.all_gather_into_tensor(
+                parameter.all_gather_outputs[0], parameter._sharded_param_data, home.group._all_gather_process_group
+            )
+            self.result = handle.Event()
+            self.result.record(stream)
+
     def finish(self) -> None:
         """Wait for them, and put them into place."""
+        if self._goes_straight():
+            self.homes[0].group.device_handle.current_stream().wait_event(self.result)
+            return
         group, context = self.homes[0].group, self.homes[0].root._comm_ctx
         parameters = [home.parameter for home in self.homes]
         foreach_all_gather_copy_out(self.result, parameters, group._all_gather_process_group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.fx import Node
 from fastft.compat import fsdp
 from fastft.compat.fsdp import Home
 from fastft.rewriter.lowering.region import RegionCompiler
-from fastft.rewriter.memory.simulate import StageSequence
+from fastft.rewriter.memory.pareto import Choice
+from fastft.rewriter.memory.simulate import Kind, StageSequence
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.runtime.sharded import Unit, units
 
@@ -61,11 +62,12 @@ class Sharding:
         graph stays until the last piece that reads it.
         """
         homes, stages = self.homes, sequence.stages
-        saves = []
         for piece, stage in zip(self.pieces, stages, strict=True):
-            joint = stage.kind.joint
-            kept = {place for choice in stage.kind.choices for place in joint.saved_inputs(choice.ops)} if joint else ()
-            saves.append(self._sharded([piece.inputs[place] for place in sorted(kept)]))
+            self._leave_out_choices(piece, stage.kind)
+        saves = [
+            self._saved(piece, stage.kind, stage.kind.choices[0]) if stage.kind.joint is not None else []
+            for piece, stage in zip(self.pieces, stages, strict=True)
+        ]
         self.units = units(self.reads, saves, homes)
         whole = {unit: sum(homes[place].whole_bytes for place in unit.places) for unit in self.units}
         given = {unit for unit in self.units if all(homes[place].is_given for place in unit.places)}
@@ -75,13 +77,31 @@ class Sharding:
                 last = max(unit.forward)
                 stages[last].gradient_bytes += home.own_gradient_bytes - home.whole_bytes
                 sent[last] += home.whole_bytes
+        come = {unit: 0 if unit in given else size for unit, size in whole.items()}
         for number, stage in enumerate(stages):
-            held = [
-                unit for unit in self.units
-                if not unit.forward.isdisjoint((number, number + 1)) or (unit in given and number < max(unit.forward))
-            ]  # fmt: skip
-            stage.gathered_forward = sum(whole[unit] for unit in held)
+            there = sum(whole[unit] for unit in given if number <= max(unit.forward))
+            stage.gathered_forward = there + self._most(come, lambda unit: unit.forward, number, number + 1)
             if number == 0:  # FSDP2 has them twice when it gathers them
-                stage.gathered_forward = max(stage.gathered_forward, 2 * sum(whole[unit] for unit in given))
-            held = [unit for unit in self.units if not unit.backward.isdisjoint((number, number - 1))]
-            stage.gathered_backward = sum(whole[unit] for unit in held) + sent[number] + sent[number + 1]
+                stage.gathered_forward = max(stage.gathered_forward, 2 * there)
+            stage.gathered_backward = self._most(whole, lambda unit: unit.backward, number, number - 1)
+            stage.gathered_backward += sent[number] + sent[number + 1]
+
+    def _most(
+        self, size: Mapping[Unit, int], readers: Callable[[Unit], frozenset[int]], now: int, then: int
+    ) -> int:  # fmt: skip
+        """Return the bytes of a piece's units: with those of the next, or twice, while they are put in place."""
+        read = [unit for unit in self.units if now in readers(unit)]
+        coming = [unit for unit in self.units if then in readers(unit) and unit not in read]
+        twice = sum(size[unit] for unit in read if len(unit.places) > 1)
+        return sum(size[unit] for unit in read) + max(twice, sum(size[unit] for unit in coming))
+
+    def _saved(self, piece: Piece, kind: Kind, choice: Choice) -> list[int]:
+        """Return the sharded inputs of the graph that a piece's backward reads with a choice."""
+        assert kind.joint is not None
+        return self._sharded([piece.inputs[place] for place in sorted(set(kind.joint.saved_inputs(choice.ops)))])
+
+    def _leave_out_choices(self, piece: Piece, kind: Kind) -> None:
+        """Leave out choices that compute again what needs parameters that backward does without, such as a head's."""
+        if kind.joint is not None:
+            needed = set(self._saved(piece, kind, kind.choices[0]))
+            kind.choices = [choice for choice in kind.choices if needed.issuperset(self._saved(piece, kind, choice))]

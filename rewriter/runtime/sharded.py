@@ -78,8 +78,9 @@ class _Held:
 class _Run:
     """One forward, and the backward that may follow.
 
-    memory: by the storage of a whole parameter.  begun: the pieces whose outputs need a gradient, in order.  in_backward: whether backward has begun.  reduced: the
-    groups whose gradients it has reduced.  pinned: units of which a piece has returned a view, that others may read.
+    memory: by the storage of a whole parameter.  begun: the pieces whose outputs need a gradient, in order.
+    in_backward: whether backward has begun.  reduced: the groups whose gradients it has reduced.  pinned: units of
+    which a piece has returned a view, that others may read.
     """
 
     held: list[_Held]

@@ -196,7 +196,8 @@ ON_CARDS = (ddp_4bit, fsdp_whole_full, fsdp_whole_4bit)  # a minute's compilatio
 def together(folder: Path, device: str = "cpu") -> dict[str, Any]:
     """What the processes saw; on cards, of ON_CARDS alone and through Inductor."""
     results = folder / "results.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "training.devices", str(rank), str(folder / "meeting"), str(results), device],
