@@ -42,7 +42,7 @@ def _of_module(statistics: Any, module: nn.Module, dtype: torch.dtype) -> None:
 def _shared(kind: type) -> type:
     if kind not in _kinds:
 
-        class Shared(kind):  # type: ignore[misc,valid-type]
+        class Shared(kind):
             """Statistics whose absmax is a parameter of their module."""
 
             @property

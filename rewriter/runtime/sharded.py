@@ -217,18 +217,20 @@ class Sharded:
 
 
 def units(reads: Sequence[Sequence[int]], saves: Sequence[Sequence[int]], homes: Mapping[int, Home]) -> list[Unit]:
-    """Group the inputs that are sharded: by the group that FSDP2 reduces together, and by the pieces that read them.
+    """Group the inputs that are sharded: by what FSDP2 reduces together, and by the pieces that read them.
 
     reads, saves: the inputs that each piece reads, and those that its backward reads.  homes: by input.
     """
     found: dict[Any, list[int]] = {}
     for place, home in homes.items():
-        readers = frozenset(number for number, read in enumerate(reads) if place in read)
-        if readers:
-            found.setdefault((id(home.group), readers), []).append(place)
-    made = []
-    for (_, readers), places in found.items():
-        trained = any(homes[place].trained for place in places)
-        backward = frozenset(number for number in readers if not set(places).isdisjoint(saves[number]))
-        made.append(Unit(tuple(places), readers, backward, min(readers) if trained else None))
-    return made
+        forward, backward = (_readers(place, lists) for lists in (reads, saves))
+        if forward:
+            found.setdefault((id(home.group), forward, backward), []).append(place)
+    return [
+        Unit(tuple(places), forward, backward, min(forward) if any(homes[place].trained for place in places) else None)
+        for (_, forward, backward), places in found.items()
+    ]
+
+
+def _readers(place: int, lists: Sequence[Sequence[int]]) -> frozenset[int]:
+    return frozenset(number for number, read in enumerate(lists) if place in read)
