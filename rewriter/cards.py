@@ -29,7 +29,8 @@ from fastft.rewriter.options import Options
 from fastft.rewriter.outline.partition import Piece
 from fastft.units import GIB
 
-CALIBRATION = 1.0  # a measured step by the sum of its ops at their rates; see docs/performance.md
+# Measured steps of llama-8b (NF4, 2x2048 tokens a card, H200) by those computed here: of one card, and of two by one's.
+CALIBRATION, COPIES, SHARDED = 0.96, 1.06, 1.15
 ADAM = 2  # tensors of state for each trained one
 
 
@@ -131,7 +132,7 @@ def plan_for(
         made.reason = str(error)
         return made
     made.parts = dict(made.plan.peak.parts)
-    _add_times(made, sequence, card, devices if shard else 1)
+    _add_times(made, sequence, card, sharding, devices)
     return made
 
 
@@ -160,15 +161,16 @@ def _bytes(node: Node) -> int:
     return symbolic.hint(cost_model.tensor_bytes(value)) if isinstance(value, Tensor) else 0
 
 
-def _add_times(made: CardPlan, sequence: StageSequence, card: Card, devices: int) -> None:
+def _add_times(made: CardPlan, sequence: StageSequence, card: Card, sharding: Sharding | None, devices: int) -> None:
     """Add what a step takes: each stage computes while the next one's parameters come."""
     assert made.plan is not None
-    share = (devices - 1) / devices
-    for stage, choice in zip(sequence.stages, made.plan.choices, strict=True):
+    for number, (stage, choice) in enumerate(zip(sequence.stages, made.plan.choices, strict=True)):
         ops = stage.kind.joint.ops if stage.kind.joint is not None else []
         forward = CALIBRATION * sum(op.seconds for op in ops if op.forward)
         backward = CALIBRATION * sum(op.seconds for op in ops if not op.forward) + choice.seconds
-        gather = [size * share / card.link for size in (stage.gathered_forward / 2, stage.gathered_backward / 2)]
+        moved = sharding.moved(number) if sharding is not None else (0, 0)
+        gather = [size * (devices - 1) / devices / card.link for size in moved]
         made.compute += forward + backward
-        made.gather += sum(gather) if devices > 1 else 0.0
-        made.seconds += max(forward, gather[0] if devices > 1 else 0) + max(backward, gather[1] if devices > 1 else 0)
+        made.gather += sum(gather)
+        made.seconds += max(forward, gather[0]) + max(backward, gather[1])
+    made.seconds *= 1.0 if devices == 1 else COPIES if sharding is None else SHARDED

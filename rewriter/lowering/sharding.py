@@ -86,6 +86,14 @@ class Sharding:
             stage.gathered_backward = self._most(whole, lambda unit: unit.backward, number, number - 1)
             stage.gathered_backward += sent[number] + sent[number + 1]
 
+    def moved(self, number: int) -> tuple[int, int]:
+        """Return the whole bytes of what is gathered for a piece forward, and gathered and reduced for its backward."""
+        sizes = {unit: sum(self.homes[place].whole_bytes for place in unit.places) for unit in self.units}
+        forward = sum(size for unit, size in sizes.items() if number in unit.forward)
+        backward = sum(size for unit, size in sizes.items() if number in unit.backward)
+        trained = [self.homes[place] for unit in self.units if unit.trained == number for place in unit.places]
+        return forward, backward + sum(home.whole_bytes for home in trained if home.trained)
+
     def _most(
         self, size: Mapping[Unit, int], readers: Callable[[Unit], frozenset[int]], now: int, then: int
     ) -> int:  # fmt: skip
