@@ -192,13 +192,13 @@ def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_
     statistics = {
         key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")
     }
-    if statistics:
+    for key in [key for key in state_dict if key.startswith(f"{name}.")]:
+        del state_dict[key]
+    if statistics and name in state_dict:  # torch leaves the statistics in a state of adapters alone
         module.weight = Params4bit.from_prequantized(
             data=state_dict[name], quantized_stats=statistics, requires_grad=False, device=module.weight.device,
             module=module,
         )  # fmt: skip
-        for key in [key for key in state_dict if key.startswith(f"{name}.")]:
-            del state_dict[key]
 
 
 def _put(model: nn.Module, name: str, new: nn.Module) -> None:

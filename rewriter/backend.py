@@ -155,12 +155,14 @@ def _rewritten(
     gm, live = _live_rows(gm, options, report, [output.position for output in deferred])
     if live is not None:
         example_inputs = [*example_inputs, value_of(live.max_seqlen)]
-    homes = {place: home for place, value in enumerate(example_inputs) if (home := fsdp.home_of(value)) is not None}
+    homes = fsdp_tracing.traced_homes(example_inputs)
     if homes and any(fsdp.is_sharded(value) and place not in homes for place, value in enumerate(example_inputs)):
         raise UnshardedError("a tensor is sharded otherwise than by FSDP2")
+    taken = fsdp.complete(homes.values()) if fsdp_tracing.is_all_of_forward() else ()
     compiled = lower(
-        gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined), live=live, homes=homes
-    )
+        gm, example_inputs, options, report, plan=plan, planned_only=bool(report.inlined), live=live, homes=homes,
+        taken=taken,
+    )  # fmt: skip
     return lazy_logits.restore(compiled, deferred, count, options.logits_bytes, report.reads), report
 
 

@@ -119,7 +119,7 @@ def plan_for(
     sequence = plan_builder.traced(gm, pieces, regions, card.rates, lambda text: None)
     kept = _kept(inputs, pieces, devices if shard else 1)
     before = sum(_bytes(node) for node in inputs) - sum(one.whole_bytes - one.own_bytes for one in kept.values())
-    sharding = Sharding(pieces, inputs, kept, regions) if shard else None  # type: ignore[arg-type]
+    sharding = Sharding(pieces, inputs, kept, regions, lambda home: True) if shard else None  # type: ignore[arg-type]
     if sharding is not None:
         sharding.count(sequence)
     states = ADAM * sum(one.own_gradient_bytes for one in kept.values())

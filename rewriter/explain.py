@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.compat import ddp, fsdp
+from fastft.compat import ddp, fsdp, fsdp_tracing
 from fastft.compat.dynamo import RestartAnalysis, compile_once
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
@@ -84,7 +84,7 @@ def explained(model: Callable, args: Sequence[Any], batch: Mapping[str, Any], pl
 
 
 def _homes(example_inputs: Sequence[Any]) -> dict[int, fsdp.Home]:
-    return {place: home for place, value in enumerate(example_inputs) if (home := fsdp.home_of(value)) is not None}
+    return fsdp_tracing.traced_homes(example_inputs)
 
 
 def _planned(gm: GraphModule, pieces: Any, example_inputs: Sequence[Any]) -> Any:

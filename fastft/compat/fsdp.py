@@ -8,7 +8,7 @@ gradients is its own code: reduction, accumulation, replicated meshes, offloadin
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,8 @@ class Home:
     @property
     def is_given(self) -> bool:
         """Whether FSDP2 itself has gathered it: the root's parameters, whose hook has run around a graph."""
-        return self.group.is_unsharded and self.parameter.sharded_state.name == "UNSHARDED"
+        whole = self.group.is_unsharded and self.parameter.sharded_state.name == "UNSHARDED"
+        return whole and self.parameter.all_gather_outputs[0].untyped_storage().size() > 0
 
     @property
     def processes(self) -> int:
@@ -137,14 +138,26 @@ def adopt(state: Any) -> tuple[Any, str]:
     for parameter, group in found:
         sharded = parameter.sharded_param
         setattr(sharded, MARK, True)
-        home = parameter._fastft_home = Home(parameter, group, root)  # for as long as FSDP2 keeps the parameter
+        home = getattr(parameter, "_fastft_home", None)
+        if home is None or home.root is not root or home.group is not group:
+            home = parameter._fastft_home = Home(parameter, group, root)  # for as long as FSDP2 keeps the parameter
         _homes[sharded] = _homes[home.whole()] = weakref.ref(home)
         statistics = getattr(parameter._module_info.module, "quant_state", None)
         if statistics is not None and parameter._module_info.param_name == "weight":
             weights: tuple[Any, Any] = sharded, home.whole()
             for weight in weights:  # where bitsandbytes looks for them, or it makes a parameter anew
                 weight.quant_state = statistics
+            if not hasattr(parameter, "_fastft_hook"):
+                hook = parameter._module_info.module.register_state_dict_post_hook(_without_statistics)
+                parameter._fastft_hook = hook
     return root, ""
+
+
+def _without_statistics(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Leave a state dict as it is without ``adopt``: bitsandbytes would save the statistics that it finds, beside names
+    that torch looks for in vain."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}weight.")]:
+        del state_dict[key]
 
 
 def _reason(parameter: Any, group: Any) -> str:
@@ -216,9 +229,10 @@ class Gathering:
         handle = home.group.device_handle
         stream.wait_stream(handle.current_stream())  # the memory may have been another's
         with handle.stream(stream), torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(whole):
-            torch.distributed.all_gather_into_tensor(
-                parameter.all_gather_outputs[0], parameter._sharded_param_data, home.group._all_gather_process_group
-            )
+            home.group._all_gather_comm(
+                output_tensor=parameter.all_gather_outputs[0], input_tensor=parameter._sharded_param_data,
+                group=home.group._all_gather_process_group, async_op=False,
+            )  # fmt: skip
             self.result = handle.Event()
             self.result.record(stream)
 
@@ -274,10 +288,23 @@ def reduce(group: Any) -> None:
         group.post_backward()
 
 
-def give_up(homes: Sequence[Home]) -> None:
-    """Shard again what FSDP2 itself has gathered."""
+def complete(homes: Iterable[Home]) -> set[Any]:
+    """Return the groups of which all parameters are among these, and which FSDP2 would leave whole until backward."""
+    members: dict[Any, set[Any]] = {}
     for home in homes:
-        home.parameter.to_sharded()
+        members.setdefault(home.group, set()).add(home.parameter)
+    return {
+        group
+        for group, found in members.items()
+        if not group._reshard_after_forward and found.issuperset(group.fsdp_params)
+    }
+
+
+def give_up(group: Any) -> None:
+    """Shard a group again that FSDP2 itself has gathered, and have it not gather the group for backward."""
+    if group.is_unsharded:
+        group._to_sharded()
+        group.unshard_in_backward = False
 
 
 def at_end_of_backward(root: Any, function: Callable[[], None]) -> None:
@@ -290,6 +317,14 @@ def sharded(tensor: Tensor) -> Tensor:
     """Return the parameter that stays, for one that is whole for a while; any other tensor as it is."""
     home = home_of(tensor)
     return tensor if home is None else home.parameter.sharded_param
+
+
+def detach(tensor: Tensor) -> Tensor:
+    """Detach a tensor; one that is sharded is still known here."""
+    detached = tensor.detach()
+    if is_sharded(tensor) and tensor in _homes:
+        _homes[detached] = _homes[tensor]
+    return detached
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
 from fastft.compat import fsdp
 from fastft.compat.ddp import TraceAgain
-from fastft.compat.dynamo import put_around
+from fastft.compat.dynamo import compiled_modules, put_around
 
 log = logging.getLogger("fastft")
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
@@ -55,6 +55,21 @@ def install(is_ours: Callable[[], bool]) -> None:
 def traced_roots() -> list[Any]:
     """Return the roots' states of the models that this compilation traced without FSDP2's hooks."""
     return roots_of(InstructionTranslator.current_tx().output)
+
+
+def traced_homes(example_inputs: Sequence[Any]) -> dict[int, fsdp.Home]:
+    """Return where inputs of a graph are kept, by place, of the models that were traced without FSDP2's hooks."""
+    roots = traced_roots()
+    homes = ((place, fsdp.home_of(value)) for place, value in enumerate(example_inputs)) if roots else ()
+    return {place: home for place, home in homes if home is not None and home.root in roots}
+
+
+def is_all_of_forward() -> bool:
+    """Return whether nothing of the traced models' forward follows the graph: it ends with the root's own code."""
+    reason = getattr(InstructionTranslator.current_tx().output, "compile_subgraph_reason", None)
+    inside = {id(module) for module in compiled_modules()}
+    roots = [root._modules[0] for root in traced_roots()]
+    return not getattr(reason, "graph_break", True) and all(id(root) in inside for root in roots)
 
 
 def trace_again(reason: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -54,13 +54,14 @@ def lower(
     planned_only: bool = False,
     live: LiveRows | None = None,
     homes: Mapping[int, Home] | None = None,
+    taken: Collection[Any] = (),
 ) -> Callable:
     """Compile a graph in regions if it has layers, else as a whole; ``report`` records what was done.
 
     plan: whether to plan its memory.  planned_only: raise WholeError where it cannot be planned.  live: what the
     graph was prepared for, by which it has an input more than its caller gives.  homes: of the inputs that are
-    sharded, which only a graph in regions may have.  Raises BudgetError where a number of bytes that the user named is
-    too small.
+    sharded, which only a graph in regions may have; taken: groups that it may let go of.  Raises BudgetError where a
+    number of bytes that the user named is too small.
     """
     pieces = partition.outline(gm, report, always=bool(homes)) if options.outline else []
     if pieces and live is not None and live.rest is not None:
@@ -76,7 +77,9 @@ def lower(
             say(f"compiling a graph of {report.nodes_after} nodes")
             whole = compile_graph(gm, example_inputs, options)
             return whole if live is None else lambda *inputs: whole(*inputs, AS_GIVEN)
-        return _lower_pieces(gm, pieces, example_inputs, options, report, say, plan=plan, live=live, homes=homes or {})
+        return _lower_pieces(
+            gm, pieces, example_inputs, options, report, say, plan=plan, live=live, homes=homes or {}, taken=taken
+        )
 
 
 def _lower_pieces(
@@ -90,6 +93,7 @@ def _lower_pieces(
     plan: bool,
     live: LiveRows | None,
     homes: Mapping[int, Home],
+    taken: Collection[Any],
 ) -> Callable:
     """Compile each region, in the variants that its plan needs if it has one, and stitch the pieces together."""
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -97,7 +101,7 @@ def _lower_pieces(
     regions = {key: RegionCompiler(gm, alike[0], examples, options) for key, alike in by_kind(pieces).items()}
     graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs, sharded=bool(homes))
     planned = None
-    sharding = Sharding(pieces, placeholders, homes, regions) if homes else None
+    sharding = Sharding(pieces, placeholders, homes, regions, lambda home: home.group in taken) if homes else None
     if plan:
         planned = plan_builder.plan_graph(
             gm, pieces, regions, options, graphed, say, exact=live is None,

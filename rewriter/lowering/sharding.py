@@ -22,18 +22,20 @@ class Sharding:
 
     inputs: the graph's.  homes: by their place among these.  The units are known once memory was planned: the choices
     of a plan may differ between processes, so all gather for backward what any choice reads.  Without a plan it is not
-    known what backward reads, and all that a piece reads is gathered for its backward too.
+    known what backward reads, and all that a piece reads is gathered for its backward too.  taken: tells of which
+    groups the graph is all that there is from forward to backward, so that it may let go of what FSDP2 has gathered.
     """
 
     def __init__(
         self, pieces: Sequence[Piece], inputs: Sequence[Node], homes: Mapping[int, Home],
-        regions: Mapping[Any, RegionCompiler],
+        regions: Mapping[Any, RegionCompiler], taken: Callable[[Any], bool] = lambda home: False,
     ) -> None:  # fmt: skip
+        self.taken = taken
         self.homes, self.place_of = homes, {node: place for place, node in enumerate(inputs)}
         self.pieces = pieces
         reads = [self._sharded(piece.inputs) for piece in pieces]
         trained = [regions[piece.key].trained for piece in pieces]
-        self.units = units(reads, [read if any(trained) else [] for read in reads], homes)
+        self.units = units(reads, [read if any(trained) else [] for read in reads], homes, taken)
         self.reads = reads
 
     def _sharded(self, nodes: Sequence[Node]) -> list[int]:
@@ -52,7 +54,7 @@ class Sharding:
         read = [self.homes[place] for place in {place for places in self.reads for place in places}]
         if device.type != "cuda":
             return sum(home.whole_bytes - home.own_bytes for home in read)
-        return sum(home.whole_bytes for home in read if home.is_given)
+        return sum(home.whole_bytes for home in read if home.is_given and self.taken(home))
 
     def count(self, sequence: StageSequence) -> None:
         """Add to a plan's stages the bytes of what is gathered while they run: for them, and for the next on its way.
@@ -65,12 +67,13 @@ class Sharding:
         for piece, stage in zip(self.pieces, stages, strict=True):
             self._leave_out_choices(piece, stage.kind)
         saves = [
-            self._saved(piece, stage.kind, stage.kind.choices[0]) if stage.kind.joint is not None else []
-            for piece, stage in zip(self.pieces, stages, strict=True)
+            self._saved(piece, stage.kind, stage.kind.choices[0]) if stage.kind.joint is not None else read
+            for piece, stage, read in zip(self.pieces, stages, self.reads, strict=True)
         ]
-        self.units = units(self.reads, saves, homes)
+        self.units = units(self.reads, saves, homes, self.taken)
         whole = {unit: sum(homes[place].whole_bytes for place in unit.places) for unit in self.units}
         given = {unit for unit in self.units if all(homes[place].is_given for place in unit.places)}
+        whole |= {unit: 0 for unit in given if not unit.taken}  # held before, and behind
         sent = [0] * (len(stages) + 1)
         for unit in self.units:
             for home in (homes[place] for place in unit.places if homes[place].trained):

@@ -122,7 +122,7 @@ class LazyLogits(Tensor):
         else:
             versions = derived.source.versions
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-            detached = logits.with_values([tensor.detach() for tensor in tensors])
+            detached = logits.with_values([fsdp.detach(tensor) for tensor in tensors])
             logits = replace(detached, trained=(False,) * len(logits.trained))
         parameters = [(tensor, version) for tensor, version in versions if is_parameter(tensor)]
         computation = Computation(logits.with_values(range(len(logits.values))), parameters)
@@ -283,7 +283,7 @@ class _Made(torch.autograd.Function):
         ctx.source = weakref.ref(source)  # weak: it holds the tensor that was read, whose grad_fn leads back here
         # not saved tensors, so that the user's hooks do not copy them for every view of the logits; freed by backward
         ctx.tensors = [
-            tensor if is_parameter(tensor) else tensor.detach().requires_grad_(tensor.requires_grad)
+            tensor if is_parameter(tensor) else fsdp.detach(tensor).requires_grad_(tensor.requires_grad)
             for tensor in tensors
         ]
         ctx.versions = versions_of(ctx.tensors)

@@ -48,7 +48,7 @@ class Computation:
         Raises RuntimeError where a parameter has changed.
         """
         self.check()
-        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        self.leaves = [fsdp.detach(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors]
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             self.computed = self.bare.with_values(list(map(fsdp.whole, self.leaves))).compute()
         return self.computed.detach()

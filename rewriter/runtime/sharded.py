@@ -27,13 +27,15 @@ class Unit:
     """Inputs of a graph that are gathered together: parameters of one group that the same pieces read.
 
     places: of the inputs.  forward, backward: the pieces that read them, by number.  trained: the first of the pieces
-    that make a gradient of one of them, or None.
+    that make a gradient of one of them, or None.  taken: whether they are let go of behind the last piece that reads
+    them though FSDP2 itself has gathered them.
     """
 
     places: tuple[int, ...]
     forward: frozenset[int]
     backward: frozenset[int]
     trained: int | None
+    taken: bool = False
 
 
 @dataclass(eq=False)
@@ -56,7 +58,9 @@ class _Held:
     def ask(self) -> None:
         """Have the parameters come."""
         if not self.whole and self.gathering is None:
-            self.gathering = Gathering(self.homes)
+            self.given = self.whole = all(home.is_given for home in self.homes)
+            if not self.whole:
+                self.gathering = Gathering(self.homes)
 
     def get(self) -> None:
         """Wait for the parameters."""
@@ -66,12 +70,12 @@ class _Held:
             self.gathering, self.whole = None, True
 
     def free(self) -> None:
-        """Let go of the parameters."""
+        """Let go of the parameters, unless they are FSDP2's."""
         if self.gathering is not None:
             self.get()
-        if self.whole:
-            (fsdp.give_up if self.given else fsdp.free)(self.homes)
-            self.given = self.whole = False
+        if self.whole and (self.unit.taken or not self.given):
+            fsdp.free(self.homes)
+        self.given = self.whole = False
 
 
 @dataclass(eq=False)
@@ -93,7 +97,7 @@ class _Run:
 
     def forward(self, piece: int) -> None:
         """Have the parameters of a piece in memory, those of the next on their way, and no others."""
-        later = [held for held in self.held if held.given and max(held.unit.forward) > piece]
+        later = [held for held in self.held if held.given and (max(held.unit.forward) > piece or not held.unit.taken)]
         self._have(lambda unit: unit.forward, piece, piece + 1, later if torch.is_grad_enabled() else self._given())
 
     def backward(self, piece: int) -> None:
@@ -147,6 +151,9 @@ class _Run:
         for held in self.held:
             if torch.is_grad_enabled() or not held.given:
                 held.free()
+        if torch.is_grad_enabled():
+            for group in {held.homes[0].group for held in self.held if held.unit.taken}:
+                fsdp.give_up(group)
 
     def end(self) -> None:
         """Free all parameters at the end of backward."""
@@ -171,7 +178,8 @@ class Sharded:
     def _home(self, place: int, given: Any) -> Home:
         """Return where an input is kept.  Raises RuntimeError where that is not known any more."""
         known = self.known.get(place)
-        home = known[1]() if known is not None and known[0]() is given else fsdp.home_of(given)
+        home = known[1]() if known is not None and known[0]() is given else None
+        home = home or fsdp.home_of(given)
         if home is None:
             raise RuntimeError("a parameter is not where FSDP2 kept it: call torch.compiler.reset() and compile again.")
         self.known[place] = weakref.ref(given), weakref.ref(home)
@@ -216,20 +224,25 @@ class Sharded:
             self.current = before
 
 
-def units(reads: Sequence[Sequence[int]], saves: Sequence[Sequence[int]], homes: Mapping[int, Home]) -> list[Unit]:
+def units(
+    reads: Sequence[Sequence[int]], saves: Sequence[Sequence[int]], homes: Mapping[int, Home],
+    taken: Callable[[Home], bool] = lambda home: False,
+) -> list[Unit]:  # fmt: skip
     """Group the inputs that are sharded: by what FSDP2 reduces together, and by the pieces that read them.
 
-    reads, saves: the inputs that each piece reads, and those that its backward reads.  homes: by input.
+    reads, saves: the inputs that each piece reads, and those that its backward reads.  homes: by input.  taken: tells
+    which groups are let go of though FSDP2 has gathered them.
     """
     found: dict[Any, list[int]] = {}
     for place, home in homes.items():
         forward, backward = (_readers(place, lists) for lists in (reads, saves))
         if forward:
             found.setdefault((id(home.group), forward, backward), []).append(place)
-    return [
-        Unit(tuple(places), forward, backward, min(forward) if any(homes[place].trained for place in places) else None)
-        for (_, forward, backward), places in found.items()
-    ]
+    made = []
+    for (_, forward, backward), places in found.items():
+        first = min(forward) if any(homes[place].trained for place in places) else None
+        made.append(Unit(tuple(places), forward, backward, first, taken(homes[places[0]])))
+    return made
 
 
 def _readers(place: int, lists: Sequence[Sequence[int]]) -> frozenset[int]:
