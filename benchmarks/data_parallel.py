@@ -8,8 +8,8 @@ makes later first steps shorter: to compare first steps, give each command one o
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model tiny --device cpu --batch 1x32 --lower eager
 
 one: each card trains by itself.  ddp: fastft around DDP; ddp-uncut without torch's optimize_ddp.  fsdp: fully_shard of
-each layer and the model, then fastft; fsdp-split: of embeddings and head too; fsdp-layers: each layer compiled before
-it is sharded, its 4-bit weights left whole.  eager-ddp, eager-fsdp, inductor-fsdp: the same without fastft.
+each layer and the model, then fastft; fsdp-split: of embeddings, head and statistics too; fsdp-layers: each layer
+compiled before it is sharded, its 4-bit weights left whole.  eager-ddp, eager-fsdp, inductor-fsdp: without fastft.
 """
 
 from __future__ import annotations
@@ -191,6 +191,8 @@ def made(way: str, model: Any, options: argparse.Namespace) -> Any:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
+    from fastft.statistics import statistics_as_parameters_
+
     settings = {"lower": options.lower} | ({"memory_budget": options.budget} if options.budget else {})
     compiler: dict[str, Any] = {"backend": "fastft", "options": settings}
     if way == "one":
@@ -199,6 +201,8 @@ def made(way: str, model: Any, options: argparse.Namespace) -> Any:
         wrapped = DistributedDataParallel(model, bucket_cap_mb=options.bucket)
         return wrapped if way == "eager-ddp" else torch.compile(wrapped, **compiler)
     base = model.get_base_model()
+    if way == "fsdp-split":
+        statistics_as_parameters_(model)
     whole = (
         {one for name, one in model.named_parameters() if one.ndim == 2 and one.shape[1] == 1}
         if way == "fsdp-layers"

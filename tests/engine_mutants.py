@@ -4,7 +4,7 @@ from mutants import Mutant
 
 CHECKS, MATCHER, ALGEBRA, RANGES = "checks", "matcher", "mask algebra", "mask ranges"
 READING, WRITING, MERGE, PLANNER, LOSSES = "mask reading", "mask writing", "merge and projections", "planner", "losses"
-ROWS = "live rows"
+ROWS, SHARDED = "live rows", "sharded"
 
 
 def _of(kind: str, tests: str, *changes: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
@@ -265,6 +265,19 @@ ENGINE = (
         ("a length for each batch", "runtime/row_watch.longest", "hidden.shape[1] if self.in_graphs else ", ""),
         ("the same on all cards", "runtime/row_watch._scaled", " * rates(device).flops / TYPICAL.flops", ""),
         ("always waits", "runtime/row_watch.waits", "self.quiet < QUIET:", "self.quiet >= 0:"),
+    ),
+    *_of(
+        SHARDED, "capture/fsdp",
+        ("freed before it is read", "runtime/sharded._have", "held not in wanted and held not in coming and", "held not in coming and"),
+        ("nothing freed", "runtime/sharded._have", "held.free()", "pass"),
+        ("nothing gathered for backward", "runtime/sharded.backward", "lambda unit: unit.backward, piece,", "lambda unit: frozenset(), piece,"),
+        ("reduced a piece early", "runtime/sharded._reduce", "if number > piece and", "if number >= piece and"),
+        ("whole behind forward", "runtime/sharded.leave", "held.free()", "pass"),
+        ("whole behind backward", "runtime/sharded.end", "held.free()", "pass"),
+        ("the root's kept", "runtime/sharded.leave", "fsdp.give_up(group)", "pass"),
+        ("the root's let go of without gradients", "runtime/sharded.leave", "if torch.is_grad_enabled() or not held.given:", "if True:"),
+        ("what no plan knows is not read", "lowering/sharding.count", "is not None else read", "is not None else []"),
+        ("more of the forward to come", "backend._rewritten", "if fsdp_tracing.is_all_of_forward() else ()", ""),
     ),
 )
 # fmt: on
