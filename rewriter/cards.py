@@ -29,7 +29,7 @@ from fastft.rewriter.options import Options
 from fastft.rewriter.outline.partition import Piece
 from fastft.units import GIB
 
-# Measured steps of llama-8b (NF4, 2x2048 tokens a card, H200) by those computed here: of one card, and of two by one's.
+# Measured steps of an 8B model (NF4, 2x2048 tokens a card, H200) by those computed here: of one card; of two by one's.
 CALIBRATION, COPIES, SHARDED = 0.96, 1.06, 1.15
 ADAM = 2  # tensors of state for each trained one
 
