@@ -116,7 +116,7 @@ class _Grown(torch.autograd.Function):
         return None, None
 
 
-def _without_activations(gm: GraphModule, homes: Mapping[int, fsdp.Home]) -> Callable:
+def _without_activations(gm: GraphModule, homes: Mapping[int, fsdp.Home] | None = None) -> Callable:
     """Run the graph without autograd, with outputs that need a gradient where they would have needed one.
 
     homes: of inputs that are sharded; all are gathered for it.

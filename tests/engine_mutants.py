@@ -187,7 +187,7 @@ ENGINE = (
         ("kept until the optimizer's step", "memory/simulate.run", "kept -= self.memories[number].saved - self.offloaded[number][0]", "kept -= 0"),
         ("offloaded and yet there", "memory/simulate.run", "kept += self.memories[number].saved - self.offloaded[number][0]", "kept += self.memories[number].saved"),
         ("nothing fetched ahead", "memory/simulate.run", " + (self._moved(number - 1) if number else 0)", ""),
-        ("gradients before they are made", "memory/simulate.run", "self.memories[number].backward + fetched, gradients)", "self.memories[number].backward + fetched, gradients + stage.gradient_bytes)"),
+        ("gradients before they are made", "memory/simulate.run", "held, work, gradients, stage", "held, work, gradients + stage.gradient_bytes, stage"),
         ("values freed before their last use", "memory/simulate._between", "self.sequence.last[name] >= number", "self.sequence.last[name] > number"),
         ("values that no backward reads any more", "memory/simulate._between", "self.readers[name] <= number", "self.readers[name] < number"),
         ("the last reader for the first", "memory/simulate._readers", "readers.setdefault(value, number)", "readers[value] = number"),

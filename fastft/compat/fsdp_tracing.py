@@ -54,7 +54,10 @@ def install(is_ours: Callable[[], bool]) -> None:
 
 def traced_roots() -> list[Any]:
     """Return the roots' states of the models that this compilation traced without FSDP2's hooks."""
-    return roots_of(InstructionTranslator.current_tx().output)
+    try:
+        return roots_of(InstructionTranslator.current_tx().output)
+    except AttributeError:  # the backend is called without Dynamo
+        return []
 
 
 def traced_homes(example_inputs: Sequence[Any]) -> dict[int, fsdp.Home]:
@@ -66,9 +69,11 @@ def traced_homes(example_inputs: Sequence[Any]) -> dict[int, fsdp.Home]:
 
 def is_all_of_forward() -> bool:
     """Return whether nothing of the traced models' forward follows the graph: it ends with the root's own code."""
+    roots = [root._modules[0] for root in traced_roots()]
+    if not roots:
+        return False
     reason = getattr(InstructionTranslator.current_tx().output, "compile_subgraph_reason", None)
     inside = {id(module) for module in compiled_modules()}
-    roots = [root._modules[0] for root in traced_roots()]
     return not getattr(reason, "graph_break", True) and all(id(root) in inside for root in roots)
 
 

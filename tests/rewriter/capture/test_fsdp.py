@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One process is a group, too."""
     monkeypatch.setattr(backend, "_warned", set())
     watching.clear()
+    gc.collect()  # forwards of other tests whose backward would still come are planned for, too
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     torch._dynamo.reset()
     yield
@@ -348,7 +350,7 @@ def test_memory_is_planned(budget: str) -> None:
     (graph,) = compiled_by(lambda: [check(plain, model, called, tokens(length)) for length in (5, 7)])
     assert graph.plan is not None
     moments = {label: parts[GATHERED] for label, parts in graph.plan.moments}
-    in_layers = [size for label, size in moments.items() if "layers." in label]
+    in_layers = [size for label, size in moments.items() if re.match(r"\w+ of layers\.", label)]
     assert len(in_layers) == 2 * LAYERS
     assert min(in_layers) > 0
     assert moments["the optimizer's step"] == 0

@@ -19,6 +19,7 @@ import fastft
 from fastft.compat import aot, layer_reuse
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter import backend
+from fastft.rewriter.report import history
 
 LAYERS = 6
 OPTIONS = {"lower": "eager", "strict": True}
@@ -63,6 +64,7 @@ class Stack(nn.Module):
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
+    history._graphs.clear()  # which ends at 256, and is counted here
 
 
 @pytest.fixture
