@@ -13,7 +13,7 @@ from models.families import FAMILIES, batch, build
 from fastft.kernels.core import dispatch
 
 ROOT = Path(__file__).parents[3]
-# In the page, and not on the stack of an op on a CPU: what returns before, is generated, or is for GPUs or several devices.
+# In the page, and not on the stack of an op on a CPU: what returns before, is generated, or is for GPUs or several.
 ELSEWHERE = {
     "runtime/sharded.py",
     "runtime/controller.py",
