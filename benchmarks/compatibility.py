@@ -36,9 +36,9 @@ NOT_WORKING = (
     ("`Trainer(torch.compile(model))` of a 4-bit model",
      "transformers refuses any compiled 4-bit model that is wrapped; use `model.compile(...)`, in place"),
     ("TRL `DPOTrainer(padding_free=True)`", "TRL 1.15 and 1.16 switch it off themselves, and pad"),
-    ("FSDP2 of 4-bit weights that are sharded",
+    ("Layers compiled one by one, then sharded by FSDP2 with their 4-bit weights",
      "right, but bitsandbytes makes a parameter anew in each forward, where torch breaks the graph: its layers are not "
-     "fused (torch 2.14 ends in an error of Dynamo's own); use `ignored_params`"),
+     "fused (torch 2.14 ends in an error of Dynamo's own); shard, then compile the model"),
     ("double backward", "not supported by torch.compile"),
 )  # fmt: skip
 INTRODUCTION = """# What runs, and how it was compared
