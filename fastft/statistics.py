@@ -25,18 +25,18 @@ def statistics_as_parameters_(model: nn.Module) -> list[str]:
         absmax, storage = statistics.absmax, module.weight.dtype
         if absmax.numel() * absmax.element_size() % storage.itemsize:
             continue  # a part of an element: it stays whole
-        kept = absmax.contiguous().view(-1).view(storage) if not absmax.is_floating_point() else absmax
+        kept = absmax.contiguous().view(-1).view(storage)  # as the weight is stored, which nobody casts
         module.register_parameter(NAME, nn.Parameter(kept, requires_grad=False))
-        _of_module(statistics, module, absmax.dtype)
+        _of_module(statistics, module, absmax.dtype, storage)
         names.append(name)
     return names
 
 
-def _of_module(statistics: Any, module: nn.Module, dtype: torch.dtype) -> None:
+def _of_module(statistics: Any, module: nn.Module, dtype: torch.dtype, storage: torch.dtype) -> None:
     """Have statistics look their absmax up in a module: whole in its forward, else as FSDP2 keeps it."""
     del statistics.absmax
     statistics.__class__ = _shared(type(statistics))
-    statistics.__dict__["holder"], statistics.__dict__["kept_as"] = [module], dtype
+    statistics.__dict__ |= {"holder": [module], "absmax_dtype": dtype, "stored_as": storage}
 
 
 def _shared(kind: type) -> type:
@@ -47,16 +47,17 @@ def _shared(kind: type) -> type:
 
             @property
             def absmax(self) -> Tensor:
-                """The parameter, as it is now."""
+                """The parameter, as it is now.  Raises RuntimeError where it was cast."""
                 kept = self.holder[0]._parameters[NAME]
-                return kept if kept.dtype == self.kept_as else kept.view(self.kept_as)
+                if kept.dtype != self.stored_as:
+                    raise RuntimeError("statistics of a 4-bit weight were cast: quantise the model behind the cast.")
+                return kept if kept.dtype == self.absmax_dtype else kept.view(self.absmax_dtype)
 
             @absmax.setter
             def absmax(self, value: Tensor) -> None:
                 kept = self.holder[0]._parameters[NAME]
-                if value.device != kept.device:  # the whole model moves, and its parameters with it
-                    return
-                kept.data = value if value.dtype == kept.dtype else value.view(kept.dtype)
+                if value.device == kept.device:  # else the whole model moves, and its parameters with it
+                    kept.data = value.contiguous().view(-1).view(kept.dtype)
 
         _kinds[kind] = Shared
     return _kinds[kind]
