@@ -8,8 +8,8 @@ that was from what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.lowering import plan_builder
 from fastft.rewriter.lowering.region import RegionCompiler, by_kind
 from fastft.rewriter.lowering.sharding import Sharding
-from fastft.rewriter.memory import cost_model, device_budget, planner
+from fastft.rewriter.memory import cost_model, device_budget, planner, stages
 from fastft.rewriter.memory.device_rates import TYPICAL, Rates
 from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.memory.simulate import Facts, Plan, StageSequence
@@ -102,7 +102,11 @@ class CardPlan:
     compute: float = 0.0
     gather: float = 0.0
     seconds: float = 0.0
-    parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """What the bytes at the peak are for."""
+        return self.plan.peak.parts if self.plan is not None else {}
 
 
 def plan_for(
@@ -118,7 +122,7 @@ def plan_for(
     regions = {key: RegionCompiler(gm, alike[0], given, options) for key, alike in by_kind(pieces).items()}
     sequence = plan_builder.traced(gm, pieces, regions, card.rates, lambda text: None)
     kept = _kept(inputs, pieces, devices if shard else 1)
-    before = sum(_bytes(node) for node in inputs) - sum(one.whole_bytes - one.own_bytes for one in kept.values())
+    before = stages.input_bytes(gm) - sum(one.whole_bytes - one.own_bytes for one in kept.values())
     sharding = Sharding(pieces, inputs, kept, regions, lambda home: True) if shard else None  # type: ignore[arg-type]
     if sharding is not None:
         sharding.count(sequence)
@@ -131,7 +135,6 @@ def plan_for(
     except BudgetError as error:
         made.reason = str(error)
         return made
-    made.parts = dict(made.plan.peak.parts)
     _add_times(made, sequence, card, sharding, devices)
     return made
 
@@ -145,7 +148,7 @@ def _kept(inputs: Sequence[Node], pieces: Sequence[Piece], devices: int) -> dict
     kept = {}
     for place, node in enumerate(inputs):
         value = value_of(node)
-        if not (isinstance(value, Tensor) and isinstance(value, torch.nn.Parameter)):
+        if not isinstance(value, torch.nn.Parameter):
             continue
         numbers = readers.get(node, set())
         layer = next(iter(numbers)) if len(numbers) == 1 and pieces[next(iter(numbers))].layer else -1

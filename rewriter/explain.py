@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fastft.compat import ddp, fsdp, fsdp_tracing
+from fastft.compat import ddp, fsdp
 from fastft.compat.dynamo import RestartAnalysis, compile_once
 from fastft.compat.fake_tensors import value_of
+from fastft.compat.fsdp_tracing import traced_homes
 from fastft.errors import describe
 from fastft.rewriter import backend  # noqa: F401  (it has Dynamo trace as it does for the backend)
 from fastft.rewriter.capture import layer_calls
@@ -61,7 +62,7 @@ def explained(model: Callable, args: Sequence[Any], batch: Mapping[str, Any], pl
             before = lines(gm)
             graph = rewrite(gm, deferred=[])
             graph.before, graph.after, graph.device = before, lines(gm), str(stages.device_of(gm))
-            pieces = outline(gm, graph, always=bool(_homes(example_inputs)))
+            pieces = outline(gm, graph, always=bool(traced_homes(example_inputs)))
             graph.plan = planned(gm, pieces, example_inputs)
         except RestartAnalysis:  # Dynamo's, to trace again with a number it now knows
             raise
@@ -70,7 +71,7 @@ def explained(model: Callable, args: Sequence[Any], batch: Mapping[str, Any], pl
         graph.repro = repro
         report.graphs.append(graph)
         original.restore()
-        return taking_tuples(_without_activations(gm, _homes(example_inputs)))
+        return taking_tuples(_without_activations(gm, traced_homes(example_inputs)))
 
     capture.traces_layers_once = True  # type: ignore[attr-defined]
     with unchanged(model), record_breaks(report.breaks):
@@ -83,10 +84,6 @@ def explained(model: Callable, args: Sequence[Any], batch: Mapping[str, Any], pl
     return report
 
 
-def _homes(example_inputs: Sequence[Any]) -> dict[int, fsdp.Home]:
-    return fsdp_tracing.traced_homes(example_inputs)
-
-
 def _planned(gm: GraphModule, pieces: Any, example_inputs: Sequence[Any]) -> Any:
     """Plan a training step's memory and describe the plan; None where nothing can be planned."""
     if not pieces or not torch.is_grad_enabled():
@@ -94,7 +91,7 @@ def _planned(gm: GraphModule, pieces: Any, example_inputs: Sequence[Any]) -> Any
     given = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     try:
         regions = {key: RegionCompiler(gm, alike[0], given, PLANNED) for key, alike in by_kind(pieces).items()}
-        homes = _homes(example_inputs)
+        homes = traced_homes(example_inputs)
         graphed = cuda_graph_policy.capturable(pieces, PLANNED.cuda_graphs, sharded=bool(homes))
         sharding = Sharding(pieces, list(given), homes, regions).account if homes else None
         planned = plan_builder.plan_graph(gm, pieces, regions, PLANNED, graphed, lambda text: None, sharding=sharding)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -126,14 +127,19 @@ class _Run:
         for held in coming:
             held.ask()
 
-    def _reduce(self, piece: int) -> None:
-        """Reduce the gradients of all groups that only pieces above this one make gradients of."""
+    @cached_property
+    def _lowest(self) -> dict[Any, int]:
+        """The lowest piece that makes a gradient of each group."""
         lowest: dict[Any, int] = {}
         for held in self.held:
             if held.unit.trained is not None:
                 group = held.homes[0].group
                 lowest[group] = min(lowest.get(group, held.unit.trained), held.unit.trained)
-        for group, number in lowest.items():
+        return lowest
+
+    def _reduce(self, piece: int) -> None:
+        """Reduce the gradients of all groups that only pieces above this one make gradients of."""
+        for group, number in self._lowest.items():
             if number > piece and group not in self.reduced:
                 self.reduced.add(group)
                 fsdp.reduce(group)
