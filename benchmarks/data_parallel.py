@@ -2,14 +2,16 @@
 
 QLoRA with 4-bit weights stored as the other weights are, which FSDP2 asks for, one process for each card, one way after
 the other, with a new model, compilation and Inductor's caches each time.  fastft's own kernels stay compiled, which
-makes later first steps shorter: to compare first steps, give each command one of --ways.
+makes later first steps shorter, and some memory stays taken: to compare first steps and peaks, give each command one of
+--ways.  Cards become slower as they become warm: to compare speed, hold all models and let them take turns (--turns).
 
-    torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model llama-8b --layers 8 --json ways.json
+    torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model llama-8b --layers 8 --turns 4 --json ways.json
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model tiny --device cpu --batch 1x32 --lower eager
 
-one: each card trains by itself.  ddp: fastft around DDP; ddp-uncut without torch's optimize_ddp.  fsdp: fully_shard of
-each layer and the model, then fastft; fsdp-split: of embeddings, head and statistics too; fsdp-layers: each layer
-compiled before it is sharded, its 4-bit weights left whole.  eager-ddp, eager-fsdp, inductor-fsdp: without fastft.
+one: each card trains by itself.  ddp: fastft around DDP; ddp-uncut without torch's optimize_ddp; ddp-views with
+gradient_as_bucket_view.  fsdp: fully_shard of each layer and the model, then fastft; fsdp-split: of embeddings, head
+and statistics too; fsdp-layers: each layer compiled before it is sharded, its 4-bit weights left whole.  eager-ddp,
+eager-fsdp, inductor-fsdp: without fastft.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from rich.table import Table
 Row = dict[str, Any]
 GIB = 2**30
 WAYS = (
-    "one", "ddp", "ddp-uncut", "fsdp", "fsdp-split", "fsdp-layers", "eager-ddp", "eager-fsdp", "inductor-fsdp",
+    "one", "ddp", "ddp-uncut", "ddp-views", "fsdp", "fsdp-split", "fsdp-layers", "eager-ddp", "eager-fsdp",
+    "inductor-fsdp",
 )  # fmt: skip
 FIGURES = (
     "first_step_s", "seconds_p50", "peak_gib", "planned_gib", "held_gib", "frozen_gib", "loss_first", "loss_last",
@@ -47,7 +50,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=tuple(PRESETS), default="llama-1b")
     add("--layers", type=arguments.positive, help="cut the model to this many layers")
     add("--batch", type=arguments.shape, default=(2, 2048), help="rows x tokens, for each process (default 2x2048)")
-    add("--steps", type=arguments.positive, default=20, help="timed steps (default 20)")
+    add("--steps", type=arguments.positive, default=20, help="timed steps, in each turn (default 20)")
+    add("--turns", type=arguments.positive, help="hold all models, and time each way so many times, in turn")
     add("--warmup", type=arguments.positive, default=5, help="steps before them (default 5)")
     add("--ways", type=arguments.listed(_way), default=list(USUAL), help=f"default {','.join(USUAL)}")
     add("--bucket", type=float, default=25, help="DDP's bucket_cap_mb (default 25)")
@@ -71,7 +75,7 @@ def _way(name: str) -> str:
 def main() -> None:
     options = parse()
     with processes(options) as (device, rank):
-        rows = compared([measured(options, way, device, rank) for way in options.ways])
+        rows = compared(in_turn(options, device, rank) if options.turns else one_by_one(options, device, rank))
         if rank == 0:
             show(rows)
             if options.json:
@@ -98,91 +102,159 @@ def processes(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
         dist.destroy_process_group()
 
 
-def measured(options: argparse.Namespace, way: str, device: str, rank: int) -> Row:
-    """One training; what this process alone needs later is under "gradients"."""
+def one_by_one(options: argparse.Namespace, device: str, rank: int) -> list[Row]:
+    """Each way by itself; what this process alone needs later is under "gradients"."""
     import torch
+
+    rows = []
+    for way in options.ways:
+        torch._dynamo.reset()
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        rows.append(measured(options, way, device, rank))
+    return rows
+
+
+def measured(options: argparse.Namespace, way: str, device: str, rank: int) -> Row:
+    import torch
+
+    try:
+        training = Training(options, way, device, rank)
+        training.begin()
+        training.time()
+        return training.row()
+    except torch.OutOfMemoryError as error:
+        row = dict.fromkeys((*FIGURES, "tokens_per_s"), float("nan")) | {"status": "out of memory"}
+        row |= {"error": str(error)[:80], "contender": way, "graphs": 0, "gradients": []}
+        return about(options, way, device) | row
+
+
+def in_turn(options: argparse.Namespace, device: str, rank: int) -> list[Row]:
+    """All ways side by side, so that they meet cards of the same warmth."""
+    trainings = []
+    for way in options.ways:
+        trainings.append(Training(options, way, device, rank))
+        trainings[-1].begin()
+    for _ in range(options.turns):
+        for training in trainings:
+            training.time()
+    return [training.row() for training in trainings]
+
+
+def about(options: argparse.Namespace, way: str, device: str) -> Row:
+    """What a row says of how it was measured."""
     import torch.distributed as dist
     from measure import machine
-    from torch._inductor.utils import fresh_cache
 
-    torch._dynamo.reset()
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    try:
-        with torch._dynamo.config.patch(optimize_ddp=way != "ddp-uncut"), fresh_cache():
-            row = train(options, way, device, rank) | {"status": "ok"}
-    except torch.OutOfMemoryError as error:
-        row = dict.fromkeys(FIGURES, float("nan")) | {"status": "out of memory", "error": str(error)[:80]}
-        row |= {"contender": way, "graphs": 0, "gradients": []}
     batch, length = options.batch
-    processes = 1 if way == "one" else dist.get_world_size()
-    about = {"way": way, "date": date.today().isoformat(), "commit": options.commit}
-    asked = {name: getattr(options, name) for name in ("model", "layers", "dtype", "lower", "seed", "steps", "warmup")}
-    about |= asked | {"batch": batch, "length": length, "nf4": True, "mask": "ones", "bucket_cap_mb": options.bucket}
-    row["tokens_per_s"] = batch * length * processes / row["seconds_p50"]
-    return about | {"processes": processes, "budget": options.budget, "share": options.share} | machine(device) | row
+    names = ("model", "layers", "dtype", "lower", "seed", "steps", "turns", "warmup", "budget", "share", "commit")
+    row = {"way": way, "date": date.today().isoformat()} | {name: getattr(options, name) for name in names}
+    row |= {"batch": batch, "length": length, "nf4": True, "mask": "ones", "bucket_cap_mb": options.bucket}
+    return row | {"processes": 1 if way == "one" else dist.get_world_size()} | machine(device)
 
 
-def train(options: argparse.Namespace, way: str, device: str, rank: int) -> Row:
+class Training:
     """Steps of AdamW under autocast; times and peaks are those of the slowest and largest process, losses are means."""
-    import models
-    import torch
-    from measure import Clock, Run, make_batch
-    from torch import nn
-    from torch.distributed.tensor import DTensor
 
-    import fastft
+    def __init__(self, options: argparse.Namespace, way: str, device: str, rank: int) -> None:
+        import models
+        import torch
+        from measure import Clock, Run
+        from torch import nn
 
-    dtype, clock, known = getattr(torch, options.dtype), Clock(device), len(fastft.compilations().graphs)
-    model: nn.Module = models.build(
-        options.model, layers=options.layers, nf4=True, dtype=dtype, device=device, seed=options.seed, storage=dtype
-    )
-    frozen_gib = sum(one.numel() * one.element_size() for one in model.parameters() if not one.requires_grad) / GIB
-    called = made(way, model, options)
-    trained = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    run = Run.of({**_RUN, **vars(options), "device": device, "batch": options.batch[0], "length": options.batch[1]})
-    generator = torch.Generator().manual_seed(options.seed + rank)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+        import fastft
 
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        with autocast:
-            loss = called(**make_batch(run, run.batch, run.length, generator)).loss
+        self.options, self.way, self.device = options, way, device
+        dtype, self.clock = getattr(torch, options.dtype), Clock(device)
+        self.others_gib = self.clock.allocated_gib() if options.turns and device.startswith("cuda") else 0.0
+        self.known = len(fastft.compilations().graphs)
+        model: nn.Module = models.build(
+            options.model, layers=options.layers, nf4=True, dtype=dtype, device=device, seed=options.seed, storage=dtype
+        )
+        parameters = list(model.parameters())
+        self.frozen_gib = sum(one.numel() * one.element_size() for one in parameters if not one.requires_grad) / GIB
+        self.model = made(way, model, options)
+        self.trained = [one for one in model.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+        self.run = Run.of(
+            {**_RUN, **vars(options), "device": device, "batch": options.batch[0], "length": options.batch[1]}
+        )
+        self.generator = torch.Generator().manual_seed(options.seed + rank)
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+        self.losses: list[Any] = []
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        from measure import make_batch
+
+        self.optimizer.zero_grad()
+        with self.autocast:
+            loss = self.model(**make_batch(self.run, self.run.batch, self.run.length, self.generator)).loss
         loss.backward()
-        optimizer.step()
-        return loss.detach()
+        self.optimizer.step()
+        self.losses.append(loss.detach())
 
-    gc.collect()
-    if options.share and device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(options.share)
-    clock.reset_peak()
-    held_gib, began = clock.allocated_gib(), clock.now()
-    losses = [step()]
-    first_step_s = clock.now() - began
-    gradients = [one.grad for one in trained if one.grad is not None]
-    gradients = [(one.full_tensor() if isinstance(one, DTensor) else one).float().cpu() for one in gradients]
-    losses += [step() for _ in range(options.warmup - 1)]
-    clock.mark()
-    for _ in range(options.steps):
-        losses.append(step())
+    def begin(self) -> None:
+        """Take the first step, with what it compiles, and those of the warm-up."""
+        import torch
+        from torch._inductor.utils import fresh_cache
+        from torch.distributed.tensor import DTensor
+
+        import fastft
+
+        gc.collect()
+        if self.options.share and self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(self.options.share)
+        self.clock.reset_peak()
+        self.held_gib, began = self.clock.allocated_gib() - self.others_gib, self.clock.now()
+        with torch._dynamo.config.patch(optimize_ddp=self.way != "ddp-uncut"), fresh_cache():
+            self.step()
+            self.first_step_s = self.clock.now() - began
+            gradients = [one.grad for one in self.trained if one.grad is not None]
+            whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in gradients]
+            self.gradients = [one.float().cpu() for one in whole]
+            for _ in range(self.options.warmup - 1):
+                self.step()
+        self.peak_gib = self.clock.peak_gib() - self.others_gib
+        self.graphs = fastft.compilations().graphs[self.known :]
+
+    def time(self) -> None:
+        """Time steps; what memory they take is known where no other model is held."""
+        from measure import Clock
+
+        self.step()  # behind another model's, whose memory is another
+        clock = Clock(self.device)
         clock.mark()
-    seconds = torch.tensor(clock.intervals()).median().item()
-    graphs = fastft.compilations().graphs[known:]
-    planned = max((graph.plan.peak_bytes for graph in graphs if graph.plan is not None), default=0) / GIB
-    figures = [first_step_s, seconds, clock.peak_gib(), held_gib, planned]
-    first_step_s, seconds, peak_gib, held_gib, planned = _over_all(figures, device, largest=True)
-    loss_first, loss_last = _over_all([losses[0].item(), losses[-1].item()], device, largest=False)
-    return {
-        "first_step_s": first_step_s, "seconds_p50": seconds, "peak_gib": peak_gib, "planned_gib": planned,
-        "held_gib": held_gib, "frozen_gib": frozen_gib, "loss_first": loss_first, "loss_last": loss_last,
-        "graphs": len(graphs), "regions": [list(map(str, graph.regions)) for graph in graphs],
-        "failures": [graph.failure for graph in graphs if graph.failure],
-        "corrections": [graph.plan.corrections for graph in graphs if graph.plan is not None], "gradients": gradients,
-    }  # fmt: skip
+        for _ in range(self.options.steps):
+            self.step()
+            clock.mark()
+        self.seconds += clock.intervals()
+        if not self.options.turns:
+            self.peak_gib = max(self.peak_gib, clock.peak_gib())
+
+    def row(self) -> Row:
+        import torch
+
+        plans = [graph.plan for graph in self.graphs if graph.plan is not None]
+        planned = max((plan.peak_bytes for plan in plans), default=0) / GIB - (self.others_gib if plans else 0)
+        figures = [
+            self.first_step_s, torch.tensor(self.seconds).median().item(), self.peak_gib, self.held_gib, planned
+        ]  # fmt: skip
+        first_step_s, seconds, peak_gib, held_gib, planned = _over_all(figures, self.device, largest=True)
+        losses = [self.losses[0].item(), self.losses[-1].item()]
+        loss_first, loss_last = _over_all(losses, self.device, largest=False)
+        row = about(self.options, self.way, self.device)
+        return row | {
+            "status": "ok", "first_step_s": first_step_s, "seconds_p50": seconds, "peak_gib": peak_gib,
+            "planned_gib": planned, "held_gib": held_gib, "frozen_gib": self.frozen_gib, "loss_first": loss_first,
+            "loss_last": loss_last, "tokens_per_s": row["batch"] * row["length"] * row["processes"] / seconds,
+            "graphs": len(self.graphs), "regions": [list(map(str, graph.regions)) for graph in self.graphs],
+            "failures": [graph.failure for graph in self.graphs if graph.failure],
+            "corrections": [plan.corrections for plan in plans], "gradients": self.gradients,
+        }  # fmt: skip
 
 
 def made(way: str, model: Any, options: argparse.Namespace) -> Any:
@@ -198,7 +270,8 @@ def made(way: str, model: Any, options: argparse.Namespace) -> Any:
     if way == "one":
         return torch.compile(model, **compiler)
     if "ddp" in way:
-        wrapped = DistributedDataParallel(model, bucket_cap_mb=options.bucket)
+        views = way == "ddp-views"
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=options.bucket, gradient_as_bucket_view=views)
         return wrapped if way == "eager-ddp" else torch.compile(wrapped, **compiler)
     base = model.get_base_model()
     if way == "fsdp-split":

@@ -25,11 +25,12 @@ def test_ways(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("turns", ["", "--turns 2"])
+def test_two_processes(turns: str, tmp_path: Path) -> None:
     """A bucket of 16 kB is full within a layer: by its default, torch would cut the graph."""
     command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"
     command += f" {BENCHMARKS / 'data_parallel.py'} --model tiny --device cpu --dtype float32 --lower eager"
-    command += " --ways one,ddp,ddp-uncut,fsdp,fsdp-split,eager-fsdp --bucket 0.015625"
+    command += f" --ways one,ddp,ddp-uncut,fsdp,fsdp-split,eager-fsdp --bucket 0.015625 {turns}"
     command += f" --batch 2x16 --steps 2 --warmup 1 --json {tmp_path / 'rows.json'}"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command.split(), capture_output=True, text=True, timeout=300, env=environment)
