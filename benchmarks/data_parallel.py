@@ -17,6 +17,7 @@ eager-fsdp, inductor-fsdp: without fastft.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -266,7 +267,7 @@ def made(way: str, model: Any, options: argparse.Namespace) -> Any:
     from fastft.statistics import statistics_as_parameters_
 
     settings = {"lower": options.lower} | ({"memory_budget": options.budget} if options.budget else {})
-    compiler: dict[str, Any] = {"backend": "fastft", "options": settings}
+    compiler: dict[str, Any] = {"backend": new_backend(), "options": settings}
     if way == "one":
         return torch.compile(model, **compiler)
     if "ddp" in way:
@@ -292,6 +293,19 @@ def made(way: str, model: Any, options: argparse.Namespace) -> Any:
             fully_shard(base.lm_head)
     fully_shard(model, ignored_params=whole)
     return torch.compile(model, **compiler) if way in ("fsdp", "fsdp-split") else model
+
+
+def new_backend() -> Any:
+    """fastft, as a function of its own: what was compiled for one way is not used for another."""
+    import torch
+
+    fastft_backend = torch._dynamo.lookup_backend("fastft")
+
+    @functools.wraps(fastft_backend)
+    def backend(graph: Any, inputs: Any, **settings: Any) -> Any:
+        return fastft_backend(graph, inputs, **settings)
+
+    return backend
 
 
 _RUN = {"contender": "fastft", "nf4": True, "mask": "ones", "loss": "inside"}
