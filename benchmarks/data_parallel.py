@@ -8,10 +8,10 @@ makes later first steps shorter, and some memory stays taken: to compare first s
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model llama-8b --layers 8 --turns 4 --json ways.json
     torchrun --nproc_per_node 2 benchmarks/data_parallel.py --model tiny --device cpu --batch 1x32 --lower eager
 
-one: each card trains by itself.  ddp: fastft around DDP; ddp-uncut without torch's optimize_ddp; ddp-views with
-gradient_as_bucket_view.  fsdp: fully_shard of each layer and the model, then fastft; fsdp-split: of embeddings, head
-and statistics too; fsdp-layers: each layer compiled before it is sharded, its 4-bit weights left whole.  eager-ddp,
-eager-fsdp, inductor-fsdp: without fastft.
+one: each card trains by itself.  ddp: fastft around DDP; ddp-uncut without torch's optimize_ddp; ddp-lean with
+gradient_as_bucket_view and without broadcast_buffers.  fsdp: fully_shard of each layer and the model, then fastft;
+fsdp-split: of embeddings, head and statistics too; fsdp-layers: each layer compiled before it is sharded, its 4-bit
+weights left whole.  eager-ddp, eager-fsdp, inductor-fsdp: without fastft.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rich.table import Table
 Row = dict[str, Any]
 GIB = 2**30
 WAYS = (
-    "one", "ddp", "ddp-uncut", "ddp-views", "fsdp", "fsdp-split", "fsdp-layers", "eager-ddp", "eager-fsdp",
+    "one", "ddp", "ddp-uncut", "ddp-lean", "fsdp", "fsdp-split", "fsdp-layers", "eager-ddp", "eager-fsdp",
     "inductor-fsdp",
 )  # fmt: skip
 FIGURES = (
@@ -271,8 +271,10 @@ def made(way: str, model: Any, options: argparse.Namespace) -> Any:
     if way == "one":
         return torch.compile(model, **compiler)
     if "ddp" in way:
-        views = way == "ddp-views"
-        wrapped = DistributedDataParallel(model, bucket_cap_mb=options.bucket, gradient_as_bucket_view=views)
+        lean = way == "ddp-lean"
+        wrapped = DistributedDataParallel(
+            model, bucket_cap_mb=options.bucket, gradient_as_bucket_view=lean, broadcast_buffers=not lean
+        )
         return wrapped if way == "eager-ddp" else torch.compile(wrapped, **compiler)
     base = model.get_base_model()
     if way == "fsdp-split":

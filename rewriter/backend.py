@@ -55,6 +55,7 @@ def fastft(
         raise OptionsError(f"fastft takes no mode; leave out mode={mode!r} and use options={{...}} instead.")
     parsed = Options.parse(options)
     check_disabled(parsed)
+    ddp.leave_buffers_to_ddp()
     ddp.uncut(gm)
     if ddp.is_cut(gm) and layer_reuse.refuse():
         raise ddp.TraceAgain(restart_reason="fastft traces every layer, as torch cuts the graph between them")

@@ -2,6 +2,9 @@
 
 With ``torch._dynamo.config.optimize_ddp`` Dynamo hands each graph inside a DDP module to a DDPOptimizer, made for this
 compilation, which cuts it wherever a bucket of gradients is full and passes the pieces on to the backend.
+
+DDP looks for buffers in all modules before each forward.  Dynamo, which is on then, looks at each function called for
+that, which takes ten times as long as the search itself, while the device waits.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 
 
 class TraceAgain(TensorifyScalarRestartAnalysis):
@@ -50,3 +54,23 @@ def uncut(gm: GraphModule) -> None:
     """Raise TraceAgain at a piece of a cut graph, so that the whole comes next; return where that is not possible."""
     if is_cut(gm) and keep_whole():
         raise TraceAgain(restart_reason="fastft compiles whole what torch cut at the buckets of DDP")
+
+
+def is_active() -> bool:
+    """Return whether a forward of DistributedDataParallel is running."""
+    try:
+        return DistributedDataParallel._get_active_ddp_module() is not None
+    except AttributeError:  # another torch
+        return False
+
+
+def leave_buffers_to_ddp() -> None:
+    """Have Dynamo leave alone what DDP does to a model's buffers before and behind a forward."""
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+        if is_active():
+            code = DistributedDataParallel._sync_buffers.__code__
+            set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    except (AttributeError, ImportError):  # another torch
+        return

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from fastft.compat import symbolic
+from fastft.compat import ddp, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.outline import stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.runtime import profiling
-from fastft.rewriter.runtime.cuda_graphs import Graphed, log
+from fastft.rewriter.runtime.cuda_graphs import Graphed, Part, log
 from fastft.rewriter.runtime.offload import Offloader
 
 SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
+PARTS = 8  # of backward, where each part's gradients are sent to other devices while the next is computed
 PATIENCE = 4  # calls with the same sizes in a row, where sizes may change, before graphs for them pay unasked
 
 
@@ -60,8 +62,26 @@ def graph_layers(
     call = stitch.chain(inside, profiling.named(inside, calls), stack.inputs, tuple(stack.outputs))
     waits = asked is None and any(isinstance(value_of(node), torch.SymInt) for node in stack.inputs)
     name = profiling.span(inside[0].name, inside[-1].name)
-    calls[stack] = Graphed(call, moving_inputs(stack), offloader, name, patience=PATIENCE if waits else 2)
+    parts = parts_of(inside, stack.inputs, calls, PARTS if ddp.is_active() else 1)
+    calls[stack] = Graphed(
+        call, parts, stack.outputs, moving_inputs(stack), offloader, name, patience=PATIENCE if waits else 2
+    )
     return [*pieces[: layers.start], stack, *pieces[layers.stop :]]
+
+
+def parts_of(
+    pieces: Sequence[Piece], inputs: Sequence[Node], calls: Mapping[Piece, Callable], most: int
+) -> list[Part]:  # fmt: skip
+    """Divide pieces into parts of about as many layers.  inputs: of all pieces, which are named by their positions."""
+    each = -(-len(pieces) // most)
+    names: dict[Node, Any] = {node: place for place, node in enumerate(inputs)}
+    parts = []
+    for start in range(0, len(pieces), each):
+        inside = pieces[start : start + each]
+        part = stitch.join(inside)
+        call = stitch.chain(inside, profiling.named(inside, calls), part.inputs, tuple(part.outputs))
+        parts.append(Part(call, [names.get(node, node) for node in part.inputs], part.outputs))
+    return parts
 
 
 def moving_inputs(stack: Piece) -> list[int]:

@@ -1,5 +1,8 @@
 """A stack of layers as two CUDA graphs: one launch for its forward, one for its backward.
 
+Where gradients are sent to other devices as they are made, backward is several graphs, one for each part of the layers,
+and as many autograd nodes: a part's gradients are on their way while those below it are computed.
+
 A captured graph reads and writes fixed addresses.  Parameters are read in place; inputs whose address changes from call
 to call are copied into static buffers first.  Outputs and gradients are copied out, so that no replay overwrites what a
 training loop keeps (the losses of earlier steps, accumulated gradients).  Activations stay in the graphs' memory pool,
@@ -34,22 +37,36 @@ MOST_CAPTURES = 12  # of one stack: for different shapes, and after parameters w
 MOST_RESETS = 4  # after which captures are counted on: a plan that changes with each size would have them made anew
 
 
+@dataclass(frozen=True)
+class Part:
+    """Consecutive layers of a stack, whose gradients are handed over together.
+
+    call: takes what ``reads`` names and returns what ``makes`` names: the stack's inputs are named by their positions.
+    """
+
+    call: Callable[..., tuple]
+    reads: Sequence[Any]
+    makes: Sequence[Any]
+
+
 class Graphed:
     """``call`` as CUDA graphs, captured once it has been called ``patience`` times in a row with the same shapes; at
     the second such call where patience is 2, whatever was between, and while ``settled``: a caller sets it who knows
     that shapes will come again.
 
-    call takes tensors and numbers and returns tensors; it writes to none of its inputs.  moving: positions of inputs
-    whose address changes with every call.  name: the name of the graphs in profiles.
+    call takes tensors and numbers and returns tensors; it writes to none of its inputs.  parts: the same in parts;
+    outputs: the names of what it returns.  in_parts: whether each part goes backward by itself.  moving: positions of
+    inputs whose address changes with every call.  name: the name of the graphs in profiles.
     """
 
     def __init__(
-        self, call: Callable[..., tuple], moving: Sequence[int], offloader: Offloader | None = None,
-        name: str = "(the layers)", patience: int = 2,
+        self, call: Callable[..., tuple], parts: Sequence[Part], outputs: Sequence[Any], moving: Sequence[int],
+        offloader: Offloader | None = None, name: str = "(the layers)", patience: int = 2,
     ) -> None:  # fmt: skip
+        self.parts, self.outputs, self.in_parts = parts, outputs, True
         self.patience, self.row, self.settled = patience, 0, False
         self.last: Any = None  # the shapes of the last call, and how often they came in a row
-        self.replay = profiling.in_range(name, _Replay.apply)
+        self.replay = profiling.in_range(name, _replay)
         self.call, self.moving, self.offloader = call, sorted(moving), offloader
         self.enabled, self.pool_bytes = True, 0
         self.addresses: dict[Any, list[int | None]] = {}  # by shapes: of the inputs in the last uncaptured call
@@ -72,7 +89,7 @@ class Graphed:
                 return self.call(*inputs)
         token = ReplayToken()
         self.waiting = weakref.ref(token)
-        return self.replay(capture, token, inputs, *(inputs[place] for place in capture.trained))
+        return self.replay(capture, token, *inputs)
 
     def reset(self, *, enabled: bool) -> None:
         """Drop all captures because the layers' choices change; if enabled, later calls capture again."""
@@ -101,7 +118,8 @@ class Graphed:
         reserved = torch.cuda.memory_reserved()
         try:
             with _one_at_a_time:
-                self.captures[shapes] = Capture.of(self.call, self.moving, inputs, self.pool, self.offloader)
+                parts = self.parts if self.in_parts else [Part(self.call, range(len(inputs)), self.outputs)]
+                self.captures[shapes] = Capture.of(parts, self.outputs, self.moving, inputs, self.pool, self.offloader)
         except Exception as error:
             self.attempts = MOST_CAPTURES
             _end_capture_of_random_numbers()
@@ -147,70 +165,110 @@ class Buffer:
 
 @dataclass
 class Capture:
-    """The forward and backward CUDA graph of a stack for inputs of one kind, with their static inputs and outputs."""
+    """The CUDA graphs of a stack for inputs of one kind, with their static inputs and outputs."""
 
     places: list[int]  # of the inputs that are read in place
     pointers: list[int | None]  # of all inputs
     buffers: dict[int, Buffer]
-    trained: list[int]  # places of the inputs that need a gradient
+    trained: list[list[int]]  # by part: places of the inputs that need a gradient, which is complete behind it
+    link: Tensor  # stands for what goes from one part to the next
     outputs: list[Tensor] = field(default_factory=list)
     differentiable: list[bool] = field(default_factory=list)  # which of them have a gradient
     forward: Any = None
-    backward: Any = None
+    backward: list[Any] = field(default_factory=list)  # by part; None where it has no gradient to compute
     grad_outputs: list[Tensor] = field(default_factory=list)  # of the outputs that have one
-    grad_inputs: list[Tensor | None] = field(default_factory=list)  # in the order of trained
+    grad_inputs: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, call: Callable[..., tuple], moving: Sequence[int], inputs: Sequence[Any], pool: Any,
+        cls, parts: Sequence[Part], outputs: Sequence[Any], moving: Sequence[int], inputs: Sequence[Any], pool: Any,
         offloader: Offloader | None = None,
     ) -> Capture:  # fmt: skip
         """Run the stack once, which compiles and tunes what has not been yet, then capture it.
 
         The RNG state is left unchanged.  Raises ValueError where an output has gaps or repetitions.
         """
-        tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
-        buffers = {place: Buffer.like(inputs[place]) for place in moving if isinstance(inputs[place], Tensor)}
-        places = [place for place in tensors if place not in buffers]
-        trained = [place for place in tensors if inputs[place].requires_grad]
-        capture = cls(places, _addresses(inputs), buffers, trained)
-        capture.load(inputs)
-        static = list(inputs)
-        for place in trained:  # new leaves: hooks on the user's parameters must not be captured
-            static[place] = inputs[place].detach().requires_grad_()
-        for place, buffer in buffers.items():
-            static[place] = buffer.static
+        capture = cls.like(parts, moving, inputs)
+        static = capture.static(inputs)
         state = torch.cuda.get_rng_state()
         stream = _stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            capture._run(call, static, nullcontext)
+            capture.run(parts, outputs, static, nullcontext)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(state)
         torch.cuda.empty_cache()
         # thread_local: data loading threads may go on; stream: torch's own for captures may be on another device
         capturing = functools.partial(torch.cuda.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         with offloader.owned_by(capture) if offloader is not None else nullcontext():
-            capture._run(call, static, capturing)
+            capture.run(parts, outputs, static, capturing)
         return capture
 
-    def _run(self, call: Callable[..., tuple], static: Sequence[Any], capturing: Callable) -> None:
+    @classmethod
+    def like(cls, parts: Sequence[Part], moving: Sequence[int], inputs: Sequence[Any]) -> Capture:
+        """Allocate the buffers for inputs like these."""
+        tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
+        buffers = {place: Buffer.like(inputs[place]) for place in moving if isinstance(inputs[place], Tensor)}
+        lowest = {key: number for number, part in reversed(list(enumerate(parts))) for key in part.reads}
+        trained: list[list[int]] = [[] for _ in parts]
+        for place in tensors:
+            if inputs[place].requires_grad:
+                trained[lowest.get(place, 0)].append(place)
+        places = [place for place in tensors if place not in buffers]
+        return cls(places, _addresses(inputs), buffers, trained, torch.empty(0, device=inputs[tensors[0]].device))
+
+    def static(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return what is captured in place of these inputs: those themselves that do not move, else their buffers."""
+        self.load(inputs)
+        return [
+            self.buffers[place].static if place in self.buffers else _leaf(value) for place, value in enumerate(inputs)
+        ]
+
+    def run(self, parts: Sequence[Part], outputs: Sequence[Any], static: Sequence[Any], capturing: Callable) -> None:
         """Run forward and backward, each in the context that ``capturing`` makes for its graph."""
-        leaves = [static[place] for place in self.trained]
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        values: dict[Any, Any] = dict(enumerate(static))
+        read, made = [], []  # by part: its own leaves, and what it returned
+        self.forward = torch.cuda.CUDAGraph()
         with capturing(self.forward):
-            outputs = call(*static)
-        if any(eager.clone_all([output])[0].stride() != output.stride() for output in outputs):
+            for part in parts:
+                leaves = {key: _leaf(values[key]) for key in part.reads}
+                results = part.call(*leaves.values())
+                read.append(leaves)
+                made.append(results)
+                values.update(zip(part.makes, results, strict=True))
+        self.outputs = [values[key].detach() for key in outputs]
+        self.differentiable = [values[key].requires_grad for key in outputs]
+        if any(eager.clone_all([output])[0].stride() != output.stride() for output in self.outputs):
             raise ValueError("a stack of layers returns a tensor with gaps or repetitions")
-        grown = [output for output in outputs if output.requires_grad]
-        self.grad_outputs = [torch.zeros_like(output) for output in grown]
-        grads: Sequence[Tensor | None] = [None] * len(leaves)
-        if grown and leaves:
-            with capturing(self.backward):
-                grads = torch.autograd.grad(grown, leaves, self.grad_outputs, allow_unused=True)
-        self.outputs = [output.detach() for output in outputs]
-        self.differentiable = [output.requires_grad for output in outputs]
-        self.grad_inputs = list(grads)
+        grown = [key for key in outputs if values[key].requires_grad]
+        gradients: dict[Any, Tensor] = {key: torch.zeros_like(values[key]) for key in grown}
+        self.grad_outputs = [gradients[key] for key in grown]
+        values.clear()
+        self.backward = [
+            self._run_back(part, read.pop(), made.pop(), gradients, capturing) for part in reversed(parts)
+        ][::-1]
+        self.grad_inputs = gradients
+
+    def _run_back(
+        self, part: Part, leaves: dict[Any, Any], made: Sequence[Tensor], gradients: dict[Any, Tensor],
+        capturing: Callable,
+    ) -> Any:  # fmt: skip
+        """Run a part's backward and return its graph; add to the gradients of what it read those that it made."""
+        wanted = {key: value for key, value in leaves.items() if isinstance(value, Tensor) and value.requires_grad}
+        grown = [
+            (value, gradients.pop(key))
+            for key, value in zip(part.makes, made, strict=True) if key in gradients and value.requires_grad
+        ]  # fmt: skip
+        if not wanted or not grown:
+            return None
+        ends, incoming = zip(*grown, strict=True)
+        graph = torch.cuda.CUDAGraph()
+        with capturing(graph):
+            found = torch.autograd.grad(ends, list(wanted.values()), incoming, allow_unused=True)
+            for key, gradient in zip(wanted, found, strict=True):
+                if gradient is not None:
+                    gradients[key] = gradients[key] + gradient if key in gradients else gradient
+        return graph
 
     def fits(self, inputs: Sequence[Any]) -> bool:
         """Return whether the inputs that are read in place are still at their captured addresses."""
@@ -223,17 +281,35 @@ class Capture:
                 buffer.written.copy_(_without_repetition(inputs[place]))
 
 
+def _replay(capture: Capture, token: ReplayToken, *inputs: Any) -> tuple:
+    """Replay a capture: its forward now, and a part of its backward in each of as many autograd nodes."""
+    link, results = None, ()
+    for number, trained in enumerate(capture.trained):
+        results = _Replay.apply(capture, number, token, inputs, link, *(inputs[place] for place in trained))
+        link = results[0]
+    return results
+
+
 class _Replay(torch.autograd.Function):
-    """Replays a capture's forward, and its backward at most once."""
+    """Replays a capture's forward, and a part of its backward at most once.
+
+    The first part replays the whole forward, the last returns its results, the others a link to the next.
+    """
 
     @staticmethod
-    def forward(ctx: Any, capture: Capture, token: ReplayToken, inputs: Sequence[Any], *trained: Tensor) -> tuple:
-        capture.load(inputs)
-        capture.forward.replay()
-        outputs = tuple(eager.clone_all(capture.outputs))
-        ctx.capture, ctx.token = capture, token
+    def forward(
+        ctx: Any, capture: Capture, number: int, token: ReplayToken, inputs: Sequence[Any], link: Tensor | None,
+        *trained: Tensor,
+    ) -> tuple:  # fmt: skip
+        if number == 0:
+            capture.load(inputs)
+            capture.forward.replay()
+        ctx.capture, ctx.number, ctx.token = capture, number, token
         ctx.inputs = inputs  # kept alive: backward reads them at their addresses
         ctx.save_for_backward(*trained)  # so that autograd raises where one is written to before backward
+        if number < len(capture.trained) - 1:
+            return (torch.empty_like(capture.link),)
+        outputs = tuple(eager.clone_all(capture.outputs))
         ctx.mark_non_differentiable(
             *(output for output, grown in zip(outputs, capture.differentiable, strict=True) if not grown)
         )
@@ -244,14 +320,23 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
         if ctx.token is None:
             raise RuntimeError("a CUDA graph goes backward once; set cuda_graphs=False to use retain_graph=True.")
-        capture, _ = ctx.capture, ctx.saved_tensors
-        incoming = [grad for grad, grown in zip(grad_outputs, capture.differentiable, strict=True) if grown]
-        for buffer, grad in zip(capture.grad_outputs, incoming, strict=True):
-            buffer.copy_(grad)
-        capture.backward.replay()
-        grads = iter(eager.clone_all([grad for grad in capture.grad_inputs if grad is not None]))
+        capture, number, _ = ctx.capture, ctx.number, ctx.saved_tensors
+        if number == len(capture.trained) - 1:
+            incoming = [grad for grad, grown in zip(grad_outputs, capture.differentiable, strict=True) if grown]
+            for buffer, grad in zip(capture.grad_outputs, incoming, strict=True):
+                buffer.copy_(grad)
+        if capture.backward[number] is not None:
+            capture.backward[number].replay()
+        static = [capture.grad_inputs.get(place) for place in capture.trained[number]]
+        grads = iter(eager.clone_all([grad for grad in static if grad is not None]))
         ctx.token = ctx.inputs = None
-        return None, None, None, *(next(grads) if grad is not None else None for grad in capture.grad_inputs)
+        link = torch.empty_like(capture.link) if number else None
+        return None, None, None, None, link, *(next(grads) if grad is not None else None for grad in static)
+
+
+def _leaf(value: Any) -> Any:
+    """Return a leaf of its own for a value that needs a gradient: hooks on the user's must not be captured."""
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 @functools.cache

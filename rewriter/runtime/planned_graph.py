@@ -119,6 +119,7 @@ class Planned:
         for call, choice in zip(self.calls, choices, strict=True):
             call.choice = choice
         for graphed in self.graphed:
+            graphed.in_parts = not any(choice.offloaded for choice in choices)  # copies go from one layer to the next
             if changed or graphed.enabled != graphs:
                 graphed.reset(enabled=graphs)
 

@@ -42,6 +42,13 @@ class Model(nn.Module):
         return self.head(hidden).square().mean()
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "parts"])
+def in_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether each layer goes backward in a graph of its own, as where gradients are sent to other devices."""
+    monkeypatch.setattr(cuda_graph_policy.ddp, "is_active", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the stacks did with each call: a test of graphs in which nothing is replayed tests nothing."""

@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import recorded_graphs
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -312,18 +312,19 @@ def test_a_value_that_passes_through_is_nobodys() -> None:
 
 def test_layers_that_are_replayed_are_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what stands for a capture: no graph of CUDA's is replayed."""
-    x, weight = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    replay, static = SimpleNamespace(replay=lambda: None), torch.full((3,), 2.0)
-    graphed = cuda_graphs.Graphed(lambda x, w: (x * w,), [], None, profiling.span("model.layers.0", "model.layers.31"))
-    graphed.captures[()] = cuda_graphs.Capture(
-        [0, 1], cuda_graphs._addresses([x, weight]), {}, [0, 1], [static], [True], replay, replay,
-        [torch.zeros(3)], [static, static],
-    )  # fmt: skip
+    x, weight = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
+    parts = [
+        cuda_graphs.Part(lambda x, w: (x * w,), [0, 1], ["y"]),
+        cuda_graphs.Part(lambda y: (y * 1.0,), ["y"], ["z"]),
+    ]
+    name = profiling.span("model.layers.0", "model.layers.31")
+    graphed = cuda_graphs.Graphed(lambda x, w: (x * w,), parts, ["z"], [], None, name)
+    graphed.captures[()] = recorded_graphs.capture(parts, ["z"], [], [x, weight], monkeypatch)
     monkeypatch.setattr(cuda_graphs.Capture, "fits", lambda *_: True)  # asks what torch has for CUDA alone
     with profiled() as events:
         graphed(x, weight)[0].sum().backward()
     assert names(events) == ["model.layers.0 … 31 forward", "model.layers.0 … 31 backward"]
-    assert torch.equal(x.grad, static)
+    assert torch.equal(x.grad, weight)
 
 
 def test_a_traceback_says_which_layer_failed() -> None:
