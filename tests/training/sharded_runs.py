@@ -43,6 +43,7 @@ from training.setting import LAYERS, Setting, base, batch, trained
 BEFORE, AFTER = range(2), range(2, 4)  # steps before a run is saved, and after it is loaded
 PATIENCE = 20  # seconds that a process waits for another
 FEWER = LAYERS - 1  # layers of models of which little else is asked
+DEVICE = os.environ.get("FASTFT_TEST_DEVICE", "cpu")  # of these processes
 
 
 @dataclass
@@ -60,7 +61,8 @@ class Run:
         for number in numbers:
             losses = []
             for rank in [dist.get_rank()] if together else range(WORLD):
-                loss = self.forward(**batch(number * WORLD + rank)).loss
+                inputs = batch(number * WORLD + rank)
+                loss = self.forward(**{name: value.to(self.model.device) for name, value in inputs.items()}).loss
                 (loss if together else loss / WORLD).backward()
                 losses.append(loss.detach())
             mean = torch.stack(losses).mean()
@@ -357,7 +359,7 @@ def dying_ddp(folder: Path) -> None:
 def fresh(folder: Path) -> Setting:
     """Return a setting in which nothing is compiled yet."""
     torch._dynamo.reset()
-    setting = Setting(folder, compiled=True)
+    setting = Setting(folder, compiled=True, device=DEVICE)
     setting.seed()
     return setting
 
@@ -384,7 +386,10 @@ def main(name: str, rank: int, world: int, file: str, folder: Path) -> None:
     """Do all parts of that name, and write what was seen."""
     torch.set_num_threads(1)
     patience = timedelta(seconds=PATIENCE if name.startswith("dying") else 10 * PATIENCE)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=patience)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=world, timeout=patience)
     found = {part.__name__: part(folder) for part in PARTS[name]}
     (folder / f"{name} {rank}.json").write_text(json.dumps(found))
     dist.barrier()
