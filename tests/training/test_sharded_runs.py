@@ -290,14 +290,14 @@ def test_where_one_process_dies_the_other_ends(name: str, device: str, tmp_path:
     try:
         assert processes[-1].wait(timeout=120) == -signal.SIGKILL
         died = time.monotonic()
-        code = processes[0].wait(timeout=2 * PATIENCE)
+        code = processes[0].wait(timeout=4 * PATIENCE)
         took = time.monotonic() - died
     finally:
         ended(processes)
     printed = (tmp_path / f"{name} 0.txt").read_text()[-3000:]
     assert code != 0, printed
     assert ("gloo" if device == "cpu" else "NCCL") in printed
-    assert took < PATIENCE + 5
+    assert took < (PATIENCE + 5 if device == "cpu" else 3 * PATIENCE)  # NCCL's watchdog first writes what it knows
     assert complete(tmp_path) == [tmp_path / f"step {number}" for number in BEFORE]
     run = sharded_runs.begun(Setting(tmp_path), "plain", layers=sharded_runs.FEWER)
     run.load(complete(tmp_path)[-1])
