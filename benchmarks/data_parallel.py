@@ -64,7 +64,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")
     add("--json", type=Path, help="write the rows here")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.turns and options.share:
+        parser.error("--share is of one model's memory: leave out --turns")
+    return options
 
 
 def _way(name: str) -> str:
@@ -119,6 +122,7 @@ def one_by_one(options: argparse.Namespace, device: str, rank: int) -> list[Row]
 
 
 def measured(options: argparse.Namespace, way: str, device: str, rank: int) -> Row:
+    """One training, or that there was too little memory for it."""
     import torch
 
     try:

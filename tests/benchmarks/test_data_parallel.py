@@ -22,6 +22,9 @@ def test_ways(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         data_parallel.parse(["--ways=perhaps"])
     assert "'perhaps' is none of one, ddp" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        data_parallel.parse(["--share=0.5", "--turns=2"])
+    assert "leave out --turns" in capsys.readouterr().err
 
 
 @pytest.mark.slow
