@@ -4,7 +4,7 @@ from mutants import Mutant
 
 CHECKS, MATCHER, ALGEBRA, RANGES = "checks", "matcher", "mask algebra", "mask ranges"
 READING, WRITING, MERGE, PLANNER, LOSSES = "mask reading", "mask writing", "merge and projections", "planner", "losses"
-ROWS, SHARDED = "live rows", "sharded"
+ROWS, SHARDED, GRAPHS = "live rows", "sharded", "CUDA graphs"
 
 
 def _of(kind: str, tests: str, *changes: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
@@ -265,6 +265,16 @@ ENGINE = (
         ("a length for each batch", "runtime/row_watch.longest", "hidden.shape[1] if self.in_graphs else ", ""),
         ("the same on all cards", "runtime/row_watch._scaled", " * rates(device).flops / TYPICAL.flops", ""),
         ("always waits", "runtime/row_watch.waits", "self.quiet < QUIET:", "self.quiet >= 0:"),
+    ),
+    *_of(
+        GRAPHS, "runtime/graph_parts",
+        ("the last part's gradient alone", "runtime/cuda_graphs._run_back", "gradients[key] + gradient if key in gradients else gradient", "gradient"),
+        ("handed over before it is complete", "runtime/cuda_graphs.prepared", "reversed(list(enumerate(parts)))", "list(enumerate(parts))"),
+        ("every part takes the results' gradients", "runtime/cuda_graphs.backward", "if number == len(capture.trained) - 1:", "if True:"),
+        ("forward once for each part", "runtime/cuda_graphs.forward", "if number == 0:", "if True:"),
+        ("backward again", "runtime/cuda_graphs.backward", "if ctx.token is None:", "if False:"),
+        ("leaves that parts share", "runtime/cuda_graphs.run", "_leaf(values[key]) for", "values[key] for"),
+        ("all in one part", "lowering/cuda_graph_policy.parts_of", "each = -(-len(pieces) // most)", "each = len(pieces)"),
     ),
     *_of(
         SHARDED, "capture/fsdp",

@@ -47,6 +47,6 @@ def capture(
     """Capture a stack as a GPU would."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(cuda_graphs.eager, "clone_all", lambda values: [value.clone() for value in values])
-    made = Capture.like(parts, moving, inputs)
+    made = Capture.prepared(parts, moving, inputs)
     made.run(parts, outputs, made.static(inputs), lambda graph: graph)
     return made

@@ -188,7 +188,7 @@ class Capture:
 
         The RNG state is left unchanged.  Raises ValueError where an output has gaps or repetitions.
         """
-        capture = cls.like(parts, moving, inputs)
+        capture = cls.prepared(parts, moving, inputs)
         static = capture.static(inputs)
         state = torch.cuda.get_rng_state()
         stream = _stream(torch.cuda.current_device())
@@ -205,7 +205,7 @@ class Capture:
         return capture
 
     @classmethod
-    def like(cls, parts: Sequence[Part], moving: Sequence[int], inputs: Sequence[Any]) -> Capture:
+    def prepared(cls, parts: Sequence[Part], moving: Sequence[int], inputs: Sequence[Any]) -> Capture:
         """Allocate the buffers for inputs like these."""
         tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
         buffers = {place: Buffer.like(inputs[place]) for place in moving if isinstance(inputs[place], Tensor)}
