@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastft.rewriter.runtime import cuda_graphs
-from fastft.rewriter.runtime.cuda_graphs import Capture, Part
+from fastft.rewriter.runtime.cuda_graphs import Capture
+from fastft.rewriter.runtime.part import Part
 
 
 class Recorded(TorchDispatchMode):

@@ -4,7 +4,7 @@ With ``torch._dynamo.config.optimize_ddp`` Dynamo hands each graph inside a DDP 
 compilation, which cuts it wherever a bucket of gradients is full and passes the pieces on to the backend.
 
 DDP looks for buffers in all modules before each forward.  Dynamo, which is on then, looks at each function called for
-that, which takes ten times as long as the search itself, while the device waits.
+that, which takes longer than the search itself, while the device waits.
 """
 
 from __future__ import annotations

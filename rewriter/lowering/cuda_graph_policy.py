@@ -14,8 +14,9 @@ from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.outline import stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.runtime import profiling
-from fastft.rewriter.runtime.cuda_graphs import Graphed, Part, log
+from fastft.rewriter.runtime.cuda_graphs import Graphed, log
 from fastft.rewriter.runtime.offload import Offloader
+from fastft.rewriter.runtime.part import Part
 
 SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
 PARTS = 8  # of backward, where each part's gradients are sent to other devices while the next is computed
@@ -59,13 +60,14 @@ def graph_layers(
     """
     inside = pieces[layers.start : layers.stop]
     stack = stitch.join(inside)
-    call = stitch.chain(inside, profiling.named(inside, calls), stack.inputs, tuple(stack.outputs))
+    named = profiling.named(inside, calls)
+    call = stitch.chain(inside, named, stack.inputs, tuple(stack.outputs))
     waits = asked is None and any(isinstance(value_of(node), torch.SymInt) for node in stack.inputs)
     name = profiling.span(inside[0].name, inside[-1].name)
-    parts = parts_of(inside, stack.inputs, calls, PARTS if ddp.is_active() else 1)
     calls[stack] = Graphed(
-        call, parts, stack.outputs, moving_inputs(stack), offloader, name, patience=PATIENCE if waits else 2
-    )
+        call, stack.outputs, moving_inputs(stack), offloader, name, patience=PATIENCE if waits else 2,
+        parts=parts_of(inside, stack.inputs, named, PARTS) if ddp.is_active() else (),
+    )  # fmt: skip
     return [*pieces[: layers.start], stack, *pieces[layers.stop :]]
 
 
@@ -79,7 +81,7 @@ def parts_of(
     for start in range(0, len(pieces), each):
         inside = pieces[start : start + each]
         part = stitch.join(inside)
-        call = stitch.chain(inside, profiling.named(inside, calls), part.inputs, tuple(part.outputs))
+        call = stitch.chain(inside, calls, part.inputs, tuple(part.outputs))
         parts.append(Part(call, [names.get(node, node) for node in part.inputs], part.outputs))
     return parts
 

@@ -27,8 +27,9 @@ from fastft.rewriter.report.data import GraphReport, RowsReport
 from fastft.rewriter.rows.live_rows import LiveRows
 from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.cuda_graphs import Graphed
-from fastft.rewriter.runtime.live_rows import LiveRun, Part
+from fastft.rewriter.runtime.live_rows import LiveRun
 from fastft.rewriter.runtime.offload import Offloader
+from fastft.rewriter.runtime.part import Part
 from fastft.rewriter.runtime.planned_graph import Call, Planned
 from fastft.rewriter.runtime.row_choice import RowChoice
 from fastft.rewriter.runtime.sharded import Sharded

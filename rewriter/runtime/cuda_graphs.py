@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from fastft.compat import eager
 from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.offload import Offloader
+from fastft.rewriter.runtime.part import Part
 
 log = logging.getLogger("fastft")
 _one_at_a_time = threading.Lock()  # captures share a stream
@@ -37,31 +38,20 @@ MOST_CAPTURES = 12  # of one stack: for different shapes, and after parameters w
 MOST_RESETS = 4  # after which captures are counted on: a plan that changes with each size would have them made anew
 
 
-@dataclass(frozen=True)
-class Part:
-    """Consecutive layers of a stack, whose gradients are handed over together.
-
-    call: takes what ``reads`` names and returns what ``makes`` names: the stack's inputs are named by their positions.
-    """
-
-    call: Callable[..., tuple]
-    reads: Sequence[Any]
-    makes: Sequence[Any]
-
-
 class Graphed:
     """``call`` as CUDA graphs, captured once it has been called ``patience`` times in a row with the same shapes; at
     the second such call where patience is 2, whatever was between, and while ``settled``: a caller sets it who knows
     that shapes will come again.
 
-    call takes tensors and numbers and returns tensors; it writes to none of its inputs.  parts: the same in parts;
-    outputs: the names of what it returns.  in_parts: whether each part goes backward by itself.  moving: positions of
-    inputs whose address changes with every call.  name: the name of the graphs in profiles.
+    call takes tensors and numbers and returns tensors; it writes to none of its inputs.  outputs: the names of what it
+    returns.  moving: positions of inputs whose address changes with every call.  name: the name of the graphs in
+    profiles.  parts: the same as ``call`` in parts, whose inputs are named by their positions; if there are any, and
+    while ``in_parts``, each goes backward by itself.
     """
 
     def __init__(
-        self, call: Callable[..., tuple], parts: Sequence[Part], outputs: Sequence[Any], moving: Sequence[int],
-        offloader: Offloader | None = None, name: str = "(the layers)", patience: int = 2,
+        self, call: Callable[..., tuple], outputs: Sequence[Any], moving: Sequence[int],
+        offloader: Offloader | None = None, name: str = "(the layers)", patience: int = 2, parts: Sequence[Part] = (),
     ) -> None:  # fmt: skip
         self.parts, self.outputs, self.in_parts = parts, outputs, True
         self.patience, self.row, self.settled = patience, 0, False
@@ -118,7 +108,8 @@ class Graphed:
         reserved = torch.cuda.memory_reserved()
         try:
             with _one_at_a_time:
-                parts = self.parts if self.in_parts else [Part(self.call, range(len(inputs)), self.outputs)]
+                whole = Part(self.call, range(len(inputs)), self.outputs)
+                parts = (self.in_parts and self.parts) or [whole]
                 self.captures[shapes] = Capture.of(parts, self.outputs, self.moving, inputs, self.pool, self.offloader)
         except Exception as error:
             self.attempts = MOST_CAPTURES
@@ -209,7 +200,7 @@ class Capture:
         """Allocate the buffers for inputs like these."""
         tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
         buffers = {place: Buffer.like(inputs[place]) for place in moving if isinstance(inputs[place], Tensor)}
-        lowest = {key: number for number, part in reversed(list(enumerate(parts))) for key in part.reads}
+        lowest = {key: number for number, part in reversed(list(enumerate(parts))) for key in part.taken}
         trained: list[list[int]] = [[] for _ in parts]
         for place in tensors:
             if inputs[place].requires_grad:
@@ -227,15 +218,13 @@ class Capture:
     def run(self, parts: Sequence[Part], outputs: Sequence[Any], static: Sequence[Any], capturing: Callable) -> None:
         """Run forward and backward, each in the context that ``capturing`` makes for its graph."""
         values: dict[Any, Any] = dict(enumerate(static))
-        read, made = [], []  # by part: its own leaves, and what it returned
+        taken, made = [], []  # by part: its own leaves, and what it returned
         self.forward = torch.cuda.CUDAGraph()
         with capturing(self.forward):
             for part in parts:
-                leaves = {key: _leaf(values[key]) for key in part.reads}
-                results = part.call(*leaves.values())
-                read.append(leaves)
-                made.append(results)
-                values.update(zip(part.makes, results, strict=True))
+                taken.append({key: _leaf(values[key]) for key in part.taken})
+                made.append(part(taken[-1]))
+                values |= made[-1]
         self.outputs = [values[key].detach() for key in outputs]
         self.differentiable = [values[key].requires_grad for key in outputs]
         if any(eager.clone_all([output])[0].stride() != output.stride() for output in self.outputs):
@@ -244,21 +233,15 @@ class Capture:
         gradients: dict[Any, Tensor] = {key: torch.zeros_like(values[key]) for key in grown}
         self.grad_outputs = [gradients[key] for key in grown]
         values.clear()
-        self.backward = [
-            self._run_back(part, read.pop(), made.pop(), gradients, capturing) for part in reversed(parts)
-        ][::-1]
+        self.backward = [self._run_back(taken.pop(), made.pop(), gradients, capturing) for _ in parts][::-1]
         self.grad_inputs = gradients
 
     def _run_back(
-        self, part: Part, leaves: dict[Any, Any], made: Sequence[Tensor], gradients: dict[Any, Tensor],
-        capturing: Callable,
+        self, taken: dict[Any, Any], made: dict[Any, Tensor], gradients: dict[Any, Tensor], capturing: Callable
     ) -> Any:  # fmt: skip
-        """Run a part's backward and return its graph; add to the gradients of what it read those that it made."""
-        wanted = {key: value for key, value in leaves.items() if isinstance(value, Tensor) and value.requires_grad}
-        grown = [
-            (value, gradients.pop(key))
-            for key, value in zip(part.makes, made, strict=True) if key in gradients and value.requires_grad
-        ]  # fmt: skip
+        """Run a part's backward and return its graph; add to the gradients of what it has taken."""
+        wanted = {key: value for key, value in taken.items() if isinstance(value, Tensor) and value.requires_grad}
+        grown = [(value, gradients.pop(key)) for key, value in made.items() if key in gradients and value.requires_grad]
         if not wanted or not grown:
             return None
         ends, incoming = zip(*grown, strict=True)

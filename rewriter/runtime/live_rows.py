@@ -7,7 +7,7 @@ and are zeros in what leaves the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastft.compat.symbolic import Sizes
 from fastft.rewriter.rows import moves
 from fastft.rewriter.rows.moves import Take
 from fastft.rewriter.rows.selection import Selection
+from fastft.rewriter.runtime.part import Part
 from fastft.rewriter.runtime.row_choice import RowChoice
 
 
@@ -30,19 +31,6 @@ class Started:
     values: dict[Node, Any]
     selected: Selection | None
     max_seqlen: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the graph: a function of the values of ``taken`` that returns those of ``made``."""
-
-    run: Callable
-    taken: Sequence[Node]
-    made: Sequence[Node]
-
-    def __call__(self, values: dict[Node, Any]) -> dict[Node, Any]:
-        """Run it on these values, and return what it makes."""
-        return dict(zip(self.made, self.run(*map(values.__getitem__, self.taken)), strict=True))
 
 
 class LiveRun:

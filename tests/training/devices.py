@@ -193,15 +193,19 @@ DEVICES: Sequence[Any] = (
 ON_CARDS = (ddp_4bit, fsdp_whole_full, fsdp_whole_4bit)  # a minute's compilation
 
 
+def environment() -> dict[str, str]:
+    """What processes that these tests start find in their environment."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
 def together(folder: Path, device: str = "cpu") -> dict[str, Any]:
     """What the processes saw; on cards, of ON_CARDS alone and through Inductor."""
     results = folder / "results.json"
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "training.devices", str(rank), str(folder / "meeting"), str(results), device],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(WORLD)
     ]  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from training import sharded_runs
-from training.devices import STEPS, TESTS, WORLD
+from training.devices import STEPS, WORLD, environment
 from training.outcome import compare
 from training.setting import LAYERS, Setting, batch, trained
 from training.sharded_runs import AFTER, BEFORE, PATIENCE
@@ -34,14 +33,13 @@ ADAPTERS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 def started(name: str, folder: Path, device: str = "cpu") -> list[subprocess.Popen]:
     """Start the processes; what they print goes to files."""
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "FASTFT_TEST_DEVICE": device}
+    surroundings = environment() | {"FASTFT_TEST_DEVICE": device}
     command = [sys.executable, "-m", "training.sharded_runs", name]
     meeting = str(folder / f"{name} meeting")
     return [
         subprocess.Popen(
             [*command, str(rank), str(WORLD), meeting, str(folder)],
-            env=environment, stdout=(folder / f"{name} {rank}.txt").open("w"), stderr=subprocess.STDOUT,
+            env=surroundings, stdout=(folder / f"{name} {rank}.txt").open("w"), stderr=subprocess.STDOUT,
         )
         for rank in range(WORLD)
     ]  # fmt: skip

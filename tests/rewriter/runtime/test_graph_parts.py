@@ -152,6 +152,6 @@ def test_layers_are_divided_evenly() -> None:
     pieces, calls, whole = chained(7)
     for most, sizes in ((1, [7]), (3, [3, 3, 1]), (7, [1] * 7), (20, [1] * 7)):
         parts = cuda_graph_policy.parts_of(pieces, whole.inputs, calls, most)
-        assert [sum(isinstance(key, int) for key in part.reads) for part in parts] == [
+        assert [sum(isinstance(key, int) for key in part.taken) for part in parts] == [
             size + (number == 0) for number, size in enumerate(sizes)
         ]

@@ -139,7 +139,7 @@ def test_where_layers_run_as_graphs_sizes_are_few() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("settled", [False, True])
 def test_sizes_that_come_again_are_captured_the_second_time(settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphed = cuda_graphs.Graphed(lambda *_: (), [], [], [0], patience=4)
+    graphed = cuda_graphs.Graphed(lambda *_: (), [], [0], patience=4)
     graphed.settled, tried = settled, []
     monkeypatch.setattr(cuda_graphs, "_on_current_device", lambda inputs: tried.append(inputs[0]))  # false: no capture
     for size in (5, 6, 5, 6, 7):  # never twice in a row
@@ -149,7 +149,7 @@ def test_sizes_that_come_again_are_captured_the_second_time(settled: bool, monke
 
 @pytest.mark.quick
 def test_a_plan_that_changes_with_each_size_does_not_capture_for_ever() -> None:
-    graphed = cuda_graphs.Graphed(lambda: (), [], [], [])
+    graphed = cuda_graphs.Graphed(lambda: (), [], [])
     made = 0
     for _ in range(100):  # batches of two sizes in turn, each with choices of its own
         if graphed.attempts < cuda_graphs.MOST_CAPTURES:

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastft.rewriter.outline import stitch
 from fastft.rewriter.outline.partition import Piece
 from fastft.rewriter.runtime import cuda_graphs, profiling
+from fastft.rewriter.runtime.part import Part
 
 LAYERS, WIDTH = 3, 16
 EAGER = {"lower": "eager"}
@@ -314,11 +315,11 @@ def test_layers_that_are_replayed_are_one_range(monkeypatch: pytest.MonkeyPatch)
     """With what stands for a capture: no graph of CUDA's is replayed."""
     x, weight = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
     parts = [
-        cuda_graphs.Part(lambda x, w: (x * w,), [0, 1], ["y"]),
-        cuda_graphs.Part(lambda y: (y * 1.0,), ["y"], ["z"]),
+        Part(lambda x, w: (x * w,), [0, 1], ["y"]),
+        Part(lambda y: (y * 1.0,), ["y"], ["z"]),
     ]
     name = profiling.span("model.layers.0", "model.layers.31")
-    graphed = cuda_graphs.Graphed(lambda x, w: (x * w,), parts, ["z"], [], None, name)
+    graphed = cuda_graphs.Graphed(lambda x, w: (x * w,), ["z"], [], None, name, parts=parts)
     graphed.captures[()] = recorded_graphs.capture(parts, ["z"], [], [x, weight], monkeypatch)
     monkeypatch.setattr(cuda_graphs.Capture, "fits", lambda *_: True)  # asks what torch has for CUDA alone
     with profiled() as events:
