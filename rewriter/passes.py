@@ -17,10 +17,10 @@ from fastft.compat import operators
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.rewriter.attention import simplify
-from fastft.rewriter.capture import constant_scalars, inline_checkpoints
+from fastft.rewriter.capture import broadcast_vmap, constant_scalars, inline_checkpoints
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.bodies import bodies, body_of
+from fastft.rewriter.fx.bodies import bodies, body_of, calls_of
 from fastft.rewriter.fx.effects import transformed
 from fastft.rewriter.fx.metadata import module_path, name_of
 from fastft.rewriter.loss import losses
@@ -39,23 +39,23 @@ class Pass:
     """A step from graph to graph.
 
     run: rewrites a graph in place.  nested: whether it is run for the graph and each nested in it by itself, under the
-    autocast that it runs under.  untransformed: left out where torch.func transforms are at work.  required: what the
-    others rely on, which cannot be switched off.
+    autocast that it runs under, but for those that are run under a torch.func transform.  required: what the others
+    rely on, which cannot be switched off.
     """
 
     name: str
     run: Callable[[GraphModule, Context], None]
     nested: bool = False
-    untransformed: bool = False
     required: bool = False
 
 
 PASSES = (
     Pass("constant_scalars", lambda gm, context: constant_scalars.inline_constant_scalars(gm)),
+    Pass("broadcast_vmap", lambda gm, context: broadcast_vmap.broadcast(gm)),
     Pass("inline_checkpoints", inline_checkpoints.inline, required=True),
-    Pass("bnb4bit", bnb4bit.lift, nested=True, untransformed=True),
+    Pass("bnb4bit", bnb4bit.lift, nested=True),
     Pass("lift", apply.lift, nested=True),
-    Pass("merge", merge.group, nested=True, untransformed=True),
+    Pass("merge", merge.group, nested=True),
     Pass("fuse", apply.fuse, nested=True),
     Pass("attention", simplify.simplify),
     Pass("loss", losses.lift),
@@ -126,8 +126,8 @@ def _run(each: Pass, gm: GraphModule, context: Context) -> None:
     done: set[int] = set()
     while body := next((body for body in bodies(gm) if id(body) not in done), None):  # what is lifted has no body left
         done.add(id(body))
-        with autocast.around(gm, body):
-            if not (each.untransformed and transformed(body.graph)):
+        if not any(call in transformed(call.graph) for call in calls_of(gm, body)):
+            with autocast.around(gm, body):
                 each.run(body, context)
 
 

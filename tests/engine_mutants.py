@@ -24,7 +24,7 @@ ENGINE = (
         ("writes not looked for", "fx/effects.check_effects_between", "check_mutation(values):", "check_mutation([]):"),
         ("writes in between overlooked", "fx/effects.check_effects_between", "in mutated_args(gm, node) for", "in () for"),
         ("modes overlooked", "fx/effects.check_effects_between", "if switches_mode(node):", "if node is None:"),
-        ("transforms overlooked", "fx/effects.transformed", "any(is_transform", "all(is_transform"),
+        ("transforms overlooked", "fx/effects.transform_spans", "depth += 1", "depth += 0"),
         ("dtypes of results not compared", "matching/checks.check_replacement", "result.dtype != root.dtype or ", ""),
         ("strides of results not compared", "matching/checks.check_replacement", " or not same_strides(result, root)", ""),
         ("shapes of results not compared", "matching/checks.check_replacement", "not same_sizes(result.shape, root.shape) or ", ""),

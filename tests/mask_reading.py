@@ -1,12 +1,13 @@
 """Masks that a graph returns, read, and what the op is told of them held to what they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from transformers import masking_utils as hf
 
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels.attention import allowed
@@ -100,3 +101,33 @@ def assert_exact(one: Seen, rows: int | None = None, columns: int | None = None)
         expected, masked = mask == 0, (mask == torch.finfo(mask.dtype).min).all(-1, keepdim=True)
     assert torch.equal(same_weight.expand(B, 1, S, 1), masked.expand(B, 1, S, 1))
     assert torch.equal(got.expand(mask.shape), expected | masked)
+
+
+def seen(function: Callable, *values: Any, dynamic: bool = False, **sizes: int) -> list[Seen]:
+    """Each mask that a function returns; those that are recognised say exactly what they did."""
+    ways: list[Reading] = []
+
+    def backend(gm: GraphModule, _: object) -> Callable:
+        ways.append(Reading(gm, sizes))
+        return ways[-1].run
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=dynamic)(*values)
+    assert len(ways) == 1, "the graph broke"
+    return ways[0].seen()
+
+
+def only(function: Callable, *values: Any, **options: Any) -> Seen:
+    (one,) = seen(function, *values, **options)
+    return one
+
+
+def sdpa(rule: Callable, padded: bool = False, **more: Any) -> Callable:
+    """transformers' mask of what a rule makes of the input; the input is padding too if it is padded."""
+
+    def mask(given: Tensor) -> Tensor:
+        sizes = {"batch_size": given.shape[0], "q_length": given.shape[1], "kv_length": given.shape[1], **more}
+        padding = given.bool() if padded else None
+        return hf.sdpa_mask(mask_function=rule(given), attention_mask=padding, allow_is_causal_skip=False, **sizes)
+
+    return mask

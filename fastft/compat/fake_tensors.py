@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -106,6 +107,8 @@ def _writes_at_offset() -> int:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that a tensor and all its aliases share: the identity of their storage."""
+    while functorch.is_functorch_wrapped_tensor(tensor):  # inside a vmap, say
+        tensor = functorch.get_unwrapped(tensor)
     return tensor.untyped_storage()._cdata
 
 

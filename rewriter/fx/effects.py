@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,35 @@ from fastft.rewriter.fx.bodies import nested_graphs, runs_bodies
 from fastft.rewriter.fx.editing import between
 from fastft.rewriter.fx.metadata import name_of
 
+UNDER_TRANSFORM = "it is computed under a torch.func transform or forward-mode differentiation"
 
-def transformed(graph: Graph) -> bool:
-    """Tell whether a torch.func transform or forward-mode AD is active; the custom ops support neither."""
-    return eager.in_forward_mode() or any(is_transform(node.target) for node in graph.nodes)
+
+def transformed(graph: Graph) -> frozenset[Node]:
+    """Return the nodes that a torch.func transform or forward-mode AD is active at; the custom ops support neither."""
+    if eager.in_forward_mode() or _ends_open(graph):
+        return frozenset(graph.nodes)
+    return frozenset(node for span in transform_spans(graph) for node in span)
+
+
+def transform_spans(graph: Graph) -> list[list[Node]]:
+    """List the stretches of nodes from where a transform begins to where it ends, the outermost of nested ones."""
+    spans: list[list[Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        if opens_transform(node.target):
+            spans += [[]] if depth == 0 else []
+            depth += 1
+        if depth > 0:
+            spans[-1].append(node)
+        depth -= closes_transform(node.target)
+    return spans
+
+
+def _ends_open(graph: Graph) -> bool:
+    """Tell whether transforms and their ends do not match: what lies between them is then not known."""
+    targets = [node.target for node in graph.nodes]
+    depths = list(itertools.accumulate(opens_transform(target) - closes_transform(target) for target in targets))
+    return bool(depths) and (depths[-1] != 0 or min(depths) < 0)
 
 
 def check_effects_between(gm: GraphModule, values: Sequence[Node], first: Node, last: Node, whole: str) -> str | None:
@@ -52,9 +78,8 @@ _IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE.sp
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in _IN_PLACE.split())
 _KEYWORDS = ("and_", "or_", "not_", "is_")  # functions of ``operator`` whose underscore avoids a Python keyword
 _RANDOM = re.compile("dropout|rand|bernoulli|multinomial|normal_|gumbel|poisson|exponential_|uniform_")
-_TRANSFORM = re.compile(
-    r"_(grad|vmap|jvp|func)_(increment|decrement)_nesting|_add_batch_dim|_make_dual|enter_dual_level"
-)
+_OPENS = re.compile(r"_(grad|vmap|jvp|func)_increment_nesting|enter_dual_level")
+_CLOSES = re.compile(r"_(grad|vmap|jvp|func)_decrement_nesting|exit_dual_level")
 _MODE_SWITCHES = (
     "_set_grad_enabled",
     "_enter_autocast",
@@ -116,9 +141,14 @@ def is_pure(node: Node) -> bool:
     return not (maybe_mutated_args(node) or may_use_rng(node) or switches_mode(node))
 
 
-def is_transform(target: Any) -> bool:
-    """Tell whether a node's target belongs to a torch.func transform or to forward-mode AD."""
-    return _TRANSFORM.search(getattr(target, "__name__", "")) is not None
+def opens_transform(target: Any) -> bool:
+    """Tell whether a torch.func transform, or forward-mode AD, begins with a call of this function."""
+    return _OPENS.search(getattr(target, "__name__", "")) is not None
+
+
+def closes_transform(target: Any) -> bool:
+    """Tell whether a torch.func transform, or forward-mode AD, ends with a call of this function."""
+    return _CLOSES.search(getattr(target, "__name__", "")) is not None
 
 
 def may_alias(left: Any, right: Any) -> bool:

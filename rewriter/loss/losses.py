@@ -24,7 +24,14 @@ from fastft.reasons import Declined
 from fastft.rewriter.capture.normalize import arguments_of
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
-from fastft.rewriter.fx.effects import check_mutation, may_alias, mutated_args, switches_mode, transformed
+from fastft.rewriter.fx.effects import (
+    UNDER_TRANSFORM,
+    check_mutation,
+    may_alias,
+    mutated_args,
+    switches_mode,
+    transformed,
+)
 from fastft.rewriter.fx.metadata import FLOATING, module_path, name_of, place_of, same_kind, source_line
 from fastft.rewriter.loss.head import Head, Logits
 from fastft.rewriter.loss.logits import consume, follow
@@ -60,14 +67,13 @@ class Deferred:
 def lift(gm: GraphModule, context: Context) -> None:
     """Replace the losses of one graph, and take logits out of its outputs; near misses go into the report."""
     graph, report, deferred = gm.graph, context.report, context.deferred
-    if transformed(graph):
-        return
     vocabularies = {*_embeddings(graph), *_embeddings_of_the_model()}
     has_loss = any(name_of(node.target) in ("cross_entropy", "nll_loss", "kl_div") for node in graph.nodes)
-    heads = list(_heads(graph))
+    under_transforms = transformed(graph)
+    heads = [(root, logits) for root, logits in _heads(graph) if root not in under_transforms]
     for root, logits in heads:
         known = logits.head.classes in vocabularies
-        lifting = _Lifting(gm, root, logits, context)
+        lifting = _Lifting(gm, root, logits, context, under_transforms)
         lazy = deferred is not None and context.refusal(LAZY, module_path(root)) is None
         try:
             outputs = lifting.run(lazy=lazy, known=known)
@@ -184,7 +190,10 @@ def _group(node: Node) -> tuple[Node, Head] | None:
 class _Lifting:
     """One head, whose logits are followed to all of their uses."""
 
-    def __init__(self, gm: GraphModule, root: Node, logits: Logits, context: Context) -> None:
+    def __init__(
+        self, gm: GraphModule, root: Node, logits: Logits, context: Context, under_transforms: frozenset[Node]
+    ) -> None:  # fmt: skip
+        self.under_transforms = under_transforms
         self.gm, self.graph, self.root, self.context = gm, gm.graph, root, context
         self.states = {root: logits}
         self.losses: list[tuple[Node, str]] = []  # the user's calls
@@ -232,6 +241,8 @@ class _Lifting:
             args.reverse()  # a number may come first
         first, value = args[0] if args else None, value_of(node)
         others = [argument for argument in node.all_input_nodes if argument in self.states and argument is not first]
+        if node in self.under_transforms:
+            raise Declined(UNDER_TRANSFORM)
         if others or not isinstance(first, Node) or first not in self.states or not isinstance(value, Tensor):
             raise Declined(f"its logits are also used by {name} ({source_line(node)})", "logits.used")
         logits = self.states[first]

@@ -16,7 +16,7 @@ from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.reasons import Reason
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.effects import check_effects_between, transformed
+from fastft.rewriter.fx.effects import UNDER_TRANSFORM, check_effects_between, transformed
 from fastft.rewriter.fx.metadata import name_of, same_sizes, same_strides, source_line
 from fastft.rewriter.matching import matcher, pattern
 from fastft.rewriter.matching.matcher import Match
@@ -36,8 +36,8 @@ class Verifier:
         rule, values = match.rule, {name: value_of(node) for name, node in match.arguments.items()}
         if rule.replacement is None:
             return rule.decline_reason
-        if self._transformed:
-            return "the graph holds a torch.func transform or forward-mode differentiation"
+        if not self._transformed.isdisjoint((*match.calls.values(), placement(match))):
+            return UNDER_TRANSFORM
         try:
             return (
                 check_escapes(match)

@@ -25,7 +25,7 @@ from fastft.reasons import Declined
 from fastft.rewriter.capture.normalize import arguments_of
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.editing import annotate_like
-from fastft.rewriter.fx.effects import check_mutation, only_reads
+from fastft.rewriter.fx.effects import UNDER_TRANSFORM, check_mutation, only_reads, transformed
 from fastft.rewriter.fx.metadata import place_of, represents_exactly, same_kind
 from fastft.rewriter.report.data import Lifted, NearMiss
 
@@ -60,7 +60,7 @@ class FourBitLinear:
 def lift(gm: GraphModule, context: Context) -> None:
     """Replace every projection of a 4-bit weight in one graph; near misses go into the report."""
     unused: list[Node] = []
-    report = context.report
+    report, under_transforms = context.report, transformed(gm.graph)
     for node in list(gm.graph.nodes):
         if not any(_is_op(call, "gemm_4bit", "dequantize_4bit") for call in _calls(gm, node)):
             continue
@@ -68,6 +68,8 @@ def lift(gm: GraphModule, context: Context) -> None:
         try:
             if refusal := context.refusal(RULE, place[0], "lora_linear"):
                 raise Declined(refusal)
+            if node in under_transforms:
+                raise Declined(UNDER_TRANSFORM)
             root, projection = _projection_at(gm, node)
             _check(root, projection)
             _replace(gm, root, projection, unused)

@@ -19,7 +19,15 @@ from fastft.reasons import Declined
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.editing import annotate_like, between
-from fastft.rewriter.fx.effects import check_effects_between, check_mutation, may_alias, may_use_rng, maybe_mutated_args
+from fastft.rewriter.fx.effects import (
+    UNDER_TRANSFORM,
+    check_effects_between,
+    check_mutation,
+    may_alias,
+    may_use_rng,
+    maybe_mutated_args,
+    transformed,
+)
 from fastft.rewriter.fx.metadata import module_path, name_of, place_of
 from fastft.rewriter.projections.siblings import LISTS, RULE, Origin, Projection, find, miss
 from fastft.rewriter.report.data import GraphReport, Lifted
@@ -48,12 +56,15 @@ def group(gm: GraphModule, context: Context) -> None:
     A linear layer without an adapter is left alone unless a sibling has one.
     """
     became: dict[Node, Node] = {}
-    report = context.report
+    report, under_transforms = context.report, transformed(gm.graph)
     for siblings in itertools.chain.from_iterable(map(_of_one_dtype, find(gm.graph, report))):
         if not any(sibling.adapters for sibling in siblings) and (len(siblings) == 1 or not siblings[0].quant_type):
             continue
         if refusal := context.refusal(RULE, module_path(siblings[0].end), "lora_linear"):
             miss(report, siblings[0].end, refusal)
+            continue
+        if any(sibling.end in under_transforms for sibling in siblings):
+            miss(report, siblings[0].end, UNDER_TRANSFORM)
             continue
         for part in _try(gm, siblings, became, report):
             report.fused.append(Lifted(RULE, *place_of(part[0].end)))

@@ -21,6 +21,7 @@ from fastft.rewriter.attention.masks.reader import (
     size_of,
     steady,
 )
+from fastft.rewriter.attention.masks.runs import flags_of, lengths
 from fastft.rewriter.attention.masks.substitution import substitute
 from fastft.rewriter.attention.masks.terms import (
     And,
@@ -41,6 +42,7 @@ from fastft.rewriter.attention.masks.terms import (
     floor,
     non_negative,
     select,
+    some,
     variable,
     variables,
     whole,
@@ -75,7 +77,7 @@ class Parts:
         return ", ".join(sorted(self.kinds, key=order)) or "full"
 
 
-_KINDS = ("causal", "window", "chunks", "documents", "ids", "prefix", "range", "padding", "rows")
+_KINDS = ("causal", "window", "chunks", "documents", "ids", "runs", "prefix", "range", "padding", "rows")
 Bound = tuple[str, Sum]  # "start" or "end", and where
 
 
@@ -140,7 +142,7 @@ class _Solver:
         elif (ranges := self._ranges(part)) is not None and ("j" in names):
             self._bound(ranges, substitute(part, self._to_query()) is True)
             if isinstance(part, Or):
-                self._note("prefix")
+                self._note("runs" if any(map(self._run, part.parts)) else "prefix")
             elif not self._is_plain(ranges):
                 self._note(self._range_name(ranges))
         elif "q" not in names:
@@ -189,6 +191,9 @@ class _Solver:
     def _union(self, condition: Or) -> list[Bound] | None:
         """Return the bound for a union of ranges, from the smallest start or to the largest end; None for a mixture."""
         parts: list[list[Bound] | Condition] = []
+        runs = [run for part in condition.parts if (run := self._run(part)) is not None]
+        if len(runs) == 1:
+            return self._with_run(condition, runs[0])
         for part in condition.parts:
             bounds_ = self._ranges(part) if "j" in variables(part) else part
             if bounds_ is None:
@@ -196,7 +201,8 @@ class _Solver:
             parts.append(bounds_)
         kinds = {kind for part in parts if isinstance(part, list) for kind, _ in part}
         if len(kinds) != 1:
-            return None
+            several = [part for part in parts if isinstance(part, list)]
+            return _joined(several) if len(several) == len(parts) else None
         (kind,) = kinds
         inner, outer = ("minimum", "maximum") if kind == "end" else ("maximum", "minimum")
         all_of, none_of = (self.keys, whole(0)) if kind == "end" else (whole(0), self.keys)
@@ -205,6 +211,33 @@ class _Solver:
             for part in parts
         ]
         return [(kind, extreme(outer, terms))]
+
+    def _run(self, condition: Condition) -> tuple[Condition, Leaf] | None:
+        """Return a part of a union that says that query and key are of one run, and the query's id; or None."""
+        parts = condition.parts if isinstance(condition, And) else ()
+        pair = next(filter(None, map(self._equal_leaves, parts)), None)
+        if pair is None or len(parts) != 2 or non_negative(atom(pair[0])) not in parts:
+            return None
+        return (condition, pair[0]) if flags_of(pair[0].node) is not None else None
+
+    def _with_run(self, condition: Or, run: tuple[Condition, Leaf]) -> list[Bound] | None:
+        """Return the range of a union of the query's run with ranges that have the query itself; None otherwise."""
+        others = some(part for part in condition.parts if part is not run[0])
+        ranges = self._ranges(others) if "j" in variables(others) else None
+        if ranges is None or substitute(others, self._to_query()) is not True:
+            return None
+        ids, made = run[1], []
+        found = lengths(ids.node, made)
+        assert found is not None
+        self.reader.made += made
+        before, after = (extreme("maximum", [whole(0), atom(Leaf(node, ids.index))]) for node in found)
+        sides = {"start": ("maximum", self.parts.q - before), "end": ("minimum", self.parts.q + after + 1)}
+        result = []
+        for side, (inner, own) in sides.items():
+            terms = [term for kind, term in ranges if kind == side]
+            outer = "minimum" if side == "start" else "maximum"
+            result += [(side, extreme(outer, [extreme(inner, terms), own]))] if terms else []
+        return result
 
     def _bound(self, ranges: list[Bound], beyond: bool) -> None:
         """Add bounds.  beyond: they hold where j is q, so that the ends are beyond it."""
@@ -267,6 +300,25 @@ class _Solver:
         if parts.window:
             parts.kinds[f"window {parts.window}"] = None
         return parts
+
+
+def _joined(several: list[list[Bound]]) -> list[Bound] | None:
+    """Return the range that two-sided ranges make together; None unless all have keys, and overlap or touch the first.
+
+    An empty one would add the keys between itself and the others.
+    """
+    ranges = []
+    for bounds_ in several:
+        starts, ends = ([term for kind, term in bounds_ if kind == side] for side in ("start", "end"))
+        if not starts or not ends:
+            return None
+        ranges.append((extreme("maximum", starts), extreme("minimum", ends)))
+    first_start, first_end = ranges[0]
+    for start, end in ranges:
+        if any(non_negative(gap) is not True for gap in (end - start - 1, end - first_start, first_end - start)):
+            return None
+    starts, ends = zip(*ranges, strict=True)
+    return [("start", extreme("minimum", starts)), ("end", extreme("maximum", ends))]
 
 
 def never_decreases(node: Node, reader: Reader) -> bool:

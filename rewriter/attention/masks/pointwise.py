@@ -33,6 +33,7 @@ from fastft.rewriter.attention.masks.reader import (
     scalar,
     size_of,
 )
+from fastft.rewriter.attention.masks.runs import flags_of
 from fastft.rewriter.attention.masks.terms import (
     Condition,
     Sum,
@@ -298,6 +299,8 @@ def _logical(reader: Reader, node: Node, index: Index, *operands: Any) -> Value:
 def _where(reader: Reader, node: Node, index: Index, condition: Any, then: Any, otherwise: Any) -> Value:
     if node.op == "call_method":  # x.where(condition, other)
         condition, then = then, condition
+    if flags_of(node) is not None:  # what it is made of says less than that these are runs
+        return reader.data(node, index)
     return _chosen(reader, node, index, condition, then, otherwise)
 
 

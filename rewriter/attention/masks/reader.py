@@ -137,11 +137,15 @@ def size_of(length: Any) -> Sum:
 
 
 class Reader:
-    """Reads nodes of one graph; ``visited``: the nodes it read, ``strange``: the calls it did not know."""
+    """Reads nodes of one graph.
+
+    visited: the nodes it read; strange: the calls it did not know; made: nodes that were added to the graph.
+    """
 
     def __init__(self) -> None:
         self.visited: dict[Node, None] = {}
         self.strange: dict[Node, str] = {}
+        self.made: list[Node] = []
         self._known: dict[tuple[Node, Index], Value] = {}
 
     def value(self, node: Node, index: Sequence[Sum]) -> Value:

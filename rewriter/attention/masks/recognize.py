@@ -81,6 +81,15 @@ def _recognize(mask: Node, rows: Any, columns: Any) -> Mask:
     axes = [variable(name, size_of(length)) for name, length in zip(names, tensor.shape, strict=True)]
     queries, keys = _length(tensor.shape[-2], rows), _length(tensor.shape[-1], columns)
     reader = Reader()
+    try:
+        return _read(mask, tensor, axes, queries, keys, reader)
+    except Exception:
+        for node in reversed(reader.made):
+            mask.graph.erase_node(node)
+        raise
+
+
+def _read(mask: Node, tensor: Tensor, axes: list[Sum], queries: Sum, keys: Sum, reader: Reader) -> Mask:
     condition, masked = _condition(reader, mask, reader.value(mask, axes), tensor.dtype)
     parts = take_apart(condition, queries, keys, axes[-2], axes[-1], reader)
     if reason := _disturbed(reader, mask, condition):

@@ -236,6 +236,7 @@ CASES = (
     Case("checkpointed", stack(*FIVE, walk=checkpointed), [5]),
     Case("checkpointed_literals", stack(*map(with_literal, (0.5, 0.25) * 3), walk=checkpointed), [3, 3]),
     Case("autograd_function", stack(*["with_function"] * 5), [5]),
+    Case("func", stack(*["with_func"] * 5), [5]),
     Case("no_grad_inside", stack(*[without_gradient] * 5), [5]),
     Case("autocast_inside", stack(*[in_bfloat16] * 5), [5], "single"),
     Case("views", stack(*["residual", lambda layer, x: x.view(2, 8).view(4, 4)] * 3), [3, 3]),
@@ -268,7 +269,11 @@ DECLINED = (
         "long",
         dynamic=True,
     ),
-    Case("func", stack(*["with_func"] * 5), "torch.func"),
+    Case(
+        "vmap",
+        stack(*FIVE, walk=lambda layers, x: torch.vmap(partial(chain, layers))(x)),
+        "torch.func transform begins",
+    ),
     Case("one_layer", stack("residual"), "nothing in it repeats"),
     Case("all_differ", stack("residual", "gate", "with_dropout", with_literal(1)), "nothing in it repeats"),
 )

@@ -1,16 +1,14 @@
 """Attention masks read out of graphs: what is recognised says exactly what the mask did, the rest is declined."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_programs import Draw, compute, conditions, conjunctions, draws
-from mask_reading import Reading, Seen
+from mask_reading import only, sdpa, seen
 from torch import Tensor
-from torch.fx import GraphModule
 from transformers import masking_utils as hf
 
 LOWEST = torch.finfo(torch.float32).min
@@ -19,36 +17,6 @@ HOLES = torch.tensor([[0, 1, 0, 1, 1, 1, 0, 1], [1, 0, 1, 1, 1, 0, 0, 0]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [3, 4, 5, 6, 7, 8, 0, 1]])
 IDS = torch.tensor([[3, 3, 1, 1, 1, 7, 7, 3], [0, 0, 0, 0, 5, 5, 5, 5]])
 IDENTITIES = ("query_ids", "key_ids")
-
-
-def seen(function: Callable, *values: Any, dynamic: bool = False, **sizes: int) -> list[Seen]:
-    """Each mask that a function returns; those that are recognised say exactly what they did."""
-    ways: list[Reading] = []
-
-    def backend(gm: GraphModule, _: object) -> Callable:
-        ways.append(Reading(gm, sizes))
-        return ways[-1].run
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend, dynamic=dynamic)(*values)
-    assert len(ways) == 1, "the graph broke"
-    return ways[0].seen()
-
-
-def only(function: Callable, *values: Any, **options: Any) -> Seen:
-    (one,) = seen(function, *values, **options)
-    return one
-
-
-def sdpa(rule: Callable, padded: bool = False, **more: Any) -> Callable:
-    """transformers' mask of what a rule makes of the input; the input is padding too if it is padded."""
-
-    def mask(given: Tensor) -> Tensor:
-        sizes = {"batch_size": given.shape[0], "q_length": given.shape[1], "kv_length": given.shape[1], **more}
-        padding = given.bool() if padded else None
-        return hf.sdpa_mask(mask_function=rule(given), attention_mask=padding, allow_is_causal_skip=False, **sizes)
-
-    return mask
 
 
 def additive(function: Callable, dtype: torch.dtype = torch.float32, lowest: float | None = None) -> Callable:
