@@ -17,7 +17,14 @@ from fastft.compat import operators
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.rewriter.attention import simplify
-from fastft.rewriter.capture import broadcast_vmap, constant_scalars, inline_checkpoints
+from fastft.rewriter.capture import (
+    broadcast_vmap,
+    constant_scalars,
+    early_writes,
+    functional_writes,
+    hoist_indexed,
+    inline_checkpoints,
+)
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.bodies import bodies, body_of, calls_of
@@ -53,6 +60,9 @@ PASSES = (
     Pass("constant_scalars", lambda gm, context: constant_scalars.inline_constant_scalars(gm)),
     Pass("broadcast_vmap", lambda gm, context: broadcast_vmap.broadcast(gm)),
     Pass("inline_checkpoints", inline_checkpoints.inline, required=True),
+    Pass("early_writes", lambda gm, context: early_writes.move(gm)),
+    Pass("functional_writes", lambda gm, context: functional_writes.functionalize(gm), nested=True),
+    Pass("hoist_indexed", lambda gm, context: hoist_indexed.hoist(gm)),
     Pass("bnb4bit", bnb4bit.lift, nested=True),
     Pass("lift", apply.lift, nested=True),
     Pass("merge", merge.group, nested=True),

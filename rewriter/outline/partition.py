@@ -170,11 +170,17 @@ def _check_values(piece: Piece) -> None:
 
 
 def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node, Piece]) -> None:
-    """Check that a storage is mutated only by the piece that made it, before another reads it.  Raises Declined."""
+    """Check that a storage is mutated only by the piece that made it, before another reads it.  Raises Declined.
+
+    Of the graph's inputs, what comes before the layers may write to those that it is the first to read.
+    """
     made: dict[int, Any] = {}  # by storage: the piece in which it first occurs, None for the graph's inputs
     for node in gm.graph.nodes:
         for tensor in fake_tensors.tensors_in(value_of(node)):
             made.setdefault(fake_tensors.storage_key(tensor), owner.get(node))
+    if not pieces[0].layer:
+        read = [tensor for node in pieces[0].inputs for tensor in fake_tensors.tensors_in(value_of(node))]
+        made |= {key: pieces[0] for key in map(fake_tensors.storage_key, read) if made[key] is None}
     counted = {
         fake_tensors.storage_key(tensor) for node in gm.graph.nodes for tensor in _written_values(gm, node, made, owner)
     }
