@@ -11,6 +11,7 @@ from fastft.rewriter.options import Options, OptionsError
 if TYPE_CHECKING:
     from fastft.quantize import Quantized, quantize_
     from fastft.rewriter.bisect import Culprit, bisect
+    from fastft.rewriter.check import Check, check
     from fastft.rewriter.explain import explain
     from fastft.rewriter.memory.planner import BudgetError
     from fastft.rewriter.report.history import compilations
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
 
 __version__ = _version("fastft")
 __all__ = [
-    "BudgetError", "Culprit", "Options", "OptionsError", "Quantized", "Report", "__version__", "bisect", "compilations",
-    "explain", "quantize_", "set_memory_budget",
+    "BudgetError", "Check", "Culprit", "Options", "OptionsError", "Quantized", "Report", "__version__", "bisect",
+    "check", "compilations", "explain", "quantize_", "set_memory_budget",
 ]  # fmt: skip
 
 _LATER = {
     "BudgetError": "fastft.rewriter.memory.planner",
+    "Check": "fastft.rewriter.check",
     "Culprit": "fastft.rewriter.bisect",
     "bisect": "fastft.rewriter.bisect",
+    "check": "fastft.rewriter.check",
     "compilations": "fastft.rewriter.report.history",
     "explain": "fastft.rewriter.explain",
     "Quantized": "fastft.quantize",

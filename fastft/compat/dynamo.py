@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -43,23 +44,30 @@ def inherit_capture_metadata(part: GraphModule, whole: GraphModule) -> GraphModu
     return part
 
 
-def compile_once(function: Callable, backend: Callable) -> Callable:
-    """Compile for a call or two, leaving no compiled code behind and counting no recompilation.
+@contextmanager
+def compiled_meanwhile(function: Callable, backend: Callable) -> Iterator[Callable]:
+    """Compile a function for a while, leaving no compiled code behind and counting no recompilation.
 
     Code that was compiled before keeps one more entry: removing it would remove the others too.
     """
     compiled = torch.compile(function, backend=backend)
     known = _compiled_code()
+    unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
+    try:
+        with torch._dynamo.config.patch(unlimited):
+            yield compiled
+    finally:
+        for code in _compiled_code() - known:
+            torch._dynamo.reset_code(code)
+            _forget(code)
+
+
+def compile_once(function: Callable, backend: Callable) -> Callable:
+    """Compile a function whose code and recompilations are forgotten after each call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        unlimited = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
-        try:
-            with torch._dynamo.config.patch(unlimited):
-                return compiled(*args, **kwargs)
-        finally:
-            for code in _compiled_code() - known:
-                torch._dynamo.reset_code(code)
-                _forget(code)
+        with compiled_meanwhile(function, backend) as compiled:
+            return compiled(*args, **kwargs)
 
     return call
 

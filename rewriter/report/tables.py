@@ -38,7 +38,7 @@ def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[s
     """Return title, columns and rows of all tables that have any."""
     graphs = report.graphs
     found: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [
-        (BREAKS, ("at", "reason"), [(_short(at), with_advice(why)) for why, at in report.breaks]),
+        (BREAKS, ("at", "reason"), breaks(report)),
         ("Compiled", ("graph", "of", "seconds", "changing sizes", "cache"), _compiled(graphs)),
         ("Compiled again", ("reason", "times"), _counted(graph.reason for graph in graphs)),
         ("Regions, each compiled once", *_regions(graphs)),
@@ -62,16 +62,16 @@ def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[s
 def as_rich(report: ReportData) -> RenderableType:
     """Render the whole report for a terminal."""
     stopped = [Text(f"The model then failed with {report.stopped_by}", style="bold")] if report.stopped_by else []
-    return Group(summary(report), *(_table(*table) for table in tables(report)), *stopped, left_to_inductor(report))
+    return Group(summary(report), *(as_table(*table) for table in tables(report)), *stopped, left_to_inductor(report))
 
 
 def summary(report: ReportData) -> Text:
     """Count graphs, nodes and matches in one line."""
     before, after = (sum(getattr(graph, name) for graph in report.graphs) for name in ("nodes_before", "nodes_after"))
     seconds = sum(graph.seconds for graph in report.graphs)
-    breaks = f", {_count(len(report.breaks), 'break')}"
-    counts = _count(len(report.graphs), "graph") + (f" compiled in {seconds:.1f} s" if seconds else breaks)
-    lifted = f"{len(report.lifted)} lifted, {_count(len(report.near_misses), 'near miss', 'near misses')}"
+    broken = f", {count(len(report.breaks), 'break')}"
+    counts = count(len(report.graphs), "graph") + (f" compiled in {seconds:.1f} s" if seconds else broken)
+    lifted = f"{len(report.lifted)} lifted, {count(len(report.near_misses), 'near miss', 'near misses')}"
     return Text(f"{counts}; {before} nodes, {after} after rewriting; {lifted}\n", style="bold")
 
 
@@ -85,9 +85,14 @@ def left_to_inductor(report: ReportData) -> Text:
     return Text(f"Left to Inductor: {shown}" + (f", and {len(rest) - 12} more kinds" if len(rest) > 12 else ""))
 
 
+def breaks(report: ReportData) -> list[Sequence[str]]:
+    """List where graphs were broken, and why."""
+    return [(short(at), with_advice(why)) for why, at in report.breaks]
+
+
 def _compiled(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
     return [
-        (str(number), _short(graph.place), f"{graph.seconds:.1f}", ", ".join(graph.dynamic), _cache(graph.cache))
+        (str(number), short(graph.place), f"{graph.seconds:.1f}", ", ".join(graph.dynamic), _cache(graph.cache))
         for number, graph in enumerate(graphs)
         if graph.seconds
     ]
@@ -161,7 +166,7 @@ def _inlined(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
 
 
 def _counted(reasons: Iterable[str]) -> list[Sequence[str]]:
-    return [(_short(with_advice(reason)), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
+    return [(short(with_advice(reason)), str(times)) for reason, times in Counter(filter(None, reasons)).items()]
 
 
 def _failures(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
@@ -170,7 +175,7 @@ def _failures(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
 
 def _deferred(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
     return [
-        (module, "\n".join(f"{times} times at {_short(at)}" for at, times in graph.reads.items()) or "never")
+        (module, "\n".join(f"{times} times at {short(at)}" for at, times in graph.reads.items()) or "never")
         for graph in graphs
         for module in graph.deferred
     ]
@@ -184,12 +189,12 @@ def _by_rule(lifted: Iterable[Lifted]) -> list[Sequence[str]]:
 
 
 def _masks(masks: Iterable[Lifted]) -> list[Sequence[str]]:
-    return [(_short(with_advice(mask)), times, modules) for mask, times, modules in _by_rule(masks)]
+    return [(short(with_advice(mask)), times, modules) for mask, times, modules in _by_rule(masks)]
 
 
 def _by_reason(misses: Iterable[NearMiss]) -> list[Sequence[str]]:
     kinds = Counter(
-        (_layerless(miss.module), _short(miss.source), f"{miss.rule}: {_short(with_advice(miss.reason))}")
+        (_layerless(miss.module), short(miss.source), f"{miss.rule}: {short(with_advice(miss.reason))}")
         for miss in misses
     )
     return [(module, str(times), at, reason) for (module, at, reason), times in kinds.items()]
@@ -204,16 +209,18 @@ def _layerless(module: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", module) or "(the model itself)"
 
 
-def _short(text: str) -> str:
-    """Paths cut down to their last two parts."""
+def short(text: str) -> str:
+    """Cut paths down to their last two parts."""
     return re.sub(r"(?:[A-Za-z]:)?[\w.~\-+ ]*[/\\](?:[^/\\\s:]+[/\\])*([^/\\\s:]+[/\\][^/\\\s:]+:\d+)", r"\1", text)
 
 
-def _count(number: int, singular: str, plural: str = "") -> str:
+def count(number: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun: ``1 graph``, ``2 graphs``."""
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def as_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Render one table for a terminal."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
     for column in columns:
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")

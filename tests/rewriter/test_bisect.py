@@ -1,7 +1,6 @@
 """fastft.bisect finds a rule that was made wrong on purpose, and the first place where that shows."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,11 @@ from peft import get_peft_model
 from small_stack import LAYERS, Stack, X
 from torch import Tensor, nn
 from training.setting import adapter, base, batch
+from wrong_rules import wrong
 
 import fastft
-from fastft import patterns
 from fastft.cli import main
 from fastft.rewriter.bisect import NOT_A_RULE, _first
-
-
-@contextmanager
-def wrong(name: str, change: Callable[[Tensor], Tensor] = lambda tensor: 1.05 * tensor) -> Iterator[None]:
-    """Make a rule's replacement compute something else."""
-    rights = {rule: rule.replacement for rule in patterns.RULES if rule.name == name}
-    assert rights
-    for rule, right in rights.items():
-
-        def replacement(*args: Any, right: Any = right, **named: Any) -> Any:
-            results = right(*args, **named)
-            return tuple(map(change, results)) if isinstance(results, tuple) else change(results)
-
-        object.__setattr__(rule, "replacement", replacement)
-    try:
-        yield
-    finally:
-        for rule, right in rights.items():
-            object.__setattr__(rule, "replacement", right)
 
 
 @pytest.fixture(autouse=True)
