@@ -1,10 +1,12 @@
-"""Which loops, trainers, optimizers and engines train with fastft as without it?  Makes docs/compatibility.md.
+"""Which models, loops, trainers, optimizers and engines train with fastft as without it?  Makes docs/compatibility.md.
 
     python benchmarks/compatibility.py --json rows.json
     python benchmarks/compatibility.py --device cuda --json rows-cuda.json
+    python benchmarks/compatibility.py --groups models --json models.json
     python benchmarks/compatibility.py --show rows.json rows-cuda.json --markdown docs/compatibility.md
 
-The scenarios are those of tests/training, which must be there with the packages that they name.  What is compared: the
+The scenarios are those of tests/training, which must be there with the packages that they name; compatibility_models.py
+tells of models.  What is compared: the
 losses and gradient norms of all steps, relative to their size; allowed is three times what runs without fastft differ
 by if their weights are a rounding apart, and the step nearest to it is told.  The rewritten graphs run without
 Inductor, in float32 unless a scenario says otherwise.
@@ -17,6 +19,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -25,11 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import checkout
+import compatibility_models as models
 import report
 
 Row = dict[str, Any]
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-GROUPS = {"loops": "Loops", "trainers": "Trainers", "optimizers": "Optimizers", "devices": "Many devices"}
+GROUPS = {
+    "models": "Models", "loops": "Loops", "trainers": "Trainers", "optimizers": "Optimizers", "devices": "Many devices",
+}  # fmt: skip
 NOT_WORKING = (
     ("`torch_compile_backend=\"fastft\"`, `accelerate launch --dynamo_backend fastft`",
      "accelerate knows a closed list of backends and refuses other names; use `model.compile(backend=\"fastft\")`"),
@@ -56,6 +62,7 @@ all graphs that the scenario compiled.  A row that a device lacks was not run th
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--groups", choices=GROUPS, nargs="+", default=list(GROUPS), help="(default: all)")
     parser.add_argument("--only", help="scenarios whose name has this in it")
     parser.add_argument("--commit", default=checkout.commit())
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -72,7 +79,8 @@ def main() -> None:
         rows = run(options)
     show(rows)
     if options.markdown:
-        options.markdown.write_text(page(rows))
+        before = options.markdown.read_text() if options.markdown.exists() else ""
+        options.markdown.write_text(page(rows, before))
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -82,7 +90,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     from measure import machine
 
     rows: list[Row] = []
-    for group in GROUPS:
+    for group in options.groups:
         for row in rows_of(group, options):
             rows.append(row | {"commit": options.commit, **machine(options.device)})
             told = row["error"] or f"{row['difference']:.1e} of {row['allowed']:.1e}"
@@ -102,6 +110,9 @@ def rows_of(group: str, options: argparse.Namespace) -> Any:
     """The rows of a group, one after the other."""
     from importlib import import_module
 
+    if group == "models":
+        yield from models.rows(options.only, options.device)
+        return
     if group == "devices":
         if options.device == "cpu" and not options.only:
             yield from devices()
@@ -168,27 +179,41 @@ def show(rows: list[Row]) -> None:
     print("wrong or not run:", ", ".join(wrong) if wrong else "none")
 
 
-def page(rows: list[Row]) -> str:
-    when = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    text = [INTRODUCTION.format(when=when)]
-    for device in dict.fromkeys(row["device"] for row in rows):
-        row = next(row for row in rows if row["device"] == device)
-        listed = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
-        text.append(f"**{device}**: commit {row['commit']}; {listed}.\n\n")
+def page(rows: list[Row], before: str = "") -> str:
+    """The page; groups without rows are as in the page before."""
+    text = [beginning([row for row in rows if row["group"] != "models"]) or before.partition("## ")[0]]
     for group, title in GROUPS.items():
         mine = [row for row in rows if row["group"] == group]
-        text.append(f"## {title}\n\n| what | device | difference | allowed | ops |\n|---|---|---|---|---|\n")
-        for row in mine:
-            cells = (
-                f"**{row['error']}** | | "
-                if row["error"]
-                else f"{row['difference']:.1e} | {row['allowed']:.1e} | {ops_of(row)}"
-            )
-            text.append(f"| {row['title']} | {row['device']} | {cells} |\n")
-        text.append("\n")
+        if mine:
+            text.append(models.section(mine) if group == "models" else section(title, mine))
+        elif found := re.search(rf"^## {title}\n.*?(?=^## |\Z)", before, re.MULTILINE | re.DOTALL):
+            text.append(found.group())
     text.append("## What does not work, and why\n\n| what | why |\n|---|---|\n")
     text += [f"| {what} | {why} |\n" for what, why in NOT_WORKING]
     return "".join(text)
+
+
+def beginning(rows: list[Row]) -> str:
+    """What the page says before its tables; "" without rows."""
+    devices = {row["device"]: row for row in reversed(rows)}
+    text = [INTRODUCTION.format(when=datetime.now(timezone.utc).strftime("%Y-%m-%d"))] if rows else []
+    for device, row in reversed(devices.items()):
+        listed = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
+        text.append(f"**{device}**: commit {row['commit']}; {listed}.\n\n")
+    return "".join(text)
+
+
+def section(title: str, rows: list[Row]) -> str:
+    """The table of a group."""
+    text = [f"## {title}\n\n| what | device | difference | allowed | ops |\n|---|---|---|---|---|\n"]
+    for row in rows:
+        cells = (
+            f"**{row['error']}** | | "
+            if row["error"]
+            else f"{row['difference']:.1e} | {row['allowed']:.1e} | {ops_of(row)}"
+        )
+        text.append(f"| {row['title']} | {row['device']} | {cells} |\n")
+    return "".join([*text, "\n"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command ``fastft``: finetune, explain, bisect, env.  Heavy packages are imported once a command needs them."""
+"""The command ``fastft``: finetune, explain, check, bisect, env.  Heavy packages are imported when one needs them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastft.errors import UserError
 from fastft.rewriter.options import nearest
@@ -70,6 +70,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _add_finetune(commands)
     _add_explain(commands)
+    _add_check(commands)
     _add_bisect(commands)
     _add(commands, "env", show_env, "show versions, the device and the usable kernels")
     return top
@@ -162,6 +163,25 @@ def rows_and_tokens(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    from fastft.variants import ADAPTERS, QUANTIZATIONS
+
+    it = _add(
+        commands,
+        "check",
+        check,
+        "compare a model with eager",
+        "Compare a model's loss and all its gradients with eager, and show what became of it.",
+    )
+    _add_small(it, layers=6)
+    it.add_argument("--adapter", choices=ADAPTERS, default="lora", help="(default: %(default)s)")
+    it.add_argument(
+        "--quantization", choices=QUANTIZATIONS, default="none", help="of the base model (default: %(default)s)"
+    )
+    it.add_argument("--image", action="store_true", help="each row has a picture")
+    it.add_argument("--seq-len", type=at_least_two, default=32, help="tokens a row (default: %(default)s)")
+
+
 def _add_bisect(commands: argparse._SubParsersAction) -> None:
     it = _add(
         commands,
@@ -170,13 +190,18 @@ def _add_bisect(commands: argparse._SubParsersAction) -> None:
         "find what makes a model differ from eager",
         "Find the rule, and its application, that makes a model's loss or gradients differ from eager.",
     )
+    _add_small(it, layers=2)
+
+
+def _add_small(it: argparse.ArgumentParser, layers: int) -> None:
+    """Add the options of what is built small and compared with eager."""
     it.add_argument(
         "model",
         metavar="MODEL",
         help="hub id, folder or preset, with random weights; or SCRIPT.py, whose make() returns a model and a batch",
     )
     it.add_argument(
-        "--layers", type=positive(int), default=2, help="of a MODEL, so many are built (default: %(default)s)"
+        "--layers", type=positive(int), default=layers, help="of a MODEL, so many are built (default: %(default)s)"
     )
     it.add_argument("--rank", type=positive(int), default=8, help="rank of a MODEL's adapters (default: %(default)s)")
     it.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
@@ -218,23 +243,52 @@ def explain(options: argparse.Namespace) -> int:
     return show_cards(Console(), model, batch, card, options.devices, shard=options.shard)
 
 
+def check(options: argparse.Namespace) -> int:
+    """Run ``fastft check``; exit code 1 where something differs."""
+    from rich.console import Console
+
+    from fastft import check as compare
+    from fastft.finetune import quieten
+
+    quieten()
+    length = options.seq_len
+    model, args, batch, then = _built(
+        options, adapter=options.adapter, quantization=options.quantization, image=options.image,
+        lengths=(length, length + length // 2),
+    )  # fmt: skip
+    found = compare(model, *args, then=then, options={"lower": options.lower}, tolerance=options.tolerance, **batch)
+    Console().print(found)
+    return 0 if found.right else 1
+
+
 def bisect(options: argparse.Namespace) -> int:
     """Run ``fastft bisect``; exit code 1 where something differs."""
     from fastft import bisect as find_culprit
     from fastft.finetune import quieten
-    from fastft.models import made_by, small
 
     quieten()
-    if options.model.endswith(".py"):
-        model, batch = made_by(options.model)
-    else:
-        model, batch = small(options.model, layers=options.layers, rank=options.rank, device=options.device)
-    arguments, named = (batch, {}) if isinstance(batch, tuple) else ((), batch)
+    model, args, batch, _ = _built(options)
     culprit = find_culprit(
-        model, *arguments, options={"lower": options.lower}, tolerance=options.tolerance, say=print, **named
+        model, *args, options={"lower": options.lower}, tolerance=options.tolerance, say=print, **batch
     )
     print(culprit or "The loss and all gradients are as in eager.")
     return 1 if culprit else 0
+
+
+def _built(options: argparse.Namespace, **more: Any) -> tuple[Any, tuple, dict[str, Any], list[Any]]:
+    """Return the model that was asked for, its batch as arguments with and without names, and further batches."""
+    from fastft.env import require_compiler
+    from fastft.finetune import found_device
+    from fastft.models import made_by
+    from fastft.small import small
+
+    device = found_device(options.device)
+    require_compiler(device, options.lower)
+    if options.model.endswith(".py"):
+        model, batch = made_by(options.model)
+        return (model, batch, {}, []) if isinstance(batch, tuple) else (model, (), batch, [])
+    model, (batch, *then) = small(options.model, layers=options.layers, rank=options.rank, device=device, **more)
+    return model, (), batch, then
 
 
 def show_env(options: argparse.Namespace) -> int:

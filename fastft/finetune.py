@@ -84,9 +84,7 @@ def resolve(settings: Settings) -> tuple[Settings, models.Source]:
 
     source = models.find(settings.model)
     models.load_config(source)
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise UserError(f"PyTorch finds no device {device} on this machine; see `fastft env`, or pass --device cpu.")
+    device = found_device(settings.device)
     bf16 = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
     dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if bf16 else "float32"
     if dtype == "bfloat16" and device.startswith("cuda") and not bf16:
@@ -105,6 +103,17 @@ def require_packages(settings: Settings) -> None:
     for package, what in needed.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{what} needs {package}, which is not installed; run `pip install {package}`.")
+
+
+def found_device(device: str) -> str:
+    """Return the device that is meant; raise UserError if this machine has none of that name."""
+    import torch
+
+    check_device(device)
+    found = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if found.startswith("cuda") and int(found[5:] or 0) >= torch.cuda.device_count():
+        raise UserError(f"PyTorch finds no device {found} on this machine; see `fastft env`, or pass --device cpu.")
+    return found
 
 
 def check_device(device: str) -> None:

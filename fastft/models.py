@@ -86,12 +86,19 @@ def explained(source: Source) -> Iterator[None]:
 
 def load_config(source: Source) -> Any:
     """Load the model's configuration; raise UserError unless it is that of a causal language model."""
+    model_config = load_any_config(source)
+    if source.preset:
+        return model_config
+    _check_causal(source, model_config)
+    return without_dropout(model_config)
+
+
+def load_any_config(source: Source) -> Any:
+    """Load the configuration of a model of any kind, as it is."""
     if source.preset:
         return config(source.location)
     with explained(source):
-        model_config = copy.deepcopy(_read_config_once(source)) if source.gguf_file else _read_config(source)
-    _check_causal(source, model_config)
-    return without_dropout(model_config)
+        return copy.deepcopy(_read_config_once(source)) if source.gguf_file else _read_config(source)
 
 
 def _read_config(source: Source) -> Any:
@@ -211,24 +218,6 @@ def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int, nf4: bool = 
         model = _random(source, model_config, rank, prepare=four_bit_on_meta if nf4 else None)
         ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
     return model, _batch(ids)
-
-
-def small(name: str, *, layers: int, rank: int, device: str) -> tuple[Any, dict[str, Any]]:
-    """Build a model with random weights and few layers, with adapters, and a batch of 2 rows of 32 tokens for it."""
-    import torch
-
-    source = find(name)
-    model_config = load_config(source)
-    model_config.num_hidden_layers = layers
-    if getattr(model_config, "layer_types", None):
-        model_config.layer_types = model_config.layer_types[:layers]
-    torch.manual_seed(0)
-    model = _random(source, model_config, rank).to(device)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_B" in parameter_name:  # zeros at first, behind which nothing of the adapters would be seen
-                torch.nn.init.normal_(parameter, std=0.02)
-    return model, _batch(torch.randint(model.config.vocab_size, (2, 32), device=device))
 
 
 def _random(source: Source, model_config: Any, rank: int, prepare: Any = None) -> Any:

@@ -140,6 +140,25 @@ def _four_bit(
     return new.train(layer.training)
 
 
+def eight_bit_(model: Any) -> None:
+    """Replace the linear layers but the head by bitsandbytes' Linear8bitLt, as ``load_in_8bit`` does."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    heads = _heads(model)
+    for name in _linears(model):
+        layer = model.get_submodule(name)
+        if id(layer) in heads:
+            continue
+        new = Linear8bitLt(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, has_fp16_weights=False, threshold=6.0,
+            device="meta",
+        )  # fmt: skip
+        weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        new.weight, new.bias = weight.to(layer.weight.device), layer.bias  # this quantises
+        _put(model, name, new.train(layer.training))
+    model.is_loaded_in_8bit = True
+
+
 def four_bit_on_meta(model: Any) -> None:
     """Replace the linear layers but the head of a model on the meta device, as QLoRA holds them; the rest: bfloat16."""
     from bitsandbytes.functional import QuantState

@@ -20,7 +20,7 @@ from fastft.rewriter.report.advice import with_advice
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.graph_breaks import record_breaks
 from fastft.rewriter.report.report import Report
-from fastft.rewriter.trial import LOSS, TOLERANCES, Difference, Trial, compiled, farthest
+from fastft.rewriter.trial import LOSS, TOLERANCES, WHOLE, Difference, Trial, compiled, farthest
 
 log = logging.getLogger("fastft")
 Batch = Mapping[str, Any] | Sequence[Any]  # a model's named arguments, or those without names
@@ -125,8 +125,7 @@ class Check:
             (tables.BREAKS, ("at", "reason"), tables.breaks(self.report)),
             (tables.FAILURES, ("cause",), [(failure,) for failure in self.failures]),
             ("Graphs", ("graph", "of", "layers that share a region"), [
-                (str(number), tables.short(graph.place), by_layer.regions_of(graph))
-                for number, graph in enumerate(graphs)
+                (str(number), _place(graph), by_layer.regions_of(graph)) for number, graph in enumerate(graphs)
             ]),
             ("Lifted", ("layers", "ops"), [list(row) for row in self.layers]),
             ("Masks of attention", ("mask", "times"), [
@@ -137,6 +136,11 @@ class Check:
             ]),
         ]  # fmt: skip
         return [table for table in found if table[2]]
+
+
+def _place(graph: GraphReport) -> str:
+    """Name the code that a graph is of, but for the function around the model."""
+    return "the model" if graph.place.startswith(WHOLE) else tables.short(graph.place)
 
 
 def check(

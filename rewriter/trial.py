@@ -19,8 +19,8 @@ from fastft.rewriter.options import Options
 
 # Of a result's own norm: what sums in another order may change it by, in training of a few layers.
 TOLERANCES = {torch.float16: 0.02, torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-6}
-LOSS = "the loss"
-ROUNDINGS = 8  # of the largest gradient: what another gradient may differ by that is made of rounding alone
+LOSS, WHOLE = "the loss", "whole_model"
+ROUNDINGS = 8  # that what is made of rounding may differ by: of the weights, but no more than of the largest gradient
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Trial:
         self.truth = self.run(model)
         self.dtype = self._narrowest()
         self.allowed = tolerance or tolerances[self.dtype]
-        with nudged(self.parameters.values()):
-            self.scales = self._scales(self.run(model))
+        self.scales = self._scales([self._nudged(seed) for seed in (1, 2)])
 
     def run(self, call: Callable) -> dict[str, Tensor]:
         """Return the loss and all gradients by name of the model, or of what stands for it."""
@@ -83,7 +82,9 @@ class Trial:
         with unchanged(self.model), torch.enable_grad():
             torch.manual_seed(0)
             loss = self.loss(call(*self.args, **self.batch))
-            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if leaves else ()
+            if not loss.requires_grad:
+                raise ValueError("nothing that the loss depends on is trained, so there are no gradients to compare.")
+            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         found = {LOSS: loss.detach()}
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
@@ -103,12 +104,19 @@ class Trial:
         """Return the result that is farthest from eager's, None if all are within what is allowed."""
         return farthest([one for one in self.differences(results) if not one.within])
 
-    def _scales(self, beside: Mapping[str, Tensor]) -> dict[str, float]:
+    def _nudged(self, seed: int) -> dict[str, float]:
+        """Return how far each result moves if the weights are a rounding apart."""
+        with nudged(self.parameters.values(), seed):
+            beside = self.run(self.model)
+        both = self.truth.keys() & beside.keys()
+        return {name: _norm(beside[name].double() - self.truth[name].double()) for name in both}
+
+    def _scales(self, moves: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Return what each result's difference is divided by: its norm, or more if it is made of rounding alone.
 
-        beside: the results with weights a rounding apart.  A gradient that is zero in exact arithmetic, as that of a
-        bias of keys, is made of rounding, and so is what it differs by.  How much that is shows in how far it moves
-        with the weights; three times that is allowed, but no more than a few roundings of the largest gradient, so that
+        moves: how far results move with weights that are a rounding apart.  A gradient that is zero in exact
+        arithmetic, as that of a bias of keys, is made of rounding, and so is what it differs by; a few times as much
+        as such weights move it by is no difference.  But no more than a few roundings of the largest gradient, so that
         nothing hides behind a result that jumps.
         """
         norms = {name: _norm(value) for name, value in self.truth.items()}
@@ -116,8 +124,8 @@ class Trial:
         most = ROUNDINGS * torch.finfo(self.dtype).eps * largest
         scales = {LOSS: norms.pop(LOSS)}
         for name, norm in norms.items():
-            moved = _norm(beside[name].double() - self.truth[name].double()) if name in beside else 0.0
-            scales[name] = max(norm, min(3 * moved, most) / self.allowed) or largest
+            moved = max(move.get(name, 0.0) for move in moves)
+            scales[name] = max(norm, min(ROUNDINGS * moved, most) / self.allowed) or largest
         return scales
 
     def _leaves(self) -> dict[str, Tensor]:
@@ -138,12 +146,12 @@ def farthest(differences: Sequence[Difference]) -> Difference | None:
 
 
 @contextmanager
-def nudged(parameters: Any) -> Iterator[None]:
+def nudged(parameters: Any, seed: int) -> Iterator[None]:
     """Move each plain floating-point parameter's elements by a rounding, up or down, and put them back."""
     plain = [one for one in parameters if type(one) in (nn.Parameter, Tensor) and one.is_floating_point()]
     before = [one.detach().clone() for one in plain]
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         for one in plain:
             if one.dtype in TOLERANCES:
                 one.mul_(1 + torch.finfo(one.dtype).eps * (2.0 * (torch.rand_like(one) < 0.5) - 1))

@@ -105,7 +105,7 @@ def test_rounding_is_no_difference_and_hides_none() -> None:
 def test_weights_come_back() -> None:
     model = stack()
     before = [parameter.clone() for parameter in model.parameters()]
-    with nudged(model.parameters()):
+    with nudged(model.parameters(), 0):
         moved = [(old != new).float().mean() for old, new in zip(before, model.parameters(), strict=True)]
     assert min(moved) > 0.9
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

@@ -1,0 +1,122 @@
+"""Adapters of every kind, and base models in fewer bits, on a small Llama."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastft import variants
+from models.breadth import Case, Made, built, config, sizes, text
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FROZEN_FIRST = 3  # layers that share a region: the first one's input needs no gradient
+TITLES = {
+    "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "lora-bias": "LoRA with `lora_bias`", "loha": "LoHa",
+    "lokr": "LoKr", "adalora": "AdaLoRA", "oft": "OFT", "vera": "VeRA", "ia3": "IA3",
+}  # fmt: skip
+
+
+def base() -> nn.Module:
+    return built(config("LlamaConfig", **sizes()))
+
+
+def adapted(adapter: str, quantization: str = "none") -> Callable[[], Made]:
+    return lambda: Made(variants.adapted(variants.quantized(base(), quantization), adapter, 4).train(), text())
+
+
+def activated_lora() -> Made:
+    """aLoRA, whose adapters act from the last words that invoke them on."""
+    from peft import LoraConfig, get_peft_model
+
+    batches = text()
+    for batch in batches:
+        batch["input_ids"][:, 5:7] = torch.tensor([20, 21])
+    adapter = LoraConfig(
+        r=4, target_modules="all-linear", alora_invocation_tokens=[20, 21], init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return Made(get_peft_model(base(), adapter).train(), batches)
+
+
+def of_another_library(quantize: Callable[[nn.Module], None]) -> Callable[[], Made]:
+    """LoRA on a base that another library than bitsandbytes quantised."""
+
+    def made() -> Made:
+        from peft import LoraConfig, get_peft_model
+
+        model = base().requires_grad_(False)
+        quantize(model)
+        adapter = LoraConfig(r=4, target_modules=PROJECTIONS, init_lora_weights=False)
+        return Made(get_peft_model(model, adapter).train(), text())
+
+    return made
+
+
+def torchao(name: str, **settings: Any) -> Callable[[nn.Module], None]:
+    def quantize(model: nn.Module) -> None:
+        from torchao import quantization
+
+        chosen = {key: value(quantization) if callable(value) else value for key, value in settings.items()}
+        quantization.quantize_(
+            model, getattr(quantization, name)(**chosen),
+            filter_fn=lambda module, path: isinstance(module, nn.Linear) and path != "lm_head",
+        )  # fmt: skip
+
+    return quantize
+
+
+def hqq(model: nn.Module) -> None:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and path != "lm_head":
+            parent, _, name = path.rpartition(".")
+            settings = BaseQuantizeConfig(nbits=4, group_size=64)
+            new = HQQLinear(layer, settings, compute_dtype=torch.float32, device="cpu")
+            setattr(model.get_submodule(parent), name, new)
+
+
+def adapter_case(adapter: str, **told: Any) -> Case:
+    ops = "rms_norm rotary attention glu"
+    return Case(TITLES[adapter], adapted(adapter), **{"ops": ops, "shared": FROZEN_FIRST, "needs": ("peft",), **told})
+
+
+def base_case(name: str, make: Callable[[], Made], *needs: str, **told: Any) -> Case:
+    settings = {"ops": "rms_norm rotary attention glu lora", "shared": FROZEN_FIRST, "needs": ("peft", *needs), **told}
+    return Case(f"LoRA, base in {name}", make, **settings)
+
+
+ADAPTERS = (
+    adapter_case("lora", ops="rms_norm rotary attention glu lora"),
+    adapter_case("rslora", ops="rms_norm rotary attention glu lora"),
+    adapter_case("lora-bias"),
+    adapter_case("dora"),
+    Case(
+        "DoRA, base in NF4", adapted("dora", "nf4"), needs=("peft", "bitsandbytes"), shared=FROZEN_FIRST, slow=True
+    ),
+    adapter_case("loha"),
+    adapter_case("lokr"),
+    Case("aLoRA", activated_lora, needs=("peft",), shared=FROZEN_FIRST),
+    adapter_case("adalora"),
+    adapter_case("oft"),
+    adapter_case("vera"),
+    adapter_case("ia3"),
+)  # fmt: skip
+BASES = (
+    base_case(
+        "FP4 (bitsandbytes)", adapted("lora", "fp4"), "bitsandbytes",
+        ops="rms_norm rotary attention glu lora lora_linear",
+    ),
+    base_case("int8 (bitsandbytes)", adapted("lora", "int8"), "bitsandbytes"),
+    base_case("int8 (torchao)", of_another_library(torchao("Int8WeightOnlyConfig")), "torchao"),
+    base_case(
+        "int4 (torchao)",
+        of_another_library(
+            torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=lambda of: of.PerGroup(32))
+        ),
+        "torchao",
+    ),
+    base_case("fp8 (torchao)", of_another_library(torchao("Float8WeightOnlyConfig")), "torchao"),
+    base_case("4 bits (HQQ)", of_another_library(hqq), "hqq", slow=True),
+)  # fmt: skip
