@@ -153,7 +153,7 @@ def eight_bit_(model: Any) -> None:
             layer.in_features, layer.out_features, bias=layer.bias is not None, has_fp16_weights=False, threshold=6.0,
             device="meta",
         )  # fmt: skip
-        weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        weight: Any = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         new.weight, new.bias = weight.to(layer.weight.device), layer.bias  # this quantises
         _put(model, name, new.train(layer.training))
     model.is_loaded_in_8bit = True

@@ -116,7 +116,7 @@ def _class_of(model_config: Any) -> Any:
     import transformers
 
     for name in model_config.architectures or ():
-        named = getattr(transformers, name, None)
+        named: Any = getattr(transformers, name, None)
         if hasattr(named, "_from_config"):
             return named._from_config
     for name in AUTO_CLASSES:

@@ -35,7 +35,12 @@ def config(adapter: str, rank: int, target_modules: Any) -> Any:
     import peft
 
     lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": target_modules}
-    of_lora = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "lora-bias": {"lora_bias": True}}
+    of_lora: dict[str, dict[str, Any]] = {
+        "lora": {},
+        "dora": {"use_dora": True},
+        "rslora": {"use_rslora": True},
+        "lora-bias": {"lora_bias": True},
+    }
     if adapter in of_lora:
         return peft.LoraConfig(**lora, **of_lora[adapter])
     if adapter == "adalora":

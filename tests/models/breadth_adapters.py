@@ -10,7 +10,6 @@ from fastft import variants
 from models.breadth import Case, Made, built, config, sizes, text
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FROZEN_FIRST = 3  # layers that share a region: the first one's input needs no gradient
 TITLES = {
     "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "lora-bias": "LoRA with `lora_bias`", "loha": "LoHa",
     "lokr": "LoKr", "adalora": "AdaLoRA", "oft": "OFT", "vera": "VeRA", "ia3": "IA3",
@@ -79,25 +78,25 @@ def hqq(model: nn.Module) -> None:
 
 def adapter_case(adapter: str, **told: Any) -> Case:
     ops = "rms_norm rotary attention glu"
-    return Case(TITLES[adapter], adapted(adapter), **{"ops": ops, "shared": FROZEN_FIRST, "needs": ("peft",), **told})
+    return Case(TITLES[adapter], adapted(adapter), **{"ops": ops, "needs": ("peft",), **told})
 
 
 def base_case(name: str, make: Callable[[], Made], *needs: str, **told: Any) -> Case:
-    settings = {"ops": "rms_norm rotary attention glu lora", "shared": FROZEN_FIRST, "needs": ("peft", *needs), **told}
+    settings = {"ops": "rms_norm rotary attention glu lora", "needs": ("peft", *needs), **told}
     return Case(f"LoRA, base in {name}", make, **settings)
 
 
 ADAPTERS = (
     adapter_case("lora", ops="rms_norm rotary attention glu lora"),
     adapter_case("rslora", ops="rms_norm rotary attention glu lora"),
-    adapter_case("lora-bias"),
-    adapter_case("dora"),
+    adapter_case("lora-bias", ops="rms_norm rotary attention glu lora"),
+    adapter_case("dora", slow=True),
     Case(
-        "DoRA, base in NF4", adapted("dora", "nf4"), needs=("peft", "bitsandbytes"), shared=FROZEN_FIRST, slow=True
+        "DoRA, base in NF4", adapted("dora", "nf4"), needs=("peft", "bitsandbytes"), slow=True
     ),
-    adapter_case("loha"),
-    adapter_case("lokr"),
-    Case("aLoRA", activated_lora, needs=("peft",), shared=FROZEN_FIRST),
+    adapter_case("loha", slow=True),
+    adapter_case("lokr", slow=True),
+    Case("aLoRA", activated_lora, needs=("peft",), slow=True),
     adapter_case("adalora"),
     adapter_case("oft"),
     adapter_case("vera"),

@@ -96,6 +96,7 @@ TRAINED_WHOLE = (
     decoder(
         "Llama 4", "Llama4TextConfig",
         sizes(intermediate_size_mlp=128, num_local_experts=2, moe_layers=[], attention_chunk_size=16),
+        shared=3,
     ),
     decoder("nanochat", "NanoChatConfig", sizes()),
     decoder(
@@ -104,15 +105,17 @@ TRAINED_WHOLE = (
             **DELTA, mlp_only_layers=list(range(LAYERS)), num_experts=2, moe_intermediate_size=16,
             shared_expert_intermediate_size=16,
         ),
+        shared=3,
     ),
-    decoder("Qwen3.5", "Qwen3_5TextConfig", sizes(**DELTA)),
-    decoder("GPT-OSS", "GptOssConfig", sizes(**WINDOWS, num_local_experts=2, num_experts_per_tok=1)),
+    decoder("Qwen3.5", "Qwen3_5TextConfig", sizes(**DELTA), shared=3),
+    decoder("GPT-OSS", "GptOssConfig", sizes(**WINDOWS, num_local_experts=2, num_experts_per_tok=1), shared=3),
     decoder(
         "Bamba", "BambaConfig",
         sizes(
             "head_dim", attn_layer_indices=[3], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1,
             mamba_chunk_size=8,
         ),
+        shared=3, slow=True,
     ),
     decoder(
         "Zamba 2", "Zamba2Config",
@@ -120,6 +123,7 @@ TRAINED_WHOLE = (
             "head_dim", num_key_value_heads=4, layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=8,
             mamba_headdim=16, n_mamba_heads=8, chunk_size=8, use_mem_rope=True, adapter_rank=8,
         ),
+        ops="rms_norm rotary attention glu lora", shared=2, slow=True,
     ),
     decoder(
         "Jamba", "JambaConfig",
@@ -127,6 +131,7 @@ TRAINED_WHOLE = (
             "head_dim", attn_layer_period=4, attn_layer_offset=3, expert_layer_period=100, expert_layer_offset=99,
             num_experts=2, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False,
         ),
+        ops="rms_norm attention glu", shared=3, slow=True,
     ),
     decoder(
         "T5 1.1", "T5Config",
@@ -135,6 +140,7 @@ TRAINED_WHOLE = (
             "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0,
         },
         "AutoModelForSeq2SeqLM",
+        ops="rms_norm attention glu", shared=6,
     ),
     decoder(
         "BART", "BartConfig",
@@ -144,15 +150,21 @@ TRAINED_WHOLE = (
             "max_position_embeddings": 128, "dropout": 0.0, "pad_token_id": 0,
         },
         "AutoModelForSeq2SeqLM",
+        ops="layer_norm attention", shared=8,
     ),
-    decoder("BLOOM", "BloomConfig", {"hidden_size": 64, "n_layer": LAYERS, "n_head": 4, "vocab_size": 160}),
+    decoder(
+        "BLOOM", "BloomConfig", {"hidden_size": 64, "n_layer": LAYERS, "n_head": 4, "vocab_size": 160},
+        ops="layer_norm attention", shared=3,
+    ),
     decoder(
         "MPT", "MptConfig",
         {"d_model": 64, "n_layers": LAYERS, "n_heads": 4, "vocab_size": 160, "max_seq_len": 128, "expansion_ratio": 2},
+        ops="layer_norm attention", shared=3,
     ),
     decoder(
         "Falcon with ALiBi", "FalconConfig",
         {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": 160, "alibi": True},
+        ops="layer_norm attention",
     ),
 )  # fmt: skip
 
@@ -166,9 +178,9 @@ def in_four_bits(make: Callable[[], Made]) -> Callable[[], Made]:
 
 
 def with_adapters(case: Case, **told: Any) -> Case:
-    """The same, NF4 and LoRA: the first layer, whose input needs no gradient, is a region of its own."""
+    """The same, NF4 and LoRA."""
     ops = " ".join([*case.ops.split(), "lora", "lora_linear"])
-    told = {"ops": ops, "shared": case.shared - 1, **told}
+    told = {"ops": ops, **told}
     needs = (*case.needs, "bitsandbytes", "peft")
     return replace(
         case, name=f"{case.name}, NF4 and LoRA", make=in_four_bits(case.make), needs=needs, slow=True, **told
