@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fastft.errors import UserError
+from fastft.errors import UserError, describe
 from fastft.rewriter.options import nearest
 
 
@@ -256,7 +256,13 @@ def check(options: argparse.Namespace) -> int:
         options, adapter=options.adapter, quantization=options.quantization, image=options.image,
         lengths=(length, length + length // 2),
     )  # fmt: skip
-    found = compare(model, *args, then=then, options={"lower": options.lower}, tolerance=options.tolerance, **batch)
+    try:
+        found = compare(model, *args, then=then, options={"lower": options.lower}, tolerance=options.tolerance, **batch)
+    except Exception as error:  # of the model in eager: what fails when it is compiled is found
+        if options.model.endswith(".py"):
+            raise
+        hint = "make a model and a batch for it in a SCRIPT.py"
+        raise UserError(f"{options.model} does not train on random tokens ({describe(error)}); {hint}.") from error
     Console().print(found)
     return 0 if found.right else 1
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from fastft.errors import UserError
 from fastft.models import Source, explained, find, load_any_config, without_dropout
+from fastft.units import format_bytes
 from fastft.variants import adapted, quantized
 
 # Attributes of transformers' configurations.
@@ -50,12 +53,30 @@ def small(
     processor = _processor(source) if image else None
     torch.manual_seed(0)
     with explained(source):
-        model = _class_of(model_config)(model_config)
+        build = _class_of(model_config)
+        _require_memory(name, build, model_config)
+        model = build(model_config)
     if getattr(model.config, "use_cache", None) is not None:
         model.config.use_cache = False
     model = adapted(quantized(model, quantization), adapter, rank).to(device).train()
     batches = [_pictures(processor, model, length) if processor else _text(model, length) for length in lengths]
     return model, [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+
+
+def _require_memory(name: str, build: Any, model_config: Any) -> None:
+    """Raise UserError for weights that are more than what is free in this machine, where that is known."""
+    import torch
+
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return
+    with torch.device("meta"):
+        needed_bytes = sum(parameter.nbytes for parameter in build(copy.deepcopy(model_config)).parameters())
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed_bytes > free_bytes:
+        raise UserError(
+            f"{name} takes {format_bytes(needed_bytes)} with so many layers, and {format_bytes(free_bytes)} are free; "
+            "pass fewer --layers."
+        )
 
 
 def with_layers(model_config: Any, layers: int) -> Any:
@@ -131,11 +152,13 @@ def _text(model: Any, length: int) -> Batch:
     import torch
 
     base = _base(model)
-    text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    takes = inspect.signature(base.forward).parameters
+    if not takes.keys() & {"input_ids", "input_features"}:
+        raise UserError(f"A {type(base).__name__} takes no tokens; make a model and a batch for it in a SCRIPT.py.")
+    text = base.config.get_text_config()
     ids = torch.randint(text.vocab_size, (2, length), generator=torch.Generator().manual_seed(length))
     for special in _special_ids(base.config):
         ids[ids == special] = next(one for one in range(text.vocab_size) if one not in _special_ids(base.config))
-    takes = inspect.signature(base.forward).parameters
     batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "input_features" in takes and "input_ids" not in takes:
         frames = 2 * base.config.max_source_positions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -145,6 +145,27 @@ def test_a_picture() -> None:
     assert ((first["labels"] == -100) == (first["input_ids"] == config.image_token_index)).all()
     assert first["input_ids"].shape[1] < second["input_ids"].shape[1]
     model(**second).loss.backward()
+
+
+def test_what_takes_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    name = saved(transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, image_size=32))
+    assert main(["check", name]) == 2
+    assert "takes no tokens; make a model and a batch for it in a SCRIPT.py" in capsys.readouterr().err
+
+
+def test_what_fails_in_eager(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError("no such mask")
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", fail)
+    assert main(["check", "tiny-llama"]) == 2
+    assert "does not train on random tokens (RuntimeError: no such mask)" in capsys.readouterr().err
+
+
+def test_what_fills_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {**TEXT, "hidden_size": 2**20, "intermediate_size": 2**24, "head_dim": 2**18}
+    assert main(["check", saved(transformers.LlamaConfig(**wide)), "--layers", "4"]) == 2
+    assert "pass fewer --layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

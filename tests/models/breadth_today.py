@@ -40,4 +40,18 @@ TODAY: dict[str, dict[str, Any]] = {
     "LoKr": {"graphs": 22, "again": 22, "ops": "", "breaks": BRANCH},
     "aLoRA": {"graphs": 26, "again": 27, "shared": 6, "ops": "", "breaks": "aten.nonzero"},
     "AdaLoRA": {"ops": "rms_norm attention"},
+    "LoRA, base in int8 (bitsandbytes)": {
+        "ops": "rms_norm rotary attention lora",
+        "shared": 0,
+        "whole": "set_ writes in place",
+    },
+    "Gemma 3 of 4B and more, text alone, NF4 and LoRA": {"ops": "lora_linear", "shared": 0, "whole": TRANSFORM},
+    "EmbeddingGemma, NF4 and LoRA": {"shared": 0, "whole": TRANSFORM},
+    "Gemma 4, NF4 and LoRA": {"shared": 0, "whole": "nothing in it repeats"},
+    "Gemma 3n, NF4 and LoRA": {"shared": 0, "whole": "clamp_ writes in place"},
+    "DeepSeek V2 Lite, NF4 and LoRA": {"ops": f"{LOW_RANK} lora lora_linear"},
+    "DeepSeek V3, NF4 and LoRA": {"ops": f"{LOW_RANK} lora lora_linear"},
+    "GLM 4.7 Flash, NF4 and LoRA": {"ops": f"{LOW_RANK} lora lora_linear"},
+    "Youtu, NF4 and LoRA": {"ops": f"{LOW_RANK} lora lora_linear"},
+    "MiniCPM 3, NF4 and LoRA": {"ops": "rms_norm rotary glu lora lora_linear"},
 }
