@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastft.compat.dynamo import break_log
 
-_IN_LIBRARY = re.compile(r"[/\\](torch|accelerate|peft)[/\\]|" + re.escape(str(Path(__file__).parent)))
+_IN_LIBRARY = re.compile(r"[/\\](torch|accelerate|peft)[/\\]|" + re.escape(str(Path(__file__).parents[1])))
 
 
 class _BreakHandler(logging.Handler):

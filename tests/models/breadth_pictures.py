@@ -1,5 +1,6 @@
 """Models that see and hear, compiled whole and trained whole."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,14 +134,22 @@ def whisper() -> Made:
     return Made(built(model, "WhisperForConditionalGeneration"), batches)
 
 
+TWO = {"graphs": 2, "shared": 2 * LAYERS}  # the tower, and the rest
+SEEN = "rms_norm layer_norm rotary attention glu"
+
+
+def picture(name: str, make: Callable[[], Made], needs: str, **told: Any) -> Case:
+    return Case(name, make, **{**TWO, "ops": SEEN, "needs": (needs,), "slow": True, **told})
+
+
 PICTURES = (
-    Case("Qwen2.5-VL", qwen2_5_vl, needs=("Qwen2_5_VLConfig",), slow=True),
-    Case("Qwen3-VL", qwen3_vl, needs=("Qwen3VLConfig",), slow=True),
-    Case("Gemma 3 with a picture", gemma3, needs=("Gemma3Config",), slow=True),
-    Case("LLaVA", llava, needs=("LlavaConfig",)),
-    Case("LLaVA-OneVision", llava_onevision, needs=("LlavaOnevisionConfig",), slow=True),
-    Case("SmolVLM", smolvlm, needs=("SmolVLMConfig",), slow=True),
-    Case("PaliGemma 2", paligemma, needs=("PaliGemmaConfig",), slow=True),
-    Case("Mistral 3", mistral3, needs=("Mistral3Config",), slow=True),
-    Case("Whisper", whisper, needs=("WhisperConfig",), slow=True),
+    picture("Qwen2.5-VL", qwen2_5_vl, "Qwen2_5_VLConfig", ops="rms_norm rotary attention glu"),
+    picture("Qwen3-VL", qwen3_vl, "Qwen3VLConfig"),
+    picture("Gemma 3 with a picture", gemma3, "Gemma3Config"),
+    picture("LLaVA", llava, "LlavaConfig"),
+    picture("LLaVA-OneVision", llava_onevision, "LlavaOnevisionConfig"),
+    picture("SmolVLM", smolvlm, "SmolVLMConfig"),
+    picture("PaliGemma 2", paligemma, "PaliGemmaConfig"),
+    picture("Mistral 3", mistral3, "Mistral3Config", ops="rms_norm rotary attention glu"),
+    picture("Whisper", whisper, "WhisperConfig", ops="layer_norm attention", graphs=1, slow=False),
 )
