@@ -4,7 +4,7 @@ from mutants import Mutant
 
 CHECKS, MATCHER, ALGEBRA, RANGES = "checks", "matcher", "mask algebra", "mask ranges"
 READING, WRITING, MERGE, PLANNER, LOSSES = "mask reading", "mask writing", "merge and projections", "planner", "losses"
-ROWS, SHARDED, GRAPHS = "live rows", "sharded", "CUDA graphs"
+ROWS, SHARDED, GRAPHS, EAGER = "live rows", "sharded", "CUDA graphs", "beside eager"
 
 
 def _of(kind: str, tests: str, *changes: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
@@ -288,6 +288,17 @@ ENGINE = (
         ("the root's let go of without gradients", "runtime/sharded.leave", "if torch.is_grad_enabled() or not held.given:", "if True:"),
         ("what no plan knows is not read", "lowering/sharding.count", "is not None else read", "is not None else []"),
         ("more of the forward to come", "backend._rewritten", "if fsdp_tracing.is_all_of_forward() else ()", ""),
+    ),
+    *_of(
+        EAGER, "check",
+        ("NaN is as eager", "trial.within", "self.error <= self.allowed", "not self.error > self.allowed"),
+        ("what is missing is as eager", "trial.differences", 'float("inf") if mine is None', "0.0 if mine is None"),
+        ("rounding is a difference", "trial._scales", "min(ROUNDINGS * moved, most)", "min(0.0 * moved, most)"),
+        ("what jumps hides all", "trial._scales", "min(ROUNDINGS * moved, most)", "(ROUNDINGS * moved)"),
+        ("the largest gradient hides all", "trial._scales", "min(ROUNDINGS * moved, most)", "most"),
+        ("weights stay moved", "trial.nudged", "one.copy_(value)", "pass"),
+        ("a failure is right", "check.right", " and not self.failures", ""),
+        ("a kind has one layer", "report/by_layer.lifted_by_layer", "counted(ops)] += 1", "counted(ops)] = 1"),
     ),
 )
 # fmt: on

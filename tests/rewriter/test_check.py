@@ -102,6 +102,24 @@ def test_rounding_is_no_difference_and_hides_none() -> None:
     assert trial.compare(nan) is not None
 
 
+class Jumping(nn.Module):
+    """Its gradient is four times as large on one side of a weight's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.weight = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight * torch.where(self.gate >= 1.0, 4.0, 1.0)).sum() + 0.0 * self.gate.sum()
+
+
+def test_what_jumps_hides_nothing() -> None:
+    trial = Trial(Jumping(), (torch.randn(4, 8),), {}, loss=lambda result: result, tolerance=1e-4)
+    name = "the gradient of weight"
+    moved = {**trial.truth, name: 1.001 * trial.truth[name]}
+    assert [one.result for one in trial.differences(moved) if not one.within] == [name]
+
+
 def test_weights_come_back() -> None:
     model = stack()
     before = [parameter.clone() for parameter in model.parameters()]
