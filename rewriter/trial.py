@@ -20,7 +20,9 @@ from fastft.rewriter.options import Options
 # Of a result's own norm: what sums in another order may change it by, in training of a few layers.
 TOLERANCES = {torch.float16: 0.02, torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-6}
 LOSS, WHOLE = "the loss", "whole_model"
-ROUNDINGS = 8  # that what is made of rounding may differ by: of the weights, but no more than of the largest gradient
+# What is made of rounding may differ by so many times what it moves by if weights are a rounding apart, but by no more
+# than a gradient may that is this part of the largest.
+MOVES, LEAST = 16, 0.01
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,15 @@ class Trial:
         """Return what each result's difference is divided by: its norm, or more if it is made of rounding alone.
 
         moves: how far results move with weights that are a rounding apart.  A gradient that is zero in exact
-        arithmetic, as that of a bias of keys, is made of rounding, and so is what it differs by; a few times as much
-        as such weights move it by is no difference.  But no more than a few roundings of the largest gradient, so that
-        nothing hides behind a result that jumps.
+        arithmetic, as that of a bias of keys, is made of rounding, and so is what it differs by: MOVES times as much as
+        such weights move it by is no difference.  LEAST has it that nothing hides behind a result that jumps.
         """
         norms = {name: _norm(value) for name, value in self.truth.items()}
         largest = max((norm for name, norm in norms.items() if name != LOSS), default=0.0)
-        most = ROUNDINGS * torch.finfo(self.dtype).eps * largest
         scales = {LOSS: norms.pop(LOSS)}
         for name, norm in norms.items():
             moved = max(move.get(name, 0.0) for move in moves)
-            scales[name] = max(norm, min(ROUNDINGS * moved, most) / self.allowed) or largest
+            scales[name] = max(norm, min(MOVES * moved / self.allowed, LEAST * largest)) or largest
         return scales
 
     def _leaves(self) -> dict[str, Tensor]:
