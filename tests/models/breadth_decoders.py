@@ -154,12 +154,12 @@ TRAINED_WHOLE = (
     ),
     decoder(
         "BLOOM", "BloomConfig", {"hidden_size": 64, "n_layer": LAYERS, "n_head": 4, "vocab_size": 160},
-        ops="layer_norm attention", shared=3,
+        ops="layer_norm attention",
     ),
     decoder(
         "MPT", "MptConfig",
         {"d_model": 64, "n_layers": LAYERS, "n_heads": 4, "vocab_size": 160, "max_seq_len": 128, "expansion_ratio": 2},
-        ops="layer_norm attention", shared=3,
+        ops="layer_norm attention",
     ),
     decoder(
         "Falcon with ALiBi", "FalconConfig",
