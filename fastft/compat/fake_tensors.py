@@ -95,9 +95,21 @@ def written_to(tensor: torch.Tensor) -> bool:
 
 
 def _made_by_writing(tensor: torch.Tensor) -> int:
-    """Count the writes that faking this graph input takes: some if it lies at an offset in its storage."""
-    at_offset = tensor.is_leaf and not tensor._is_view() and not statically_known_true(tensor.storage_offset() == 0)
-    return _writes_at_offset() if at_offset else 0
+    """Count the writes that faking this graph input takes: some if it is not all of its storage, or not alone in it."""
+    if not tensor.is_leaf or tensor._is_view():
+        return 0
+    at_offset = not statically_known_true(tensor.storage_offset() == 0)
+    return _writes_at_offset() if at_offset or _shares_with_input(tensor) else 0
+
+
+def _shares_with_input(tensor: torch.Tensor) -> bool:
+    """Return whether this is a graph input that shares its storage with one that was faked before it."""
+    if not isinstance(tensor, FakeTensor):
+        return False
+    key = storage_key(tensor)
+    faked = tensor.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.values()
+    alike = [one for one in list(faked) if isinstance(one, FakeTensor) and storage_key(one) == key]
+    return any(one is tensor for one in alike[1:])
 
 
 @functools.cache

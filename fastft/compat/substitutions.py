@@ -57,11 +57,28 @@ def dequantize_module_weight(module: Any) -> Any:
     return weight
 
 
+def linear_8bit(module: Any, x: Any) -> Any:
+    """Multiply by a weight in 8 bits, and leave out that the parameter is set to the memory that it has already."""
+    from bitsandbytes import matmul
+
+    module.state.is_training = module.training
+    if module.weight.CB is not None:
+        module.init_8bit_state()
+    if module.state.has_fp16_weights or (module.bias is not None and module.bias.dtype != x.dtype):
+        raise NotImplementedError("the layer changes its parameters")
+    return matmul(x, module.weight, bias=module.bias, state=module.state)
+
+
 SUBSTITUTIONS: tuple[Substitution, ...] = (
     Substitution(
         "peft.utils.integrations:dequantize_module_weight", "peft", "0.17", "0.22",
         "it asks for the name of the module that the weight's class is defined in",
         dequantize_module_weight,
+    ),
+    Substitution(
+        "bitsandbytes.nn.modules:Linear8bitLt.forward", "bitsandbytes", "0.49", "0.51",
+        "it sets its parameter to the memory that it has, which is a write to an input of the graph",
+        linear_8bit,
     ),
 )  # fmt: skip
 
