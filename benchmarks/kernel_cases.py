@@ -13,7 +13,7 @@ from fastft.patterns import glu, layer_norm, rms_norm, rotary
 
 EPS, HEAD, LENGTH = 1e-6, 128, 2048
 SPELLING = (EPS, 0.0, True)  # Llama's
-ANGLES = (False, False, False)  # halves, one number an element, laid out as the input
+ANGLES = (False, False, False)  # halves, one number an element, laid out as the input; the op of q and k has one more
 Function = Callable[..., Any]
 
 
@@ -98,7 +98,7 @@ def heads(rows: int, hidden: int, new: Callable[..., Tensor]) -> Iterator[Case]:
     liger = _liger("LigerRopeFunction")  # in place, as in its models: a replay turns what is turned already
     yield Case(
         "rotary_qk", shape, {"q": q, "k": k, "cos": cos, "sin": sin}, ("q", "k"),
-        lambda *given: tuple(ops.rotary_qk(*given, *ANGLES)), turned,
+        lambda *given: tuple(ops.rotary_qk(*given, *ANGLES, False)), turned,
         lambda q, k, c, s: liger(q, k, c[:, 0], s[:, 0])[:2],  # newer versions return cos and sin too
     )  # fmt: skip
     normed = {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}

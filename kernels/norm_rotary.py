@@ -59,7 +59,7 @@ def new_outputs(
     for x, weight in ((q, q_weight), (k, k_weight)):
         rms_norm.check(x, weight, offset, round_first)
         dtype = rms_norm.result_dtype(x, weight, round_first)
-        new.append(new_output(x, cos, sin, interleaved, per_pair, contiguous, dtype))
+        new.append(new_output(x, cos, sin, interleaved, per_pair, False, contiguous, dtype))
     new_q, new_k = new
     return new_q, new_k, new_rstd(new_q, q), new_rstd(new_k, k)
 

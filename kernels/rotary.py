@@ -5,6 +5,8 @@ in any order and with any strides; cos and sin [..., R] broadcast over them, R <
 are.
 interleaved: the pairs are (x[2i], x[2i+1]) as in GPT-J, otherwise (x[i], x[R/2 + i]) as in Llama.
 per_pair: cos and sin have one number a pair, R/2 in all, otherwise one an element, which need not be equal in a pair.
+deinterleaved: whether y has the first elements of interleaved pairs before the second ones, as if they had been half a
+head apart (DeepSeek V3); the angles are laid out as x is.
 contiguous: whether y is contiguous; otherwise it has the memory order of x.  Its dtype is that x and cos promote to.
 The backward is the rotation back.  Neither cos nor sin gets a gradient.
 """
@@ -31,10 +33,14 @@ def joined(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
     return torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, *, back: bool = False) -> Tensor:
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool = False, *,
+    back: bool = False,
+) -> Tensor:  # fmt: skip
     """Rotate x, or rotate it back, in plain PyTorch."""
     rotated = cos.shape[-1] * (2 if per_pair else 1)
-    a, b = pairs(x[..., :rotated], interleaved)
+    source, target = interleaved and not (back and deinterleaved), interleaved and (back or not deinterleaved)
+    a, b = pairs(x[..., :rotated], source)
     (cos_a, cos_b), (sin_a, sin_b) = (
         (angles, angles) if per_pair else pairs(angles, interleaved) for angles in (cos, sin)
     )
@@ -42,61 +48,70 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: boo
         a, b = a * cos_a + b * sin_b, b * cos_b - a * sin_a
     else:
         a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    y = joined(a, b, interleaved)
+    y = joined(a, b, target)
     return torch.cat((y, x[..., rotated:].to(y.dtype)), -1)
 
 
-def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool) -> Tensor:
+def reference(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool, contiguous: bool
+) -> Tensor:
     """Rotate one tensor in plain PyTorch."""
-    return rotate(x, cos, sin, interleaved, per_pair)
+    return rotate(x, cos, sin, interleaved, per_pair, deinterleaved)
 
 
-def reference_backward(grad_output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool) -> Tensor:
+def reference_backward(
+    grad_output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool
+) -> Tensor:
     """Compute the gradient of x, in the dtype of grad_output."""
-    return rotate(grad_output, cos, sin, interleaved, per_pair, back=True).to(grad_output.dtype)
+    return rotate(grad_output, cos, sin, interleaved, per_pair, deinterleaved, back=True).to(grad_output.dtype)
 
 
 def reference_qk(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool,
+    contiguous: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate queries and keys by the same angles."""
-    return rotate(q, cos, sin, interleaved, per_pair), rotate(k, cos, sin, interleaved, per_pair)
+    angles = (cos, sin, interleaved, per_pair, deinterleaved)
+    return rotate(q, *angles), rotate(k, *angles)
 
 
 def reference_qk_backward(
-    grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool
+    grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of queries and keys."""
-    angles = (cos, sin, interleaved, per_pair)
+    angles = (cos, sin, interleaved, per_pair, deinterleaved)
     return reference_backward(grad_q, *angles), reference_backward(grad_k, *angles)
 
 
-def check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool) -> None:
+def check(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool = False) -> None:
     """Raise for shapes and dtypes that the op does not define."""
     rotated = cos.shape[-1] * (2 if per_pair else 1)
     require(cos.shape == sin.shape, lambda: f"cos {tuple(cos.shape)}, but sin {tuple(sin.shape)}")
     require(1 <= cos.dim() <= x.dim(), lambda: f"x {tuple(x.shape)}, but cos {tuple(cos.shape)}")
     require(rotated <= x.shape[-1], lambda: f"x {tuple(x.shape)}, but {rotated} elements to rotate")
     require(rotated % 2 == 0, lambda: f"{rotated} elements to rotate are no pairs")
+    require(interleaved or not deinterleaved, lambda: "what is not interleaved cannot be deinterleaved")
     floating = x.is_floating_point() and cos.is_floating_point() and sin.is_floating_point()
     require(floating, lambda: f"x {x.dtype}, cos {cos.dtype}, sin {sin.dtype}")
     cos[..., 0].expand(x.shape[:-1])  # raises where it does not broadcast
 
 
 def new_output(
-    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool,
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool, contiguous: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Allocate an empty y; dtype is that of what is rotated, if it is not x itself."""
-    check(x, cos, sin, interleaved, per_pair)
+    check(x, cos, sin, interleaved, per_pair, deinterleaved)
     dtype = torch.promote_types(torch.promote_types(dtype or x.dtype, cos.dtype), sin.dtype)
     layout = torch.contiguous_format if contiguous else torch.preserve_format
     return torch.empty_like(x, dtype=dtype, memory_format=layout)
 
 
-def new_gradient(grad_output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool) -> Tensor:
+def new_gradient(
+    grad_output: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool
+) -> Tensor:
     """Allocate an empty gradient of x."""
-    check(grad_output, cos, sin, interleaved, per_pair)
+    check(grad_output, cos, sin, interleaved, per_pair, deinterleaved)
     return torch.empty_like(grad_output)
 
 
@@ -128,22 +143,28 @@ def angle_cases(*heads: str, choices: Sequence[Choice] = ({},)) -> list[Case]:
     return cases
 
 
+def apart_cases(cases: Sequence[Case]) -> list[Case]:
+    """Add the cases that are deinterleaved to those that are not."""
+    apart = [(shapes, {**choice, "deinterleaved": True}) for shapes, choice in cases if choice["interleaved"]]
+    return [*((shapes, {**choice, "deinterleaved": False}) for shapes, choice in cases), *apart]
+
+
 _LAYOUTS = [{"contiguous": False}, {"contiguous": True}]
 rotary = define(
     "rotary", reference, new_output, "rotary_triton.forward",
-    cases=angle_cases("x", choices=_LAYOUTS), gradients=("x",), flops=3, longest_row=LONGEST_HEAD,
+    cases=apart_cases(angle_cases("x", choices=_LAYOUTS)), gradients=("x",), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 rotary_backward = define(
     "rotary_backward", reference_backward, new_gradient, "rotary_triton.backward",
-    cases=angle_cases("grad_output"), flops=3, longest_row=LONGEST_HEAD,
+    cases=apart_cases(angle_cases("grad_output")), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 rotary_qk = define(
     "rotary_qk", reference_qk, new_outputs_qk, "rotary_triton.forward_qk",
-    cases=angle_cases("q", "k", choices=_LAYOUTS), gradients=("q", "k"), flops=3, longest_row=LONGEST_HEAD,
+    cases=apart_cases(angle_cases("q", "k", choices=_LAYOUTS)), gradients=("q", "k"), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 rotary_qk_backward = define(
     "rotary_qk_backward", reference_qk_backward, new_gradients_qk, "rotary_triton.backward_qk",
-    cases=angle_cases("grad_q", "grad_k"), flops=3, longest_row=LONGEST_HEAD,
+    cases=apart_cases(angle_cases("grad_q", "grad_k")), flops=3, longest_row=LONGEST_HEAD,
 )  # fmt: skip
 
 
@@ -154,7 +175,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    return rotary_backward(grad_y, *ctx.saved_tensors, *ctx.angles).to(ctx.dtype), *(None,) * 5
+    return rotary_backward(grad_y, *ctx.saved_tensors, *ctx.angles).to(ctx.dtype), *(None,) * 6
 
 
 def _setup_context_qk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -166,7 +187,7 @@ def _setup_context_qk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 def _backward_qk(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     gradients = rotary_qk_backward(grad_q, grad_k, *ctx.saved_tensors, *ctx.angles)
     needed = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-    return *(value.to(dtype) if needs else None for value, dtype, needs in needed), *(None,) * 5
+    return *(value.to(dtype) if needs else None for value, dtype, needs in needed), *(None,) * 6
 
 
 rotary.register_autograd(_backward, setup_context=_setup_context)

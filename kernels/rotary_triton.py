@@ -103,7 +103,7 @@ def rotated_by_angles(
 @triton.jit
 def rotate_rows(
     operand, tile, D, half,
-    BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
+    BACK: tl.constexpr, FROM_PAIRS: tl.constexpr, TO_PAIRS: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Rotate the rows of one tile and copy the elements that are not rotated."""
@@ -111,9 +111,9 @@ def rotate_rows(
     row = tile * ROWS + tl.arange(0, ROWS)
     rows = row < n_rows
     start, y_start = starts(row, n1, n2, x_strides), tl.cast(row, tl.int64) * D
-    a, b = load_pairs(x_ptr, start, half, rows, INTERLEAVED, ROWS, BLOCK_H)
-    a, b = rotated_by_angles(a, b, operand, row, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H)
-    store_pairs(y_ptr, y_start, half, rows, a, b, INTERLEAVED, ROWS, BLOCK_H)
+    a, b = load_pairs(x_ptr, start, half, rows, FROM_PAIRS, ROWS, BLOCK_H)
+    a, b = rotated_by_angles(a, b, operand, row, half, BACK, FROM_PAIRS or TO_PAIRS, PER_PAIR, ROWS, BLOCK_H)
+    store_pairs(y_ptr, y_start, half, rows, a, b, TO_PAIRS, ROWS, BLOCK_H)
     if BLOCK_P > 0:
         d = 2 * half + tl.arange(0, BLOCK_P)
         mask = rows[:, None] & (d < D)[None, :]
@@ -123,15 +123,18 @@ def rotate_rows(
 @triton.jit
 def rotary_kernel(
     q, k, D, half, q_tiles,
-    BACK: tl.constexpr, INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
+    BACK: tl.constexpr, FROM_PAIRS: tl.constexpr, TO_PAIRS: tl.constexpr, PER_PAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the rows of q in the first q_tiles programs, of k in the others; q and k are what rows_of returns."""
+    """Rotate the rows of q in the first q_tiles programs, of k in the others; q and k are what rows_of returns.
+
+    FROM_PAIRS, TO_PAIRS: whether the pairs are interleaved in what is read and in what is written.
+    """
     tile = tl.program_id(0)
     if tile < q_tiles:
-        rotate_rows(q, tile, D, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H, BLOCK_P)
+        rotate_rows(q, tile, D, half, BACK, FROM_PAIRS, TO_PAIRS, PER_PAIR, ROWS, BLOCK_H, BLOCK_P)
     else:
-        rotate_rows(k, tile - q_tiles, D, half, BACK, INTERLEAVED, PER_PAIR, ROWS, BLOCK_H, BLOCK_P)
+        rotate_rows(k, tile - q_tiles, D, half, BACK, FROM_PAIRS, TO_PAIRS, PER_PAIR, ROWS, BLOCK_H, BLOCK_P)
 
 
 def blocks(D: int, half: int) -> dict[str, int]:
@@ -147,11 +150,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     for config in CONFIGS:
         meta = {"ROWS": config.rows, "num_warps": config.warps}
-        for interleaved in (False, True):
+        for source, target in ((False, False), (True, True), (True, False), (False, True)):
             for half in (config.block_d // 2, config.block_d // 4):
+                back = half < config.block_d // 2 if source == target else target
                 yield rotary_kernel, {
-                    "q": SIGNATURE, "k": SIGNATURE, "BACK": half < config.block_d // 2,
-                    "INTERLEAVED": interleaved, "PER_PAIR": interleaved,
+                    "q": SIGNATURE, "k": SIGNATURE, "BACK": back,
+                    "FROM_PAIRS": source, "TO_PAIRS": target, "PER_PAIR": source or target,
                     **meta, **blocks(config.block_d, half),
                 }  # fmt: skip
 
@@ -171,7 +175,7 @@ def rows_of(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *more: Tensor) -> tu
 
 def launch(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool,
-    back: bool,
+    deinterleaved: bool, back: bool,
 ) -> None:  # fmt: skip
     """Rotate one input, or two by the same angles, into outputs."""
     D, half = outputs[0].shape[-1], cos.shape[-1] // (1 if per_pair else 2)
@@ -179,35 +183,40 @@ def launch(
     operands = [rows_of(y, x, cos, sin)[0] for y, x in zip(outputs, inputs, strict=True)]
     q_tiles, *k_tiles = (cdiv(operand[4], config.rows) for operand in operands)
     on_grid(rotary_kernel, (q_tiles + sum(k_tiles),))(
-        operands[0], operands[-1], D, half, q_tiles, BACK=back, INTERLEAVED=interleaved, PER_PAIR=per_pair,
+        operands[0], operands[-1], D, half, q_tiles,
+        BACK=back, FROM_PAIRS=interleaved and not (back and deinterleaved),
+        TO_PAIRS=interleaved and (back or not deinterleaved), PER_PAIR=per_pair,
         ROWS=config.rows, num_warps=config.warps, **blocks(D, half),
     )  # fmt: skip
 
 
 def forward(
-    outputs: Sequence[Tensor], x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
-) -> None:
+    outputs: Sequence[Tensor], x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool,
+    deinterleaved: bool, contiguous: bool,
+) -> None:  # fmt: skip
     """Rotate x into outputs."""
-    launch(outputs, (x,), cos, sin, interleaved, per_pair, back=False)
+    launch(outputs, (x,), cos, sin, interleaved, per_pair, deinterleaved, back=False)
 
 
 def backward(
-    outputs: Sequence[Tensor], dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool
-) -> None:
+    outputs: Sequence[Tensor], dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool,
+    deinterleaved: bool,
+) -> None:  # fmt: skip
     """Rotate dy back into outputs."""
-    launch(outputs, (dy,), cos, sin, interleaved, per_pair, back=True)
+    launch(outputs, (dy,), cos, sin, interleaved, per_pair, deinterleaved, back=True)
 
 
 def forward_qk(
     outputs: Sequence[Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool,
-    contiguous: bool,
+    deinterleaved: bool, contiguous: bool,
 ) -> None:  # fmt: skip
     """Rotate q and k into outputs."""
-    launch(outputs, (q, k), cos, sin, interleaved, per_pair, back=False)
+    launch(outputs, (q, k), cos, sin, interleaved, per_pair, deinterleaved, back=False)
 
 
 def backward_qk(
-    outputs: Sequence[Tensor], dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool
-) -> None:
+    outputs: Sequence[Tensor], dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool,
+    deinterleaved: bool,
+) -> None:  # fmt: skip
     """Rotate dq and dk back into outputs."""
-    launch(outputs, (dq, dk), cos, sin, interleaved, per_pair, back=True)
+    launch(outputs, (dq, dk), cos, sin, interleaved, per_pair, deinterleaved, back=True)

@@ -20,7 +20,7 @@ def normed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gemma 3: norms of transposed heads."""
     new_q, new_k = norm(q, q_weight, eps, offset, round_first), norm(k, k_weight, eps, offset, round_first)
-    return queries_and_keys(new_q, new_k, cos, sin, interleaved, per_pair, contiguous)
+    return queries_and_keys(new_q, new_k, cos, sin, interleaved, per_pair, False, contiguous)
 
 
 def normed_then_transposed(
@@ -30,7 +30,7 @@ def normed_then_transposed(
     """Qwen 3: norms before heads and positions are transposed."""
     new_q = norm(q, q_weight, eps, offset, round_first).transpose(-3, -2)
     new_k = norm(k, k_weight, eps, offset, round_first).transpose(-3, -2)
-    return queries_and_keys(new_q, new_k, cos, sin, interleaved, per_pair, contiguous)
+    return queries_and_keys(new_q, new_k, cos, sin, interleaved, per_pair, False, contiguous)
 
 
 def norm_rotary(

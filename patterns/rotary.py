@@ -70,14 +70,22 @@ def interleaved_widened_late(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + rotate_every_two(x).float() * sin).to(x.dtype)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool) -> Tensor:
+def interleaved_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """DeepSeek V3: pairs of neighbours, which become pairs half a head apart."""
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool, contiguous: bool
+) -> Tensor:
     """fastft::rotary"""
-    return torch.ops.fastft.rotary(x, cos, sin, interleaved, per_pair, contiguous)
+    return torch.ops.fastft.rotary(x, cos, sin, interleaved, per_pair, deinterleaved, contiguous)
 
 
 def widened(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """fastft::rotary in float32, rounded at the end"""
-    return torch.ops.fastft.rotary(x, cos, sin, interleaved, False, False).to(x.dtype)
+    return torch.ops.fastft.rotary(x, cos, sin, interleaved, False, False, False).to(x.dtype)
 
 
 def one_angle_a_pair(x: Tensor, cos: Tensor, **_: object) -> str | None:
@@ -92,8 +100,10 @@ PART = {"x": "... D", "cos": "* R", "sin": "* R"}
 
 def rule(reference: Callable, interleaved: bool, shapes: dict[str, str] = WHOLE, **more: Any) -> Rule:
     """Build a rule; joined halves and parts are contiguous, as torch.cat is, other results are laid out as x."""
-    per_pair, contiguous = reference is half_by_parts, shapes is PART
-    replacement = partial(rotary, interleaved=interleaved, per_pair=per_pair, contiguous=contiguous)
+    replacement = partial(
+        rotary, interleaved=interleaved, per_pair=reference in (half_by_parts, interleaved_to_halves),
+        deinterleaved=reference is interleaved_to_halves, contiguous=shapes is PART,
+    )  # fmt: skip
     settings: dict[str, Any] = {"anchor": torch.neg, "shapes": shapes, **more}
     return Rule(reference, replacement, **settings)
 
@@ -110,10 +120,12 @@ def wide_rule(reference: Callable, interleaved: bool) -> Rule:
     )
 
 
+by_parts = partial(rule, shapes=PART, anchor=torch.sub, report_misses=False, decline_if=one_angle_a_pair)
 RULES = (
     rule(half, False),
     rule(half_of_a_part, False, PART),
-    rule(half_by_parts, False, PART, anchor=torch.sub, report_misses=False, decline_if=one_angle_a_pair),
+    by_parts(half_by_parts, False),
+    by_parts(interleaved_to_halves, True),
     rule(interleaved, True),
     rule(interleaved_part, True, PART),
     wide_rule(half_widened, False),
@@ -123,18 +135,20 @@ RULES = (
 
 
 def queries_and_keys(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool,
+    contiguous: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Two tensors rotated by the same angles."""
-    angles = (cos, sin, interleaved, per_pair, contiguous)
+    angles = (cos, sin, interleaved, per_pair, deinterleaved, contiguous)
     return torch.ops.fastft.rotary(q, *angles), torch.ops.fastft.rotary(k, *angles)
 
 
 def rotary_qk(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, contiguous: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool,
+    contiguous: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """fastft::rotary_qk"""
-    results = torch.ops.fastft.rotary_qk(q, k, cos, sin, interleaved, per_pair, contiguous)
+    results = torch.ops.fastft.rotary_qk(q, k, cos, sin, interleaved, per_pair, deinterleaved, contiguous)
     return results[0], results[1]
 
 

@@ -87,6 +87,7 @@ MUTANTS = (
     Mutant("rotary.rotary_kernel", SIGN, "rotary.rotated", "a * cos_a - b", "a * cos_a + b"),
     Mutant("rotary.rotary_kernel", MASK, "rotary.store_pairs", "(i < half)[None, :]", "(i >= 0)[None, :]"),
     Mutant("rotary.rotary_kernel", INDEX, "rotary.rotated_by_angles", "n2, cos_strides)", "n2, operand[7])"),
+    Mutant("rotary.rotary_kernel", INDEX, "rotary.rotate_rows", "rows, a, b, TO_PAIRS", "rows, a, b, FROM_PAIRS"),
     Mutant("norm_rotary.forward_kernel", SIGN, "norm_rotary.scaled", "(offset + weight)", "(offset - weight)"),
     Mutant("norm_rotary.forward_kernel", MASK, "norm_rotary.forward_rows", "row < n_rows", "row >= 0"),
     Mutant("norm_rotary.forward_kernel", AXIS, "norm_rotary.forward_rows", "tl.sum(b * b, 1)", over_all_rows("b * b", "tl.sum(b, 1)")),

@@ -28,24 +28,30 @@ def angles(length: int, pairs: int, device: str, interleaved: bool) -> tuple[Ten
 
 
 @on_devices
-@given(st.booleans(), st.integers(1, 40), st.integers(0, 9), seeds)
-def test_rotating_back_undoes_a_rotation(device: str, interleaved: bool, pairs: int, passed: int, seed: int) -> None:
+@given(st.booleans(), st.booleans(), st.integers(1, 40), st.integers(0, 9), seeds)
+def test_rotating_back_undoes_a_rotation(
+    device: str, interleaved: bool, apart: bool, pairs: int, passed: int, seed: int
+) -> None:
     x = Spec((2, 3, 5, 2 * pairs + passed), torch.float32, "transposed", seed).build(device)
     cos, sin = angles(5, pairs, device, interleaved)
-    y = fastft.rotary(x, cos, sin, interleaved, False, False)
+    y = fastft.rotary(x, cos, sin, interleaved, False, interleaved and apart, False)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fastft.rotary_backward(y, cos, sin, interleaved, False), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        fastft.rotary_backward(y, cos, sin, interleaved, False, interleaved and apart), x, rtol=1e-5, atol=1e-5
+    )
 
 
 @on_devices
-@given(st.booleans(), st.integers(1, 20), seeds)
-def test_products_depend_on_the_distance_alone(device: str, interleaved: bool, pairs: int, seed: int) -> None:
+@given(st.booleans(), st.booleans(), st.integers(1, 20), seeds)
+def test_products_depend_on_the_distance_alone(
+    device: str, interleaved: bool, apart: bool, pairs: int, seed: int
+) -> None:
     """The property that rotary embedding exists for."""
     q, k = (Spec((1, 1, 1, 2 * pairs), torch.float32, seed=seed + i).build(device).expand(1, 1, 9, -1) for i in (0, 1))
     frequencies = torch.rand(pairs, generator=torch.Generator().manual_seed(seed)).to(device)
     turned = torch.arange(9.0, device=device)[:, None] * frequencies
     turned = turned.repeat_interleave(2, -1) if interleaved else torch.cat((turned, turned), -1)
-    new_q, new_k = fastft.rotary_qk(q, k, turned.cos(), turned.sin(), interleaved, False, False)
+    new_q, new_k = fastft.rotary_qk(q, k, turned.cos(), turned.sin(), interleaved, False, interleaved and apart, False)
     products = new_q[0, 0] @ new_k[0, 0].T
     for distance in range(9):
         diagonal = products.diagonal(distance)

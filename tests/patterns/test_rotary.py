@@ -14,7 +14,12 @@ from fastft.patterns.rotary import rotate_half
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULES = {rule.reference.__name__: rule for rule in patterns.RULES}
 B, H, S, D = 2, 3, 5, 16
-WIDTH = {"half_of_a_part": 8, "interleaved_part": 8, "half_by_parts": D // 2}  # of cos and sin, if not a head's
+WIDTH = {
+    "half_of_a_part": 8,
+    "interleaved_part": 8,
+    "half_by_parts": D // 2,
+    "interleaved_to_halves": D // 2,
+}  # of cos and sin, if not a head's
 LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {  # x [B, H, S, D] as models have it
     "contiguous": lambda dtype: normal(B, H, S, D, dtype=dtype),
     "transposed": lambda dtype: _leaf(frozen(B, S, H, D, dtype=dtype).transpose(1, 2)),
@@ -336,11 +341,47 @@ def test_what_the_op_cannot_do_is_declined(name: str) -> None:
     assert [reason in one for one in reasons(report)] == [True], reasons(report)
 
 
-def test_one_angle_for_all_pairs_is_not_one_pair() -> None:
+@pytest.mark.parametrize("name", ["half_by_parts", "interleaved_to_halves"])
+def test_one_angle_for_all_pairs_is_not_one_pair(name: str) -> None:
     """cos [..., 1] broadcasts over the pairs in the reference; the op would rotate the first pair alone."""
     values = [normal(B, H, S, D), *angles(width=1)]
-    gm, _ = lifted(patterns.half_by_parts, *values)
-    torch.testing.assert_close(gm(*values), patterns.half_by_parts(*values))
+    gm, _ = lifted(RULES[name].reference, *values)
+    assert ops(gm) == []
+    torch.testing.assert_close(gm(*values), RULES[name].reference(*values))
+
+
+@pytest.mark.parametrize("turned", [patterns.half, patterns.half_by_parts], ids=["half", "by_parts"])
+def test_pairs_that_are_taken_apart_before_they_are_turned(turned: Callable) -> None:
+    """As DeepSeek V3 did at first: what is rotated is the copy."""
+
+    def function(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return turned(x.view(B, H, S, D // 2, 2).transpose(4, 3).reshape(B, H, S, D), cos, sin)
+
+    values = [normal(B, H, S, D), *angles(width=WIDTH.get(turned.__name__, D))]
+    gm, report = lifted(function, *values)
+    assert ops(gm) == ["rotary"], reasons(report)
+    assert_right(gm, function, values)
+
+
+def first_of_pairs_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat((b * cos + a * sin, a * cos - b * sin), -1)
+
+
+def turned_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos - a * sin), -1)
+
+
+def overlapping_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x[..., ::2], x[..., : D // 2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+@pytest.mark.parametrize("function", [first_of_pairs_last, turned_back, overlapping_pairs])
+def test_what_is_nearly_taken_apart_runs_as_it_is(function: Callable) -> None:
+    gm, report = lifted(function, normal(B, H, S, D), *angles(width=D // 2))
+    assert (ops(gm), report.lifted) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["half_widened", "interleaved_widened", "interleaved_widened_late"])
