@@ -76,6 +76,24 @@ def interleaved_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def half_backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """nanochat: pairs half a head apart, turned the other way."""
+    turned = torch.cat((x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), -1)
+    return x * cos + turned * sin
+
+
+def complex_product(x: Tensor, angles: Tensor) -> Tensor:
+    """DeepSeek V2, Llama's own code: pairs of neighbours as complex numbers."""
+    pairs = torch.view_as_complex(x.float().reshape(x.shape[0], x.shape[1], x.shape[2], -1, 2))
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+
+
+def complex_product_positions_first(x: Tensor, angles: Tensor) -> Tensor:
+    """Llama 4: the same, of positions before heads."""
+    pairs = torch.view_as_complex(x.float().reshape(x.shape[0], x.shape[1], x.shape[2], -1, 2))
+    return torch.view_as_real(pairs * angles[:, :, None, :]).flatten(-2).to(x.dtype)
+
+
 def rotary(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, deinterleaved: bool, contiguous: bool
 ) -> Tensor:
@@ -86,6 +104,30 @@ def rotary(
 def widened(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """fastft::rotary in float32, rounded at the end"""
     return torch.ops.fastft.rotary(x, cos, sin, interleaved, False, False, False).to(x.dtype)
+
+
+def backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """fastft::rotary by the negative sine"""
+    return torch.ops.fastft.rotary(x, cos, torch.neg(sin), False, False, False, False)
+
+
+def of_complex(x: Tensor, angles: Tensor) -> Tensor:
+    """fastft::rotary by the parts of complex numbers, rounded at the end"""
+    parts = torch.movedim(torch.view_as_real(angles), -1, 0).contiguous()  # rows of their own: read as they are
+    return torch.ops.fastft.rotary(x, parts[0], parts[1], True, True, False, False).to(x.dtype)
+
+
+def of_complex_positions_first(x: Tensor, angles: Tensor) -> Tensor:
+    """fastft::rotary by the parts of complex numbers, rounded at the end"""
+    parts = torch.movedim(torch.view_as_real(angles), -1, 0).contiguous().unsqueeze(-2)
+    return torch.ops.fastft.rotary(x, parts[0], parts[1], True, True, False, False).to(x.dtype)
+
+
+def decline_real(x: Tensor, angles: Tensor) -> str | None:
+    """Decline angles that are not complex64, one a pair, and what wide_rule declines."""
+    if angles.dtype != torch.complex64:
+        return f"the angles are {angles.dtype} and not complex64"
+    return decline_float64(x=x) or one_angle_a_pair(x, angles)
 
 
 def one_angle_a_pair(x: Tensor, cos: Tensor, **_: object) -> str | None:
@@ -120,6 +162,7 @@ def wide_rule(reference: Callable, interleaved: bool) -> Rule:
     )
 
 
+complex_rule = partial(Rule, anchor=torch.view_as_complex, dtype_from=("x",), decline_if=decline_real)
 by_parts = partial(rule, shapes=PART, anchor=torch.sub, report_misses=False, decline_if=one_angle_a_pair)
 RULES = (
     rule(half, False),
@@ -131,6 +174,11 @@ RULES = (
     wide_rule(half_widened, False),
     wide_rule(interleaved_widened, True),
     wide_rule(interleaved_widened_late, True),
+    Rule(half_backwards, backwards, torch.neg, WHOLE, report_misses=False),
+    complex_rule(complex_product, of_complex, shapes={"x": "B H S D", "angles": "* R"}),
+    complex_rule(
+        complex_product_positions_first, of_complex_positions_first, shapes={"x": "B S H D", "angles": "* S R"}
+    ),
 )
 
 

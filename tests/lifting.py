@@ -103,7 +103,8 @@ class _Exact(TorchFunctionMode):
 
 def truth(function: Callable, values: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients in float64, without the roundings of the function."""
-    exact = [value.detach().double().requires_grad_(value.requires_grad) for value in values]
+    wide = (torch.promote_types(value.dtype, torch.float64) for value in values)  # complex128 of what is complex
+    exact = [one.detach().to(dtype).requires_grad_(one.requires_grad) for one, dtype in zip(values, wide, strict=True)]
     with _Exact():
         return run(function, exact, like)
 

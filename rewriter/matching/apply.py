@@ -17,12 +17,14 @@ from fastft.rewriter.capture.normalize import splits, view
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
-from fastft.rewriter.fx.metadata import FLOATING, layer_of, module_path, place_of
+from fastft.rewriter.fx.metadata import FLOATING, layer_of, module_path, name_of, place_of
 from fastft.rewriter.matching.checks import Verifier, placement
 from fastft.rewriter.matching.matcher import Match, Mismatch, find
 from fastft.rewriter.matching.pattern import fold, templates
 from fastft.rewriter.matching.rule import Rule
 from fastft.rewriter.report.data import Lifted, NearMiss, RuleRecord
+
+_SHARED = frozenset({"neg", "view_as_real", "movedim", "contiguous", "unsqueeze", "getitem"})
 
 
 def lift(gm: GraphModule, context: Context) -> None:
@@ -54,6 +56,7 @@ class _Application:
         self.replaced: set[Node] = set()  # of the view
         self.unused: list[Node] = []  # of the graph
         self.applied: list[Lifted] = []
+        self.shared: dict[tuple[object, ...], Node] = {}  # what replacements computed beside their ops
         self.verifier = Verifier(gm, self.view)
         values = [value_of(node) for node in graph.nodes]
         self.dtypes = (
@@ -149,12 +152,27 @@ class _Application:
             annotate_like(node, latest)
             infer_requires_grad(node)
         fold(self.graph, made)  # a dtype that the replacement asks for
+        self._share(list(between(previous, successor)))
         self.replaced.update(match.calls.values())
         self.unused += [self.originals[node] for node in match.calls.values()]
         for view_root, root, result in zip(match.roots, roots, results, strict=True):
             fake_tensors.set_value(result, value_of(root))
             root.replace_all_uses_with(result)
             self.originals[view_root] = result
+
+    def _share(self, made: Sequence[Node]) -> None:
+        """Use what a replacement of the same layer computed of the same tensors: angles of queries, for its keys too.
+
+        What a match reads is written to nowhere, so the first result is the second's.
+        """
+        for node in made:
+            if name_of(node.target) not in _SHARED:
+                continue
+            key = (layer_of(module_path(node)), name_of(node.target), str(node.args), str(node.kwargs))
+            first = self.shared.setdefault(key, node)
+            if first is not node and first < node:
+                node.replace_all_uses_with(first)
+                self.graph.erase_node(node)
 
 
 def _ops(rule: Rule) -> set[str]:

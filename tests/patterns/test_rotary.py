@@ -34,6 +34,19 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_()
 
 
+COMPLEX = {"complex_product": (B, 1, S), "complex_product_positions_first": (B, S)}  # axes of the angles
+
+
+def inputs(name: str, x: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """What a rule's reference takes: x [B, H, S, D], or with positions first, and angles."""
+    if name not in COMPLEX:
+        return [x, *angles(dtype, WIDTH.get(name, D))]
+    if name == "complex_product_positions_first":
+        x = _leaf(x.detach().transpose(1, 2))
+    cos, sin = angles(width=D // 2, shape=COMPLEX[name])
+    return [x, torch.complex(1.5 * cos, sin)]  # a pair may be scaled too
+
+
 def angles(dtype: torch.dtype = torch.float32, width: int = D, shape: tuple[int, ...] = (B, 1, S)) -> list[Tensor]:
     """cos and sin, of another angle for each element: nothing promises that those of a pair are equal."""
     angle = frozen(*shape, width, seed=2)
@@ -44,7 +57,7 @@ def angles(dtype: torch.dtype = torch.float32, width: int = D, shape: tuple[int,
 def test_every_reference_becomes_one_op_and_stays_right(
     name: str, x_dtype: torch.dtype, angle_dtype: torch.dtype, layout: str
 ) -> None:
-    values = [LAYOUTS[layout](x_dtype), *angles(angle_dtype, WIDTH.get(name, D))]
+    values = inputs(name, LAYOUTS[layout](x_dtype), angle_dtype)
     gm, report = lifted(RULES[name].reference, *values)
     assert len(report.lifted) == 1, reasons(report)
     assert reasons(report) == []
@@ -54,16 +67,17 @@ def test_every_reference_becomes_one_op_and_stays_right(
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_rule_is_the_one_named_after_the_reference(name: str) -> None:
-    values = [normal(B, H, S, D, dtype=torch.bfloat16), *angles(torch.bfloat16, WIDTH.get(name, D))]
+    values = inputs(name, normal(B, H, S, D, dtype=torch.bfloat16), torch.bfloat16)
     _, report = lifted(RULES[name].reference, *values)
     assert rules(report)[0] == [f"rotary.{name}"]
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if name != "complex_product_positions_first"])
 @pytest.mark.parametrize("shape", [(B, S, 1), (1, S, 1), (S, 1), (B, S, H)], ids=str)
 def test_heads_after_positions(name: str, shape: tuple[int, ...]) -> None:
     """x [B, S, H, D], and angles of every rank that broadcasts."""
-    values = [normal(B, S, H, D), *angles(width=WIDTH.get(name, D), shape=shape)]
+    turned = angles(width=D // 2 if name in COMPLEX else WIDTH.get(name, D), shape=shape)
+    values = [normal(B, S, H, D), *([torch.complex(*turned)] if name in COMPLEX else turned)]
     gm, report = lifted(RULES[name].reference, *values)
     assert ops(gm) == ["rotary"], reasons(report)
     assert_right(gm, RULES[name].reference, values)
@@ -219,11 +233,6 @@ def test_angles_unsqueezed_for_each_use_or_once() -> None:
         assert_right(gm, function, values)
 
 
-def wrong_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = halves(x)
-    return x * cos + torch.cat((b, -a), -1) * sin
-
-
 def no_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = halves(x)
     return x * cos + torch.cat((b, a), -1) * sin
@@ -285,7 +294,6 @@ def added_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 NEGATIVE = [  # what must not be lifted, and what the reason says; None: nothing is near
-    (wrong_sign, "expected neg(getitem(…)), found getitem(x, (Ellipsis, slice(8, None, None)))"),
     (no_sign, None),
     (taken_away, "expected add(mul(…), mul(…)), found neg(getitem)"),
     (swapped_halves, "found getitem(x, (Ellipsis, slice(None, 8, None)))"),
