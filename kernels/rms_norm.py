@@ -2,6 +2,7 @@
 
 Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467, equation 4; the backward is its
 derivative.  x [..., D], weight [D]; rstd [...] is kept for backward, float32 (float64 for a float64 x).
+weight may be None, which counts as 0: offset is then all of the scale.
 
 round_first: x * rstd is rounded to x's dtype before scaling, and y has the dtype x and weight promote to (Llama).
 Otherwise all is float32 and y is rounded once, to x's dtype (Gemma with offset 1, GPT-OSS and F.rms_norm with 0).
@@ -23,7 +24,12 @@ SPELLINGS = (  # offset and round_first: Llama, GPT-OSS, Gemma
 )
 
 
-def reference(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
+def scale_of(weight: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | float:
+    """Return offset + weight in a dtype."""
+    return offset if weight is None else offset + weight.to(dtype)
+
+
+def reference(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
     """Compute y and rstd in plain PyTorch: the specification, and the implementation where Triton does not run."""
     h = x.to(wide(x.dtype))
     rstd = torch.rsqrt((h * h).mean(-1, keepdim=True) + eps)
@@ -31,12 +37,12 @@ def reference(x: Tensor, weight: Tensor, eps: float, offset: float, round_first:
     if round_first:
         y = unit.to(x.dtype) * weight
     else:
-        y = (unit * (offset + weight.to(h.dtype))).to(x.dtype)
+        y = (unit * scale_of(weight, offset, h.dtype)).to(x.dtype)
     return y, rstd.squeeze(-1)
 
 
 def reference_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
+    grad_output: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, round_first: bool,
     addend: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute dx in plain PyTorch: the gradient of unit = x * rstd, projected off unit, times rstd.
@@ -45,7 +51,7 @@ def reference_backward(
     """
     dtype = wide(x.dtype)
     unit = x.to(dtype) * rstd.unsqueeze(-1)
-    dunit = grad_output.to(dtype) * (offset + weight.to(dtype))
+    dunit = grad_output.to(dtype) * scale_of(weight, offset, dtype)
     dx = (dunit - unit * (dunit * unit).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
     return (dx if addend is None else dx + addend.to(dtype)).to(x.dtype)
 
@@ -63,21 +69,27 @@ def reference_backward_weight(
     return dx, dweight.to(weight.dtype)
 
 
-def check(x: Tensor, weight: Tensor, offset: float, round_first: bool) -> None:
+def check(x: Tensor, weight: Tensor | None, offset: float, round_first: bool) -> None:
     """Raise for shapes, dtypes and settings that the op does not define."""
-    require(x.dim() > 0 and weight.dim() == 1, lambda: f"x {tuple(x.shape)} or weight {tuple(weight.shape)}")
+    require(x.dim() > 0 and x.is_floating_point(), lambda: f"x {tuple(x.shape)}, {x.dtype}")
     require(x.shape[-1] > 0, lambda: "the mean of an empty row")
-    require(x.shape[-1] == weight.shape[0], lambda: f"x {tuple(x.shape)}, but weight {tuple(weight.shape)}")
-    require(x.is_floating_point() and weight.is_floating_point(), lambda: f"{x.dtype}, {weight.dtype}")
     require(not round_first or offset == 0.0, lambda: "round_first scales by weight alone: offset must be 0")
+    if weight is None:
+        require(not round_first, lambda: "round_first scales by weight: there is none")
+        return
+    require(weight.dim() == 1, lambda: f"weight {tuple(weight.shape)}")
+    require(x.shape[-1] == weight.shape[0], lambda: f"x {tuple(x.shape)}, but weight {tuple(weight.shape)}")
+    require(weight.is_floating_point(), lambda: f"weight is {weight.dtype}")
 
 
-def result_dtype(x: Tensor, weight: Tensor, round_first: bool) -> torch.dtype:
+def result_dtype(x: Tensor, weight: Tensor | None, round_first: bool) -> torch.dtype:
     """Return y's dtype."""
-    return torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
+    return torch.promote_types(x.dtype, weight.dtype) if round_first and weight is not None else x.dtype
 
 
-def new_outputs(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
+def new_outputs(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
     """Allocate empty y and rstd: the fake implementation, and what the real one writes into."""
     check(x, weight, offset, round_first)
     y = torch.empty_like(x, dtype=result_dtype(x, weight, round_first))
@@ -99,7 +111,7 @@ def new_gradients(
 
 
 def new_dx(
-    grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, round_first: bool,
+    grad_output: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, round_first: bool,
     addend: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Allocate an empty dx alone."""
@@ -113,13 +125,16 @@ ROWS = {"x": "... D", "weight": "D"}
 BACKWARD_SPELLINGS = [{name: value for name, value in spelling.items() if name != "eps"} for spelling in SPELLINGS]
 _GRADIENT = {"grad_output": "... D", **ROWS, "rstd": "..."}
 _BACKWARD = cases([_GRADIENT, {**_GRADIENT, "addend": "... D"}], BACKWARD_SPELLINGS)
+_UNSCALED = [{"grad_output": "... D", "x": "... D", "rstd": "...", **more} for more in ({}, {"addend": "... D"})]
+_ALONE = {"offset": 1.0, "round_first": False}  # without a weight
 rms_norm = define(
     "rms_norm", reference, new_outputs, "rms_norm_triton.forward",
-    cases=cases([ROWS], SPELLINGS), gradients=("x", "weight"), flops=4,
+    cases=(*cases([ROWS], SPELLINGS), *cases([{"x": "... D"}], [{"eps": 1e-6, **_ALONE}])),
+    gradients=("x", "weight"), flops=4,
 )  # fmt: skip
 rms_norm_backward = define(
     "rms_norm_backward", reference_backward, new_dx, "rms_norm_triton.backward",
-    cases=_BACKWARD, statistics=("rstd",), flops=7,
+    cases=(*_BACKWARD, *cases(_UNSCALED, [_ALONE])), statistics=("rstd",), flops=7,
 )  # fmt: skip
 rms_norm_backward_weight = define(
     "rms_norm_backward_weight", reference_backward_weight, new_gradients, "rms_norm_triton.backward_weight",
@@ -128,7 +143,7 @@ rms_norm_backward_weight = define(
 
 
 def gradients(
-    needs_weight: bool, grad_y: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, offset: float,
+    needs_weight: bool, grad_y: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float,
     round_first: bool, addend: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Compute dx and, if it is needed, dweight, by the op for either."""

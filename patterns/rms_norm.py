@@ -52,7 +52,28 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
+def unscaled(x: Tensor, eps: float) -> Tensor:
+    """Without a weight: Llama 4's queries and keys, nanochat."""
+    return unit(x, eps).to(x.dtype)
+
+
+def gemma4_unscaled(x: Tensor, eps: float) -> Tensor:
+    """Without a weight, the root as a power of -1/2: Gemma 4's values."""
+    h = x.float()
+    return (h * torch.pow(h.pow(2).mean(-1, keepdim=True) + eps, -0.5)).to(x.dtype)
+
+
+def torch_unscaled(x: Tensor, eps: float) -> Tensor:
+    """torch.nn.RMSNorm(elementwise_affine=False)."""
+    return F.rms_norm(x, (x.shape[-1],), None, eps)
+
+
+def l2(x: Tensor, eps: float) -> Tensor:
+    """Divided by the root of the sum of squares: Qwen 3.5's linear attention."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: float, round_first: bool) -> Tensor:
     """fastft::rms_norm"""
     return torch.ops.fastft.rms_norm(x, weight, eps, offset, round_first)[0]
 
@@ -62,6 +83,15 @@ def decline_float64(x: Tensor, **_: object) -> str | None:
     return Reason("x is float64 and is rounded to float32 first", "dtype.float64") if x.dtype == torch.float64 else None
 
 
+_L2 = "it is an L2 norm; Inductor computes it with the casts and copies behind it"
+without_weight = partial(
+    Rule,
+    replacement=partial(rms_norm, offset=1.0, round_first=False),
+    shapes={"x": "... D"},
+    dtype_from=("x",),
+    between_casts=False,
+    decline_if=decline_float64,
+)
 rule = partial(
     Rule,
     anchor=torch.rsqrt,
@@ -81,4 +111,8 @@ RULES = (
         anchor=torch.rms_norm,
         shapes={"x": "... D", "weight": "D"},
     ),
+    without_weight(unscaled, anchor=torch.rsqrt),
+    without_weight(gemma4_unscaled, anchor=torch.pow, report_misses=False),
+    without_weight(torch_unscaled, anchor=torch.rms_norm, dtype_from=(), decline_if=lambda **_: None),
+    Rule(l2, None, torch.rsqrt, {"x": "... D"}, report_misses=False, decline_reason=_L2),
 )

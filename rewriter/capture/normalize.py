@@ -33,6 +33,7 @@ SIGNATURES: dict[Callable, Signature] = {
     torch.div: signature(lambda input, other, *, rounding_mode=None: ...),
     torch.pow: signature(lambda input, exponent: ...),
     torch.mean: signature(lambda input, dim=None, keepdim=False, *, dtype=None: ...),
+    torch.sum: signature(lambda input, dim=None, keepdim=False, *, dtype=None: ...),
     torch.square: _UNARY,
     torch.rsqrt: _UNARY,
     torch.sqrt: _UNARY,
@@ -195,7 +196,7 @@ def _attention_form(args: tuple, node: Node) -> tuple:
     return (*others, scale, grouped)
 
 
-def _mean_form(args: tuple, node: Node) -> tuple:
+def _reduction_form(args: tuple, node: Node) -> tuple:
     return (args[0], _from_end(args[1], value_of(args[0]).dim()), *args[2:]) if len(args) > 1 else args
 
 
@@ -215,7 +216,8 @@ def _transpose_form(args: tuple, node: Node) -> tuple:
 
 
 _FORMS: dict[Callable, Callable[[tuple, Node], tuple]] = {
-    torch.mean: _mean_form,
+    torch.mean: _reduction_form,
+    torch.sum: _reduction_form,
     torch.softmax: _softmax_form,
     F.dropout: _dropout_form,
     F.scaled_dot_product_attention: _attention_form,

@@ -119,6 +119,8 @@ def _values(rule: Rule, dtypes: tuple[torch.dtype, ...], largest: int, leading: 
 
 def templates(rule: Rule, present: frozenset[torch.dtype]) -> Iterator[Pattern]:
     """Iterate over the templates for every choice of dtypes that occur in a graph, under autocast as it is now."""
+    if not rule.between_casts:
+        present = present - {torch.float32} or present
     for dtypes in itertools.product(sorted(present, key=str), repeat=len(rule.dtype_from)):
         if (pattern := template(rule, dtypes, autocast.state())) is not None:
             yield pattern

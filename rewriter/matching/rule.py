@@ -21,6 +21,8 @@ class Rule:
         any that broadcast with those of other tensors.
     dtype_from: the tensor parameters whose dtype decides which calls the reference makes: it casts them, or their
         product.
+    between_casts: whether these may be float32 in a graph that has other dtypes too.  If not, what is float32 between
+        two casts is left to Inductor, whose one kernel casts, computes and rounds, where an op would write float32.
     same_dtype_as: tensor parameters, and that of dtype_from whose dtype they have.
     booleans: the tensor parameters that are bool.
     report_misses: whether a call of the anchor that is not part of a match is worth reporting.
@@ -33,6 +35,7 @@ class Rule:
     anchor: Callable
     shapes: Mapping[str, str]
     dtype_from: tuple[str, ...] = ()
+    between_casts: bool = True
     same_dtype_as: Mapping[str, str] = field(default_factory=dict)
     booleans: tuple[str, ...] = ()
     report_misses: bool = True

@@ -25,7 +25,7 @@ BF16, F32 = Pointer(torch.bfloat16, True), Pointer(torch.float32, True)
 def rms_norm(n_rows: int, x: Pointer = BF16) -> tuple[str, str, list[Any], dict[str, Any]]:
     """A launch of rms_norm's forward kernel for rows of 256."""
     arguments = [BF16, F32, x, BF16, n_rows, 256, 1, 1, 256, 0, 0, 1, 0, 0, 1e-6, 0.0]
-    meta = {"ROUND_FIRST": True, "ROWS": 8, "BLOCK_D": 256, "num_warps": 4}
+    meta = {"HAS_WEIGHT": True, "ROUND_FIRST": True, "ROWS": 8, "BLOCK_D": 256, "num_warps": 4}
     return "fastft.kernels.rms_norm_triton", "forward_kernel", arguments, meta
 
 

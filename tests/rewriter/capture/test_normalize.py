@@ -69,6 +69,10 @@ SAME = {  # spellings of one computation, on the inputs they are tried with
         ],
         (X,),
     ),
+    "sum": (
+        [lambda x: x.sum(-1, keepdim=True), lambda x: torch.sum(x, dim=2, keepdim=True), lambda x: x.sum([-1], True)],
+        (X,),
+    ),
     "number first": ([lambda x: 1.5 + x, lambda x: x + 1.5, lambda x: torch.add(x, 1.5), lambda x: x.add(1.5)], (X,)),
     "product": (
         [lambda x, w: x * w, lambda x, w: torch.mul(x, w), lambda x, w: x.mul(w), lambda x, w: x.multiply(w)],
