@@ -125,8 +125,9 @@ def vector(value: Tensor | None, x: Tensor) -> Tensor:
 
 
 def forward(
-    outputs: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> None:
+    outputs: tuple[Tensor, Tensor, Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    contiguous: bool,
+) -> None:  # fmt: skip
     """Compute y, mean and rstd into outputs."""
     y, mean, rstd = outputs
     n_rows, D = rstd.numel(), y.shape[-1]
@@ -138,7 +139,9 @@ def forward(
     )  # fmt: skip
 
 
-def backward(outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> None:
+def backward(
+    outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, contiguous: bool
+) -> None:
     """Compute dx into outputs."""
     (dx,) = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]
@@ -151,8 +154,9 @@ def backward(outputs: tuple[Tensor], dy: Tensor, x: Tensor, weight: Tensor | Non
 
 
 def backward_weight(
-    outputs: tuple[Tensor, Tensor, Tensor], dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
-) -> None:
+    outputs: tuple[Tensor, Tensor, Tensor], dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
+    contiguous: bool,
+) -> None:  # fmt: skip
     """Compute dx, dweight and dbias into outputs, from float32 sums over programs."""
     dx, *parameters = outputs
     n_rows, D = rstd.numel(), dx.shape[-1]

@@ -43,9 +43,11 @@ def rounded_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float, contiguous: bool
+) -> Tensor:
     """fastft::layer_norm"""
-    return torch.ops.fastft.layer_norm(x, weight, bias, eps)[0]
+    return torch.ops.fastft.layer_norm(x, weight, bias, eps, contiguous)[0]
 
 
 def rounds_first(x: Tensor, **_: object) -> str | None:
@@ -54,9 +56,13 @@ def rounds_first(x: Tensor, **_: object) -> str | None:
     return decline_float64(x=x) or early
 
 
-rule = partial(Rule, replacement=layer_norm, anchor=F.layer_norm)
+rule = partial(Rule, replacement=partial(layer_norm, contiguous=True), anchor=F.layer_norm)
 written_out = partial(
-    Rule, replacement=layer_norm, anchor=torch.rsqrt, shapes={"x": "... D", "weight": "D"}, dtype_from=("x", "weight")
+    Rule,
+    replacement=partial(layer_norm, contiguous=False),  # an expression is laid out as x
+    anchor=torch.rsqrt,
+    shapes={"x": "... D", "weight": "D"},
+    dtype_from=("x", "weight"),
 )
 RULES = (
     rule(torch_layer_norm, shapes={"x": "... D", "weight": "D", "bias": "D"}),

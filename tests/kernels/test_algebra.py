@@ -13,7 +13,7 @@ fastft = torch.ops.fastft
 on_devices = pytest.mark.parametrize("device", DEVICES)
 ROW_WISE = {  # one tensor of rows to another
     "rms_norm": lambda x, weight: fastft.rms_norm(x, weight, 1e-6, 0.0, True)[0],
-    "layer_norm": lambda x, weight: fastft.layer_norm(x, weight, weight, 1e-6)[0],
+    "layer_norm": lambda x, weight: fastft.layer_norm(x, weight, weight, 1e-6, False)[0],
     "glu": lambda x, weight: fastft.glu(x, x.flip(-1), "silu"),
     "glu_packed": lambda x, weight: fastft.glu_packed(torch.cat((x, x.flip(-1)), -1), "gelu_tanh"),
     "add_rms_norm": lambda x, weight: fastft.add_rms_norm(x, x.flip(-1), weight, 1e-6, 1.0, False)[0],
@@ -84,10 +84,10 @@ def test_without_eps_norms_do_not_see_scale(device: str, length: int, seed: int,
 @given(st.integers(2, 300), seeds)
 def test_layer_norm_does_not_see_a_shift(device: str, length: int, seed: int) -> None:
     x, weight = (Spec(shape, torch.float32, seed=seed).build(device) for shape in ((5, length), (length,)))
-    y, shifted = (fastft.layer_norm(one, weight, None, 1e-5)[0] for one in (x, x + 3.0))
+    y, shifted = (fastft.layer_norm(one, weight, None, 1e-5, False)[0] for one in (x, x + 3.0))
     torch.testing.assert_close(y, shifted, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(
-        fastft.layer_norm(x, None, None, 1e-5)[0].mean(-1), torch.zeros_like(x[:, 0]), rtol=0, atol=1e-5
+        fastft.layer_norm(x, None, None, 1e-5, True)[0].mean(-1), torch.zeros_like(x[:, 0]), rtol=0, atol=1e-5
     )
 
 
