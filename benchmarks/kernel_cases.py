@@ -59,7 +59,8 @@ def norms(rows: int, hidden: int, new: Callable[..., Tensor]) -> Iterator[Case]:
         yield Case(
             f"layer_norm{dw}", shape, {"x": x, "weight": weight, "bias": other},
             (*trained, "bias") if dw else trained,
-            lambda x, w, b: ops.layer_norm(x, w, b, EPS, True)[0], lambda x, w, b: layer_norm.torch_layer_norm(x, w, b, EPS),
+            lambda x, w, b: ops.layer_norm(x, w, b, EPS, True)[0],
+            lambda x, w, b: layer_norm.torch_layer_norm(x, w, b, EPS),
             _liger("LigerLayerNormFunction", EPS),
         )  # fmt: skip
     stream = {"x": x, "residual": residual, "weight": weight}

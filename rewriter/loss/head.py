@@ -36,7 +36,8 @@ def run(function: Callable | str, *args: Any, **kwargs: Any) -> Any:
 class Head:
     """The product that logits begin with: hidden W^T + bias, or a lora_linear of one 4-bit or adapted layer.
 
-    weight: [V, H], or packed in 4 bits with statistics (absmax, and three more if they are nested).  lora_a, lora_b,
+    weight: [V, H], or packed in 4 bits with statistics (absmax, and three more if they are nested).  bias: [V], or with
+    axes of size 1 before it, as one that is added to the product may have.  lora_a, lora_b,
     scales: of adapters.  dtype: of the operands; result: of the product, which adapters in float32 may widen.  plain:
     whether the user's call was F.linear.  rounded: the adapters count as rounded to that dtype.
     """
@@ -78,7 +79,7 @@ class Head:
         """Compute the logits as the user's own call does."""
         dtype = self.dtype
         if self.plain:
-            return F.linear(*(cast(operand, dtype, run) for operand in (hidden, self.weight, self.bias)))
+            return F.linear(*(cast(operand, dtype, run) for operand in (hidden, self.weight, self.vector(run))))
         statistics = [[tensor] for tensor in self.statistics] + [[]] * (4 - len(self.statistics))
         biases = [] if self.bias is None else [self.bias]
         return torch.ops.fastft.lora_linear(
@@ -87,6 +88,11 @@ class Head:
             list(self.scales), self.blocksize, self.quant_type, self.result != dtype,
             self.rounded,
         )[0]  # fmt: skip
+
+    def vector(self, call: Call) -> Any:
+        """Return the bias [V], None if there is none."""
+        many = self.bias is not None and value_of(self.bias).dim() > 1
+        return call(torch.reshape, self.bias, (self.classes,)) if many else self.bias
 
     def dense_weight(self, call: Call) -> Any:
         """Return the weight [V, H] in the product's dtype."""

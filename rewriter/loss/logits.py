@@ -339,7 +339,7 @@ def _inputs(logits: Logits, compared: Any, call: Call) -> tuple[Any, ...]:
     """Return the tensors that a loss op of a head takes."""
     head = logits.head
     hidden, weight = cast(logits.hidden, head.dtype, call), head.dense_weight(call)
-    return hidden, weight, compared, cast(head.bias, head.dtype, call), *head.adapter(logits.hidden, call)
+    return hidden, weight, compared, cast(head.vector(call), head.dtype, call), *head.adapter(logits.hidden, call)
 
 
 def _ahead(logits: Logits, *, by_row: bool) -> list[bool]:

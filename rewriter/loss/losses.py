@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -199,7 +199,6 @@ class _Lifting:
         self.losses: list[tuple[Node, str]] = []  # the user's calls
         self.results: dict[Node, Node] = {}  # what replaces them
         self.made: list[Node] = []
-        self.head = logits.head
 
     def run(self, *, lazy: bool, known: bool) -> list[Deferred]:
         """Follow, check and replace.  Raises Declined; ``undo`` then removes the nodes that were added.
@@ -237,8 +236,8 @@ class _Lifting:
 
     def _visit(self, node: Node) -> None:
         name, args = name_of(node.target), list(node.args)
-        if name == "mul" and len(args) == 2 and isinstance(args[1], Node):
-            args.reverse()  # a number may come first
+        if name in ("mul", "add") and len(args) == 2 and args[1] in self.states:
+            args.reverse()  # what it is multiplied by, or a bias, may come first
         first, value = args[0] if args else None, value_of(node)
         others = [argument for argument in node.all_input_nodes if argument in self.states and argument is not first]
         if node in self.under_transforms:
@@ -250,7 +249,10 @@ class _Lifting:
         def call(function: Callable | str, *args: Any, **kwargs: Any) -> Node:
             return self._call(node, function, args, kwargs)
 
-        followed = follow(name, logits, args[1:], node.kwargs, call, value.dtype)
+        if name == "add":
+            followed = self._biased(node, logits, args[1])
+        else:
+            followed = follow(name, logits, args[1:], node.kwargs, call, value.dtype)
         if followed is not None and tuple(map(str, followed.shape)) == tuple(map(str, value.shape)):
             self.states[node] = followed
             return
@@ -266,6 +268,22 @@ class _Lifting:
         self.losses.append((node, loss))
         self.results[node] = result
 
+    def _biased(self, node: Node, logits: Logits, bias: Any) -> Logits | None:
+        """Return logits with a bias, one number for each class, that is added to the product by itself; else None."""
+        head, value, result = logits.head, value_of(bias), value_of(node)
+        if node.kwargs or not isinstance(value, Tensor) or not fake_tensors.is_plain(value):
+            return None
+        if logits.steps or logits.classes_second or not head.plain or head.bias is not None:
+            return None
+        ones = (1,) * (value.dim() - 1)
+        if value.dim() == 0 or tuple(value.shape) != (*ones, head.classes) or value.device != result.device:
+            return None
+        if {value.dtype, head.dtype, logits.dtype} != {result.dtype}:
+            return None
+        hidden, weight, _, *adapter = logits.trained
+        trained = (hidden, weight, value.requires_grad and result.requires_grad, *adapter)
+        return replace(logits, head=replace(head, bias=bias), trained=trained)
+
     def _call(self, before: Node, function: Callable | str, args: Sequence[Any], kwargs: Any) -> Node:
         kind = "call_method" if isinstance(function, str) else "call_function"
         with self.graph.inserting_before(before):
@@ -277,7 +295,9 @@ class _Lifting:
 
     def _check(self, last: Node) -> None:
         """Check that nothing read is mutated and grad mode is not switched midway; autocast may.  Raises Declined."""
-        values = [*self.states, *self.head.values, *(state.hidden for state in self.states.values())]
+        values = list(
+            dict.fromkeys([*self.states, *(value for state in self.states.values() for value in state.values)])
+        )
         if reason := check_mutation(values):
             raise Declined(reason)
         for node in between(self.root, last):
@@ -298,7 +318,7 @@ class _Lifting:
             logits = self.states[output]
             outputs[position] = logits.hidden
             values = []
-            for value in self.head.values:
+            for value in logits.head.values:
                 if value not in inputs and value not in outputs:
                     outputs.append(value)
                 values.append(("input", inputs[value]) if value in inputs else ("output", outputs.index(value)))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lifting import calls, frozen, normal, ops
+from lifting import calls, compiled, frozen, normal, ops
 from recording import record
 from torch import Tensor
 from torch.fx import GraphModule
@@ -95,6 +95,10 @@ def test_a_loss_without_logits(name: str) -> None:
 
 HEADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bias": lambda hidden, weight: F.linear(hidden, weight, BIAS),
+    "bias added": lambda hidden, weight: F.linear(hidden, weight) + BIAS,
+    "bias of a row added": lambda hidden, weight: F.linear(hidden, weight) + BIAS.view(1, V),
+    "bias ahead": lambda hidden, weight: torch.add(BIAS.view(1, 1, V), hidden @ weight.T),
+    "bias added, then scaled": lambda hidden, weight: (F.linear(hidden, weight) + BIAS) * 0.5,
     "by matmul": lambda hidden, weight: hidden @ weight.T,
     "by a transpose": lambda hidden, weight: hidden @ weight.transpose(0, 1),
 }
@@ -115,6 +119,14 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "rows and classes mixed": lambda y: F.cross_entropy(y.view(V, -1).T, CLASSES.view(-1)),
     "capped twice": lambda y: flat(torch.tanh(torch.tanh(y))),
     "added to": lambda y: flat(y + 1.0),
+    "two biases": lambda y: flat(y + BIAS + BIAS),
+    "scaled, then a bias": lambda y: flat(y * 0.5 + BIAS),
+    "a multiple of a bias": lambda y: flat(torch.add(y, BIAS, alpha=2)),
+    "a bias for all classes": lambda y: flat(y + BIAS[:1]),
+    "a bias for each row": lambda y: flat(y + TEACHER),
+    "a bias for each sequence": lambda y: flat(y + TEACHER[:, :1]),
+    "a wider bias": lambda y: flat(y.half() + BIAS),
+    "itself": lambda y: flat(y + y),
     "used otherwise too": lambda y: flat(y) + y.square().sum(),
     "other target": lambda y: F.kl_div(y.log_softmax(-1), TEACHER.exp(), reduction="sum"),
     "log-probabilities as logits": lambda y: flat(y.log_softmax(-1) * 2.0),
@@ -176,6 +188,48 @@ def test_which_gradients_forward_computes() -> None:
         lift(gm, Context(FEW))
         (op,) = gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.linear_cross_entropy)
         assert op.args[-1] == [*expected, False, False, False]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("shape", [(V,), (1, V)], ids=str)
+def test_a_bias_that_is_added_to_the_product(trained: bool, shape: tuple[int, ...]) -> None:
+    """BART's, a buffer: what is returned and read later has it too."""
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(V, H)
+            self.bias = torch.nn.Parameter(frozen(*shape, seed=3), requires_grad=trained)
+
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            logits = F.linear(self.embedding(ids), self.embedding.weight) + self.bias
+            return flat(logits), logits
+
+    module, captures = Module(), []
+    run = compiled(module, captures, lazy=True)
+    found = []
+    for one in (run, module):
+        loss, logits = one(CLASSES)
+        gradients = torch.autograd.grad(
+            loss + logits.square().mean(), [p for p in module.parameters() if p.requires_grad]
+        )
+        found.append([loss, logits + 0.0, *gradients])
+    assert ops(captures[0][0]) == ["linear_cross_entropy"]
+    assert len(captures[0][1].deferred) == 1
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bias_that_is_written_to_afterwards() -> None:
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        bias = BIAS.detach() * 1
+        logits = F.linear(hidden, weight) + bias.view(1, V)
+        bias.data.add_(1)
+        return flat(logits)
+
+    gm, _ = record(function, HIDDEN, WEIGHT)
+    lift(gm, Context(FEW))
+    assert ops(gm) == []
 
 
 MOVED = (("getitem", (..., slice(None))), ("getitem", (0,)), ("view", -1, V), ("flatten", 0, 1), ("unsqueeze", 0))
