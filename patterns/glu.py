@@ -3,6 +3,7 @@
 Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,6 +33,11 @@ def gelu(gate: Tensor, up: Tensor) -> Tensor:
 def gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
     """GEGLU by its approximation: Gemma."""
     return F.gelu(gate, approximate="tanh") * up
+
+
+def gelu_tanh_written_out(gate: Tensor, up: Tensor) -> Tensor:
+    """GEGLU by the formula of its approximation: T5."""
+    return 0.5 * gate * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (gate + 0.044715 * torch.pow(gate, 3.0)))) * up
 
 
 def relu2(gate: Tensor, up: Tensor) -> Tensor:
@@ -115,6 +121,7 @@ RULES = (
     separate(silu_written_out, "silu", torch.sigmoid, report_misses=False),
     separate(gelu, "gelu", F.gelu),
     separate(gelu_tanh, "gelu_tanh", F.gelu),
+    separate(gelu_tanh_written_out, "gelu_tanh", torch.tanh, report_misses=False),
     separate(relu2, "relu2", torch.relu),
     packed(silu_packed, "silu", F.silu),
     packed(gelu_packed, "gelu", F.gelu),

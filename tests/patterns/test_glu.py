@@ -1,5 +1,6 @@
 """Which expressions become fastft::glu and fastft::glu_packed, which do not, and for what reason."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ SEPARATE = [name for name in RULES if not name.endswith("_packed")]
 PACKED = [name for name in RULES if name.endswith("_packed")]
 PLAIN = "it multiplies nothing; Inductor fuses it with its neighbours"
 B, S, WIDTH = 2, 5, 12
+SLOPE = math.sqrt(2.0 / math.pi)
 LAYOUTS: dict[str, Callable[[torch.dtype, int, int], Tensor]] = {
     "contiguous": lambda dtype, width, seed: normal(B, S, width, dtype=dtype, seed=seed),
     "transposed": lambda dtype, width, seed: frozen(S, B, width, dtype=dtype, seed=seed).transpose(0, 1),
@@ -59,6 +61,10 @@ SPELLINGS: dict[str, tuple[str, Callable]] = {
     "gelu by default": ("gelu", lambda g, u: F.gelu(g) * u),
     "gelu without approximation": ("gelu", lambda g, u: u * F.gelu(g, approximate="none")),
     "tanh": ("gelu_tanh", lambda g, u: u * F.gelu(approximate="tanh", input=g)),
+    "tanh written out": (
+        "gelu_tanh_written_out",
+        lambda g, u: u * (g * 0.5 * (torch.tanh((0.044715 * g.pow(3.0) + g) * SLOPE) + 1.0)),
+    ),
     "relu and its square": ("relu2", lambda g, u: u * torch.relu(g) ** 2),
     "relu by a method": ("relu2", lambda g, u: g.relu().pow(2) * u),
     "relu times itself": ("relu2", lambda g, u: _squared(F.relu(g)) * u),
@@ -267,6 +273,9 @@ NEGATIVE = [  # what must not be lifted, and what the reason says; None: nothing
     (lambda g, u: u * torch.sigmoid(g) * u, None),  # gate and up swapped in one of two places
     (lambda g, u: g * u * torch.sigmoid(g), None),
     (lambda g, u: g * (torch.sigmoid(g) * u), None),
+    (lambda g, u: 0.5 * g * (1.0 + torch.tanh(SLOPE * (g + 0.0447 * torch.pow(g, 3.0)))) * u, None),
+    (lambda g, u: 0.5 * g * (1.0 + torch.tanh(SLOPE * (g + 0.044715 * torch.pow(u, 3.0)))) * u, None),
+    (lambda g, u: 0.5 * g * (1.0 - torch.tanh(SLOPE * (g + 0.044715 * torch.pow(g, 3.0)))) * u, None),
     (lambda g, u: 0.5 * g * (1 + torch.tanh(0.7978845608 * (g + 0.044715 * g**3))) * u, None),
 ]
 
