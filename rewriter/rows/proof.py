@@ -37,6 +37,7 @@ _ELEMENTWISE = frozenset(  # and what moves whole axes
         "clone", "copy_", "fill_", "_to_copy", "detach", "alias", "lift_fresh", "native_dropout", "bernoulli_",
         "bernoulli", "rand_like", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full",
         "full_like", "new_full", "empty_like", "stack", "permute", "transpose", "t", "unsqueeze", "squeeze",
+        "view_as_real",
     )
 )  # fmt: skip
 _RANDOM = frozenset(("aten::native_dropout", "aten::bernoulli_", "aten::bernoulli", "aten::rand_like"))

@@ -144,8 +144,19 @@ OTHERS = (
         "gptj", "GPTJConfig", {"layer_norm.torch_layer_norm": (1, 1), "rotary.interleaved_part": (2, 0)}, {},
         sizes={**NO_DROPOUT, "rotary_dim": 8},
     ),
+    Family(  # norms of the embeddings, before each block, and of rotated queries and keys
+        "nanochat", "NanoChatConfig", {"rms_norm.unscaled": (4, 2), "rotary.half_backwards": (2, 0)}, PAIR,
+        {f"glu.plain_relu: {NOTHING_GATED}": (1, 0)},
+    ),
     # a warning breaks its graph before its loss
     Family("gpt2", "GPT2Config", LAYER_NORMS, {}, sizes=NO_DROPOUT, head={}),
+)  # fmt: skip
+CHUNKED = (
+    Family(  # without experts, and without a layer that does not rotate
+        "llama4", "Llama4TextConfig",
+        {**llama(2, {"rotary.complex_product_positions_first": (2, 0)}), "rms_norm.unscaled": (2, 0)}, LLAMA_FUSED,
+        sizes={"intermediate_size_mlp": 128, "moe_layers": [], "num_local_experts": 2, "attention_chunk_size": 16},
+    ),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastft
 from fastft.rewriter.report.data import GraphReport
 from models.families import (
+    CHUNKED,
     FAMILIES,
     LAYERS,
     OTHERS,
@@ -145,7 +146,7 @@ def test_checkpoints_as_transformers_enables_them() -> None:
     assert len(reports) > 1
 
 
-@by_name(OTHERS)
+@by_name((*OTHERS, *CHUNKED))
 def test_other_families_trained_whole(family: Family) -> None:
     torch._dynamo.reset()
     model = build(family, nf4=False, checkpoint=False, train_norms=True, lora=False)
@@ -154,7 +155,7 @@ def test_other_families_trained_whole(family: Family) -> None:
     assert_counts(reports, family, LAYERS)
 
 
-@by_name([family for family in OTHERS if family not in KEPT])
+@by_name([family for family in (*OTHERS, *CHUNKED) if family not in KEPT])
 def test_the_counts_follow_the_layers(family: Family) -> None:
     """By explain(), in one layer, as those of the others are of two; test_golden.py has them of three."""
     torch._dynamo.reset()
