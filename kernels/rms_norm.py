@@ -24,8 +24,8 @@ SPELLINGS = (  # offset and round_first: Llama, GPT-OSS, Gemma
 )
 
 
-def scale_of(weight: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | float:
-    """Return offset + weight in a dtype."""
+def scale_of(weight: Tensor | None, offset: float, dtype: torch.dtype) -> Any:
+    """Return offset + weight in a dtype, or the number offset without a weight."""
     return offset if weight is None else offset + weight.to(dtype)
 
 

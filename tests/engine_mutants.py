@@ -219,6 +219,8 @@ ENGINE = (
         ("weights of classes overlooked", "loss/logits._asked", '("weight", "size_average", "reduce")', '("size_average", "reduce")'),
         ("the sign of log-probabilities", "loss/logits._gather", "call(torch.neg, call(torch.unsqueeze, value, -1))", "call(torch.unsqueeze, value, -1)"),
         ("gradients of rows that are summed", "loss/logits._ahead", "by_row and summed", "by_row and not summed"),
+        ("a bias behind a scale", "loss/losses._biased", "if logits.steps or ", "if "),
+        ("a bias of any size", "loss/losses._biased", "tuple(value.shape) != (*ones, head.classes)", "value.shape[-1] == 0"),
         ("writes that are overlooked", "loss/losses._check", "for target in mutated_args(self.gm, node)", "for target in ()"),
         ("modes that are overlooked", "loss/losses._check", "if switches_mode(node) and", "if node is None and"),
         ("logits that are returned", "loss/losses.run", "if left and not (lazy and (known or self.losses)):", "if left and known and not lazy:"),

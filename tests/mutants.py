@@ -87,7 +87,6 @@ MUTANTS = (
     Mutant("rotary.rotary_kernel", SIGN, "rotary.rotated", "a * cos_a - b", "a * cos_a + b"),
     Mutant("rotary.rotary_kernel", MASK, "rotary.store_pairs", "(i < half)[None, :]", "(i >= 0)[None, :]"),
     Mutant("rotary.rotary_kernel", INDEX, "rotary.rotated_by_angles", "n2, cos_strides)", "n2, operand[7])"),
-    Mutant("rotary.rotary_kernel", INDEX, "rotary.rotate_rows", "rows, a, b, TO_PAIRS", "rows, a, b, FROM_PAIRS"),
     Mutant("norm_rotary.forward_kernel", SIGN, "norm_rotary.scaled", "(offset + weight)", "(offset - weight)"),
     Mutant("norm_rotary.forward_kernel", MASK, "norm_rotary.forward_rows", "row < n_rows", "row >= 0"),
     Mutant("norm_rotary.forward_kernel", AXIS, "norm_rotary.forward_rows", "tl.sum(b * b, 1)", over_all_rows("b * b", "tl.sum(b, 1)")),
@@ -144,6 +143,7 @@ MUTANTS = (
     Mutant("attention_backward.key_kernel", SIZE, "attention_backward.key_kernel", "(g + 1) * GROUP", "g * GROUP + 1", "attention"),
 )  # fmt: skip
 PLAIN = (
+    Mutant("rotary.deinterleaved", INDEX, "rotary.rotate_rows", "rows, a, b, TO_PAIRS", "rows, a, b, FROM_PAIRS", "algebra"),
     Mutant("lora_products.place", MASK, "lora_linear.place_kernel", "number < terms", "number <= terms", "lora_products"),
     Mutant("lora_products.collect", INDEX, "lora_linear.collect_kernel", "which < FIRST", "which <= FIRST", "lora_products"),
     Mutant("chunked_head", SIGN, "chunked_head._accumulate", "total.dtype), alpha=scale)", "total.dtype), alpha=-scale)", "linear_cross_entropy"),
