@@ -34,7 +34,7 @@ def reference(x: Tensor, weight: Tensor | None, eps: float, offset: float, round
     h = x.to(wide(x.dtype))
     rstd = torch.rsqrt((h * h).mean(-1, keepdim=True) + eps)
     unit = h * rstd
-    if round_first:
+    if round_first and weight is not None:
         y = unit.to(x.dtype) * weight
     else:
         y = (unit * scale_of(weight, offset, h.dtype)).to(x.dtype)
