@@ -6,7 +6,7 @@ are.
 interleaved: the pairs are (x[2i], x[2i+1]) as in GPT-J, otherwise (x[i], x[R/2 + i]) as in Llama.
 per_pair: cos and sin have one number a pair, R/2 in all, otherwise one an element, which need not be equal in a pair.
 deinterleaved: whether y has the first elements of interleaved pairs before the second ones, as if they had been half a
-head apart (DeepSeek V3); the angles are laid out as x is.
+head apart; the angles are laid out as x is.
 contiguous: whether y is contiguous; otherwise it has the memory order of x.  Its dtype is that x and cos promote to.
 The backward is the rotation back.  Neither cos nor sin gets a gradient.
 """
