@@ -3,7 +3,8 @@
 out = dropout(softmax(scores)) value, of scores = softcap(scale * query key^T) where a query may attend to a key.
 Vaswani et al., arXiv:1706.03762; computed as in Dao, FlashAttention-2, arXiv:2307.08691, with the log-sum-exp saved.
 
-query [B, H, S, D]; key, value [B, G, T, D], H a multiple of G: head h reads key head h // (H // G) (arXiv:2305.13245).
+query [B, H, S, D]; key [B, G, T, D]; value [B, G, T, DV], H a multiple of G: head h reads key head h // (H // G)
+(arXiv:2305.13245).  DV is D, or another size (multi-head latent attention: DeepSeek-V2, arXiv:2405.04434).
 Query i may attend to the keys j for which all of these conditions hold, as far as they are given:
 - causal: j <= i.  window, if not 0: j > i - window.
 - start, end [B or 1, S], integers: start[i] <= j < end[i].  Most masks are such ranges: causal and sliding windows,
@@ -21,8 +22,8 @@ longest document in a packed row so.
 sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXiv:2508.10925).
 softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
 seed [1], an integer: if given, a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
-contiguous: whether out is contiguous; otherwise it is a transposed view of [B, S, H, D].
-Results: out, of the dtype of query, and the log-sum-exp of each row of scores [B, H, S], float32.
+contiguous: whether out is contiguous; otherwise it is a transposed view of [B, S, H, DV].
+Results: out [B, H, S, DV], of the dtype of query, and the log-sum-exp of each row of scores [B, H, S], float32.
 """
 
 import itertools
@@ -85,7 +86,7 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 def grouped(tensor: Tensor, heads: int) -> Tensor:
-    """Repeat key or value heads [B, G, T, D] so that there is one for each query head."""
+    """Repeat key or value heads [B, G, T, D or DV] so that there is one for each query head."""
     return tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
@@ -154,9 +155,9 @@ def reference_backward(
     if softcap:
         dscores = dscores * (1.0 - torch.tanh(products / softcap) ** 2)
     dquery = dscores @ k * scale
-    by_group = (*key.shape[:2], heads // key.shape[1], *key.shape[2:])
-    dkey = (dscores.transpose(-1, -2) @ q * scale).view(by_group).sum(2)
-    dvalue = ((weights * kept_scale).transpose(-1, -2) @ dout).view(by_group).sum(2)
+    by_group = (key.shape[1], heads // key.shape[1])
+    dkey = (dscores.transpose(-1, -2) @ q * scale).unflatten(1, by_group).sum(2)
+    dvalue = ((weights * kept_scale).transpose(-1, -2) @ dout).unflatten(1, by_group).sum(2)
     return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
@@ -167,7 +168,7 @@ def check(
     """Raise for shapes and dtypes that the op does not define."""
     shapes = lambda: f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"  # noqa: E731
     require(query.dim() == key.dim() == value.dim() == 4, shapes)
-    require(key.shape == value.shape, shapes)
+    require(key.shape[:3] == value.shape[:3], shapes)
     require(query.shape[0] == key.shape[0], shapes)
     require(query.shape[-1] == key.shape[-1], shapes)
     require(query.shape[1] % key.shape[1] == 0, shapes)
@@ -187,12 +188,18 @@ def check(
         mask.expand(*query.shape[:-1], columns)  # raises where it does not broadcast
 
 
-def unsupported_reason(query: Tensor, masked: bool) -> str | None:
+def longest_head(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    """Return the larger of the sizes of a query and of a value."""
+    return max(query.shape[-1], value.shape[-1])
+
+
+def unsupported_reason(query: Tensor, value: Tensor, masked: bool) -> str | None:
     """Return why a call would need all scores in a tensor here, or None.  masked: by more than a causal mask."""
-    on_gpu, head_dim = query.device.type == "cuda", query.shape[-1]
-    if on_gpu and not (dispatch.has_tensor_cores(query.device) and head_dim <= LONGEST_HEAD):
-        plain = not masked and attention_engines.engine_of(query.device, query.dtype, head_dim)
-        return None if plain else f"there is no kernel for it on this GPU, with {head_dim} elements a head"
+    on_gpu, longest = query.device.type == "cuda", longest_head(query, query, value)
+    if on_gpu and not (dispatch.has_tensor_cores(query.device) and longest <= LONGEST_HEAD):
+        sizes = (query.shape[-1], value.shape[-1])
+        plain = not masked and attention_engines.engine_of(query.device, query.dtype, *sizes)
+        return None if plain else f"there is no kernel for it on this GPU, with {longest} elements a head"
     return None
 
 
@@ -204,8 +211,8 @@ def new_outputs(
     """Allocate empty out and log-sum-exp."""
     check(query, key, value, start, end, query_ids, key_ids, mask)
     require(0.0 <= dropout < 1.0, lambda: f"a share of {dropout} cannot be dropped")
-    B, H, S, D = query.shape
-    out = query.new_empty(B, H, S, D) if contiguous else query.new_empty(B, S, H, D).transpose(1, 2)
+    (B, H, S, _), DV = query.shape, value.shape[-1]
+    out = query.new_empty(B, H, S, DV) if contiguous else query.new_empty(B, S, H, DV).transpose(1, 2)
     return out, query.new_empty(B, H, S, dtype=wide(query.dtype))
 
 
@@ -214,21 +221,25 @@ def new_gradients(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor
     return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
-def flops(query: Sequence[int], key: Sequence[int], *arguments: Any, products: int = 2) -> int:
-    """Count the FLOPs of so many products of the scores' size; half if causal, as other masks are not known.
+def flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *arguments: Any, products: tuple[int, int] = (1, 1)
+) -> int:
+    """Count the FLOPs of products of the scores' size; half if causal, as other masks are not known.
 
-    A row meets at most max_seqlen keys, if that is a number already.
+    products: how many there are with keys or queries, and how many with values or gradients of out.  A row meets at
+    most max_seqlen keys, if that is a number already.
     """
     B, H, S, D = query
     causal, _, max_seqlen = itertools.islice(itertools.dropwhile(lambda one: not isinstance(one, bool), arguments), 3)
     known = type(max_seqlen) is int and type(key[2]) is int and max_seqlen > 0
     T = min(key[2], max_seqlen) if known else key[2]
-    return 2 * products * B * H * S * T * D // (2 if causal else 1)
+    elements = products[0] * D + products[1] * value[3]
+    return 2 * B * H * S * T * elements // (2 if causal else 1)
 
 
 def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments: Any) -> int:
     """Count the FLOPs of the scores again, and of the gradients of the scores, of query, key and value."""
-    return flops(query, *arguments, products=5)
+    return flops(query, *arguments, products=(3, 2))
 
 
 def scratch_bytes_backward(grad_output: Tensor, query: Tensor, *_: Any) -> int:
@@ -238,6 +249,7 @@ def scratch_bytes_backward(grad_output: Tensor, query: Tensor, *_: Any) -> int:
 
 _QKV = {"query": "B G*E S D", "key": "B G T D", "value": "B G T D"}
 _BACKWARD = {"grad_output": "B G*E S D", **_QKV, "out": "B G*E S D", "lse": "B G*E S"}
+_OTHER_VALUES = {"value": "B G T V"}
 _IDS = {"query_ids": "index B S 2", "key_ids": "index B T 2"}
 # The scale is small, as products of long heads are large.
 _PLAIN = {"causal": False, "window": 0, "max_seqlen": 0, "scale": 0.01, "softcap": 0.0, "dropout": 0.0}
@@ -245,7 +257,7 @@ _AS_MANY = {"key": "B G S D", "value": "B G S D"}  # behind fewer keys a window 
 _WAYS: list[tuple[dict, dict]] = [
     ({}, {}), ({}, {"causal": True}), (_AS_MANY, {"causal": True, "window": 3}), ({}, {"causal": True, "softcap": 0.1}),
     ({"start": "index B S T"}, {}), ({"mask": "B 1 S T"}, {}), ({"mask": "1 G*E S T"}, {"causal": True}),
-    ({"seed": "index 1 N"}, {"dropout": 0.25}),
+    ({"seed": "index 1 N"}, {"dropout": 0.25}), (_OTHER_VALUES, {"causal": True}),
 ]  # fmt: skip
 _SPARSE_WAYS: list[tuple[dict, dict]] = [  # a row may be left without a key
     ({"start": "index B S T", "end": "index 1 S T"}, {}), (_IDS, {"causal": True}),
@@ -253,6 +265,13 @@ _SPARSE_WAYS: list[tuple[dict, dict]] = [  # a row may be left without a key
     ({"start": "index B S T", "end": "index 1 S T", **_IDS}, {"causal": True, "max_seqlen": -1}),
 ]  # fmt: skip
 _SINKS = {"sinks": "G*E"}
+
+
+def _like_values(tensors: dict[str, str]) -> dict[str, str]:
+    """Add out and its gradient, for values of another size than keys."""
+    return tensors | dict.fromkeys(("grad_output", "out"), "B G*E S V") if tensors is _OTHER_VALUES else tensors
+
+
 attention = define(
     "attention", reference, new_outputs, "attention_triton.forward",
     cases=[
@@ -263,15 +282,18 @@ attention = define(
         ),
     ],
     gradients=("query", "key", "value", "sinks"), alike=("query", "key", "value"), statistics=("mask",),
-    flops=flops, engine=attention_engines.forward, longest_row=LONGEST_HEAD,
+    flops=flops, engine=attention_engines.forward, longest_row=LONGEST_HEAD, row_length=longest_head,
     multiplies=True,
 )  # fmt: skip
 attention_backward = define(
     "attention_backward", reference_backward, new_gradients, "attention_backward_triton.backward",
-    cases=[({**_BACKWARD, **tensors}, {**_PLAIN, **choice}) for tensors, choice in (*_WAYS, *_SPARSE_WAYS)],
+    cases=[
+        ({**_BACKWARD, **_like_values(tensors)}, {**_PLAIN, **choice}) for tensors, choice in (*_WAYS, *_SPARSE_WAYS)
+    ],
     statistics=("lse", "mask"), alike=("grad_output", "query", "key", "value", "out"),
     flops=flops_backward, engine=attention_engines.backward, longest_row=LONGEST_HEAD,
-    multiplies=True, scratch=scratch_bytes_backward,
+    row_length=lambda grad_output, *arguments: longest_head(*arguments), multiplies=True,
+    scratch=scratch_bytes_backward,
 )  # fmt: skip
 
 

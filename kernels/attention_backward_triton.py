@@ -19,6 +19,7 @@ from fastft.kernels.attention_tiles import (
     LOG2E,
     Tiles,
     columns,
+    head_sizes,
     kept,
     key_range,
     load_ids,
@@ -34,9 +35,8 @@ from fastft.kernels.attention_tiles import (
 )
 from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.launch_recorder import on_grid
-from fastft.kernels.core.tiles import padded
 
-# By head_dim, bytes of an element, and whether there is much shared memory.
+# By the longer of the heads of keys and values, padded, bytes of an element, and whether there is much shared memory.
 QUERY_TILES = {
     (64, 2, True): Tiles(64, 64, 4, 3), (64, 2, False): Tiles(64, 64, 4, 2),
     (128, 2, True): Tiles(64, 64, 4, 2), (128, 2, False): Tiles(64, 32, 4, 2),
@@ -67,14 +67,15 @@ def query_tiles(
     dq, q, dout, lse, delta, k_ptr, v_ptr, low, high, i, first, last, alike, query_ids, key_ids_ptr, mask_ptr,
     mask_si, mask_sj, k_stride, v_stride, S, T, scale, softcap, hashes, threshold, keep_scale,
     MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Add the keys from low to high to dq [BLOCK_M, BLOCK_D], which is not scaled."""
-    d = tl.arange(0, BLOCK_D)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for j0 in range(low, high, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, j, d, k_stride, T, D, BLOCK_D, not MASKED)
-        v = load_rows(v_ptr, j, d, v_stride, T, D, BLOCK_D, not MASKED)
+        v = load_rows(v_ptr, j, e, v_stride, T, DV, BLOCK_DV, not MASKED)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores, slope = shaped(products, scale, softcap, SOFTCAP, q.dtype == tl.float32)
         if MASKED:
@@ -104,7 +105,8 @@ def query_kernel(
     scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries, and what key_kernel needs of each row: base, delta.
 
@@ -115,10 +117,10 @@ def query_kernel(
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h = head // H, head % H
     wide_b, wide_h, g = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h // GROUP, tl.int64)
-    i, d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    i, d, e = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = load_rows(q_ptr + wide_b * q_sb + wide_h * q_sh, i, d, q_si, S, D, BLOCK_D, False)
-    out = load_rows(out_ptr + wide_b * out_sb + wide_h * out_sh, i, d, out_si, S, D, BLOCK_D, False)
-    dout = load_rows(dout_ptr + wide_b * dout_sb + wide_h * dout_sh, i, d, dout_si, S, D, BLOCK_D, False)
+    out = load_rows(out_ptr + wide_b * out_sb + wide_h * out_sh, i, e, out_si, S, DV, BLOCK_DV, False)
+    dout = load_rows(dout_ptr + wide_b * dout_sb + wide_h * dout_sh, i, e, dout_si, S, DV, BLOCK_DV, False)
     delta = tl.sum(tl.cast(out, tl.float32) * tl.cast(dout, tl.float32), 1)
     wide_head = tl.cast(head, tl.int64)
     lse, rows = load_lse(lse_ptr + wide_head * S, i, S), wide_head * padded_S + i
@@ -137,18 +139,18 @@ def query_kernel(
         dq = query_tiles(
             dq, q, dout, lse, delta, k_ptr, v_ptr, low, full_low, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
-            True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+            True, START, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if not MASK > 0:
         dq = query_tiles(
             dq, q, dout, lse, delta, k_ptr, v_ptr, full_low, full_high, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
-            False, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+            False, START, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     dq = query_tiles(
         dq, q, dout, lse, delta, k_ptr, v_ptr, full_high, high, i, first, last, alike, query_ids, key_ids_ptr,
         mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
-        True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+        True, START, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     address = dq_ptr + wide_b * dq_sb + wide_h * dq_sh + tl.cast(i, tl.int64)[:, None] * dq_si + d[None, :]
     tl.store(address, tl.cast(dq * scale, dq_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
@@ -194,16 +196,19 @@ def key_tiles(
     keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
     IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Add one head's queries from low to high to dk, not scaled, and dv [BLOCK_N, BLOCK_D]; scores are transposed."""
-    d = tl.arange(0, BLOCK_D)
+    """Add one head's queries from low to high to dk [BLOCK_N, BLOCK_D], not scaled, and dv [BLOCK_N, BLOCK_DV].
+
+    Scores are transposed.
+    """
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     # Loading ahead in the short loops at the ends of the long one makes short heads' registers spill: 2 kB a thread.
     ahead: tl.constexpr = not MASKED or START or END or MASK > 0 or BLOCK_D > 64
     for i0 in tl.range(low, high, BLOCK_M, num_stages=None if ahead else 1):
         i = i0 + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, i, d, q_stride, S, D, BLOCK_D, not MASKED)
-        dout = load_rows(dout_ptr, i, d, dout_stride, S, D, BLOCK_D, not MASKED)
+        dout = load_rows(dout_ptr, i, e, dout_stride, S, DV, BLOCK_DV, not MASKED)
         base, delta = tl.load(base_ptr + i), tl.load(delta_ptr + i)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         scores, slope = shaped(products, scale, softcap, SOFTCAP, k.dtype == tl.float32)
@@ -238,16 +243,17 @@ def key_kernel(
     scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of a tile of keys, summed over the heads that read them."""
     G, tiles = H // GROUP, tl.cdiv(T, BLOCK_N)
     b, g = tl.program_id(0) // tiles // G, tl.program_id(0) // tiles % G
     wide_b, wide_g = tl.cast(b, tl.int64), tl.cast(g, tl.int64)
     j0 = tl.program_id(0) % tiles * BLOCK_N
-    j, d = j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    j, d, e = j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k = load_rows(k_ptr + wide_b * k_sb + wide_g * k_sh, j, d, k_sj, T, D, BLOCK_D, False)
-    v = load_rows(v_ptr + wide_b * v_sb + wide_g * v_sh, j, d, v_sj, T, D, BLOCK_D, False)
+    v = load_rows(v_ptr + wide_b * v_sb + wide_g * v_sh, j, e, v_sj, T, DV, BLOCK_DV, False)
     start_ptr, end_ptr = start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb
     query_ids_ptr, key_ids_ptr = query_ids_ptr + wide_b * query_ids_sb, key_ids_ptr + wide_b * key_ids_sb
     low, full_low, full_high, high = row_span(
@@ -261,7 +267,7 @@ def key_kernel(
             low, full_low, full_high, high = narrowed(
                 low, full_low, full_high, high, first_id, same, query_ids_ptr, BLOCK_M, SCAN
             )
-    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for h in range(g * GROUP, (g + 1) * GROUP):
         wide_h = tl.cast(h, tl.int64)
         head, row0 = wide_b * H + wide_h, (b * H + h) * S
@@ -273,26 +279,25 @@ def key_kernel(
                 dk, dv, k, v, q_at, dout_at, base_at, delta_at, low, full_low, j, start_ptr, end_ptr, query_ids_ptr,
                 key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
                 threshold, keep_scale,
-                True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
+                True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         if not (START or END or MASK > 0):
             dk, dv = key_tiles(
                 dk, dv, k, v, q_at, dout_at, base_at, delta_at, full_low, full_high, j, start_ptr, end_ptr,
                 query_ids_ptr, key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap,
                 seed_ptr, row0, threshold, keep_scale,
-                False, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
+                False, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         dk, dv = key_tiles(
             dk, dv, k, v, q_at, dout_at, base_at, delta_at, full_high, high, j, start_ptr, end_ptr, query_ids_ptr,
             key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
             threshold, keep_scale,
-            True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_M, BLOCK_D,
+            True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    store = (j < T)[:, None] & (d < D)[None, :]
     dk_at = dk_ptr + wide_b * dk_sb + wide_g * dk_sh + tl.cast(j, tl.int64)[:, None] * dk_sj + d[None, :]
-    dv_at = dv_ptr + wide_b * dv_sb + wide_g * dv_sh + tl.cast(j, tl.int64)[:, None] * dv_sj + d[None, :]
-    tl.store(dk_at, tl.cast(dk * scale, dk_ptr.dtype.element_ty), mask=store)
-    tl.store(dv_at, tl.cast(dv, dv_ptr.dtype.element_ty), mask=store)
+    dv_at = dv_ptr + wide_b * dv_sb + wide_g * dv_sh + tl.cast(j, tl.int64)[:, None] * dv_sj + e[None, :]
+    tl.store(dk_at, tl.cast(dk * scale, dk_ptr.dtype.element_ty), mask=(j < T)[:, None] & (d < D)[None, :])
+    tl.store(dv_at, tl.cast(dv, dv_ptr.dtype.element_ty), mask=(j < T)[:, None] & (e < DV)[None, :])
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -316,8 +321,8 @@ def backward(
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
     vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
-    meta = {**shared.meta, "D": D, "BLOCK_D": padded(D)}
-    for_queries, for_keys = (tiles_for(table, query, mask) for table in (QUERY_TILES, KEY_TILES))
+    meta = {**shared.meta, **head_sizes(D, value.shape[-1])}
+    for_queries, for_keys = (tiles_for(table, query, value, mask) for table in (QUERY_TILES, KEY_TILES))
     # Rows of unknown alignment are copied element by element, in each turn of the loop over queries.
     most_rows = max(for_queries.rows, for_keys.rows)
     padded_S = cdiv(S, most_rows) * most_rows

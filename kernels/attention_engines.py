@@ -19,8 +19,10 @@ from fastft.kernels.core.launch_recorder import is_aligned, setting
 
 _triton_alone = False  # set by only_triton
 CUDNN_FROM, CUDNN_BEFORE, CUDNN_HEAD = (9, 0), (11, 0), 128
+CUDNN_LATENT, CUDNN_LATENT_FROM = (192, 128), 91100  # sizes beyond CUDNN_HEAD, and the version that has them
 FLASH_FROM, FLASH_BEFORE, FLASH_HEAD = (8, 0), (13, 0), 256
 FLASH_SMALL_HEAD = 192  # its backward refuses longer ones where a block has little shared memory
+PADDED_VALUES = False  # whether FlashAttention-2 gets values that are shorter than keys, with zeros behind them
 EFFICIENT_FROM = (7, 5)
 AS_GIVEN, NO_RANGES = 0, -1  # max_seqlen where all ranges and ids are read, and where start and end tell nothing
 SHORTEST = 64  # for cuDNN, which crashes at 1; where queries are few, in decoding, FlashAttention-2 splits the keys
@@ -39,21 +41,37 @@ def only_triton() -> Iterator[None]:
 
 
 @functools.cache
-def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def engine_of(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int) -> str:
     """Return the fastest engine for plain and causal attention of equal lengths; "" for Triton or the reference.
 
-    On an H100 cuDNN's kernels are 1.5 to 2 times as fast as FlashAttention-2, see docs/performance.md.
+    On an H100 cuDNN's kernels are 1.5 to 2 times as fast as FlashAttention-2, see docs/performance.md.  In cuDNN's
+    values may be of another size than keys; the sizes are those at which torch's own attention asks for it (ATen's
+    sdp_utils.cpp).
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return ""
     capability, half = torch.cuda.get_device_capability(device), dtype in (torch.float16, torch.bfloat16)
-    if half and head_dim % 8 == 0 and CUDNN_FROM <= capability < CUDNN_BEFORE and head_dim <= CUDNN_HEAD:
-        return "cudnn" if torch.backends.cudnn.is_available() else "flash"
+    fits = half and head_dim % 8 == 0 and value_dim % 8 == 0
+    if fits and CUDNN_FROM <= capability < CUDNN_BEFORE and _cudnn_takes(head_dim, value_dim):
+        return "cudnn"
     longest = FLASH_HEAD if capability[1] == 0 and capability[0] < 12 else FLASH_SMALL_HEAD
-    if half and head_dim % 8 == 0 and FLASH_FROM <= capability < FLASH_BEFORE and head_dim <= longest:
+    fits = fits and head_dim <= longest and _flash_takes(head_dim, value_dim)
+    if fits and FLASH_FROM <= capability < FLASH_BEFORE:
         return "flash"
-    fits = head_dim % (8 if half else 4) == 0 and dtype in (torch.float16, torch.float32)
+    fits = value_dim == head_dim and head_dim % (8 if half else 4) == 0 and dtype in (torch.float16, torch.float32)
     return "efficient" if fits and EFFICIENT_FROM <= capability < FLASH_FROM else ""
+
+
+def _cudnn_takes(head_dim: int, value_dim: int) -> bool:
+    """Return whether cuDNN is there and has a forward and a backward for heads of these sizes."""
+    if not torch.backends.cudnn.is_available():
+        return False
+    latent = (head_dim, value_dim) == CUDNN_LATENT and (torch.backends.cudnn.version() or 0) >= CUDNN_LATENT_FROM
+    return latent or max(head_dim, value_dim) <= CUDNN_HEAD
+
+
+def _flash_takes(head_dim: int, value_dim: int) -> bool:
+    return value_dim == head_dim or (PADDED_VALUES and value_dim < head_dim)
 
 
 def restricting(
@@ -68,8 +86,9 @@ def restricting(
 
 
 def chosen(
-    query: Tensor, key: Tensor, tensors: Sequence[Tensor | None], causal: bool, scale: float, *numbers: float
-) -> str:
+    query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor | None], causal: bool, scale: float,
+    *numbers: float,
+) -> str:  # fmt: skip
     """Choose an engine that torch.backends.cuda allows; return "" where a call has more than a causal mask.
 
     The Triton kernels give the same bits each time, the engines' backwards do not.
@@ -84,9 +103,9 @@ def chosen(
         return ""
     if key.shape[2] == 0 or (causal and query.shape[2] != key.shape[2]):
         return ""  # they do not agree on where the diagonal begins
-    engine = engine_of(query.device, query.dtype, query.shape[-1])
+    engine = engine_of(query.device, query.dtype, query.shape[-1], value.shape[-1])
     if engine == "cudnn" and min(query.shape[2], key.shape[2]) < SHORTEST:
-        engine = "flash"
+        engine = "flash" if _flash_takes(query.shape[-1], value.shape[-1]) else ""
     return engine if engine and setting(_ENABLED[engine]) else ""
 
 
@@ -109,6 +128,17 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if fits and 0 not in others else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _padded(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor with zeros behind each row, as long as those of another: they add nothing to a product."""
+    missing = like.shape[-1] - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _unpadded(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return as much of each row as those of another are long."""
+    return tensor if tensor.shape[-1] == like.shape[-1] else tensor[..., : like.shape[-1]]
+
+
 def _beside(tensor: Tensor) -> Tensor:
     """Lay out [B, H, S, D] in exactly the strides of a dense [B, S, H, D].
 
@@ -129,16 +159,19 @@ def forward(
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Compute out and log-sum-exp by one of torch's engines; return None where none is chosen."""
     vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
-    engine = chosen(query, key, (*vectors, mask, sinks, seed), causal, scale, window, softcap)
+    engine = chosen(query, key, value, (*vectors, mask, sinks, seed), causal, scale, window, softcap)
     if not engine:
         return None
     q, k, v = map(_readable, (query, key, value))
     B, H, S, _ = q.shape
+    if engine == "flash":
+        v = _padded(v, q)
     if engine == "efficient":
         k, v = (tensor.repeat_interleave(H // k.shape[1], 1) for tensor in (k, v))
     extra = () if engine == "flash" else (None, True)  # no bias, and the log-sum-exp
     results = attention_engine(engine)(q, k, v, *extra, 0.0, causal, scale=scale)
-    out = results[0].contiguous() if contiguous else _beside(results[0])
+    out = _unpadded(results[0], value)
+    out = out.contiguous() if contiguous else _beside(out)
     return out, results[1].reshape(B, H, -1)[..., :S].contiguous()
 
 
@@ -149,7 +182,7 @@ def backward(
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Compute the gradients by one of torch's engines; return None where none is chosen."""
     vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
-    engine = chosen(query, key, (*vectors, mask, seed), causal, scale, window, softcap)
+    engine = chosen(query, key, value, (*vectors, mask, seed), causal, scale, window, softcap)
     if not engine:
         return None
     q, k, v = map(_readable, (query, key, value))
@@ -160,12 +193,14 @@ def backward(
         extra = (lse[..., None], none, none, None, None, None, S, T, 0.0, causal)  # neither bias nor cumulative lengths
         gradients = attention_engine(engine, backward=True)(dout, q, k, v, out, *extra, scale=scale)
     elif engine == "flash":
+        v, out, dout = (_padded(tensor, q) for tensor in (v, out, dout))
         gradients = attention_engine(engine, backward=True)(
             dout, q, k, v, out, lse, None, None, S, T, 0.0, causal, none, none, scale=scale
         )
     else:
         gradients = _efficient_backward(dout, q, k, v, out, lse, causal, scale, none)
-    return tuple(_ordered(gradient, like) for gradient, like in zip(gradients, (query, key, value), strict=True))
+    pairs = zip(gradients, (query, key, value), strict=True)
+    return tuple(_ordered(_unpadded(gradient, like), like) for gradient, like in pairs)
 
 
 def _efficient_backward(

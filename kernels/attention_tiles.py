@@ -48,12 +48,18 @@ class Tiles(NamedTuple):
         return self._replace(rows=max(16, self.rows // 2), columns=max(16, self.columns // 2))
 
 
-Table = dict[tuple[int, int, bool], Tiles]  # by padded head_dim, bytes of an element, and whether there is much memory
+Table = dict[tuple[int, int, bool], Tiles]  # by padded head size, bytes of an element, and whether there is much memory
 
 
-def tiles_for(table: Table, query: Tensor, mask: Tensor | None) -> Tiles:
-    """Return the tiles for query's head_dim, dtype and device; smaller ones with a dense mask."""
-    tiles = table[max(64, padded(query.shape[-1])), query.element_size(), dispatch.has_shared_operands(query.device)]
+def head_sizes(D: int, DV: int) -> dict[str, int]:
+    """Return the meta-parameters for heads of D elements whose values have DV."""
+    return {"D": D, "DV": DV, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV)}
+
+
+def tiles_for(table: Table, query: Tensor, value: Tensor, mask: Tensor | None) -> Tiles:
+    """Return the tiles for query's dtype, device and heads, or longer ones of value; smaller ones with a dense mask."""
+    longest = max(64, padded(max(query.shape[-1], value.shape[-1])))
+    tiles = table[longest, query.element_size(), dispatch.has_shared_operands(query.device)]
     return tiles if mask is None else tiles.for_mask()
 
 
@@ -257,6 +263,7 @@ KINDS = (  # of masks, which a kernel is compiled for
     {"CAUSAL": True, "SOFTCAP": True}, {"CAUSAL": True, "WINDOW": True, "START": True, "END": True, "IDS": True},
     {"MASK": BOOL_MASK}, {"MASK": ADDED_MASK, "DROPOUT": True},
 )  # fmt: skip
+LATENT = (192, 128)  # sizes of keys and values that differ, which a kernel is compiled for too: DeepSeek-V2's
 _FLAGS = ("CAUSAL", "WINDOW", "START", "END", "IDS", "SOFTCAP", "DROPOUT")
 SPILLED_BYTES = {64: 512, 128: 2048, 256: 2048}  # of a thread, by head_dim: what the fastest tiles may store
 
@@ -274,15 +281,17 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
     keys = [key for key in table if key[1] == 2 or key == (128, 4, True)]  # float32 takes long, and is rare
     for number, key in enumerate(keys):
         (D, element_bytes, roomy), tiles = key, table[key]
-        kind = KINDS[3 * (number + 1) % len(KINDS)]
         rows = "*fp32" if element_bytes == 4 else "*bf16"
         of_rows = {f"{name}_ptr": rows for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")}
-        mask = {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8"}
-        flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
-        meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
         majors = dispatch.SHARED_OPERANDS if roomy else NARROW
-        launch = {"D": D, "BLOCK_D": D, "SCAN": SCANNED, **meta, "majors": majors, "spilled_bytes": SPILLED_BYTES[D]}
-        yield {**flags, **types, **of_rows, **mask, **launch}
+        launch = {"SCAN": SCANNED, "majors": majors, "spilled_bytes": SPILLED_BYTES[D]}
+        ways = [(KINDS[3 * (number + 1) % len(KINDS)], (D, D))]
+        ways += [(KINDS[0], LATENT)] if padded(LATENT[0]) == D and element_bytes == 2 else []
+        for kind, sizes in ways:
+            mask = {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8"}
+            flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
+            meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
+            yield {**flags, **types, **of_rows, **mask, **launch, **meta, **head_sizes(*sizes)}
 
 
 def unit(tensor: Tensor) -> Tensor:

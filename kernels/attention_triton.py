@@ -18,6 +18,7 @@ from fastft.kernels.attention_tiles import (
     LOG2E,
     Tiles,
     columns,
+    head_sizes,
     kept,
     load_mask,
     load_rows,
@@ -30,9 +31,8 @@ from fastft.kernels.attention_tiles import (
 )
 from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.launch_recorder import on_grid
-from fastft.kernels.core.tiles import padded
 
-# By head_dim, bytes of an element, and whether there is much shared memory.
+# By the longer of the heads of keys and values, padded, bytes of an element, and whether there is much shared memory.
 TILES = {
     (64, 2, True): Tiles(64, 64, 4, 3), (64, 2, False): Tiles(64, 64, 4, 3),
     (128, 2, True): Tiles(64, 64, 4, 3), (128, 2, False): Tiles(64, 64, 4, 2),
@@ -48,10 +48,11 @@ def forward_tiles(
     acc, top, total, q, k_ptr, v_ptr, low, high, i, first, last, alike, query_ids, key_ids_ptr, mask_ptr,
     mask_si, mask_sj, k_stride, v_stride, S, T, scale, softcap, hashes, threshold, keep_scale,
     MASKED: tl.constexpr, START: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from low to high to acc [BLOCK_M, BLOCK_D], top and total [BLOCK_M]."""
-    d = tl.arange(0, BLOCK_D)
+    """Add the keys from low to high to acc [BLOCK_M, BLOCK_DV], top and total [BLOCK_M]."""
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for j0 in range(low, high, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, j, d, k_stride, T, D, BLOCK_D, not MASKED)
@@ -71,7 +72,7 @@ def forward_tiles(
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(kept(hashes[:, None], j[None, :], threshold), p * keep_scale, 0.0)
-        v = load_rows(v_ptr, j, d, v_stride, T, D, BLOCK_D, not MASKED)
+        v = load_rows(v_ptr, j, e, v_stride, T, DV, BLOCK_DV, not MASKED)
         acc = acc * shrink[:, None]
         acc = tl.dot(tl.cast(p, v.dtype), v, acc, input_precision="ieee")
         top = new_top
@@ -87,7 +88,8 @@ def forward_kernel(
     H, GROUP, S, T, window, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, keep_scale: tl.float32,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr, END: tl.constexpr, IDS: tl.constexpr,
     MASK: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCAN: tl.constexpr, SINKS: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Compute out and log-sum-exp of a tile of query rows of one head."""
     tiles = tl.cdiv(S, BLOCK_M)
@@ -103,7 +105,7 @@ def forward_kernel(
         CAUSAL, WINDOW, START, END, IDS, MASK, BLOCK_N, SCAN,
     )  # fmt: skip
     hashes = row_hash(seed_ptr, (b * H + h) * S + i) if DROPOUT else i
-    acc, total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc, total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     top = total - float("inf")
     if SINKS:
         top, total = total + tl.cast(tl.load(sinks_ptr + h), tl.float32) * LOG2E, total + 1.0
@@ -112,23 +114,24 @@ def forward_kernel(
         acc, top, total = forward_tiles(
             acc, top, total, q, k_ptr, v_ptr, low, full_low, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
-            True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+            True, START, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if not MASK > 0:
         acc, top, total = forward_tiles(
             acc, top, total, q, k_ptr, v_ptr, full_low, full_high, i, first, last, alike, query_ids, key_ids_ptr,
             mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
-            False, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+            False, START, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     acc, top, total = forward_tiles(
         acc, top, total, q, k_ptr, v_ptr, full_high, high, i, first, last, alike, query_ids, key_ids_ptr,
         mask_ptr, mask_si, mask_sj, k_sj, v_sj, S, T, scale, softcap, hashes, threshold, keep_scale,
-        True, START, IDS, MASK, SOFTCAP, DROPOUT, D, BLOCK_N, BLOCK_D,
+        True, START, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    address = out_ptr + wide_b * out_sb + wide_h * out_sh + tl.cast(i, tl.int64)[:, None] * out_si + d[None, :]
-    tl.store(address, tl.cast(out, out_ptr.dtype.element_ty), mask=(i < S)[:, None] & (d < D)[None, :])
+    e = tl.arange(0, BLOCK_DV)
+    address = out_ptr + wide_b * out_sb + wide_h * out_sh + tl.cast(i, tl.int64)[:, None] * out_si + e[None, :]
+    tl.store(address, tl.cast(out, out_ptr.dtype.element_ty), mask=(i < S)[:, None] & (e < DV)[None, :])
     lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
     tl.store(lse_ptr + tl.cast(head, tl.int64) * S + i, lse, mask=i < S)
 
@@ -147,13 +150,13 @@ def forward(
 ) -> None:  # fmt: skip
     """Compute out and log-sum-exp into outputs."""
     out, lse = outputs
-    B, H, S, D = query.shape
+    (B, H, S, D), DV = query.shape, value.shape[-1]
     q, k, v = unit(query), unit(key), unit(value)
     vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
-    tiles = tiles_for(TILES, query, mask)
+    tiles = tiles_for(TILES, query, value, mask)
     on_grid(forward_kernel, (cdiv(S, tiles.rows) * B * H,))(
         out, lse, q, k, v, q if sinks is None else sinks, *shared.pointers, *out.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *shared.strides, H, H // key.shape[1], S, key.shape[2], *shared.numbers,
-        **shared.meta, SINKS=sinks is not None, D=D, BLOCK_D=padded(D), **tiles.meta,
+        **shared.meta, SINKS=sinks is not None, **head_sizes(D, DV), **tiles.meta,
     )  # fmt: skip

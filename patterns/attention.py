@@ -178,12 +178,12 @@ def decline_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1] != 0:
         return "the number of query heads is no multiple of that of key heads"
     extra = mask is not None or "softcap" in more or "sinks" in more or "masked" in more or more.get("dropout", 0.0)
-    return unsupported_reason(q, bool(extra))
+    return unsupported_reason(q, v, bool(extra))
 
 
-HEADS = {"q": "B H S D", "k": "B H T D", "v": "B H T D"}
-SHARED = {"q": "B H S D", "k": "B 1 T D", "v": "B 1 T D"}
-GROUPS = {"q": "B H S D", "k": "B G T D", "v": "B G T D"}
+HEADS = {"q": "B H S D", "k": "B H T D", "v": "B H T E"}
+SHARED = {"q": "B H S D", "k": "B 1 T D", "v": "B 1 T E"}
+GROUPS = {"q": "B H S D", "k": "B G T D", "v": "B G T E"}
 
 
 def rules(

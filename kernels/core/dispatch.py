@@ -78,13 +78,15 @@ def fill(
     launcher: Callable[[], Callable],
     op: Reference,
     longest_row: int | None = MAX_ROW,
+    row_length: int | None = None,
 ) -> None:
     """Write the results of the reference op(*arguments) into outputs, by launcher()(outputs, *arguments) if possible.
 
-    The row length is that of the first output; launcher is called only where Triton runs, as it may not be installed.
+    row_length: by default that of the first output.  launcher is called only where Triton runs, as it may not be
+    installed.
     """
     tensors = [value for value in (*outputs, *arguments) if isinstance(value, Tensor)]
-    row_length = outputs[0].shape[-1]
+    row_length = outputs[0].shape[-1] if row_length is None else row_length
     flags = [argument if isinstance(argument, bool) else argument is None for argument in arguments]
     key = (op, row_length, *flags, *[(tensor.device, tensor.dtype) for tensor in tensors])
     if all(tensor.numel() > 0 for tensor in tensors):

@@ -102,6 +102,7 @@ def define(
     cases: Iterable[Case],
     flops: int | Callable[..., int],
     longest_row: int | None = dispatch.MAX_ROW,
+    row_length: Callable[..., int] | None = None,
     statistics: Sequence[str] = (),
     alike: Sequence[str] = (),
     gradients: Sequence[str] = (),
@@ -118,6 +119,7 @@ def define(
     flops: floating-point operations for each element of the first tensor, casts not counted; or a function of the
         arguments, in which a tensor is its shape.
     longest_row: the longest last axis that the Triton kernels take.
+    row_length: returns from the arguments what longest_row limits; by default it is the last axis of the first result.
     engine: called first; returns the results of one of torch's own kernels where that is the fastest, laid out as those
         of outputs, or None.
     multiplies: the Triton kernels multiply tiles (tl.dot), and only run on tensor cores.
@@ -130,7 +132,8 @@ def define(
             launcher(targets, arguments)
         else:
             longest = 0 if multiplies and not dispatch.has_tensor_cores(arguments[0].device) else longest_row
-            dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest)
+            length = row_length(*arguments) if row_length is not None else targets[0].shape[-1]
+            dispatch.fill(targets, arguments, lambda: load(launcher), reference, longest, length)
 
     def run(*arguments: Any) -> Results:
         if engine is not None and (computed := engine(*arguments)) is not None:

@@ -185,7 +185,7 @@ def _read_sizes_elsewhere(mask: Node) -> None:
 def _read_heads(call: dict[str, Any], targets: Iterable[Any]) -> None:
     """Make the call read key and value heads from before they were repeated or copied into a cache."""
     key, value = _source(call["key"], targets), _source(call["value"], targets)
-    heads = [value_of(tensor).shape for tensor in (key, value)]
+    heads = [value_of(tensor).shape[:3] for tensor in (key, value)]
     if same_sizes(*heads):
         call["key"], call["value"] = key, value
 

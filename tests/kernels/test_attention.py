@@ -39,6 +39,7 @@ class Problem:
     S: int = 20
     T: int = 20
     D: int = 16
+    DV: int = 0  # of a value; 0: as a query
     dtype: torch.dtype = torch.float32
     layout: str = "transposed"
     seed: int = 0
@@ -67,13 +68,14 @@ class Problem:
 
     def heads(self, device: str) -> Tensors:
         counts, lengths = (self.G * self.E, self.G, self.G), (self.S, self.T, self.T)
+        sizes = (self.D, self.D, self.DV or self.D)
         if self.layout == "fused":  # one projection, whose columns are all heads
-            rows = Spec((self.B, max(lengths), sum(counts), self.D), self.dtype, seed=self.seed).build(device)
-            parts = rows.transpose(1, 2).split(counts, 1)
-            return {name: one[:, :, :length] for name, one, length in zip(ROWS, parts, lengths, strict=True)}
+            rows = Spec((self.B, max(lengths), sum(counts), max(sizes)), self.dtype, seed=self.seed).build(device)
+            parts = zip(ROWS, rows.transpose(1, 2).split(counts, 1), lengths, sizes, strict=True)
+            return {name: one[:, :, :length, :size] for name, one, length, size in parts}
         specs = [
-            Spec((self.B, count, length, self.D), self.dtype, self.layout, self.seed + at)
-            for at, (count, length) in enumerate(zip(counts, lengths, strict=True))
+            Spec((self.B, count, length, size), self.dtype, self.layout, self.seed + at)
+            for at, (count, length, size) in enumerate(zip(counts, lengths, sizes, strict=True))
         ]
         return {name: spec.build(device) for name, spec in zip(ROWS, specs, strict=True)}
 
@@ -283,9 +285,10 @@ def problems(draw: st.DrawFn) -> Problem:
     G = min(draw(st.integers(1, 3)), room // B)
     E = min(draw(st.integers(1, 4)), room // (B * G))
     D = draw(st.sampled_from((16, 32, 40, 64, 80, 96, 128, 256)))
+    DV = draw(st.sampled_from((0, 0, 16, 24, 64, 128, 192)))
     causal = draw(st.booleans())
     return Problem(
-        B, G, E, S, T, D, draw(dtypes), draw(st.sampled_from((*LAYOUTS, "fused"))), draw(seeds), causal,
+        B, G, E, S, T, D, DV, draw(dtypes), draw(st.sampled_from((*LAYOUTS, "fused"))), draw(seeds), causal,
         draw(st.sampled_from((0, 0, 1, 7, 64))), draw(st.sampled_from(("", "", *RANGES))),
         draw(st.sampled_from(("", "", *IDS))), draw(st.sampled_from(("", "", "", *DENSE))), draw(st.booleans()),
         draw(st.sampled_from((0.0, 0.0, 2.0, 30.0))), draw(st.sampled_from((D**-0.5, 0.03, 0.5, -0.1))),
@@ -297,13 +300,15 @@ SUBSETS = st.sets(st.sampled_from(NAMES), min_size=1).map(sorted)
 RICH = Problem(
     1, 2, 2, 70, 90, 32, causal=True, window=40, ranges="ranges", ids="holes", sinks=True, softcap=2.0, dropout=0.1
 )
-LONE = Problem(1, 1, 1, 1, 1, 16, LOW[0], dropout=0.25)
+LONE = Problem(1, 1, 1, 1, 1, 16, dtype=LOW[0], dropout=0.25)
 
 
 @on_devices
 @given(problems(), SUBSETS, st.sampled_from(UPSTREAM))
 @example(RICH, list(NAMES), "random")
 @example(replace(RICH, dtype=LOW[-1], ranges="documents", dense="bool", window=0), list(NAMES), "expanded")
+@example(replace(RICH, D=48, DV=32, dtype=LOW[-1], layout="fused", window=0), list(NAMES), "random")
+@example(replace(RICH, D=24, DV=72, E=1, ids="runs", softcap=0.0), list(NAMES), "strided")
 @example(LONE, list(ROWS), "random")
 @example(replace(LONE, dtype=torch.float32, sinks=True), list(NAMES), "random")
 def test_agrees_with_the_definition(device: str, problem: Problem, needs: Names, kind: str) -> None:
@@ -324,9 +329,9 @@ def test_every_mask(device: str, mask: dict[str, Any]) -> None:
     """Over several tiles; that with sinks, a softcap and dropout in turn."""
     at = MASKS.index(mask)
     more = ({"softcap": 1.0}, {"sinks": True}, {"dropout": 0.3})[at % 3]
-    base = Problem(1, 1, 2, 150, 140, 16, DTYPES[at % len(DTYPES)], seed=at)
+    base = Problem(1, 1, 2, 150, 140, 16, dtype=DTYPES[at % len(DTYPES)], seed=at)
     check(replace(base, **mask), device)
-    check(replace(base, **mask, **more, S=33, D=80), device, NAMES if "sinks" in more else ROWS)
+    check(replace(base, **mask, **more, S=33, D=80, DV=40), device, NAMES if "sinks" in more else ROWS)
 
 
 def assert_near(found: Tensor, expected: Tensor, beside: Tensor | None = None) -> None:
@@ -512,6 +517,12 @@ def test_a_row_with_the_lowest_number_added_attends_to_nothing(device: str, dtyp
 
 
 @on_devices
+@pytest.mark.parametrize(("D", "DV"), [(300, 16), (16, 300)])
+def test_heads_that_are_too_long_for_a_tile(device: str, D: int, DV: int) -> None:
+    check(Problem(S=9, T=9, D=D, DV=DV, causal=True, scale=0.05), device)
+
+
+@on_devices
 @in_dtypes
 def test_grouped_heads_are_as_repeated_ones(device: str, dtype: torch.dtype) -> None:
     """Whose gradients are summed."""
@@ -586,6 +597,7 @@ def test_dropout_changes_no_mean(device: str) -> None:
         ({"query": torch.zeros(2, 4, 20, 8)}, r"query \(2, 4, 20, 8\)"),
         ({"query": torch.zeros(4, 20, 16)}, r"query \(4, 20, 16\)"),
         ({"value": torch.zeros(2, 2, 21, 16)}, r"value \(2, 2, 21, 16\)"),
+        ({"value": torch.zeros(2, 1, 20, 24)}, r"value \(2, 1, 20, 24\)"),
         ({"key": torch.zeros(2, 2, 20, 16, dtype=torch.float16)}, "key torch.float16"),
         ({name: torch.zeros(2, 2, 20, 16, dtype=torch.int64) for name in ROWS}, "query torch.int64"),
         ({"start": torch.zeros(2, 19, dtype=torch.int64)}, r"start \(2, 19\)"),
@@ -616,11 +628,11 @@ def test_plain_calls_whoever_computes_them(
 ) -> None:
     """A kernel of torch's own may be chosen for these."""
     for layout, contiguous, E in (("transposed", False, 1), ("contiguous", True, 4), ("sliced", False, 4)):
-        base = Problem(2, 2, E, S, T, D, dtype, layout, causal=causal, scale=D**-0.5, contiguous=contiguous)
+        base = Problem(2, 2, E, S, T, D, 0, dtype, layout, causal=causal, scale=D**-0.5, contiguous=contiguous)
         check(base, device)
 
 
-LARGE = Problem(1, 1, 2, 8192, 8192, 64, torch.bfloat16, causal=True)
+LARGE = Problem(1, 1, 2, 8192, 8192, 64, dtype=torch.bfloat16, causal=True)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_a_gpu)])

@@ -163,6 +163,7 @@ def lora_linear(columns: int, features: tuple[int, ...], backward: bool = False)
 
 
 QKV = [described(BFLOAT16, "n0", heads, "n1", 128) for heads in (32, 8, 8)]
+LATENT = [described(BFLOAT16, "n0", 32, "n1", size) for size in (192, 192, 128)]
 RANGES = [described(torch.int64, 1, "n1"), described(torch.int64, *LEAD)]
 ROWS, LSE = described(BFLOAT16, *LEAD, 4096), described(torch.float32, "n0", 32, "n1")
 LAYER = {  # what a layer of an 8B model calls
@@ -172,6 +173,20 @@ LAYER = {  # what a layer of an 8B model calls
     "lora_linear_backward": lora_linear(4096, (4096, 1024, 1024), backward=True),
     "lora_linear_backward, up": lora_linear(4096, (14336, 14336), backward=True),
     "attention": [*QKV, *RANGES, None, None, None, None, None, False, 0, 0, 0.088, 0.0, 0.0, False],
+    "attention, values of another size": [*LATENT, *[None] * 7, True, 0, 0, 0.072, 0.0, 0.0, False],
+    "attention_backward, values of another size": [
+        LATENT[2],
+        *LATENT,
+        LATENT[2],
+        LSE,
+        *[None] * 6,
+        True,
+        0,
+        0,
+        0.072,
+        0.0,
+        0.0,
+    ],
     "attention_backward": [QKV[0], *QKV, QKV[0], LSE, *RANGES, None, None, None, None, False, 0, 0, 0.088, 0.0, 0.0],
     "glu_packed": [described(BFLOAT16, *LEAD, 28672), "silu"],
 }

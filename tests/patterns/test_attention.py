@@ -61,6 +61,11 @@ def repeat_kv(x: Tensor, times: int) -> Tensor:
     return x[:, :, None, :, :].expand(B, x.shape[1], times, T, D).reshape(B, H, T, D)
 
 
+def latent_keys(k: Tensor) -> Tensor:
+    """DeepSeek-V2's: a part of every head's own, and a part that all heads share."""
+    return torch.cat((k[..., :5], k[:, :1, :, 5:].expand(B, H, T, 3)), -1)
+
+
 def merged(x: Tensor) -> Tensor:
     """Heads beside each other, as the output projection takes them."""
     return x.transpose(1, 2).contiguous().view(B, S, H * D)
@@ -176,6 +181,18 @@ CASES: dict[str, Case] = {
     "Falcon, bias": (
         "multi_query_masked", lambda q, k, v, m: sdpa(q, k[:, :1], v[:, :1], attn_mask=m),
         lambda q, k, v, m: exact(q, k[:, :1], v[:, :1], m), a_bias,
+    ),
+    "values of another size": (
+        "dot_product", lambda q, k, v: sdpa(q, latent_keys(k), v[..., :6], scale=0.3),
+        lambda q, k, v: scaled(q, latent_keys(k), v[..., :6]), nothing,
+    ),
+    "values of another size, gqa, bool": (
+        "grouped_query_masked", lambda q, k, v, m: sdpa(q[..., :5], k[:, :2, :, :5], v[:, :2], m > 0, enable_gqa=True),
+        lambda q, k, v, m: allowed(q[..., :5], k[:, :2, :, :5], v[:, :2], m, scale=5**-0.5), some_flags,
+    ),
+    "values of another size, transformers": (
+        "eager_additive_mask", lambda q, k, v, m: hf_eager(q, latent_keys(k), v[..., :6], m),
+        beside(lambda q, k, v, m: scaled(q, latent_keys(k), v[..., :6], m)), a_bias,
     ),
     "transformers": ("eager_additive_mask", hf_eager, beside(scaled), a_bias),
     "transformers, repeated heads": (
@@ -386,7 +403,6 @@ def of_one_head() -> list[Tensor]:
 square = lambda: [normal(4, 4, 4, 4, seed=seed) for seed in range(3)]  # noqa: E731
 no_rank = lambda: [normal(H, S, D), normal(H, T, D, seed=1), normal(H, T, D, seed=2)]  # noqa: E731
 none_at_all = lambda: [normal(B, 0, S, D), normal(B, 0, T, D), normal(B, 0, T, D)]  # noqa: E731
-wide_values = lambda: [*heads()[:2], normal(B, H, T, 12)]  # noqa: E731
 plain_softmax = lambda q, k, v: F.softmax(q @ k.transpose(-2, -1) * 0.3, dim=-1) @ v  # noqa: E731
 NEAR = {  # name: function, values, the reason; None: routers have softmaxes too, so that none is told
     "a trained mask": (weighted, lambda: [*heads(), *trained([bias()])], "the mask is trained"),
@@ -427,7 +443,6 @@ NEAR = {  # name: function, values, the reason; None: routers have softmaxes too
     ),
     "three axes": (lambda q, k, v: sdpa(q, k, v), no_rank, "q has 3 dimensions, not 'B H S D'"),
     "three axes, by hand": (plain_softmax, no_rank, None),
-    "wide values": (plain_softmax, wide_values, "v has size 12 in dimension D and q has 8"),
     "a mask of keys alone": (
         lambda q, k, v, m: sdpa(q, k, v, m), lambda: [*heads(), bias(shape=(B, 1, 1, T))],
         "mask has size 1 in dimension S and q has 5",

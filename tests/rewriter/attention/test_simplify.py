@@ -91,6 +91,13 @@ def test_heads_are_read_where_they_were_not_repeated(name: str) -> None:
     assert [call[one].name for one in ("key", "value")] == ["l_k_", "l_v_"]
 
 
+def test_values_of_another_size_are_read_where_they_were_not_repeated() -> None:
+    repeat = REPEATED["repeat_interleave"]
+    gm, _ = same(lambda q, k, v: sdpa(q, repeat(k), repeat(v[..., :5]), is_causal=True), *heads(groups=G))
+    (call,) = attentions(gm)
+    assert [value_of(call[name]).shape for name in ("key", "value")] == [(B, G, S, D), (B, G, S, 5)]
+
+
 def test_an_empty_cache_is_read_through() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, torch.cat((torch.tensor([]), k), -2), torch.cat([torch.tensor([]), v], dim=-2), is_causal=True)
