@@ -43,9 +43,7 @@ def test_who_computes_which_heads(given: tuple[int, ...], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [((192, 128), "flash"), ((128, 192), ""), ((256, 128), "")])
-def test_shorter_values_may_be_padded(
-    sizes: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shorter_values_may_be_padded(sizes: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     as_on(monkeypatch, (8, 9), 91100)
     monkeypatch.setattr(attention_engines, "PADDED_VALUES", True)
     assert attention_engines.engine_of.__wrapped__(DEVICE, torch.float16, *sizes) == expected
@@ -62,7 +60,9 @@ def engine(name: str, backward: bool = False) -> Callable[..., Any]:
         assert more == ((0.0, True) if name == "flash" else (None, True, 0.0, True))
         return attention.reference(q, k, v, *NONE, None, None, True, 0, 0, scale, 0.0, 0.0, False)
 
-    def gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any, scale: float) -> Any:
+    def gradients(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any, scale: float
+    ) -> Any:
         sizes(q, v)
         assert dout.shape == out.shape == (*q.shape[:3], v.shape[-1])
         lse = lse.reshape(q.shape[:3])
