@@ -12,8 +12,9 @@ Query i may attend to the keys j for which all of these conditions hold, as far 
   end, whatever else holds, and its scores get the gradient of such a softmax: so does a row that is masked throughout
   by the lowest finite number, in which its scores vanish.
 - query_ids [B or 1, S] and key_ids [B or 1, T], integers: query_ids[i] == key_ids[j].
-- mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and gets no gradient.  Numbers
-  below LOWEST, in which scores vanish, count as -inf.
+- mask [B or 1, H or 1, S, T]: true if it is bool; otherwise it is added to the scores, and may have a gradient.
+  Numbers below LOWEST, in which scores vanish, count as -inf.  Where it is above HIGHEST, the score is 0 in place of
+  the sum, with the gradients of any other: so a row of one head is masked throughout by the lowest finite number.
 A row that may attend to nothing is 0, and its log-sum-exp is -inf.
 max_seqlen: what the caller vouches for.  0: nothing.  -1: start and end leave out no key; they are not read.  Above 0:
 no query may attend to more than so many keys; where these are less than T, start and end tell all that window and ids
@@ -37,7 +38,7 @@ from fastft.kernels import attention_engines
 from fastft.kernels.core import dispatch
 from fastft.kernels.core.registry import define, require, wide
 
-LOWEST = -5e8
+LOWEST, HIGHEST = -5e8, 5e8
 LONGEST_HEAD = 256  # that the Triton kernels take
 MULTIPLIER, INCREMENT = 0x45D9F3B, 0x9E3779B9  # of the hash that dropout draws from
 
@@ -105,7 +106,8 @@ def scored(products: Tensor, start: Tensor | None, mask: Tensor | None, softcap:
     scores = capped(products, softcap)
     nothing = scores - scores.detach()
     if mask is not None and mask.dtype != torch.bool:
-        scores = scores + added(mask, scores.dtype)
+        alone = (mask - mask.detach()).to(scores.dtype)
+        scores = torch.where(mask > HIGHEST, nothing + alone, scores + added(mask, scores.dtype))
     return scores if start is None else torch.where(start[:, None, :, None] < 0, nothing, scores)
 
 
@@ -134,15 +136,13 @@ def reference(
     return out, scores.detach().logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
 
 
-def reference_backward(
+def score_gradients(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
-    causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
+    causal: bool, window: int, scale: float, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of query, key and value with all scores at once."""
+    """Compute scaled products, weights behind dropout, and the gradients of scores behind the softcap [B, H, S, T]."""
     dtype, heads = wide(query.dtype), query.shape[1]
-    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
-    start, end, query_ids, key_ids = vectors
     q, k, v, dout = (tensor.to(dtype) for tensor in (query, grouped(key, heads), grouped(value, heads), grad_output))
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = q @ k.transpose(-1, -2) * scale
@@ -152,13 +152,48 @@ def reference_backward(
     kept_scale: Tensor | float = 1.0 if seed is None else kept(seed, weights.shape, dropout).to(dtype) / (1.0 - dropout)
     dweights = (dout @ v.transpose(-1, -2)) * kept_scale
     dscores = weights * (dweights - (dout * out.to(dtype)).sum(-1, keepdim=True))
+    return products, weights * kept_scale, dscores
+
+
+def reference_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
+    end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
+    causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of query, key and value with all scores at once."""
+    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
+    start, end, query_ids, key_ids = vectors
+    products, weights, dscores = score_gradients(
+        grad_output, query, key, value, out, lse, start, end, query_ids, key_ids, mask, seed, causal, window, scale,
+        softcap, dropout,
+    )  # fmt: skip
     if softcap:
         dscores = dscores * (1.0 - torch.tanh(products / softcap) ** 2)
-    dquery = dscores @ k * scale
-    by_group = (key.shape[1], heads // key.shape[1])
-    dkey = (dscores.transpose(-1, -2) @ q * scale).unflatten(1, by_group).sum(2)
-    dvalue = ((weights * kept_scale).transpose(-1, -2) @ dout).unflatten(1, by_group).sum(2)
+    dtype, by_group = dscores.dtype, (key.shape[1], query.shape[1] // key.shape[1])
+    dquery = dscores @ grouped(key, query.shape[1]).to(dtype) * scale
+    dkey = (dscores.transpose(-1, -2) @ query.to(dtype) * scale).unflatten(1, by_group).sum(2)
+    dvalue = (weights.transpose(-1, -2) @ grad_output.to(dtype)).unflatten(1, by_group).sum(2)
     return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
+
+
+def reference_mask_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
+    end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor, seed: Tensor | None,
+    causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
+) -> Tensor:  # fmt: skip
+    """Compute the gradient of a mask that is added: that of the scores, summed where the mask is broadcast.
+
+    It is 0 in rows that weigh all keys alike by their start, and is added behind the softcap.
+    """
+    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
+    start, end, query_ids, key_ids = vectors
+    _, _, dscores = score_gradients(
+        grad_output, query, key, value, out, lse, start, end, query_ids, key_ids, mask, seed, causal, window, scale,
+        softcap, dropout,
+    )  # fmt: skip
+    if start is not None:
+        dscores = dscores.masked_fill(start[:, None, :, None] < 0, 0.0)
+    return dscores.sum_to_size(mask.shape).to(mask.dtype)
 
 
 def check(
@@ -221,6 +256,14 @@ def new_gradients(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor
     return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
+def new_mask_gradient(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
+    end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor, *_: Any,
+) -> Tensor:  # fmt: skip
+    """Allocate an empty gradient of the mask, contiguous."""
+    return mask.new_empty(mask.shape)
+
+
 def flops(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *arguments: Any, products: tuple[int, int] = (1, 1)
 ) -> int:
@@ -245,6 +288,11 @@ def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments:
 def scratch_bytes_backward(grad_output: Tensor, query: Tensor, *_: Any) -> int:
     """Count the bytes of query's gradient in float32, in which torch's engines accumulate it; Triton's take fewer."""
     return query.numel() * 4
+
+
+def flops_mask_backward(grad_output: Sequence[int], query: Sequence[int], *arguments: Any) -> int:
+    """Count the FLOPs of the scores again, and of the gradients of weights."""
+    return flops(query, *arguments)
 
 
 _QKV = {"query": "B G*E S D", "key": "B G T D", "value": "B G T D"}
@@ -281,7 +329,7 @@ attention = define(
             for tensors, choice in (_WAYS[1], *_SPARSE_WAYS)
         ),
     ],
-    gradients=("query", "key", "value", "sinks"), alike=("query", "key", "value"), statistics=("mask",),
+    gradients=("query", "key", "value", "mask", "sinks"), alike=("query", "key", "value"), statistics=("mask",),
     flops=flops, engine=attention_engines.forward, longest_row=LONGEST_HEAD, row_length=longest_head,
     multiplies=True,
 )  # fmt: skip
@@ -294,6 +342,17 @@ attention_backward = define(
     flops=flops_backward, engine=attention_engines.backward, longest_row=LONGEST_HEAD,
     row_length=lambda grad_output, *arguments: longest_head(*arguments), multiplies=True,
     scratch=scratch_bytes_backward,
+)  # fmt: skip
+_MASK_WAYS: list[tuple[dict, dict]] = [
+    ({"mask": "B 1 S T"}, {"causal": True, "softcap": 0.1}), ({"mask": "1 G*E S T"}, {}),
+    ({"mask": "B G*E S S", **_AS_MANY, "start": "index B S S"}, {"window": 3, "causal": True}),
+    ({"mask": "1 1 S T", "seed": "index 1 N"}, {"dropout": 0.25}), ({"mask": "S T", **_IDS}, {}),
+]  # fmt: skip
+attention_mask_backward = define(
+    "attention_mask_backward", reference_mask_backward, new_mask_gradient, "attention_mask_backward_triton.backward",
+    cases=[({**_BACKWARD, **tensors}, {**_PLAIN, **choice}) for tensors, choice in _MASK_WAYS],
+    statistics=("lse", "mask"), alike=("grad_output", "query", "key", "value", "out"), flops=flops_mask_backward,
+    longest_row=LONGEST_HEAD, row_length=lambda grad_output, *arguments: longest_head(*arguments), multiplies=True,
 )  # fmt: skip
 
 
@@ -320,7 +379,10 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
         weight = torch.exp(sinks[:, None].to(lse.dtype) - lse)
         delta = (grad_output.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-    return *needed, *(None,) * 5, dsinks, *(None,) * 8
+    dmask = None
+    if ctx.needs_input_grad[7]:
+        dmask = attention_mask_backward(grad_output, query, key, value, out, lse, *masks, seed, *ctx.choice)
+    return *needed, *(None,) * 4, dmask, dsinks, *(None,) * 8
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels.attention import INCREMENT, LOWEST, MULTIPLIER
+from fastft.kernels.attention import HIGHEST, INCREMENT, LOWEST, MULTIPLIER
 from fastft.kernels.core import dispatch
 from fastft.kernels.core.layout import has_unit_rows
 from fastft.kernels.core.tiles import LOG2E, padded, tanh
@@ -21,6 +21,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _MULTIPLIER: tl.constexpr = tl.constexpr(MULTIPLIER)
 _INCREMENT: tl.constexpr = tl.constexpr(INCREMENT)
 _LOWEST: tl.constexpr = tl.constexpr(LOWEST)
+_HIGHEST: tl.constexpr = tl.constexpr(HIGHEST)
 NO_MASK, BOOL_MASK, ADDED_MASK = range(3)
 _ADDED: tl.constexpr = tl.constexpr(ADDED_MASK)
 _BOOL: tl.constexpr = tl.constexpr(BOOL_MASK)
@@ -198,7 +199,7 @@ def masked(
     if MASK == _BOOL:
         counts = counts & (alike | mask)
     if MASK == _ADDED:
-        scores += tl.where(mask < _LOWEST, float("-inf"), mask * LOG2E)
+        scores = tl.where(mask > _HIGHEST, 0.0, scores + tl.where(mask < _LOWEST, float("-inf"), mask * LOG2E))
     if START:
         scores = tl.where(alike, 0.0, scores)
     return tl.where(counts, scores, float("-inf"))
@@ -268,8 +269,10 @@ _FLAGS = ("CAUSAL", "WINDOW", "START", "END", "IDS", "SOFTCAP", "DROPOUT")
 SPILLED_BYTES = {64: 512, 128: 2048, 256: 2048}  # of a thread, by head_dim: what the fastest tiles may store
 
 
-def variants(table: Table) -> Iterator[dict[str, Any]]:
+def variants(table: Table, mask: int = NO_MASK) -> Iterator[dict[str, Any]]:
     """Yield the constants and types that a kernel is launched with, for the tests that compile them ahead of time.
+
+    mask: of which kind it always is, if the kernel has no other way.
 
     Each tiling is compiled for one kind of mask, so that the kinds are covered in turn; the first tiling, of the
     shortest heads, for ids, with which it needs the most registers.
@@ -288,10 +291,10 @@ def variants(table: Table) -> Iterator[dict[str, Any]]:
         ways = [(KINDS[3 * (number + 1) % len(KINDS)], (D, D))]
         ways += [(KINDS[0], LATENT)] if padded(LATENT[0]) == D and element_bytes == 2 else []
         for kind, sizes in ways:
-            mask = {"mask_ptr": "*fp32" if kind.get("MASK") == ADDED_MASK else "*u8"}
-            flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind
-            meta = (tiles.for_mask() if "MASK" in kind else tiles).meta
-            yield {**flags, **types, **of_rows, **mask, **launch, **meta, **head_sizes(*sizes)}
+            flags = dict.fromkeys(_FLAGS, False) | {"MASK": NO_MASK} | kind | ({"MASK": mask} if mask else {})
+            of_mask = dict.fromkeys(("mask_ptr", "dmask_ptr"), "*fp32" if flags["MASK"] == ADDED_MASK else "*u8")
+            meta = (tiles.for_mask() if flags["MASK"] else tiles).meta
+            yield {**flags, **types, **of_rows, **of_mask, **launch, **meta, **head_sizes(*sizes)}
 
 
 def unit(tensor: Tensor) -> Tensor:

@@ -167,10 +167,6 @@ def attention(
 
 def decline_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> str | None:
     """Return why the op cannot compute this attention, or cannot here; None if it can."""
-    if mask is not None and mask.requires_grad:
-        return Reason("the mask is trained", "mask.per_head")
-    if mask is not None and mask.dtype != torch.bool and mask.dim() > 2 and mask.shape[-3] != 1:
-        return Reason("what it adds differs between heads", "mask.per_head")
     if not 0.0 <= more.get("dropout", 0.0) < 1.0:
         return Reason(f"dropout is {more['dropout']}", "attention.dropout")
     if more.get("value", -math.inf) != -math.inf:  # in rows filled throughout others give the same weight to all keys

@@ -141,6 +141,9 @@ MUTANTS = (
     Mutant("attention_backward.key_kernel", SIGN, "attention_backward.key_tiles", "dp - delta[None, :]", "dp + delta[None, :]", "attention"),
     Mutant("attention_backward.key_kernel", SCALE, "attention_backward.key_kernel", "tl.cast(dk * scale,", "tl.cast(dk,", "attention"),
     Mutant("attention_backward.key_kernel", SIZE, "attention_backward.key_kernel", "(g + 1) * GROUP", "g * GROUP + 1", "attention"),
+    Mutant("attention_mask_backward.mask_kernel", SIGN, "attention_mask_backward.mask_kernel", "dp - delta[:, None]", "dp + delta[:, None]"),
+    Mutant("attention_mask_backward.mask_kernel", INDEX, "attention_mask_backward.mask_kernel", "part // MASK_H + number // HEADS", "part // MASK_H + number % HEADS"),
+    Mutant("attention_mask_backward.mask_kernel", MASK, "attention_mask_backward.mask_kernel", "tl.where(alike[:, None], 0.0, p * (dp - delta[:, None]))", "p * (dp - delta[:, None])"),
 )  # fmt: skip
 PLAIN = (
     Mutant("rotary.deinterleaved", INDEX, "rotary.rotate_rows", "rows, a, b, TO_PAIRS", "rows, a, b, FROM_PAIRS", "algebra"),
@@ -154,6 +157,7 @@ PLAIN = (
     Mutant("attention.values", MASK, "attention.forward_kernel", "(e < DV)[None, :]", "(e < BLOCK_DV)[None, :]", "attention"),
     Mutant("attention.values", MASK, "attention_backward.key_kernel", "(e < DV)[None, :]", "(e < BLOCK_DV)[None, :]", "attention"),
     Mutant("attention.values", INDEX, "attention_backward.query_kernel", "i, e, dout_si, S, DV, BLOCK_DV", "i, e, dout_si, S, D, BLOCK_DV", "attention"),
+    Mutant("attention_tiles.masked", MASK, "attention_tiles.masked", "mask > _HIGHEST, 0.0", "mask > 4 * _HIGHEST, 0.0", "attention"),
     Mutant("attention_tiles.narrowed", SIZE, "attention_tiles.narrowed", "until // BLOCK * BLOCK", "end // BLOCK * BLOCK", "attention"),
     Mutant("attention_tiles.narrowed", MASK, "attention_tiles.columns", "same & (tl.max(tl.where(alike, 1, 0), 0) == 0)", "same", "attention"),
     Mutant("attention_tiles.narrowed", INDEX, "attention_tiles.narrowed", "tl.where(equal, j + 1, low)", "tl.where(equal, j, low)", "attention"),

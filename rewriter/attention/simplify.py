@@ -7,7 +7,7 @@ nothing needs the mask itself.  A mask whose meaning is not proven stays as it i
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 from fastft.compat import dynamo, fake_tensors, operators, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
-from fastft.kernels.attention import LOWEST
-from fastft.reasons import with_prefix
+from fastft.kernels.attention import HIGHEST, LOWEST
+from fastft.reasons import Reason, with_prefix
 from fastft.rewriter.attention.masks.recognize import recognize
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.bodies import bodies
@@ -49,7 +49,7 @@ def simplify(gm: GraphModule, context: Context) -> None:
             node.args = tuple(call.values())
             context.report.masks.append(Lifted(kind, module, source_line(node)))
             _transpose_late(node, call)
-            if isinstance(mask, Node) and call["mask"] is None:
+            if isinstance(mask, Node) and call["mask"] is not mask:
                 _drop(masks.calls, body, mask)
 
 
@@ -88,6 +88,7 @@ class _Masks:
         self.calls = Calls(gm)
         self.meanings: dict[tuple[Node, bool], Meaning] = {}
         self.rows: dict[Node, dict[str, Any]] = {}
+        self.alike: dict[Node, Node] = {}
 
     def read(self, body: GraphModule, call: dict[str, Any], refusal: str | None) -> str:
         """Replace a call's mask by what it means, and return the kind of mask.
@@ -103,7 +104,9 @@ class _Masks:
             self.meanings[outer, sinks] = _meaning(outer, rows, columns, sinks)
         meaning, kind = self.meanings[outer, sinks] if refusal is None else (None, refusal)
         if meaning is None:
-            if not sinks:
+            if not sinks and _by_head(mask):
+                call["mask"] = pass_in(levels, self._alike(outer))
+            elif not sinks:
                 call |= self._rows(mask)
             return with_prefix("dense: ", kind)
         meaning = dict(meaning)
@@ -117,9 +120,22 @@ class _Masks:
             self.rows[mask] = _rows_without_keys(mask)
         return self.rows[mask]
 
+    def _alike(self, mask: Node) -> Node:
+        if mask not in self.alike:
+            self.alike[mask] = _with_rows_alike(mask)
+        return self.alike[mask]
+
+
+def _by_head(mask: Node) -> bool:
+    """Return whether rows without keys may be other ones for each head, or a mask's gradient is wanted in them."""
+    tensor = value_of(mask)
+    return tensor.requires_grad or (tensor.dim() > 2 and not same_sizes(tensor.shape[-3:-2], (1,)))
+
 
 def _meaning(mask: Node, rows: Any, columns: Any, sinks: bool) -> Meaning:
     """Compute what a mask means before its node, or say why that is not known."""
+    if value_of(mask).requires_grad:
+        return None, Reason("it is trained", "mask.trained")
     recognized = recognize(mask, rows, columns)
     if isinstance(recognized, str):
         return None, recognized
@@ -137,22 +153,45 @@ def _rows_without_keys(mask: Node) -> dict[str, Any]:
     tensor = value_of(mask)
     if not tensor.is_floating_point():
         return {}
-    graph = mask.graph
-    made: list[Node] = []
-    after = mask if mask.op != "placeholder" else list(mask.graph.find_nodes(op="placeholder"))[-1]
-
-    def add(name: str, *arguments: Any, **named: Any) -> Node:
-        with graph.inserting_after(made[-1] if made else after):
-            made.append(graph.call_method(name, arguments, named))
-        annotate_like(made[-1], mask)
-        return made[-1]
-
-    vanishing = add("all", add("lt", add("detach", mask), LOWEST), -1)
-    finite = add("gt", add("amin", mask, -1), -torch.inf)
+    add = _calls_after(mask)
+    numbers = add("detach", mask)
+    vanishing = add("all", add("lt", numbers, LOWEST), -1)
+    finite = add("gt", add("amin", numbers, -1), -torch.inf)
     rows = add("neg", add("to", add("logical_and", vanishing, finite), torch.int32))
     for _ in range(tensor.dim(), 4):
         rows = add("unsqueeze", rows, 0)
     return {"start": add("select", rows, 1, 0)}
+
+
+def _with_rows_alike(mask: Node) -> Node:
+    """Return a mask that is above HIGHEST where it is finite, but so low that scores vanish, in all of a head's row.
+
+    Such a row weighs these keys alike.  A trained mask has the gradients there that it had.
+    """
+    tensor = value_of(mask)
+    if not tensor.is_floating_point() or tensor.dtype == torch.float16:  # which has no such numbers
+        return mask
+    add = _calls_after(mask)
+    numbers = add("detach", mask)
+    vanishing = add("all", add("lt", numbers, LOWEST), -1, True)
+    alike = add("logical_and", vanishing, add("gt", numbers, -torch.inf))
+    if not tensor.requires_grad:
+        return add("masked_fill", mask, alike, 2 * HIGHEST)
+    return add("where", add("add", add("sub", mask, numbers), 2 * HIGHEST), alike, mask)
+
+
+def _calls_after(node: Node) -> Callable[..., Node]:
+    """Return a function that adds calls of methods behind a node, one after the other."""
+    last = node if node.op != "placeholder" else list(node.graph.find_nodes(op="placeholder"))[-1]
+
+    def add(name: str, *arguments: Any, **named: Any) -> Node:
+        nonlocal last
+        with node.graph.inserting_after(last):
+            last = node.graph.call_method(name, arguments, named)
+        annotate_like(last, node)
+        return last
+
+    return add
 
 
 def _drop(calls: Calls, body: GraphModule, mask: Node) -> None:

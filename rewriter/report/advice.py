@@ -13,7 +13,8 @@ ADVICE = {  # by code
     "lora.bias": "lora_bias=False in LoraConfig: the factors' bias is not fused",
     "lora.variant": "use_dora=False in LoraConfig: plain LoRA is fused, DoRA is left to Inductor",
     "mask.data": "pass the attention_mask with two axes, or position_ids, and let the model build its mask",
-    "mask.per_head": "ALiBi and trained masks are not fused: the model's own code runs",
+    "mask.per_head": "nothing: a number for each head, query and key stays in memory, as in the model's own code",
+    "mask.trained": "nothing: it stays a tensor of numbers, as in the model's own code, and so does its gradient",
     "match.returned": (
         "do not ask for hidden states or attentions, and take hooks that keep what a module computes off it"
     ),

@@ -15,11 +15,11 @@ from strategies import DEVICES, DTYPES, INTERPRETING, LAYOUTS, LOW, UPSTREAM, Sp
 from torch import Tensor
 
 from fastft.kernels import REGISTRY
-from fastft.kernels.attention import LOWEST, kept
+from fastft.kernels.attention import HIGHEST, LOWEST, kept
 
 ENTRY = REGISTRY["fastft::attention"]
-NAMES = ("query", "key", "value", "sinks")  # of what has a gradient
-ROWS = NAMES[:3]
+ROWS = ("query", "key", "value")
+NAMES = (*ROWS, "sinks")  # of what has a gradient
 on_devices = pytest.mark.parametrize("device", DEVICES)
 # In the interpreter one that rounds, for whose larger tiles it takes half of the time: others have float32.
 in_dtypes = pytest.mark.parametrize("dtype", LOW if INTERPRETING else DTYPES, ids=str)
@@ -122,6 +122,8 @@ class Problem:
         dtype = torch.float32 if coin(generator) else self.dtype
         lowest = torch.finfo(dtype).min if coin(generator) else -torch.inf
         added = drawn.masked_fill(drawn < 0.15, -torch.inf).masked_fill((drawn >= 0.15) & (drawn < 0.3), lowest)
+        alike = torch.rand(shape, generator=generator)[..., None] < 0.1
+        added = added if dtype == torch.float16 else added.masked_fill(alike, 2 * HIGHEST)
         return {"mask": added.to(dtype)}
 
     def choice(self) -> dict[str, Any]:
@@ -163,7 +165,10 @@ class Problem:
         seen, alike = self.seen(given)
         nothing = scores - scores.detach()  # but its gradient
         if "mask" in given and given["mask"].dtype != torch.bool:
-            scores = scores + given["mask"].to(wide).masked_fill(given["mask"].double() < LOWEST, -torch.inf)
+            added = given["mask"].to(wide)
+            alone = nothing + (added - added.detach())
+            scores = scores + added.masked_fill(given["mask"].double() < LOWEST, -torch.inf)
+            scores = torch.where(added > HIGHEST, alone, scores)
         scores = torch.where(torch.as_tensor(alike, device=query.device), nothing, scores)
         scores = scores.masked_fill(~seen, -torch.inf)
         empty = ~seen.any(-1, keepdim=True) if "sinks" not in given else torch.zeros_like(seen[..., :1])
@@ -191,7 +196,7 @@ def coin(generator: torch.Generator) -> bool:
 
 
 def converted(given: Tensors, dtype: torch.dtype) -> Tensors:
-    return {name: one.to(dtype) if name in NAMES else one for name, one in given.items()}
+    return {name: one.to(dtype) if one.is_floating_point() else one for name, one in given.items()}
 
 
 def requiring(given: Tensors, needs: Names) -> Tensors:
@@ -234,7 +239,8 @@ def terms_of_gradients(problem: Problem, given: Tensors, grad: Tensor) -> dict[s
     sizes = [one.double().norm(dim=-1).max().item() for one in (grad, given["value"])]
     product = sizes[0] * sizes[1] / (1.0 - (problem.dropout or 0.0))
     factors = {name: abs(problem.scale) * given[name].abs().max().item() for name in ("query", "key")}
-    return {"query": product * factors["key"], "key": product * factors["query"], "sinks": product}
+    several = {"query": product * factors["key"], "key": product * factors["query"]}
+    return several | dict.fromkeys(("sinks", "mask"), product)
 
 
 def check(problem: Problem, device: str, needs: Names = ROWS, kind: str = "random") -> None:
@@ -247,7 +253,7 @@ def check(problem: Problem, device: str, needs: Names = ROWS, kind: str = "rando
     exact, wide_grad = converted(given, torch.float64), grad.double()
 
     def measured(seed: int) -> list[tuple[Tensor, Tensor]]:
-        values = {name: nearby(one, seed) if seed and name in NAMES else one for name, one in given.items()}
+        values = {name: nearby(one, seed) if seed and name in (*NAMES, *needs) else one for name, one in given.items()}
         pair = (evaluate(problem.eager, one, grad, needs) for one in (values, converted(values, torch.float64)))
         return list(zip(*pair, strict=True))
 
@@ -296,7 +302,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )  # fmt: skip
 
 
-SUBSETS = st.sets(st.sampled_from(NAMES), min_size=1).map(sorted)
+SUBSETS = st.sets(st.sampled_from((*NAMES, "mask")), min_size=1).map(sorted)
 RICH = Problem(
     1, 2, 2, 70, 90, 32, causal=True, window=40, ranges="ranges", ids="holes", sinks=True, softcap=2.0, dropout=0.1
 )
@@ -309,10 +315,12 @@ LONE = Problem(1, 1, 1, 1, 1, 16, dtype=LOW[0], dropout=0.25)
 @example(replace(RICH, dtype=LOW[-1], ranges="documents", dense="bool", window=0), list(NAMES), "expanded")
 @example(replace(RICH, D=48, DV=32, dtype=LOW[-1], layout="fused", window=0), list(NAMES), "random")
 @example(replace(RICH, D=24, DV=72, E=1, ids="runs", softcap=0.0), list(NAMES), "strided")
+@example(replace(RICH, B=2, dense="added", DV=24, seed=3), [*NAMES, "mask"], "random")
 @example(LONE, list(ROWS), "random")
 @example(replace(LONE, dtype=torch.float32, sinks=True), list(NAMES), "random")
 def test_agrees_with_the_definition(device: str, problem: Problem, needs: Names, kind: str) -> None:
-    names = [name for name in needs if problem.sinks or name != "sinks"] or ROWS
+    there = {"sinks": problem.sinks, "mask": problem.dense == "added"}
+    names = [name for name in needs if there.get(name, True)] or ROWS
     check(problem, device, names, kind)
 
 

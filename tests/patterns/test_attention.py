@@ -392,10 +392,6 @@ def filled_with(number: float) -> Callable:
     return lambda q, k, v, m: F.softmax((q @ k.transpose(2, 3) * 0.3).masked_fill(m < 0, number), dim=-1) @ v
 
 
-def trained(values: list[Tensor]) -> list[Tensor]:
-    return [value.requires_grad_() for value in values]
-
-
 def of_one_head() -> list[Tensor]:
     return [normal(B, 1, S, D), *heads()[1:]]
 
@@ -405,20 +401,6 @@ no_rank = lambda: [normal(H, S, D), normal(H, T, D, seed=1), normal(H, T, D, see
 none_at_all = lambda: [normal(B, 0, S, D), normal(B, 0, T, D), normal(B, 0, T, D)]  # noqa: E731
 plain_softmax = lambda q, k, v: F.softmax(q @ k.transpose(-2, -1) * 0.3, dim=-1) @ v  # noqa: E731
 NEAR = {  # name: function, values, the reason; None: routers have softmaxes too, so that none is told
-    "a trained mask": (weighted, lambda: [*heads(), *trained([bias()])], "the mask is trained"),
-    "a trained mask of torch's": (
-        lambda q, k, v, m: sdpa(q, k, v, m), lambda: [*heads(), *trained([bias()])], "the mask is trained",
-    ),
-    "a mask for each head": (
-        weighted, lambda: [*heads(), bias(shape=(1, H, S, T))], "what it adds differs between heads",
-    ),
-    "a mask for each head, torch's": (
-        lambda q, k, v, m: sdpa(q, k, v, m), lambda: [*heads(), bias(shape=(B, H, S, T))],
-        "what it adds differs between heads",
-    ),
-    "a mask for each head, of three axes": (
-        weighted, lambda: [*heads(), bias(shape=(H, S, T))], "what it adds differs between heads",
-    ),
     "-1e4": (
         filled_with(-1e4), lambda: [*heads(), bias()],
         "scores are filled with -10000.0 and not with -inf",
@@ -464,6 +446,29 @@ def test_a_near_miss_is_left_alone_and_explained(name: str) -> None:
     assert len(report.near_misses) == (reason is not None), reasons(report)
     assert all(reason in one for one in told(report)), reasons(report)
     torch.testing.assert_close(mine, expected)
+
+
+ADDED = {  # a spelling, and the truth
+    "transformers": (weighted, scaled),
+    "torch": (lambda q, k, v, m: sdpa(q, k, v, m), exact),
+    "Falcon": (lambda q, k, v, m: sdpa(q, k[:, :1], v[:, :1], m), lambda q, k, v, m: exact(q, k[:, :1], v[:, :1], m)),
+    "Gemma 2": (lambda q, k, v, m: gemma2(q, k, v, m.expand(B, H, S, T)), beside(exact, scale=0.3, softcap=0.7)),
+}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("shape", [(B, 1, S, T), (1, H, S, T), (B, H, S, T), (H, S, T), (S, T)], ids=str)
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_added_may_differ_between_heads_and_be_trained(
+    name: str, shape: tuple[int, ...], trained: bool
+) -> None:
+    function, right = ADDED[name]
+    dtype = torch.bfloat16 if len(shape) == 3 else torch.float32
+    captures: list = []
+    values = [*heads(dtype), bias(dtype, shape).requires_grad_(trained)]
+    assert_right(compiled(function, captures), function, values, right)
+    ((gm, report),) = captures
+    assert (ops(gm), reasons(report)) == (["attention"], [])
 
 
 def test_a_bool_mask_may_differ_between_heads() -> None:

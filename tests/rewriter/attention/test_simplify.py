@@ -315,6 +315,45 @@ def test_rows_that_differ_between_heads() -> None:
     assert_same(compiled(function, captures), function, *heads(), mask)
 
 
+def masked_by_head() -> Tensor:
+    """Numbers that are added, others in each head: one head's row sees nothing, nor do some rows of a batch's."""
+    mask = frozen(1, H, S, S, seed=5) + rows_masked()
+    mask[:, 1, 3], mask[0, 2, 2:4] = LOWEST, LOWEST
+    return mask
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_that_one_head_does_not_see_are_alike_in_it(trained: bool) -> None:
+    """In outputs and gradients, a trained mask's own too."""
+    captures: list[Capture] = []
+    assert_same(compiled(eager, captures), eager, *heads(), masked_by_head().requires_grad_(trained))
+    ((_, report),) = captures
+    assert [mask.rule for mask in report.masks] == [f"dense: it is {'trained' if trained else 'data'}"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_of_a_head_in_which_some_keys_are_nothing(trained: bool) -> None:
+    """-inf has no gradient, and makes none NaN."""
+    mask = masked_by_head().masked_fill(torch.ones(S, S).tril() == 0, -torch.inf).requires_grad_(trained)
+    captures: list[Capture] = []
+    assert_same(compiled(eager, captures), eager, *heads(), mask)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_layers_share_the_rows_of_a_mask(trained: bool) -> None:
+    """They are looked for once, outside of checkpointed layers."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        mask = mask * 1.0
+        for _ in range(2):
+            q = checkpoint(eager, q, k, v, mask, use_reentrant=False)
+        return q
+
+    gm, _ = same(function, *heads(), masked_by_head().requires_grad_(trained), count=2)
+    assert calls(gm).count("all") == 1
+    assert not any("all" in calls(body) for body in bodies(gm) if body is not gm)
+
+
 def test_rows_without_a_key_are_nothing_to_torch() -> None:
     mask = rows_masked() == 0
     captures: list[Capture] = []
