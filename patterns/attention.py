@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.kernels.attention import unsupported_reason
+from fastft.kernels.attention import LOWEST, unsupported_reason
 from fastft.reasons import Reason
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.matching.rule import Rule
@@ -138,6 +138,23 @@ def eager_masked_fill_dropout(
     return torch.matmul(F.dropout(weights, dropout), v)
 
 
+def eager_bias_masked_fill(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, masked: Tensor, scale: float, value: float
+) -> Tensor:
+    """MPT: a number for each head and key is added, then scores are replaced where they do not count."""
+    return widened((product(q, k) * scale + bias).masked_fill(masked, value), q, v)
+
+
+def eager_bias_additive_mask(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Bloom: a number for each head and key is added by the product, with all heads of a batch in one axis."""
+    heads = q.shape[0] * q.shape[1]
+    queries, keys = q.reshape(heads, -1, q.shape[3]), k.reshape(heads, -1, q.shape[3])
+    scores = torch.baddbmm(bias, queries, keys.transpose(-1, -2), beta=1.0, alpha=scale)
+    scores = scores.view(q.shape[0], q.shape[1], q.shape[2], -1) + mask
+    weights = torch.softmax(scores, -1, torch.float32).to(q.dtype).view(heads, q.shape[2], -1)
+    return torch.bmm(weights, v.reshape(heads, -1, v.shape[3])).view(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
 def softmax_in_input_dtype(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """No mask, and a softmax in the dtype of the scores."""
     return torch.matmul(torch.softmax(product(q, k) * scale, -1), v)
@@ -150,15 +167,20 @@ def softmax_in_input_dtype_additive_mask(q: Tensor, k: Tensor, v: Tensor, mask: 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None,
-    masked: Tensor | None = None, *, contiguous: bool, scale: float = 1.0, root: float = 1.0, value: float = 0.0,
-    softcap: float = 0.0, dropout: float = 0.0, is_causal: bool = False,
+    masked: Tensor | None = None, bias: Tensor | None = None, *, contiguous: bool, scale: float = 1.0,
+    root: float = 1.0, value: float = 0.0, softcap: float = 0.0, dropout: float = 0.0, is_causal: bool = False,
 ) -> Tensor:  # fmt: skip
     """fastft::attention"""
     dtype = next((autocast_dtype for autocast_dtype in autocast.state() if autocast_dtype is not None), None)
     if dtype is not None:
         q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
+    if bias is not None and mask is not None:
+        mask = bias.view(q.shape[0], q.shape[1], 1, -1) + mask
     if masked is not None:
-        mask = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, value)
+        mask = torch.zeros_like(masked, dtype=q.dtype) if bias is None else bias
+        mask = mask.masked_fill(masked, value)
+        if value != -math.inf:  # rows filled throughout weigh all keys alike, whatever the query: it has no gradient
+            q = q.masked_fill(masked.all(-1, keepdim=True), 0.0)
     seed = q.new_empty(1, dtype=torch.int64).random_(2**31) if dropout else None
     return torch.ops.fastft.attention(
         q, k, v, None, None, None, None, mask, sinks, seed, is_causal, 0, 0, scale / root, softcap, dropout, contiguous
@@ -169,7 +191,7 @@ def decline_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     """Return why the op cannot compute this attention, or cannot here; None if it can."""
     if not 0.0 <= more.get("dropout", 0.0) < 1.0:
         return Reason(f"dropout is {more['dropout']}", "attention.dropout")
-    if more.get("value", -math.inf) != -math.inf:  # in rows filled throughout others give the same weight to all keys
+    if not more.get("value", -math.inf) < LOWEST:  # by which scores that are not filled may not vanish
         return f"scores are filled with {more['value']} and not with -inf"
     if not (q.shape[1] and k.shape[1]) or q.shape[1] % k.shape[1] != 0:
         return "the number of query heads is no multiple of that of key heads"
@@ -197,7 +219,7 @@ def eager_rules(reference: Callable, **tensors: str) -> tuple[Rule, ...]:
     shapes = {**HEADS, **tensors}
     first = "v" if "sinks" in shapes else "q"  # whose dtype the weights are cast to
     same_dtype_as = {name: first for name in ("q", "k", "v", "sinks") if name in shapes and name != first}
-    dtype_from = (first, "mask") if "mask" in shapes else (first,)
+    dtype_from = (first, *(name for name in ("bias", "mask") if name in shapes))
     booleans = ("masked",) if "masked" in shapes else ()
     more: dict[str, Any] = {"dtype_from": dtype_from, "same_dtype_as": same_dtype_as, "booleans": booleans}
     return rules(
@@ -224,6 +246,8 @@ RULES = (
     *eager_rules(eager_masked_fill, masked="* S T"),
     *eager_rules(eager_masked_fill_divided, masked="* S T"),
     *eager_rules(eager_masked_fill_dropout, masked="* S T"),
+    *eager_rules(eager_bias_masked_fill, bias="*", masked="* S T"),
+    *eager_rules(eager_bias_additive_mask, bias="N 1 T", mask="* S T"),
     *eager_rules(softmax_in_input_dtype),
     *eager_rules(softmax_in_input_dtype_additive_mask, mask="* S T"),
 )

@@ -18,6 +18,7 @@ from fastft.compat.fake_tensors import set_value, value_of
 from fastft.compat.layer_arguments import fresh
 from fastft.compat.layer_reuse import LayerCall, Trace
 from fastft.compat.operators import LAYER_CALL
+from fastft.rewriter.fx.effects import is_pure
 
 
 def take_apart(
@@ -44,6 +45,8 @@ def take_apart(
             _fold(copy, other.trace, call, now, trace.body, (*other.given, *other.tensors), trace.given)
     for node, call in calls.items():
         _flatten_call(copy, node, call)
+    for trace, _ in traces.values():
+        _return_what_is_read(copy, trace.body)
     copy.graph.lint()
     copy.recompile()
 
@@ -130,6 +133,33 @@ def _fold(
             user.replace_input_with(node, place)
     for node in reversed(nodes):
         gm.graph.erase_node(node)
+
+
+def _return_what_is_read(gm: GraphModule, name: str) -> None:
+    """Let a body return only what some call of it reads, such as no attention weights that the model drops.
+
+    What is returned cannot be fused with what it is computed from.
+    """
+    body = getattr(gm, name)
+    calls = [node for node in gm.graph.find_nodes(op="call_function", target=LAYER_CALL) if node.args[0].target == name]
+    items = [user for call in calls for user in call.users]
+    (returned,) = body.graph.output_node().args
+    read = sorted({item.args[1] for item in items if item.target is operator.getitem and item.users})
+    if any(item.target is not operator.getitem for item in items) or len(read) in (0, len(returned)):
+        return
+    body.graph.output_node().args = (tuple(returned[place] for place in read),)
+    for node in reversed(body.graph.nodes):
+        if node.op not in ("placeholder", "output") and not node.users and is_pure(node):
+            body.graph.erase_node(node)
+    body.recompile()
+    for call in calls:
+        if (values := value_of(call)) is not None:  # Dynamo gives its own calls none
+            set_value(call, tuple(values[place] for place in read))
+    for item in items:
+        if item.users:
+            item.args = (item.args[0], read.index(item.args[1]))
+        else:
+            gm.graph.erase_node(item)
 
 
 def _as_trained(gm: GraphModule, node: Node, wanted: Any) -> Node:

@@ -138,12 +138,28 @@ def cast_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> T
     return scores.float().softmax(dim=-1).to(dtype=v.dtype) @ v
 
 
+def mpt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, position_bias: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-1, -2)) * 0.3
+    scores = scores + position_bias
+    scores = scores.masked_fill(mask == 0, torch.finfo(q.dtype).min)
+    weights = nn.functional.softmax(scores.float(), dim=-1).to(v.dtype)
+    return torch.matmul(weights, v).permute(0, 2, 1, 3).contiguous().view(B, S, H * D)
+
+
+def bloom(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, alibi: Tensor) -> Tensor:
+    q, k, v = q.reshape(B * H, -1, D), k.reshape(B * H, -1, D).transpose(-1, -2), v.reshape(B * H, -1, D)
+    scores = alibi.baddbmm(batch1=q, batch2=k, beta=1.0, alpha=0.3).view(B, H, S, -1) + mask
+    probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype).view(B * H, S, -1)
+    x = torch.bmm(probs, v).view(B, H, S, D).permute(0, 2, 1, 3)
+    return x.reshape(B, S, H * D)
+
+
 Case = tuple[str, Callable, Callable, Callable]  # reference, spelling, the truth, further inputs
 nothing = lambda dtype: []  # noqa: E731
 a_bias = lambda dtype: [bias(dtype)]  # noqa: E731
 some_flags = lambda dtype: [flags(dtype)]  # noqa: E731
 with_a_sink = lambda dtype: [bias(dtype), sinks(dtype)]  # noqa: E731
-allowed = lambda q, k, v, mask, **more: exact(q, k, v, mask.log(), **more)  # noqa: E731
+allowed = lambda q, k, v, mask, *, bias=0.0, **more: exact(q, k, v, mask.log() + bias, **more)  # noqa: E731
 beside = lambda function, **more: lambda *values: function(*values, **more).transpose(1, 2)  # noqa: E731
 joined = lambda function, **more: lambda *values: merged(function(*values, **more))  # noqa: E731
 scaled = lambda *values: exact(*values, scale=0.3)  # noqa: E731
@@ -210,6 +226,16 @@ CASES: dict[str, Case] = {
     "Llama, unmasked": ("eager_divided", llama, joined(exact), nothing),
     "nanoGPT": ("eager_masked_fill", nano_gpt, joined(allowed), some_flags),
     "Annotated Transformer": ("eager_masked_fill_divided", annotated, allowed, some_flags),
+    "MPT": (
+        "eager_bias_masked_fill", mpt,
+        lambda q, k, v, m, b: merged(allowed(q, k, v, m, scale=0.3, bias=b)),
+        lambda dtype: [flags(dtype), bias(torch.float32, (H, 1, T))],
+    ),
+    "Bloom": (
+        "eager_bias_additive_mask", bloom,
+        lambda q, k, v, m, b: merged(scaled(q, k, v, m + b.view(B, H, 1, T))),
+        lambda dtype: [bias(dtype), bias(dtype, (B * H, 1, T))],
+    ),
     "plain": (
         "softmax_in_input_dtype", lambda q, k, v: F.softmax(q @ k.transpose(-2, -1) * 0.3, dim=-1) @ v, scaled, nothing,
     ),
@@ -405,7 +431,6 @@ NEAR = {  # name: function, values, the reason; None: routers have softmaxes too
         filled_with(-1e4), lambda: [*heads(), bias()],
         "scores are filled with -10000.0 and not with -inf",
     ),
-    "-1e9": (filled_with(-1e9), lambda: [*heads(), bias()], "scores are filled with -1000000000.0"),
     "weights returned": (weights_returned, lambda: [*heads(), bias()], "is also used by the graph's output"),
     "a sink used twice": (sinks_used_twice, lambda: [*heads(), bias(), sinks()], "expand is also used by exp"),
     "another column dropped": (sinks_not_dropped, lambda: [*heads(), bias(), sinks()], None),
@@ -446,6 +471,22 @@ def test_a_near_miss_is_left_alone_and_explained(name: str) -> None:
     assert len(report.near_misses) == (reason is not None), reasons(report)
     assert all(reason in one for one in told(report)), reasons(report)
     torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["-1e9", "the lowest", "with a bias"])
+def test_rows_that_are_filled_throughout(name: str, trained: bool) -> None:
+    """They weigh all keys alike, and nothing of queries, keys or a bias has a part in that."""
+    function = {
+        "-1e9": filled_with(-1e9), "the lowest": filled_with(LOWEST),
+        "with a bias": lambda q, k, v, m: mpt(q, k, v, (m >= 0).float(), m),
+    }[name]  # fmt: skip
+    mask = bias(shape=(B, H, S, T) if name == "with a bias" else (B, 1, S, T))
+    mask[0, :, 1], mask[1, :, 3:] = -mask[0, :, 1].abs(), -mask[1, :, 3:].abs()
+    captures: list = []
+    values = [*heads(), mask.requires_grad_(trained and name == "with a bias")]
+    assert_right(compiled(function, captures), function, values)
+    assert ops(captures[0][0]) == ["attention"]
 
 
 ADDED = {  # a spelling, and the truth

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 import fastft
 from fastft.compat import aot, layer_reuse
 from fastft.compat.fake_tensors import value_of
+from fastft.compat.operators import LAYER_CALL
 from fastft.rewriter import backend
+from fastft.rewriter.capture import layer_calls
 from fastft.rewriter.report import history
 
 LAYERS = 6
@@ -159,6 +161,49 @@ def test_the_report_is_of_every_layer(called: list[str]) -> None:
     check(model, compiled(model))
     norms = [found.module for found in fastft.compilations().graphs[-1].lifted if found.rule.startswith("rms_norm")]
     assert sorted(norms) == [f"layers.{number}" for number in range(LAYERS)]
+    assert called
+
+
+class Telling(Layer):
+    """Returns what it computes inside, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        weights = torch.softmax(self.gate(x) @ x.mT, -1)
+        return weights, super().forward(weights @ self.up(x)), weights.exp()
+
+
+class Hearing(Stack):
+    """Reads the second of three results, and where it says so the third of one layer."""
+
+    def __init__(self, third: bool) -> None:
+        super().__init__(make=Telling)
+        self.third = third
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, sums = self.embed(ids), 0.0
+        for number, layer in enumerate(self.layers):
+            _, x, third = layer(x)
+            if self.third and number == 3:
+                sums = third.mean()
+        return x.sin().mean() + sums
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_a_layer_returns_what_is_read(third: bool, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention weights that nobody looks at would stay in memory, and attention would not be fused."""
+    returned = []
+    take_apart = layer_calls.take_apart
+
+    def noted(*given: Any) -> Any:
+        result = take_apart(*given)
+        bodies = {call.args[0].target for call in result[0].graph.find_nodes(op="call_function", target=LAYER_CALL)}
+        returned.extend(len(getattr(result[0], name).graph.output_node().args[0]) for name in bodies)
+        return result
+
+    monkeypatch.setattr(layer_calls, "take_apart", noted)
+    model = Hearing(third)
+    check(model, compiled(model))
+    assert returned == [1 + third]
     assert called
 
 
