@@ -138,6 +138,17 @@ ENGINE = (
         ("differences without the first", "attention/masks/indexing._diff", "if prepend is not None and change is not None:", "if prepend is None and change is not None:"),
     ),
     *_of(
+        WRITING, "attention/simplify",
+        ("rows of one head are rows of all", "attention/simplify._by_head", "tensor.requires_grad or (", "tensor.requires_grad and ("),
+        ("no gradient where a trained mask masks a row", "attention/simplify._with_rows_alike", 'add("sub", mask, numbers)', 'add("sub", numbers, numbers)'),
+        ("keys that are nothing weigh as much", "attention/simplify._with_rows_alike", 'add("gt", numbers, -torch.inf)', 'add("ge", numbers, -torch.inf)'),
+        ("a trained mask is read", "attention/simplify._meaning", "if value_of(mask).requires_grad:", "if mask is None:"),
+    ),
+    *_of(
+        WRITING, "capture/layer_reuse",
+        ("results that are read at old places", "capture/layer_calls._return_what_is_read", "read.index(item.args[1])", "item.args[1]"),
+    ),
+    *_of(
         WRITING, "attention/masks/reading",
         ("one name for two axes", "attention/masks/indexing._along", "if name not in known)", "if name)"),
         ("a difference is a sum", "attention/masks/emit._sum", "torch.add if times > 0 else torch.sub", "torch.add if times else torch.sub"),
