@@ -1,7 +1,7 @@
-"""Functions of libraries that Dynamo cannot trace, and what is traced in their place where fastft compiles.
+"""Trace something else in the place of functions of libraries that Dynamo cannot trace, where fastft compiles.
 
-A substitute returns what the original returns, for all that it is called with here, and raises where it does not know.
-It is traced alone: eager code, and what other backends compile, call the original.
+A substitute returns what the original returns, and calls the original where it does not know what that is.  It is
+traced alone: eager code, and what other backends compile, call the original.
 ``torch.compiler.substitute_in_graph`` does the same for a whole process, for plain functions.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Substitution:
     original: its module and qualified name, as ``peft.utils.integrations:dequantize_module_weight``.
     package: the distribution that has it, whose versions from ``since`` on and before ``until`` were looked at.
     reason: what Dynamo cannot trace in it.
-    substitute: a function of the same arguments; of a method, the object is the first.
+    substitute: a function of the original and then of the same arguments; of a method, the object is the first.
     """
 
     original: str
@@ -49,41 +49,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
-def dequantize_module_weight(module: Any) -> Any:
-    """Return the weight of a layer that holds it as floating-point numbers."""
-    weight = module.weight
-    if not weight.is_floating_point() or hasattr(module, "W_q"):
-        raise NotImplementedError("the weight is quantized")
-    return weight
-
-
-def linear_8bit(module: Any, x: Any) -> Any:
-    """Multiply by a weight in 8 bits, and leave out that the parameter is set to the memory that it has already."""
-    from bitsandbytes import matmul
-
-    module.state.is_training = module.training
-    if module.weight.CB is not None:
-        module.init_8bit_state()
-    if module.state.has_fp16_weights or (module.bias is not None and module.bias.dtype != x.dtype):
-        raise NotImplementedError("the layer changes its parameters")
-    return matmul(x, module.weight, bias=module.bias, state=module.state)
-
-
-SUBSTITUTIONS: tuple[Substitution, ...] = (
-    Substitution(
-        "peft.utils.integrations:dequantize_module_weight", "peft", "0.17", "0.22",
-        "it asks for the name of the module that the weight's class is defined in",
-        dequantize_module_weight,
-    ),
-    Substitution(
-        "bitsandbytes.nn.modules:Linear8bitLt.forward", "bitsandbytes", "0.49", "0.51",
-        "it sets its parameter to the memory that it has, which is a write to an input of the graph",
-        linear_8bit,
-    ),
-)  # fmt: skip
-
-
-def install(is_ours: Callable[[], bool], substitutions: tuple[Substitution, ...] = SUBSTITUTIONS) -> None:
+def install(is_ours: Callable[[], bool], substitutions: Iterable[Substitution]) -> None:
     """Trace the substitutes in compilations during which ``is_ours`` is true; leave all others alone."""
     known = {one.original: one for one in substitutions}
     applies = functools.cache(Substitution.applies)
@@ -91,9 +57,15 @@ def install(is_ours: Callable[[], bool], substitutions: tuple[Substitution, ...]
     def call_function(original: Callable, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         function = self.fn
         found = known.get(f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}")
-        if found is None or not applies(found) or not is_ours():
+        if found is None or _calls_original(tx, found) or not applies(found) or not is_ours():
             return original(self, tx, args, kwargs)
-        return UserFunctionVariable(found.substitute).call_function(tx, [*self.self_args(), *args], kwargs)
+        arguments = [UserFunctionVariable(function), *self.self_args(), *args]
+        return UserFunctionVariable(found.substitute).call_function(tx, arguments, kwargs)
 
     put_around(UserFunctionVariable, "call_function", call_function)
     put_around(UserMethodVariable, "call_function", call_function)
+
+
+def _calls_original(tx: Any, substitution: Substitution) -> bool:
+    """Tell whether it is the substitute that makes the call which is traced now."""
+    return getattr(tx, "f_code", None) is getattr(substitution.substitute, "__code__", substitution)
