@@ -162,7 +162,7 @@ _CHOICES = [
 ]
 
 
-def _case(choice: dict[str, Any], nested: bool) -> tuple[dict[str, str], dict[str, Any]]:
+def case(choice: dict[str, Any], nested: bool) -> tuple[dict[str, str], dict[str, Any]]:
     """Build a case: the shapes follow from the choice's numbers."""
     count = choice["rows"] * choice["columns"]
     blocks = -(-count // choice["blocksize"])
@@ -174,6 +174,6 @@ def _case(choice: dict[str, Any], nested: bool) -> tuple[dict[str, str], dict[st
 
 dequantize_4bit = define(
     "dequantize_4bit", reference, new_output, fill,
-    cases=[_case(choice, nested) for choice in _CHOICES for nested in (False, True)],
+    cases=[case(choice, nested) for choice in _CHOICES for nested in (False, True)],
     statistics=("absmax", "absmax_code", "absmax_offset"), flops=4,
 )  # fmt: skip
