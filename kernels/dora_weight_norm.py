@@ -1,7 +1,7 @@
 """Norms of the rows of a weight with its adapter, without that sum:  norm_i = ||W_i + s (B A)_i||.
 
-Source: Liu et al., DoRA, 2024, arXiv:2402.09353, equation 5; its section 4.3 takes the norm for a constant, so it has no
-gradient.
+Source: Liu et al., DoRA, 2024, arXiv:2402.09353, equation 5; its section 4.3 takes the norm for a constant, so it has
+no gradient.
 
 weight: [N, K], floating point; or, with a quant_type, packed as dequantize_4bit takes it, with absmax and, if nested,
 absmax_8bit, absmax_code and absmax_offset.  lora_a: A [r, K]; lora_b: B [N, r]; each of any floating-point dtype.

@@ -69,20 +69,20 @@ def four_bit_kernel(
     pair = tl.arange(0, UNIT // 2)
     code = tl.load(code_ptr + tl.arange(0, 16))
     total = tl.zeros([ROWS], tl.float32)
-    for unit in range(0, units):
+    for unit in range(units):
         before = n * units + unit
         block = before // units_a_block
         absmax = scale_of(block, n < N, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, NESTED)
         source = packed_ptr + (tl.cast(before, tl.int64) * (UNIT // 2))[:, None] + pair[None, :]
         byte = tl.cast(tl.load(source, mask=(n < N)[:, None], other=0), tl.int32)
         flat = tl.reshape(byte, [ROWS * UNIT // 2])
-        for half in tl.static_range(2):  # the first of two elements is a byte's upper half
-            nibble = (flat >> 4) if half == 0 else (flat & 15)
-            weight = tl.reshape(tl.gather(code, nibble, 0), [ROWS, UNIT // 2]) * absmax[:, None]
-            k = unit * UNIT + 2 * pair + half
-            delta = adapter_tile(a_ptr, b_ptr, n, k, N, units * UNIT, R, ROWS, UNIT // 2, BLOCK_R)
-            value = tl.where((n < N)[:, None], delta * scale + weight, 0.0)
-            total += tl.sum(value * value, 1)
+        upper = tl.reshape(tl.gather(code, flat >> 4, 0), [ROWS, UNIT // 2])  # the first of two elements
+        lower = tl.reshape(tl.gather(code, flat & 15, 0), [ROWS, UNIT // 2])
+        weight = tl.interleave(upper, lower) * absmax[:, None]
+        k = unit * UNIT + tl.arange(0, UNIT)
+        delta = adapter_tile(a_ptr, b_ptr, n, k, N, units * UNIT, R, ROWS, UNIT, BLOCK_R)
+        value = tl.where((n < N)[:, None], delta * scale + weight, 0.0)
+        total += tl.sum(value * value, 1)
     tl.store(out_ptr + n, tl.sqrt(total), mask=n < N)
 
 

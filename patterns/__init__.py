@@ -1,7 +1,7 @@
 """The rules: which PyTorch expressions become which op.  The largest match wins, then the first."""
 
 import fastft.kernels  # noqa: F401  (registers the ops that the rules name)
-from fastft.patterns import add_rms_norm, attention, glu, layer_norm, lora, norm_rotary, rms_norm, rotary
+from fastft.patterns import add_rms_norm, attention, dora, glu, layer_norm, lora, norm_rotary, rms_norm, rotary
 
 LIFT = (
     *rms_norm.RULES,
@@ -9,6 +9,7 @@ LIFT = (
     *rotary.RULES,
     *glu.RULES,
     *lora.RULES,
+    *dora.RULES,
     *attention.RULES,
 )  # of a model's own code
 FUSE = (*add_rms_norm.FUSE, *norm_rotary.FUSE, *rotary.FUSE, *glu.FUSE)  # of what was lifted

@@ -49,8 +49,13 @@ def biased(result: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, scale:
     return result + F.linear(F.linear(x, a), b, bias) * scale
 
 
+def biased_and_cast(result: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """PEFT with lora_bias on quantised layers."""
+    return result + (F.linear(F.linear(x, a), b, bias) * scale).to(result.dtype)
+
+
 def apart(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Two linear layers, scaled, and then used otherwise: DoRA and other variants."""
+    """Two linear layers, scaled, and then used otherwise, by variants of LoRA."""
     return F.linear(F.linear(x, a), b) * scale
 
 
@@ -62,6 +67,17 @@ def lora_add(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> T
 def lora_add_cast(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """fastft::lora_add, cast"""
     return torch.ops.fastft.lora_add(result, x, a, b, scale).to(result.dtype)
+
+
+def lora_add_biased(result: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """fastft::lora_add, and a row"""
+    added = torch.ops.fastft.lora_add(result, x, a, b, scale)
+    return added + (bias * scale).to(added.dtype)
+
+
+def lora_add_biased_cast(result: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """fastft::lora_add, and a row, cast"""
+    return (torch.ops.fastft.lora_add(result, x, a, b, scale) + bias * scale).to(result.dtype)
 
 
 def lora_add_unscaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -93,8 +109,8 @@ def decline_full_rank_transposed(a: Tensor, b: Tensor, **_: object) -> str | Non
 _FACTORS = {"x": "... K", "a": "R K", "b": "N R"}
 _ADDED = {"result": "... N", **_FACTORS}
 _TRANSPOSED = {**_ADDED, "a": "K R", "b": "R N"}
-_BIASED = Reason("its second factor has a bias of its own", "lora.bias")
-_NOT_ADDED = Reason("it is not added to a layer's result as LoRA is: DoRA, say", "lora.variant")
+_BIASED = {**_ADDED, "bias": "N"}
+_NOT_ADDED = Reason("it is not added to a layer's result as LoRA is", "lora.variant")
 rule = partial(Rule, anchor=F.linear, shapes=_ADDED, report_misses=False, decline_if=decline_full_rank)
 transposed = partial(rule, anchor=torch.matmul, shapes=_TRANSPOSED, decline_if=decline_full_rank_transposed)
 RULES = (
@@ -104,6 +120,13 @@ RULES = (
     rule(unscaled, lora_add_unscaled),
     transposed(multiplied, lora_add_transposed),
     transposed(multiplied_unscaled, lora_add_transposed_unscaled),
-    rule(biased, None, shapes={**_ADDED, "bias": "N"}, decline_reason=_BIASED),
+    rule(biased, lora_add_biased, shapes=_BIASED),
+    rule(
+        biased_and_cast,
+        lora_add_biased_cast,
+        shapes=_BIASED,
+        dtype_from=("result", "a"),
+        same_dtype_as={"x": "a", "b": "a", "bias": "a"},
+    ),
     rule(apart, None, shapes=_FACTORS, decline_reason=_NOT_ADDED),
 )

@@ -35,7 +35,7 @@ from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.matching import apply
 from fastft.rewriter.matching.rule import Rule
 from fastft.rewriter.options import Options, OptionsError, nearest
-from fastft.rewriter.projections import bnb4bit, merge, siblings
+from fastft.rewriter.projections import bnb4bit, merge, siblings, weight_norm
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.pass_log import PassLog
 from fastft.rewriter.rows import live_rows
@@ -63,6 +63,7 @@ PASSES = (
     Pass("early_writes", lambda gm, context: early_writes.move(gm)),
     Pass("functional_writes", lambda gm, context: functional_writes.functionalize(gm), nested=True),
     Pass("hoist_indexed", lambda gm, context: hoist_indexed.hoist(gm)),
+    Pass("weight_norm", weight_norm.lift, nested=True),
     Pass("bnb4bit", bnb4bit.lift, nested=True),
     Pass("lift", apply.lift, nested=True),
     Pass("merge", merge.group, nested=True),
@@ -143,7 +144,7 @@ def _run(each: Pass, gm: GraphModule, context: Context) -> None:
 
 def rule_names() -> list[str]:
     """List the names of all that may be applied: the rules, and what passes of their own do."""
-    own = (bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES, live_rows.RULE)
+    own = (weight_norm.RULE, bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES, live_rows.RULE)
     return list(dict.fromkeys((*(rule.name for rule in patterns.RULES), *own)))
 
 

@@ -21,7 +21,7 @@ def dequantize_module_weight(original: Callable, module: Any) -> Any:
         return original(module)
     import bitsandbytes
 
-    return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
 
 
 def apply_always(original: Callable, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

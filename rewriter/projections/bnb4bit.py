@@ -62,7 +62,7 @@ def lift(gm: GraphModule, context: Context) -> None:
     unused: list[Node] = []
     report, under_transforms = context.report, transformed(gm.graph)
     for node in list(gm.graph.nodes):
-        if not any(_is_op(call, "gemm_4bit", "dequantize_4bit") for call in _calls(gm, node)):
+        if not any(is_op(call, "gemm_4bit", "dequantize_4bit") for call in _calls(gm, node)):
             continue
         place = place_of(node)
         try:
@@ -78,10 +78,10 @@ def lift(gm: GraphModule, context: Context) -> None:
             report.near_misses.append(NearMiss(RULE, *place, declined.reason))
         except Exception as error:  # an unknown form must not cost the whole graph
             report.near_misses.append(NearMiss(RULE, *place, f"it could not be read: {describe(error)}"))
-    _erase(gm, unused)
+    erase(gm, unused)
 
 
-def _erase(gm: GraphModule, unused: list[Node]) -> None:
+def erase(gm: GraphModule, unused: list[Node]) -> None:
     """Remove what only served the replaced projections: views of their bytes, de-quantisation."""
     erased: set[Node] = set()
     while unused:
@@ -131,7 +131,8 @@ def _of_bitsandbytes(node: Any) -> bool:
     )
 
 
-def _is_op(node: Any, *names: str) -> bool:
+def is_op(node: Any, *names: str) -> bool:
+    """Tell whether this is a call of one of bitsandbytes' ops."""
     return _of_bitsandbytes(node) and str(node.target).split(".")[1] in names
 
 
@@ -139,8 +140,8 @@ def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, FourBitLinear]:
     """Return the node whose value is the projection, and the projection.  Raises Declined."""
     body = _body(gm, node, 0)
     if body is None:
-        reader = _Reader({})
-        if _is_op(node, "gemm_4bit"):
+        reader = Reader({})
+        if is_op(node, "gemm_4bit"):
             return node, reader.projection(node)
         return _linear_above(node, reader)
     backward = _body(gm, node, 1)
@@ -148,7 +149,7 @@ def _projection_at(gm: GraphModule, node: Node) -> tuple[Node, FourBitLinear]:
     return _function(gm, node, body, backward)
 
 
-def _linear_above(node: Node, reader: _Reader) -> tuple[Node, FourBitLinear]:
+def _linear_above(node: Node, reader: Reader) -> tuple[Node, FourBitLinear]:
     """Return the linear that a de-quantised weight goes to, through no-op casts and transposes.  Raises Declined."""
     current = node
     while True:
@@ -169,7 +170,7 @@ def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphMod
     if not only_reads(gm, node):
         raise Declined("its autograd.Function writes to what it is given")
     results, saved = _output(body)
-    projection = _Reader(outside).projection(_first(results))
+    projection = Reader(outside).projection(_first(results))
     for user in list(node.users):
         if user.target is operator.getitem and not user.users:  # torch 2.11 unpacks every result in a checkpoint
             gm.graph.erase_node(user)
@@ -178,12 +179,12 @@ def _function(gm: GraphModule, node: Node, body: GraphModule, backward: GraphMod
         raise Declined("other results of its autograd.Function are used")
     placeholders = backward.graph.find_nodes(op="placeholder")
     kept = placeholders[len(placeholders) - len(saved) :]
-    reader = _Reader(outside)
+    reader = Reader(outside)
     known = {
         placeholder: outside[source] if source in outside else reader.packed(source)
         for placeholder, source in zip(kept, saved, strict=True)
     }
-    _check_gradients(_Reader(known), placeholders[0], _output_list(backward), arguments, projection)
+    _check_gradients(Reader(known), placeholders[0], _output_list(backward), arguments, projection)
     return users[0], projection
 
 
@@ -231,7 +232,7 @@ def _seen_as(node: Node, dtype: Any) -> Node:
 
 
 def _check_gradients(
-    reader: _Reader, grad_output: Node, gradients: Sequence[Any], arguments: Sequence[Any], projection: FourBitLinear
+    reader: Reader, grad_output: Node, gradients: Sequence[Any], arguments: Sequence[Any], projection: FourBitLinear
 ) -> None:
     """Check that x's gradient is grad_output W, the bias's the sum of grad_output over rows, and there is no other.
 
@@ -265,8 +266,8 @@ def _through_casts(node: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Reads expressions of a body whose placeholders stand for nodes of the outer graph."""
+class Reader:
+    """Read expressions of a body whose placeholders stand for nodes of the outer graph."""
 
     known: Mapping[Node, Any]
 
@@ -290,7 +291,7 @@ class _Reader:
 
     def projection(self, node: Any) -> FourBitLinear:
         """Return the projection that this call computes.  Raises Declined."""
-        if _is_op(node, "gemm_4bit"):
+        if is_op(node, "gemm_4bit"):
             return self._gemm(node)
         node = _through_casts(node)
         if not isinstance(node, Node) or node.target is not F.linear:
@@ -328,7 +329,7 @@ class _Reader:
             turned ^= node.target == "t"
             dtypes.append(value_of(node).dtype)
             node = node.args[0]
-        if not _is_op(node, "dequantize_4bit") or node.kwargs:
+        if not is_op(node, "dequantize_4bit") or node.kwargs:
             raise Declined(f"{node} is not a de-quantised weight", "weight.dequantized")
         packed, absmax, blocksize, quant_type, shape, dtype = node.args
         for rounded_to in (*dtypes, dtype):
@@ -344,7 +345,7 @@ class _Reader:
         if getattr(node, "target", None) not in _ADD:
             return self.outer(node), ()
         inner, offset = node.args
-        if node.kwargs or not _is_op(inner, "dequantize_blockwise"):
+        if node.kwargs or not is_op(inner, "dequantize_blockwise"):
             raise Declined("the absmax are computed in a way that is not known")
         bits, absmax, code, block, dtype = inner.args
         if block != _NESTED_BLOCK or dtype != torch.float32:

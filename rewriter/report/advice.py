@@ -8,10 +8,10 @@ from fastft.reasons import Reason
 
 ADVICE = {  # by code
     "attention.dropout": "set attention_dropout before compiling, to one number for all layers",
+    "dora.dropout": "lora_dropout=0 in LoraConfig: DoRA is then one product with the layer's own",
     "dtype.float64": "train in float32 or less: the ops round to float32 inside",
     "logits.used": "take the loss from the model, by labels=..., or use the logits for the loss alone",
-    "lora.bias": "lora_bias=False in LoraConfig: the factors' bias is not fused",
-    "lora.variant": "use_dora=False in LoraConfig: plain LoRA is fused, DoRA is left to Inductor",
+    "lora.variant": "plain LoRA and DoRA in LoraConfig: other variants are left to Inductor",
     "mask.data": "pass the attention_mask with two axes, or position_ids, and let the model build its mask",
     "mask.per_head": "nothing: a number for each head, query and key stays in memory, as in the model's own code",
     "mask.trained": "nothing: it stays a tensor of numbers, as in the model's own code, and so does its gradient",
