@@ -23,17 +23,18 @@ from fastft.kernels.lora_linear_triton import add_product
 ROWS = 16  # of a program, the fewest that tensor cores take
 COLUMNS = 128  # of a tile
 LARGEST_RANK = 64  # of one product; larger ranks are summed up
+ON_TENSOR_CORES = (8, 9, 10, 12)  # generations that the kernels run on
 WARPS = 4
 
 
 @triton.jit
 def adapter_tile(
-    a_ptr, b_ptr, n, k, N, K, R, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr
+    a_ptr, b_ptr, n, k, N, K, R, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr
 ):  # fmt: skip
     """Compute B A at rows n and columns k; 0 beyond the matrix."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, R, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
+    for first in range(0, R, RANKS):
+        r = first + tl.arange(0, RANKS)
         b = tl.load(b_ptr + n[:, None] * R + r[None, :], mask=(n < N)[:, None] & (r < R)[None, :], other=0.0)
         a = tl.load(a_ptr + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < K)[None, :], other=0.0)
         total = add_product(b, a, total)
@@ -43,7 +44,7 @@ def adapter_tile(
 @triton.jit
 def plain_kernel(
     out_ptr, weight_ptr, a_ptr, b_ptr, N, K, R, row_stride, column_stride, scale: tl.float32,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Compute the norms of ROWS rows of a weight that is not quantised."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -53,7 +54,7 @@ def plain_kernel(
         k = first + tl.arange(0, COLUMNS)
         mask = (n < N)[:, None] & (k < K)[None, :]
         weight = tl.load(start + (tl.cast(k, tl.int64) * column_stride)[None, :], mask=mask, other=0.0)
-        value = adapter_tile(a_ptr, b_ptr, n, k, N, K, R, ROWS, COLUMNS, BLOCK_R) * scale + weight
+        value = adapter_tile(a_ptr, b_ptr, n, k, N, K, R, ROWS, COLUMNS, RANKS) * scale + weight
         total += tl.sum(value * value, 1)
     tl.store(out_ptr + n, tl.sqrt(total), mask=n < N)
 
@@ -62,7 +63,7 @@ def plain_kernel(
 def four_bit_kernel(
     out_ptr, packed_ptr, code_ptr, absmax_ptr, absmax_8bit_ptr, absmax_code_ptr, absmax_offset_ptr, a_ptr, b_ptr,
     N, units, R, units_a_block, scale: tl.float32,
-    NESTED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    NESTED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Compute the norms of ROWS rows of 4-bit weights, of units of UNIT columns that one absmax scales."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -80,7 +81,7 @@ def four_bit_kernel(
         lower = tl.reshape(tl.gather(code, flat & 15, 0), [ROWS, UNIT // 2])
         weight = tl.interleave(upper, lower) * absmax[:, None]
         k = unit * UNIT + tl.arange(0, UNIT)
-        delta = adapter_tile(a_ptr, b_ptr, n, k, N, units * UNIT, R, ROWS, UNIT, BLOCK_R)
+        delta = adapter_tile(a_ptr, b_ptr, n, k, N, units * UNIT, R, ROWS, UNIT, RANKS)
         value = tl.where((n < N)[:, None], delta * scale + weight, 0.0)
         total += tl.sum(value * value, 1)
     tl.store(out_ptr + n, tl.sqrt(total), mask=n < N)
@@ -89,6 +90,7 @@ def four_bit_kernel(
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     shared = {"ROWS": ROWS, "num_warps": WARPS, "out_ptr": "*fp32", "scale": "fp32"}
+    shared["majors"] = ON_TENSOR_CORES
     statistics = dict(
         zip(
             ("absmax_ptr", "absmax_8bit_ptr", "absmax_code_ptr", "absmax_offset_ptr"),
@@ -97,13 +99,13 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         )
     )
     for rank in (16, LARGEST_RANK):
-        yield plain_kernel, {"column_stride": 1, "COLUMNS": COLUMNS, "BLOCK_R": rank, **shared}
+        yield plain_kernel, {"column_stride": 1, "COLUMNS": COLUMNS, "RANKS": rank, **shared}
     for factors in ("*row", "*fp32"):
         pointers = {"a_ptr": factors, "b_ptr": factors}
-        yield plain_kernel, {"column_stride": 1, "COLUMNS": COLUMNS, "BLOCK_R": 16, **pointers, **shared}
+        yield plain_kernel, {"column_stride": 1, "COLUMNS": COLUMNS, "RANKS": 16, **pointers, **shared}
         for nested in (False, True):
             for rank in (16, LARGEST_RANK):
-                meta = {"NESTED": nested, "UNIT": UNIT, "BLOCK_R": rank}
+                meta = {"NESTED": nested, "UNIT": UNIT, "RANKS": rank}
                 named = {"packed_ptr": "*u8", "code_ptr": "*fp32", **statistics}
                 yield four_bit_kernel, {**named, **pointers, **meta, **shared}
 
@@ -115,7 +117,7 @@ def norms(
     """Write the norms of a weight's rows into out [N]; 4-bit weights come with their statistics, in whole units."""
     (rank, columns), rows = lora_a.shape, out.shape[0]
     a, b = lora_a.contiguous(), lora_b.contiguous()
-    meta = {"ROWS": ROWS, "BLOCK_R": min(padded(rank), LARGEST_RANK), "num_warps": WARPS}
+    meta = {"ROWS": ROWS, "RANKS": min(padded(rank), LARGEST_RANK), "num_warps": WARPS}
     grid = (cdiv(rows, ROWS),)
     if not quant_type:
         strides = (weight.stride(0), weight.stride(1))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
+import fastft.rewriter.backend  # noqa: F401  (what compilations are to trace otherwise)
 from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.matching.pattern import capture
@@ -37,14 +38,20 @@ def rewritten(gm: GraphModule, *, lazy: bool = False, **chosen: Any) -> tuple[Ca
     return restore(gm.forward, deferred, count, options.logits_bytes, report.reads), report
 
 
-def compiled(function: Callable, captures: list[Capture], **options: Any) -> Callable:
-    """A function or module, captured by torch.compile: with its modules, its modes and what symbolic tracing runs."""
+def compiled(
+    function: Callable, captures: list[Capture], substituted: bool = False, **options: Any
+) -> Callable:  # fmt: skip
+    """A function or module, captured by torch.compile: with its modules, its modes and what symbolic tracing runs.
+
+    substituted: substitutes of libraries' functions are traced, as by fastft.
+    """
 
     def backend(gm: GraphModule, _: object) -> Callable:
         run, report = rewritten(gm, **options)
         captures.append((gm, report))
         return run
 
+    backend.traces_layers_once = substituted  # type: ignore[attr-defined]
     torch._dynamo.reset()
     return torch.compile(function, backend=backend)
 

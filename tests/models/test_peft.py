@@ -58,7 +58,7 @@ class Setup:
     adapters: int = 1
     low_adapters: bool = False  # in dtype and not in float32
 
-    def build(self, device: str = "cpu") -> PeftModel:
+    def build(self, device: str = "cpu", **more: Any) -> PeftModel:
         torch.manual_seed(0)
         model: Any = Block(self.bias).requires_grad_(False).to(self.dtype)
         if self.base:
@@ -69,7 +69,7 @@ class Setup:
             by_layer = {name: rank + number for name, rank in zip(LAYERS, self.ranks, strict=True) if rank}
             config = LoraConfig(
                 r=8, lora_alpha=12, target_modules=list(by_layer), rank_pattern=by_layer, use_rslora=self.rslora,
-                lora_dropout=self.dropout, init_lora_weights=False,
+                lora_dropout=self.dropout, init_lora_weights=False, **more,
             )  # fmt: skip
             if number == 0:
                 model = get_peft_model(model, config, autocast_adapter_dtype=not self.low_adapters)
@@ -278,7 +278,37 @@ def test_other_settings_of_peft(device: str, name: str, base: str) -> None:
     assert_right(compiled(model, captures), model, setup, device)
     told = {reason for _, report in captures for reason in reasons(report)}
     lifted = found(captures)[0]["lora"]
-    if name == "a factor with a bias":
-        assert (lifted, told) == (0, {"its second factor has a bias of its own"})
-    elif name != "DoRA":  # whose graph PEFT breaks
+    if name != "DoRA":  # whose graph PEFT breaks
         assert (lifted, told) == (2 if "whole" in name else 7, set())
+
+
+DORA = [
+    Setup(""), Setup("", bias=True), Setup(bias=True), Setup("nf4"), Setup("fp4", adapters=2),
+    Setup("", torch.bfloat16, torch.bfloat16, bias=True), Setup("nf4", torch.bfloat16, torch.bfloat16, bias=True),
+    Setup(dtype=torch.bfloat16, low_adapters=True, stream=torch.bfloat16), Setup("", autocast=True),
+    Setup(dtype=torch.bfloat16, stream=torch.bfloat16, autocast=True, bias=True), Setup(dropout=0.3, bias=True),
+    Setup("", ranks=(1, 4, 7, 16, 0, 3, 2)),
+]  # fmt: skip
+
+
+@on_devices
+@pytest.mark.parametrize("setup", DORA, ids=str)
+def test_dora(device: str, setup: Setup) -> None:
+    """Its products are those of LoRA and one with the layer's, its norms are ops; with dropout PEFT computes twice."""
+    model, captures = setup.build(device, use_dora=True), []  # type: ignore[var-annotated]
+    with torch.no_grad():  # magnitudes that are not just the norms
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter *= torch.linspace(0.5, 1.5, parameter.numel(), device=device)
+    assert_right(compiled(model, captures, substituted=True), model, setup, device)
+    assert len(captures) == 1
+    lifted, fused = found(captures)
+    adapted = sum(rank > 0 for rank in setup.ranks)
+    assert lifted["dora.weight_norm"] == adapted * setup.adapters
+    alone = adapted if setup.adapters == 1 and not setup.dropout else 0
+    assert lifted["dora.scaled"] + lifted["dora.scaled_biased"] == alone
+    assert fused["lora_linear.group"] == (4 if alone or setup.base else 0)
+    if setup.dropout:
+        assert {reason for _, report in captures for reason in reasons(report)} == {
+            "with dropout the layer is computed once more, of another input"
+        }

@@ -31,16 +31,24 @@ def test_every_reference_becomes_one_op_with_its_layer(name: str, dtype: torch.d
     reference = RULES[name].reference
     numbers = (0.5,) * (0 if name.endswith("unscaled") else 1)
 
-    def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return reference(F.linear(x, weight), x, a, b, *numbers)
+    def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *bias: Tensor) -> Tensor:
+        return reference(F.linear(x, weight), x, a, b, *bias, *numbers)
+
+    def biased(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return function(x, weight, a, b, bias)
+
+    def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return function(x, weight, a, b)
 
     values = [
         normal(B, S, IN, dtype=dtype),
         frozen(OUT, IN, dtype=dtype, seed=3),
         *factors(name.startswith("multiplied"), dtype),
     ]
-    gm, report = lifted(function, *values)
-    first = "scaled" if name == "scaled_and_cast" else name  # a cast that changes nothing is none
+    if "biased" in name:
+        values.append(normal(OUT, dtype=dtype, seed=4))
+    gm, report = lifted(biased if "biased" in name else plain, *values)
+    first = name.removesuffix("_and_cast")  # a cast that changes nothing is none
     assert rules(report) == ([f"lora.{first}"], [GROUP])
     assert (ops(gm), reasons(report)) == (["lora_linear"], [])
     assert_right(gm, function, values)
@@ -63,17 +71,22 @@ def test_spellings(name: str) -> None:
     assert_right(gm, SPELLINGS[name], values)
 
 
+@pytest.mark.parametrize("cast_before", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)
 @pytest.mark.parametrize("base", DTYPES, ids=str)
-def test_factors_in_another_dtype(base: torch.dtype, adapter: torch.dtype) -> None:
-    """As PEFT's layers cast: the input to the factors' dtype, the sum to the layer's."""
+def test_factors_in_another_dtype(
+    base: torch.dtype, adapter: torch.dtype, biased: bool, cast_before: bool
+) -> None:  # fmt: skip
+    """As PEFT's layers cast: the input to the factors' dtype, the sum, or what is added, to the layer's."""
 
-    def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
         result = F.linear(x, weight)
-        added = F.linear(F.linear(x.to(a.dtype), a), b) * 0.5
-        return (result + added).to(result.dtype)
+        added = F.linear(F.linear(x.to(a.dtype), a), b, *((bias,) if biased else ())) * 0.5
+        return result + added.to(result.dtype) if cast_before else (result + added).to(result.dtype)
 
     values = [normal(B, S, IN, dtype=base), frozen(OUT, IN, dtype=base, seed=3), *factors(dtype=adapter)]
+    values.append(normal(OUT, dtype=adapter, seed=4))
     gm, report = lifted(function, *values)
     assert (ops(gm), rules(report)[1], reasons(report)) == (["lora_linear"], [GROUP], [])
     assert_right(gm, function, values)
@@ -90,10 +103,6 @@ def of_another_input(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def activated_between(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, w) + F.linear(F.relu(F.linear(x, a)), b) * 0.5
-
-
-def factor_with_a_bias(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return F.linear(x, w) + F.linear(F.linear(x, a), b, b[:, 0]) * 0.5
 
 
 def not_added(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -125,7 +134,7 @@ def written_in_place(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 LEFT = [
-    product_used_twice, activated_between, factor_with_a_bias, first_factor_with_a_bias, not_added, scaled_by_a_tensor,
+    product_used_twice, activated_between, first_factor_with_a_bias, not_added, scaled_by_a_tensor,
     written_in_place,
 ]  # fmt: skip
 
@@ -136,11 +145,6 @@ def test_what_is_no_adapter_is_left_alone(function: Callable) -> None:
     gm, report = lifted(function, *values)
     assert (ops(gm), rules(report)) == ([], ([], []))
     assert_right(gm, function, values)
-
-
-def test_a_factor_with_a_bias_is_told_of() -> None:
-    _, report = lifted(factor_with_a_bias, normal(B, S, IN), frozen(OUT, IN, seed=3), *factors())
-    assert reasons(report) == ["its second factor has a bias of its own"]
 
 
 def test_an_adapter_of_another_input_is_part_of_the_op() -> None:
