@@ -162,6 +162,14 @@ ENGINE = (
         ("rows that look full", "attention/masks/recognize._empty", "parts.q - parts.window + 1", "parts.q - parts.window"),
     ),
     *_of(
+        MERGE, "projections/weight_norm",
+        ("norms with a gradient", "projections/weight_norm._root", "if value_of(root).requires_grad:", "if root is None:"),
+        ("norms without the scale", "projections/weight_norm._scaled_product", "float(numbers[0])", "1.0"),
+        ("norms of columns", "projections/weight_norm._norm_at", 'node.kwargs != {"dim": 1} or ', ""),
+        ("norms of factors with a bias", "projections/weight_norm._scaled_product", "bound is None or len(bound[0]) != 2", "bound is None"),
+        ("norms of what is written to", "projections/weight_norm._check", "if reason := check_effects_between(", "if reason := None and check_effects_between("),
+    ),
+    *_of(
         MERGE, "projections/merge",
         ("columns of another sibling", "projections/merge._calls", "for sibling, cut in zip(siblings, cuts,", "for sibling, cut in zip(siblings, cuts[::-1],"),
         ("columns one further", "projections/merge._calls", "slice(end - sibling.features or None, end)", "slice((end - sibling.features + 1) % 8 or None, end)"),
