@@ -21,8 +21,8 @@ from fastft.kernels.dora_weight_norm import UNIT
 from fastft.kernels.lora_linear_triton import add_product
 
 ROWS = 16  # of a program, the fewest that tensor cores take
-COLUMNS = 128  # of a tile
-LARGEST_RANK = 64  # of one product; larger ranks are summed up
+COLUMNS = 64  # of a tile: 16 bytes of 16-bit rows a thread
+LARGEST_RANK = 32  # of one product, as registers hold; larger ranks are summed up
 ON_TENSOR_CORES = (8, 9, 10, 12)  # generations that the kernels run on
 WARPS = 4
 
