@@ -12,6 +12,7 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
@@ -34,7 +35,7 @@ class Substitution:
     since: str
     until: str
     reason: str
-    substitute: Callable
+    substitute: FunctionType
 
     def applies(self) -> bool:
         """Tell whether the installed package is of a version that was looked at."""
@@ -68,4 +69,4 @@ def install(is_ours: Callable[[], bool], substitutions: Iterable[Substitution]) 
 
 def _calls_original(tx: Any, substitution: Substitution) -> bool:
     """Tell whether it is the substitute that makes the call which is traced now."""
-    return getattr(tx, "f_code", None) is getattr(substitution.substitute, "__code__", substitution)
+    return getattr(tx, "f_code", None) is substitution.substitute.__code__

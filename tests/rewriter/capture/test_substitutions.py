@@ -86,7 +86,9 @@ CONFIGS: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "FP4" in name else []) for name in CONFIGS]
+)
 def test_one_graph_that_computes_the_same(name: str) -> None:
     model = adapted(*CONFIGS[name])
     expected = results(model, model, **batch())
@@ -235,3 +237,23 @@ def test_a_substitute_is_for_some_versions_and_for_fastft_alone(since: str, unti
     assert torch.equal(run(x), 2 * plain(x) if applies else plain(x))
     run, _ = compiled(lambda x: plain(x), is_ours=False)
     assert torch.equal(run(x), plain(x))
+
+
+OTHERS: dict[str, Any] = {
+    "AdaLoRA": peft.AdaLoraConfig(init_r=6, target_r=4, target_modules=TARGETS, total_step=10),
+    "OFT": peft.OFTConfig(oft_block_size=16, r=0, target_modules=TARGETS),
+    "VeRA": peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    "IA3": peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "rsLoRA": peft.LoraConfig(r=4, target_modules=TARGETS, use_rslora=True),
+    "lora_bias": peft.LoraConfig(r=4, target_modules=TARGETS, lora_bias=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_adapters_need_none(name: str) -> None:
+    model = adapted(OTHERS[name])
+    expected = results(model, model, **batch())
+    run, counting = compiled(model, is_ours=False)
+    assert_equal_within_rounding(results(run, model, **batch()), expected)
+    assert counting.graphs == 1
