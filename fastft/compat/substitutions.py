@@ -12,7 +12,6 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
@@ -35,7 +34,7 @@ class Substitution:
     since: str
     until: str
     reason: str
-    substitute: FunctionType
+    substitute: Callable
 
     def applies(self) -> bool:
         """Tell whether the installed package is of a version that was looked at."""
@@ -61,7 +60,8 @@ def install(is_ours: Callable[[], bool], substitutions: Iterable[Substitution]) 
         if found is None or _calls_original(tx, found) or not applies(found) or not is_ours():
             return original(self, tx, args, kwargs)
         arguments = [UserFunctionVariable(function), *self.self_args(), *args]
-        return UserFunctionVariable(found.substitute).call_function(tx, arguments, kwargs)
+        substitute: Any = found.substitute
+        return UserFunctionVariable(substitute).call_function(tx, arguments, kwargs)
 
     put_around(UserFunctionVariable, "call_function", call_function)
     put_around(UserMethodVariable, "call_function", call_function)
@@ -69,4 +69,4 @@ def install(is_ours: Callable[[], bool], substitutions: Iterable[Substitution]) 
 
 def _calls_original(tx: Any, substitution: Substitution) -> bool:
     """Tell whether it is the substitute that makes the call which is traced now."""
-    return getattr(tx, "f_code", None) is substitution.substitute.__code__
+    return getattr(tx, "f_code", None) is getattr(substitution.substitute, "__code__", substitution)

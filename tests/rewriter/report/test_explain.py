@@ -295,7 +295,7 @@ def lora(**more: Any) -> nn.Module:
         (lambda: Printing("item"), "keep the number on the device"),
         (lambda: Printing("logits"), "use the logits for the loss alone"),
         (with_hook, "take hooks that keep what a module computes off it"),
-        (lambda: lora(lora_bias=True), "lora_bias=False"),
+        (lambda: lora(use_dora=True, lora_dropout=0.1), "lora_dropout=0 in LoraConfig"),
         (in_double, "train in float32 or less"),
         (with_requires_grad, "leave gradient_checkpointing off"),
     ],
