@@ -169,5 +169,6 @@ def test_draws_that_rows_share(axes: tuple[int, ...]) -> None:
 def test_every_op_is_known_or_looked_at_apart() -> None:
     """An op that is added is to be looked at: whether its rows are kept apart."""
     forward = {name for name in REGISTRY if "backward" not in name}
-    apart = {"fastft::attention", "fastft::dequantize_4bit", proof.LOSS, "fastft::linear_kl_div"}
+    of_weights = {"fastft::dequantize_4bit", "fastft::dora_weight_norm"}  # of no row
+    apart = {"fastft::attention", proof.LOSS, "fastft::linear_kl_div", *of_weights}
     assert forward == proof.ROW_WISE | apart
