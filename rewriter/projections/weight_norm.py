@@ -22,7 +22,7 @@ from fastft.reasons import Declined
 from fastft.rewriter.capture.normalize import ALIASES, arguments_of, cast_dtype
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.editing import annotate_like
-from fastft.rewriter.fx.effects import check_effects_between
+from fastft.rewriter.fx.effects import UNDER_TRANSFORM, check_effects_between, transformed
 from fastft.rewriter.fx.metadata import FLOATING, place_of, same_kind, same_sizes
 from fastft.rewriter.projections import bnb4bit
 from fastft.rewriter.report.data import Lifted, NearMiss
@@ -54,7 +54,7 @@ class WeightNorm:
 
 def lift(gm: GraphModule, context: Context) -> None:
     """Replace every norm of a weight with its adapter in one graph; near misses go into the report."""
-    report = context.report
+    report, under_transforms = context.report, transformed(gm.graph)
     for node in [node for target in _NORMS for node in gm.graph.find_nodes(op="call_function", target=target)]:
         place = place_of(node)
         try:
@@ -63,6 +63,8 @@ def lift(gm: GraphModule, context: Context) -> None:
                 continue
             if refusal := context.refusal(RULE, place[0], "dora_weight_norm"):
                 raise Declined(refusal)
+            if node in under_transforms:
+                raise Declined(UNDER_TRANSFORM)
             _check(gm, norm)
             _replace(gm, norm)
             report.lifted.append(Lifted(RULE, *place))
