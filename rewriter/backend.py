@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fastft.compat import ddp, dynamo, fsdp, fsdp_tracing, layer_reuse, peft_substitutes, substitutions
+from fastft.compat import (
+    bitsandbytes_substitutes,
+    ddp,
+    dynamo,
+    fsdp,
+    fsdp_tracing,
+    late_strings,
+    layer_reuse,
+    peft_substitutes,
+    substitutions,
+    transformers_substitutes,
+)
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.reasons import Declined
@@ -227,6 +238,14 @@ def _traces_layers_once() -> bool:
 fastft.traces_layers_once = True  # type: ignore[attr-defined]
 layer_reuse.install(_traces_layers_once)
 fsdp_tracing.install(_is_ours)
-substitutions.install(_is_ours, peft_substitutes.SUBSTITUTIONS)
+late_strings.install(_is_ours)
+substitutions.install(
+    _is_ours,
+    (
+        *peft_substitutes.SUBSTITUTIONS,
+        *transformers_substitutes.SUBSTITUTIONS,
+        *bitsandbytes_substitutes.SUBSTITUTIONS,
+    ),
+)
 dynamo.break_early(_is_ours)
 dynamo.before_sizes(lambda tensor, name: dynamic_shapes.expect_any_size(tensor, name) if _is_ours() else None)

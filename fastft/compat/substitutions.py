@@ -7,8 +7,10 @@ traced alone: eager code, and what other backends compile, call the original.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.metadata
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
 
-from fastft.compat.dynamo import put_around
+from fastft.compat.dynamo import RestartAnalysis, put_around
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Substitution:
     original: its module and qualified name, as ``peft.utils.integrations:dequantize_module_weight``.
     package: the distribution that has it, whose versions from ``since`` on and before ``until`` were looked at.
     reason: what Dynamo cannot trace in it.
-    substitute: a function of the original and then of the same arguments; of a method, the object is the first.
+    substitute: a function of the same arguments; of a method, the object is the first.  One whose first argument is
+        named ``original`` is given the original too, to leave to it what the substitute is not made for.
+    at_once: the substitute is not traced, but called with the objects themselves; if it returns that it changed them,
+        Dynamo begins again, and then traces the original.  For what changes modules in their first call.
     """
 
     original: str
@@ -35,6 +40,7 @@ class Substitution:
     until: str
     reason: str
     substitute: Callable
+    at_once: bool = False
 
     def applies(self) -> bool:
         """Tell whether the installed package is of a version that was looked at."""
@@ -49,24 +55,34 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
+class _Original(UserFunctionVariable):
+    """A function that a substitute calls, and that is therefore not replaced."""
+
+
 def install(is_ours: Callable[[], bool], substitutions: Iterable[Substitution]) -> None:
     """Trace the substitutes in compilations during which ``is_ours`` is true; leave all others alone."""
-    known = {one.original: one for one in substitutions}
+    known = collections.defaultdict(list)
+    for one in substitutions:
+        known[one.original].append(one)
     applies = functools.cache(Substitution.applies)
 
     def call_function(original: Callable, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        function = self.fn
-        found = known.get(f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}")
-        if found is None or _calls_original(tx, found) or not applies(found) or not is_ours():
+        if isinstance(self, _Original):
             return original(self, tx, args, kwargs)
-        arguments = [UserFunctionVariable(function), *self.self_args(), *args]
+        function = self.fn
+        name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+        found = next((one for one in known.get(name, ()) if applies(one)), None)
+        if found is None or hasattr(function, "__wrapped__") or not is_ours():  # what decorators do, they still do
+            return original(self, tx, args, kwargs)
+        if found.at_once:
+            if found.substitute(function, *(argument.value for argument in args)):
+                raise RestartAnalysis(restart_reason=f"{found.original} was called")
+            return original(self, tx, args, kwargs)
+        given = [*self.self_args(), *args]
+        if next(iter(inspect.signature(found.substitute).parameters)) == "original":
+            given.insert(0, _Original(function))
         substitute: Any = found.substitute
-        return UserFunctionVariable(substitute).call_function(tx, arguments, kwargs)
+        return UserFunctionVariable(substitute).call_function(tx, given, kwargs)
 
     put_around(UserFunctionVariable, "call_function", call_function)
     put_around(UserMethodVariable, "call_function", call_function)
-
-
-def _calls_original(tx: Any, substitution: Substitution) -> bool:
-    """Tell whether it is the substitute that makes the call which is traced now."""
-    return getattr(tx, "f_code", None) is getattr(substitution.substitute, "__code__", substitution)
