@@ -178,7 +178,7 @@ def _check_writes(gm: GraphModule, pieces: Sequence[Piece], owner: Mapping[Node,
     for node in gm.graph.nodes:
         for tensor in fake_tensors.tensors_in(value_of(node)):
             made.setdefault(fake_tensors.storage_key(tensor), owner.get(node))
-    if not pieces[0].layer:
+    if pieces and not pieces[0].layer:
         read = [tensor for node in pieces[0].inputs for tensor in fake_tensors.tensors_in(value_of(node))]
         made |= {key: pieces[0] for key in map(fake_tensors.storage_key, read) if made[key] is None}
     counted = {
