@@ -53,10 +53,10 @@ def windows(grid: Tensor, count: int, merge: int, size: int) -> tuple[Tensor, Te
     """
     place, start, rows, columns = _in_frames(merged(grid, merge), count)
     top = place // (size * columns) * size
-    height = torch.minimum(rows - top, torch.tensor(size))
+    height = (rows - top).clamp(max=size)
     place = place - top * columns
     left = place // (size * height) * size
-    width = torch.minimum(columns - left, torch.tensor(size))
+    width = (columns - left).clamp(max=size)
     place = place - left * height
     order = start + (top + place // width) * columns + left + place % width
     return order, _boundaries(place == 0) * merge**2

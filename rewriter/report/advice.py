@@ -37,8 +37,9 @@ _OF_DYNAMO = (  # graph breaks and recompilations, in torch's words; the first t
     ),
     (r"`print`|Logger|logging\.", "take it out of forward, or run it only if not torch.compiler.is_compiling()"),
     (
-        r"Tensor\.item\(\)|data-dependent|Data-dependent",
-        "keep the number on the device, by torch.where say, or compute it outside the model",
+        r"Tensor\.item\(\)|data-dependent|Data-dependent|dependent on the data|depends on input Tensor data",
+        "keep the number on the device, by torch.where say, or compute it outside the model; what comes behind it, "
+        "such as a decoder behind a tower for images, is a graph of its own all the same",
     ),
     (
         r"size mismatch|shape mismatch",

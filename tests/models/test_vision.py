@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import fastft
+from fastft.rewriter.report.advice import advice
 from fastft.rewriter.report.history import recorded
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153  # tokens
@@ -62,6 +64,12 @@ def gemma3() -> nn.Module:
         text_config=text, vision_config=SIGLIP, mm_tokens_per_image=4, image_token_index=IMAGE
     )
     return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def smolvlm() -> nn.Module:
+    text = transformers.LlamaConfig(**TEXT)
+    config = transformers.SmolVLMConfig(text_config=text, vision_config=SIGLIP, image_token_id=IMAGE, scale_factor=2)
+    return transformers.SmolVLMForConditionalGeneration(config)
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:
@@ -170,7 +178,9 @@ def test_other_attention_in_the_tower_is_left_to_transformers() -> None:
     check(model, torch.compile(model, backend="fastft", options=OPTIONS), seen([[1, 4, 4], [1, 4, 6]], FEATURES))
 
 
-@pytest.mark.parametrize("make", [llava, paligemma, gemma3], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [llava, gemma3, pytest.param(paligemma, marks=pytest.mark.slow)], ids=lambda make: make.__name__
+)
 def test_a_tower_for_images_of_one_size(make: Callable[[], nn.Module]) -> None:
     """Tower and decoder are one graph; for batches of any size, but for LLaVA's, which lists its images."""
     model = built(make)
@@ -188,3 +198,14 @@ def test_other_backends_trace_the_originals() -> None:
     model, graphs = built(llava), []
     torch.compile(model, backend=lambda gm, _: graphs.append(gm) or gm)(**pictured(2))
     assert len(graphs) > 1
+
+
+@pytest.mark.slow
+def test_what_still_breaks_is_told_with_its_line() -> None:
+    """How many images of a batch are padding is data."""
+    inputs = pictured(2)
+    inputs["input_ids"][:, 3:6] = 9  # of four patches one token is made
+    inputs["pixel_values"] = inputs["pixel_values"][:, None]
+    report = fastft.explain(built(smolvlm), **inputs)
+    assert report.breaks
+    assert all("modeling_smolvlm.py" in at and advice(reason) for reason, at in report.breaks)
