@@ -54,8 +54,14 @@ def get_image_features(
     tables = vision_tables(self.visual, image_grid_thw, count) | kwargs
     output = self.visual(pixel_values.type(self.visual.dtype), grid_thw=image_grid_thw, return_dict=True, **tables)
     output.pooler_output = (output.pooler_output,)
-    if hasattr(output, "deepstack_features"):
-        output.deepstack_features = [(features,) for features in output.deepstack_features]
+    return output
+
+
+def get_image_features_in_parts(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the same where features of other layers are in parts too."""
+    output = get_image_features(original, self, *args, **kwargs)
+    features = output.deepstack_features
+    output.deepstack_features = [one if isinstance(one, tuple) else (one,) for one in features]
     return output
 
 
@@ -189,7 +195,12 @@ def _of_qwen() -> Iterator[Substitution]:
     for family, (model, attention) in _QWEN.items():
         module = f"models.{family}.modeling_{family}"
         parts = "it splits features by numbers that it reads from the grids, of which the tower makes tables"
-        yield _since_5_17(f"{module}:{model}.get_image_features", parts, get_image_features)
+        features = f"{module}:{model}.get_image_features"
+        if family in _DEEPSTACK:
+            yield _since_5_17(features, parts, get_image_features, until="5.18")
+            yield _since_5_17(features, parts, get_image_features_in_parts, since="5.18")
+        else:
+            yield _since_5_17(features, parts, get_image_features)
         if family not in _BY_FRAME:
             yield _since_5_17(f"{module}:{model}.get_video_features", parts, get_video_features)
         segments = "it calls attention once for each segment, whose lengths it reads"
