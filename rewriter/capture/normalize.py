@@ -50,9 +50,7 @@ SIGNATURES: dict[Callable, Signature] = {
     torch.transpose: signature(lambda input, dim0, dim1: ...),
     F.linear: signature(lambda input, weight, bias=None: ...),
     torch.matmul: signature(lambda input, other: ...),
-    torch.baddbmm: signature(
-        lambda input, batch1, batch2, beta=1, alpha=1: ...
-    ),
+    torch.baddbmm: signature(lambda input, batch1, batch2, beta=1, alpha=1: ...),
     torch.rms_norm: signature(lambda input, normalized_shape, weight=None, eps=None: ...),
     F.layer_norm: signature(lambda input, normalized_shape, weight=None, bias=None, eps=1e-5: ...),
     torch.masked_fill: signature(lambda input, mask, value: ...),

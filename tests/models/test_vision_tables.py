@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from fastft.compat import transformers_substitutes as substitutes
 from fastft.compat.substitutions import Substitution
-from fastft.compat.transformers_substitutes import TRANSFORMERS
+from fastft.compat.transformers_substitutes import SUBSTITUTIONS
 from fastft.compat.vision_tables import vision_tables
 
 PATCH = 2  # pixels
@@ -36,7 +36,7 @@ def original_of(one: Substitution) -> Callable:
     return inspect.unwrap(functools.reduce(getattr, name.split("."), importlib.import_module(module)))
 
 
-@pytest.mark.parametrize("one", [one for one in TRANSFORMERS if one.applies()], ids=lambda one: one.original)
+@pytest.mark.parametrize("one", [one for one in SUBSTITUTIONS if one.applies()], ids=lambda one: one.original)
 def test_the_original_is_there_and_takes_no_more(one: Substitution) -> None:
     """It is found by the names that it has of itself, and the substitute can be called as it is."""
     original = original_of(one)
@@ -52,7 +52,7 @@ def test_the_original_is_there_and_takes_no_more(one: Substitution) -> None:
 
 def test_each_is_for_one_range_of_versions() -> None:
     ranges: dict[str, list[tuple[float, ...]]] = {}
-    for one in TRANSFORMERS:
+    for one in SUBSTITUTIONS:
         since, until = (tuple(map(float, version.split("."))) for version in (one.since, one.until))
         assert all(until <= start or end <= since for start, end in ranges.get(one.original, []))
         ranges.setdefault(one.original, []).append((since, until))
@@ -130,7 +130,7 @@ def batches(draw: st.DrawFn, by_frame: bool) -> dict[str, Any]:
 def test_positions_of_tokens(family: str) -> None:
     model = CLASSES[family]
     (index,) = [
-        one for one in TRANSFORMERS if one.applies() and one.original.endswith(f"{model.__name__}.get_rope_index")
+        one for one in SUBSTITUTIONS if one.applies() and one.original.endswith(f"{model.__name__}.get_rope_index")
     ]
 
     @given(drawn=batches("by_frame" in index.substitute.__name__))
