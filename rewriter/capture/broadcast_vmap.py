@@ -52,7 +52,7 @@ class _Span:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes, self.graph = list(nodes), nodes[0].graph
-        self.levels = [node.args[2] for node in nodes if name_of(node.target) == "_add_batch_dim"]
+        self.levels: list[Any] = [node.args[2] for node in nodes if name_of(node.target) == "_add_batch_dim"]
         self.values: dict[Node, Node] = {}
         self._sizes: dict[Node, list[Any]] = {}  # of values that have got some of their axes again
         self.made: list[Node] = []
@@ -131,7 +131,8 @@ class _Span:
 
     def _indexed(self, node: Node) -> Node:
         """Look up one element of a tensor from outside."""
-        source, index = node.args
+        source: Any = node.args[0]
+        index: Any = node.args[1]
         whole = isinstance(source, Node) and source not in self.values and isinstance(index, (list, tuple))
         if not whole or not all(item in self.values for item in index) or len(index) != value_of(source).dim():
             raise Declined("it indexes otherwise than by one number an axis")

@@ -169,7 +169,7 @@ class _Storage:
         part = self._fitting(write, index, value)
         where = (item.start, item.stop, item.step or 1) if isinstance(item, slice) else (item,)
         if base.target in _SCATTERS and base in self.made and base.args[2:] == (dim, *where):
-            base = base.args[0]  # what is replaced a second time
+            (base, *_) = base.args  # type: ignore[assignment]  # what is replaced a second time
         scatter = torch.slice_scatter if isinstance(item, slice) else torch.select_scatter
         return self._like(write, self._call(write, scatter, (base, part, dim, *where)), value_of(self.root))
 
@@ -255,12 +255,13 @@ class _Storage:
             chain = [node]
             while chain[-1].args[0] in scatters:
                 chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-            dim = node.args[2]
+            dim: Any = node.args[2]
             of_empty = chain[-1].args[0] is self.root and name_of(self.root.target) in _EMPTY
             if not of_empty or any(one.args[2] != dim for one in chain) or not _cover(chain, value_of(node).shape[dim]):
                 continue
-            parts = [one.args[1] for one in sorted(chain, key=lambda one: one.args[3] or 0)]
-            joined = self._call(node, torch.cat, (parts, dim - value_of(node).dim()))  # type: ignore[operator]
+            start: Callable[[Node], Any] = lambda one: one.args[3] or 0  # noqa: E731
+            parts = [one.args[1] for one in sorted(chain, key=start)]
+            joined = self._call(node, torch.cat, (parts, dim - value_of(node).dim()))
             if same_strides(value_of(joined), value_of(node)):
                 node.replace_all_uses_with(joined)
 

@@ -226,7 +226,7 @@ class _Solver:
         ranges = self._ranges(others) if "j" in variables(others) else None
         if ranges is None or substitute(others, self._to_query()) is not True:
             return None
-        ids, made = run[1], []
+        ids, made = run[1], list[Node]()
         found = lengths(ids.node, made)
         assert found is not None
         self.reader.made += made
@@ -317,8 +317,8 @@ def _joined(several: list[list[Bound]]) -> list[Bound] | None:
     for start, end in ranges:
         if any(non_negative(gap) is not True for gap in (end - start - 1, end - first_start, first_end - start)):
             return None
-    starts, ends = zip(*ranges, strict=True)
-    return [("start", extreme("minimum", starts)), ("end", extreme("maximum", ends))]
+    first, last = (extreme(kind, (pair[at] for pair in ranges)) for at, kind in enumerate(("minimum", "maximum")))
+    return [("start", first), ("end", last)]
 
 
 def never_decreases(node: Node, reader: Reader) -> bool:

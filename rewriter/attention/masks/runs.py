@@ -31,10 +31,11 @@ def flags_of(ids: Node) -> tuple[Node, Node] | None:
     summed = _source(counted, "cumsum")
     begins = _cast_of(summed) if counted is not None and _along_last(counted) else None
     flags = begins.args if begins is not None and call_name(begins) == "bitwise_and" else ()
-    if len(flags) != 2 or flags[0] is not inside or not _is_bool(inside):
+    if begins is None or len(flags) != 2 or flags[0] is not inside or not isinstance(inside, Node):
         return None
     previous = _source(flags[1], "bitwise_not")
-    return (inside, begins) if previous is not None and _is_one_later(previous, inside) else None
+    later = previous is not None and _is_bool(inside) and _is_one_later(previous, inside)
+    return (inside, begins) if later else None
 
 
 def lengths(ids: Node, made: list[Node]) -> tuple[Node, Node] | None:
@@ -98,6 +99,8 @@ def _is_bool(node: Any) -> bool:
 
 def _is_one_later(node: Node, inside: Node) -> bool:
     """Tell whether a tensor is another, moved by one place along the last axis, with False at the first."""
+    if node.target is torch.select_scatter:
+        return _is_rolled(node, inside)
     padded, index = (*node.args, None, None)[:2] if call_name(node) == "getitem" else (None, None)
     if not isinstance(padded, Node) or not _is_pad(padded) or padded.args[0] is not inside:
         return False
@@ -106,6 +109,19 @@ def _is_one_later(node: Node, inside: Node) -> bool:
     value = (*padded.args[2:], *padded.kwargs.values())
     zeros = all(item in ("constant", 0, False, None) for item in value)
     return whole and last == slice(None, -1, None) and padded.args[1] == (1, 0) and zeros
+
+
+def _is_rolled(node: Node, inside: Node) -> bool:
+    """Tell whether a tensor is another, rolled by one along the last axis, where the first place was set to False."""
+    rolled, value, dim, place = (*node.args, None)[:4]
+    last = value_of(node).dim() - 1
+    if not isinstance(rolled, Node) or call_name(rolled) != "roll" or rolled.args[0] is not inside:
+        return False
+    shifts, dims = (*rolled.args[1:], *rolled.kwargs.values(), None, None)[:2]
+    named = set(rolled.kwargs) <= {"shifts", "dims"} and list(rolled.kwargs) == sorted(rolled.kwargs, reverse=True)
+    by_one = named and shifts in (1, (1,), [1]) and dims in (-1, last, (-1,), [-1], (last,), [last])
+    cleared = isinstance(value, Node) and value.target is torch.full_like and value.args[1] in (False, 0)
+    return bool(by_one and cleared and dim == last and place == 0)
 
 
 def _is_pad(node: Node) -> bool:

@@ -106,3 +106,33 @@ def test_a_union_without_the_query_stays_dense() -> None:
         sdpa(lambda kinds: hf.or_masks(strictly, hf.blockwise_overlay(numbered(kinds)))), torch.tensor([[0, 1, 1, 0]])
     )
     assert isinstance(read.found, str)
+
+
+def rolled(kinds: Tensor) -> Tensor:
+    """As a model writes it, and as the rewriter makes a write functional."""
+    inside = kinds == 1
+    turned = torch.roll(inside, shifts=1, dims=-1)
+    previous = torch.select_scatter(turned, torch.full_like(turned[..., 0], False), 1, 0)
+    return torch.where(inside, torch.cumsum((inside & ~previous).int(), dim=1) - 1, -1)
+
+
+def rolled_whole(kinds: Tensor) -> Tensor:
+    """What is inside at the end goes on at the beginning."""
+    inside = kinds == 1
+    begins = inside & ~torch.roll(inside, shifts=1, dims=-1)
+    return torch.where(inside, torch.cumsum(begins.int(), dim=1) - 1, -1)
+
+
+def rolled_otherwise(kinds: Tensor) -> Tensor:
+    inside = kinds == 1
+    turned = torch.roll(inside, shifts=-1, dims=-1)
+    previous = torch.select_scatter(turned, torch.full_like(turned[..., 0], False), 1, 0)
+    return torch.where(inside, torch.cumsum((inside & ~previous).int(), dim=1) - 1, -1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "known"), [(rolled, True), (rolled_whole, False), (rolled_otherwise, False)], ids=["set", "whole", "other"]
+)
+def test_ids_of_what_is_rolled(ids: Callable, known: bool) -> None:
+    kinds = torch.tensor([[1, 1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 0, 0, 0, 0, 1]])
+    assert isinstance(only(overlaid(3, ids), kinds).found, str) != known
