@@ -206,7 +206,10 @@ def build(asked: Row, device: str) -> Any:
 
     torch.manual_seed(0)
     shape = SHAPES[asked["model"]]
-    text = dict(shape["text_config"]) | ({"num_hidden_layers": asked["layers"]} if asked["layers"] else {})
+    text = dict(shape["text_config"])
+    if asked["layers"]:
+        text |= {"num_hidden_layers": asked["layers"]}
+        text |= {"num_kv_shared_layers": asked["layers"] // 3} if "num_kv_shared_layers" in text else {}
     text |= _tiny(shape, text) if asked["tiny"] else {}
     config = getattr(transformers, shape["config"])(**_parts(shape, text, asked))
     config.use_cache = False
