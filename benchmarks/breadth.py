@@ -212,7 +212,7 @@ def build(asked: Row, device: str) -> Any:
         text |= {"num_kv_shared_layers": asked["layers"] // 3} if "num_kv_shared_layers" in text else {}
     text |= _tiny(shape, text) if asked["tiny"] else {}
     config = getattr(transformers, shape["config"])(**_parts(shape, text, asked))
-    config.use_cache = False
+    config.use_cache = config.get_text_config().use_cache = False  # as in Trainer
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -49,16 +49,19 @@ def tracing_in(mode: FakeTensorMode) -> AbstractContextManager:
 
 
 def compile_fx(
-    gm: GraphModule, example_inputs: Sequence[Any], version: str, partitioner: CustomPartitionerFn | None = None
-) -> Callable:
+    gm: GraphModule, example_inputs: Sequence[Any], version: str, partitioner: CustomPartitionerFn | None = None,
+    *, exact_strides: bool = False,
+) -> Callable:  # fmt: skip
     """Compile by Inductor, with caches kept apart for each ``version`` of what the graph alone does not tell.
 
-    partitioner: decides what forward saves for backward, in place of torch's own.
+    partitioner: decides what forward saves for backward, in place of torch's own.  exact_strides: no result may be the
+    part of a product that was computed with wider rows, as Inductor's padding of products returns it.
     """
     tag = f"{torch.compiler.config.cache_key_tag}{version}"
-    patches = {"custom_partitioner_fn": partitioner} if partitioner is not None else None
+    patches: dict[str, Any] = {"custom_partitioner_fn": partitioner} if partitioner is not None else {}
+    patches |= {"shape_padding": False} if exact_strides else {}
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        return cast(Callable, _compile_fx(gm, example_inputs, config_patches=patches))
+        return cast(Callable, _compile_fx(gm, example_inputs, config_patches=patches or None))
 
 
 def partitioned(gm: GraphModule, example_inputs: Sequence[Any], partitioner: CustomPartitionerFn) -> Callable:

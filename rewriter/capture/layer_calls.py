@@ -90,6 +90,7 @@ def _flatten_call(gm: GraphModule, node: Node, call: LayerCall) -> None:
     with gm.graph.inserting_before(tensors):
         for old, source, fake in zip(call.trace.tensors, call.sources, value_of(tensors), strict=True):
             placeholder = gm.graph.placeholder(f"{tensors.name}_{len(inputs)}")
+            placeholder.target = placeholder.name  # the code takes it by its target: two stacks of layers
             set_value(placeholder, fake)
             placeholder.meta["tensor_dict"] = dict(old.meta.get("tensor_dict") or {})
             placeholder._dynamo_source = source

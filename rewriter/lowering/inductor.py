@@ -18,10 +18,12 @@ from fastft.source_digest import sources
 
 
 def compile_graph(
-    gm: GraphModule, example_inputs: list[Any], options: Options, partitioner: aot.CustomPartitionerFn | None = None
-) -> Callable:
+    gm: GraphModule, example_inputs: list[Any], options: Options, partitioner: aot.CustomPartitionerFn | None = None,
+    *, exact_strides: bool = False,
+) -> Callable:  # fmt: skip
     """Compile one graph.
 
+    exact_strides: its results lie in memory as they do in eager, for code that was compiled to read them.
     partitioner: chooses what forward saves for backward.  With ``lower="eager"`` the graph is split into forward and
     backward only if a partitioner is given.
     """
@@ -29,7 +31,8 @@ def compile_graph(
         return gm.forward if partitioner is None else aot.partitioned(gm, example_inputs, partitioner)
     inductor.guard_stores_in_place()
     _call_plans()
-    return aot.compile_fx(gm, example_inputs, f"fastft-{sources()}", partitioner or Partitioner())
+    version = f"fastft-{sources()}"
+    return aot.compile_fx(gm, example_inputs, version, partitioner or Partitioner(), exact_strides=exact_strides)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastft.compat import aot, dynamo, fake_tensors
+from fastft.compat import aot, dynamo, fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.lowering.inductor import compile_graph
 from fastft.rewriter.memory.joint_graph import Joint
@@ -32,6 +32,7 @@ class RegionCompiler:
             self.inputs = stitch.example_inputs(piece, given, mode)
         values = [tensor for node in piece.outputs for tensor in fake_tensors.tensors_in(value_of(node))]
         asked = [tensor for tensor in self.inputs if isinstance(tensor, Tensor) and tensor.requires_grad]
+        self.exact_strides = any(map(_may_be_padded, piece.passed_on))
         self.trained = bool(asked) and any(value.requires_grad for value in values)
         self.capture: JointGraphCapture | None = None
 
@@ -57,8 +58,9 @@ class RegionCompiler:
         part = GraphModule(self.part, dynamo.copy_graph(self.part.graph))
         with aot.isolated_tracing_context(self.inputs):
             return compile_graph(
-                dynamo.inherit_capture_metadata(part, self.part), self.inputs, self.options, partitioner
-            )
+                dynamo.inherit_capture_metadata(part, self.part), self.inputs, self.options, partitioner,
+                exact_strides=self.exact_strides,
+            )  # fmt: skip
 
     def saved_places(self, joint: Joint | None) -> Callable[[Choice], frozenset[int]]:
         """Return a function that gives the positions of a choice's offloaded tensors among all that autograd saves."""
@@ -71,6 +73,14 @@ class RegionCompiler:
             return frozenset(place for place, name in enumerate(self.capture.saved(choice.kept)) if name in names)
 
         return find
+
+
+def _may_be_padded(node: Node) -> bool:
+    """Tell whether Inductor may compute this with wider rows: those of products that are no multiple of 16 bytes."""
+    value = value_of(node)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+        return False
+    return not symbolic.statically_known_true(value.shape[-1] * value.dtype.itemsize % 16 == 0)
 
 
 def by_kind(pieces: Sequence[Piece]) -> dict[Any, list[Piece]]:

@@ -46,6 +46,12 @@ class Piece:
     name: str = ""
 
     @property
+    def passed_on(self) -> list[Node]:
+        """Those of its outputs that other pieces read."""
+        own = set(self.nodes)
+        return [node for node in self.outputs if any(user.op != "output" and user not in own for user in node.users)]
+
+    @property
     def module(self) -> str:
         """The path of the module that all of a layer's nodes are in; "" where that is the model, or for no layer."""
         return _common(filter(None, map(module_path, self.nodes))) if self.layer else ""

@@ -156,6 +156,28 @@ def test_a_graph_that_is_compiled_as_a_whole(why: str, called: list[str], monkey
     assert graphs() == before + 1
 
 
+class Twice(Stack):
+    """Two stacks of layers, whose numbers are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(Layer(hidden=24) for _ in range(LAYERS))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in [*self.first, *self.layers]:
+            x = layer(x)
+        return x.sin().mean()
+
+
+@pytest.mark.parametrize("outline", [True, False], ids=["regions", "whole"])
+def test_two_stacks_of_layers(outline: bool, called: list[str]) -> None:
+    """Their tensors have one number each, and names of their own."""
+    model = Twice()
+    check(model, compiled(model, outline=outline))
+    assert len(called) == 2 * LAYERS - 3
+
+
 def test_the_report_is_of_every_layer(called: list[str]) -> None:
     model = Stack()
     check(model, compiled(model))
