@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -134,6 +135,21 @@ def may_use_rng(node: Node) -> bool:
 def switches_mode(node: Node) -> bool:
     """Tell whether this node switches grad, inference or autocast mode for the nodes after it."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_SWITCHES
+
+
+def switched(graph: Graph) -> frozenset[Node]:
+    """Return the nodes that run under another grad, inference or autocast mode than the graph begins in."""
+    nodes: list[Node] = []
+    depth, grad = 0, torch.is_grad_enabled()
+    for node in graph.nodes:
+        name = name_of(node.target)
+        if name == "_set_grad_enabled":
+            grad = bool(node.args[0])
+        elif switches_mode(node):
+            depth += 1 if "enter" in name else -1
+        if depth or grad != torch.is_grad_enabled():
+            nodes.append(node)
+    return frozenset(nodes)
 
 
 def is_pure(node: Node) -> bool:
