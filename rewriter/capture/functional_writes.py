@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import set_value, storage_key, tensors_in, value_of
 from fastft.reasons import Declined
+from fastft.rewriter.fx.bodies import runs_bodies
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
 from fastft.rewriter.fx.effects import mutated_args, switches_mode, transformed
 from fastft.rewriter.fx.metadata import name_of, same_sizes, same_strides
@@ -75,6 +76,7 @@ class _Storage:
         self.index: dict[Node, Any] = {}
         self.now: dict[Node, tuple[Node, int]] = {}
         self.count = 0  # of writes so far
+        self.last: Node = root  # of them
         self.made: list[Node] = []
         self.reads: list[tuple[Node, Node, Node]] = []  # who reads what, and what it is to read instead
 
@@ -82,21 +84,26 @@ class _Storage:
         """Compute what every reader is to read.  Raises Declined; the graph then has more nodes, which nobody reads."""
         if not isinstance(value_of(self.root), Tensor) or not fake_tensors.is_plain(value_of(self.root)):
             raise Declined("it is one of several results")
-        last = max(self.writes)
-        if value_of(self.root).requires_grad and any(map(switches_mode, between(self.root, last))):
+        of = tensors_in([value_of(argument) for argument in self.root.all_input_nodes])
+        if not all(map(fake_tensors.is_plain, of)):  # whose memory it may be in
+            raise Declined("it is made of a tensor of another class")
+        switches = [name_of(node.target) for node in between(self.root, max(self.writes)) if switches_mode(node)]
+        if switches and value_of(self.root).requires_grad or any("inference" in name for name in switches):
             raise Declined("gradients or autocast are switched halfway")
         for node in self.nodes:
             if node in self.writes:
                 self._write(node)
                 continue
             for read in node.all_input_nodes:
-                if read in self.aliases and (fresh := self._present(read, node)) is not read:
+                if read in self.aliases and (fresh := self._present(read)) is not read:
                     self.reads.append((node, read, fresh))
             if node in self.aliases:
                 self._enter(node)
 
     def _enter(self, node: Node) -> None:
         """Take note of a tensor that is made of the memory as it is now."""
+        if runs_bodies(node):
+            raise Declined("a nested graph returns it")
         source = node.args[0] if node.args else None
         if isinstance(source, Node) and source in self.tensor and value_of(node) is value_of(source):
             self.tensor[node] = self.tensor[source]  # a cast to its own dtype, say
@@ -110,15 +117,18 @@ class _Storage:
         ):
             self.index[node] = node.args[1]
 
-    def _present(self, alias: Node, before: Node) -> Node:
-        """Return a node with the present elements of a tensor; it is made, if need be, before another."""
+    def _present(self, alias: Node) -> Node:
+        """Return a node with the present elements of a tensor.
+
+        It is made, if need be, where they were written: who reads it first may do so without gradients, say.
+        """
         tensor = self.tensor[alias]
         node, since = self.now[tensor]
         if since == self.count:
             return node
         if tensor not in self.index or self.now[self.root][1] != self.count:
             raise Declined("what shares memory with what is written is read afterwards")
-        fresh = self._call(before, operator.getitem, (self.now[self.root][0], self.index[tensor]))
+        fresh = self._call(self.last, operator.getitem, (self.now[self.root][0], self.index[tensor]))
         self.now[tensor] = (fresh, self.count)
         return fresh
 
@@ -128,23 +138,21 @@ class _Storage:
             raise Declined("its first argument is not what it writes to")
         tensor, name = self.tensor[target], name_of(write.target)
         if name == "setitem" and tensor is self.root:
-            self._set_whole(write, self._scattered(write, write.args[1], write.args[2]))
+            self._set(self.root, write, self._scattered(write, write.args[1], write.args[2]))
             return
         part = self.index.get(tensor)
         if name == "copy_" and len(write.args) == 2 and not write.kwargs and part is not None:
-            self._set_whole(write, self._scattered(write, part, write.args[1]))
+            self._set(self.root, write, self._scattered(write, part, write.args[1]))
         elif part is not None:  # read afterwards, it is taken from the whole again
-            self._set_whole(write, self._scattered(write, part, self._computed(write, target)))
+            self._set(self.root, write, self._scattered(write, part, self._computed(write, target)))
         else:
-            value = self._like(write, self._computed(write, target), value_of(target))
-            self.count += 1
-            self.now[tensor] = (value, self.count)
+            self._set(tensor, write, self._like(write, self._computed(write, target), value_of(target)))
         if write in self.aliases:
             self.tensor[write] = tensor
 
-    def _set_whole(self, write: Node, value: Node) -> None:
+    def _set(self, tensor: Node, write: Node, value: Node) -> None:
         self.count += 1
-        self.now[self.root] = (value, self.count)
+        self.last, self.now[tensor] = write, (value, self.count)
 
     def _computed(self, write: Node, target: Node) -> Node:
         """Compute what arithmetic in place leaves in a tensor."""
@@ -152,19 +160,19 @@ class _Storage:
         function = _ARITHMETIC.get(named or name_of(write.target).rstrip("_").strip("_"))
         if function is None or "out" in write.kwargs or (named is None and not name_of(write.target).endswith("_")):
             raise Declined("it is not known to write what a function returns")
-        first, *rest = (self._argument(one, write) for one in write.args)
-        kwargs = {key: self._argument(one, write) for key, one in write.kwargs.items()}
+        first, *rest = (self._argument(one) for one in write.args)
+        kwargs = {key: self._argument(one) for key, one in write.kwargs.items()}
         return self._call(write, function, (first, *rest), kwargs)
 
-    def _argument(self, argument: Any, write: Node) -> Any:
+    def _argument(self, argument: Any) -> Any:
         """Return an argument of a write as it is before the write.  Raises Declined for one that holds several."""
         if isinstance(argument, (list, tuple, dict)):
             raise Declined("it reads a list")
-        return self._present(argument, write) if argument in self.aliases else argument
+        return self._present(argument) if argument in self.aliases else argument
 
     def _scattered(self, write: Node, index: Any, value: Any) -> Node:
         """Return the whole with a part replaced."""
-        base = self._present(self.root, write)
+        base = self._present(self.root)
         dim, item = _one_axis(index, self.root) or _decline("it writes to more than a slice along one axis")
         part = self._fitting(write, index, value)
         where = (item.start, item.stop, item.step or 1) if isinstance(item, slice) else (item,)
@@ -175,13 +183,13 @@ class _Storage:
 
     def _fitting(self, write: Node, index: Any, value: Any) -> Node:
         """Return a value in the dtype and shape of the part that it is written to."""
-        part = self._call(write, operator.getitem, (self._present(self.root, write), index))
+        part = self._call(write, operator.getitem, (self._present(self.root), index))
         wanted, given = value_of(part), value_of(value)
         if isinstance(given, (bool, int, float)):
             return self._call(write, torch.full_like, (part, value))
         if not isinstance(value, Node) or not isinstance(given, Tensor) or given.device != wanted.device:
             raise Declined("what it writes is no tensor of this device")
-        value = self._argument(value, write)
+        value = self._argument(value)
         if given.dtype != wanted.dtype:
             value = self._call(write, "to", (value, wanted.dtype))
         if same_sizes(given.shape, wanted.shape):
@@ -240,13 +248,15 @@ class _Storage:
             if node not in self.aliases or node in self.writes:
                 continue
             value = value_of(node)
+            needed = [one.requires_grad for one in tensors_in(value)]
             inputs = tensors_in([value_of(argument) for argument in node.all_input_nodes])
+            trained = iter(needed if any(one.requires_grad for one in inputs) else [False] * len(needed))
             if node is self.root:
                 set_value(node, fake_tensors.empty_like_fake(value, value.fake_mode))
             else:
                 fake_tensors.infer_example_value(node)
-            trained = value.requires_grad and any(one.requires_grad for one in inputs)
-            set_value(node, value_of(node).detach().requires_grad_(trained))
+            mark = lambda one, trained=trained: one.detach().requires_grad_(next(trained))  # noqa: E731
+            set_value(node, fake_tensors.tree_map_only(Tensor, mark, value_of(node)))
 
     def _join(self) -> None:
         """Make a concatenation of slices that replace all of an empty tensor."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lifting import calls, normal
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import tensors_in, value_of
@@ -149,9 +150,33 @@ def returned_twice(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return z, w
 
 
+def read_first_without_gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    z = x * 2
+    part = z[..., :3]
+    z += y
+    with torch.no_grad():
+        total = part.sum()
+    return part * 2, total
+
+
+def read_first_under_a_transform(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = x * 2
+    part = z[1:]
+    z += y
+    return torch.func.grad(lambda one: (one * part).sum())(y), part, part * 3
+
+
+def taken_apart_before(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    z = x * 2
+    left, right = z.chunk(2, -1)
+    total = left + right
+    z += y
+    return z, total
+
+
 KNOWN = (
     in_place, through_a_view, of_a_part, two_parts, filled, filled_backwards, filled_twice, cast_to_itself, flags,
-    rounded, returned_twice,
+    rounded, returned_twice, read_first_without_gradient, read_first_under_a_transform, taken_apart_before,
 )  # fmt: skip
 
 
@@ -218,8 +243,25 @@ def with_a_hole(x: Tensor, y: Tensor) -> Tensor:
     return z
 
 
+def in_inference_mode(x: Tensor, y: Tensor) -> Tensor:
+    """What is made there, autograd could not save."""
+    z = torch.zeros(8)
+    with torch.inference_mode():
+        z.add_(1)
+    return x * z
+
+
+def returned_by_a_checkpoint(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    z = x * 2
+    flat = checkpoint(lambda one: one.view(-1), z, use_reentrant=False)
+    total = flat + 1
+    z += y
+    return total, z
+
+
 DECLINED = (
     input_itself, seen_by_another_view, without_gradient, behind_autograd, many_axes, by_mask, another_function,
+    in_inference_mode, returned_by_a_checkpoint,
 )  # fmt: skip
 
 
@@ -232,6 +274,20 @@ def test_what_is_not_all_written_is_no_concatenation() -> None:
     gm = check(with_a_hole, X, Y)
     assert_functional(gm)
     assert "cat" not in calls(gm)
+
+
+def test_what_another_class_may_hold_stays() -> None:
+    """Its values are read twice, and are the same memory."""
+
+    def function(nested: Tensor, row: Tensor) -> Tensor:
+        values = nested.values()
+        values += 1
+        return nested.values() * 2 + row
+
+    captures: list[GraphModule] = []
+    made = lambda: torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged)  # noqa: E731
+    assert torch.equal(compiled(function, captures)(made(), ROW), function(made(), ROW))
+    assert writes(captures[0])
 
 
 PARTIAL = ("set", "add part", "copy", "number")
