@@ -88,7 +88,7 @@ class _Storage:
         if not all(map(fake_tensors.is_plain, of)):  # whose memory it may be in
             raise Declined("it is made of a tensor of another class")
         switches = [name_of(node.target) for node in between(self.root, max(self.writes)) if switches_mode(node)]
-        if switches and value_of(self.root).requires_grad or any("inference" in name for name in switches):
+        if (switches and value_of(self.root).requires_grad) or any("inference" in name for name in switches):
             raise Declined("gradients or autocast are switched halfway")
         for node in self.nodes:
             if node in self.writes:

@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastft.compat import fake_tensors
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
-from fastft.rewriter.fx.effects import switches_mode, transformed
+from fastft.rewriter.fx.effects import check_mutation, may_alias, mutated_args, switches_mode, transformed
 from fastft.rewriter.fx.metadata import layer_of, module_path
 
 
@@ -27,7 +26,7 @@ def hoist(gm: GraphModule) -> None:
         parts = {user: number for user in node.users if (number := _place(user, node)) is not None}
         layers = {layer_of(module_path(user)) for part in parts for user in part.users}.difference([""])
         apart = len(set(parts.values())) > 1 and len(layers) > 1 and not layer_of(module_path(node))
-        if not apart or not under_transforms.isdisjoint((node, *parts)) or _is_written(node):
+        if not apart or not under_transforms.isdisjoint((node, *parts)) or _is_shared(gm, node):
             continue
         if any(map(switches_mode, between(node, max(parts)))):
             continue
@@ -51,5 +50,8 @@ def _place(part: Node, of: Node) -> int | None:
     return numbers[0] if plain and len(numbers) == 1 else None
 
 
-def _is_written(node: Node) -> bool:
-    return any(map(fake_tensors.written_to, fake_tensors.tensors_in(value_of(node))))
+def _is_shared(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a tensor's memory is written to, or a part of it is returned: a copy would be seen to be one."""
+    returned = [output for output in gm.graph.output_node().all_input_nodes if output is not node]
+    targets = [target for other in gm.graph.nodes for target in mutated_args(gm, other)]
+    return check_mutation([node]) is not None or any(may_alias(node, other) for other in (*returned, *targets))

@@ -61,8 +61,8 @@ def trained(model: nn.Module, run: Callable) -> dict[str, Tensor | None]:
     }
 
 
-def check(model: nn.Module, order: list[str] | None = None) -> GraphReport:
-    reports: list[GraphReport] = []
+def eagerly(reports: list[GraphReport], order: list[str] | None = None) -> Callable:
+    """A backend that rewrites, cuts, and compiles nothing."""
 
     def backend(gm: GraphModule, example_inputs: list[Tensor]) -> Callable:
         reports.append(rewrite(gm))
@@ -71,9 +71,14 @@ def check(model: nn.Module, order: list[str] | None = None) -> GraphReport:
         return lower.lower(gm, example_inputs, Options(lower="eager"), reports[-1], plan=False)
 
     torch._dynamo.reset()
+    return backend
+
+
+def check(model: nn.Module, order: list[str] | None = None) -> GraphReport:
+    reports: list[GraphReport] = []
     other = copy.deepcopy(model)
     expected = trained(other, other)
-    actual = trained(model, torch.compile(model, backend=backend, dynamic=False))
+    actual = trained(model, torch.compile(model, backend=eagerly(reports, order), dynamic=False))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
@@ -190,3 +195,49 @@ def test_parts_of_what_is_written_stay() -> None:
         return made[:, :, number] + 1
 
     check(Model(added, part))
+
+
+class Returning(Model):
+    """Parts that the model returns, of a parameter of its own or of what it made."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__(gated)
+        self.table = nn.Parameter(torch.randn(DEPTH, WIDTH)) if own else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        made = torch.tanh(self.first(x)).view(*x.shape[:-1], DEPTH, WIDTH)
+        parts = [(made if self.table is None else self.table)[..., number, :] for number in range(DEPTH)]
+        for layer, part in zip(self.layers, parts, strict=True):
+            x = layer(x, part)
+        return x, parts[1], parts[2][1:]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["made", "parameter"])
+def test_parts_that_are_returned_are_views(own: bool) -> None:
+    model, other = Returning(own), Returning(own)
+    x = torch.randn(2, 3, WIDTH)
+    actual, expected = torch.compile(model, backend=eagerly([]), dynamic=False)(x), other(x)
+    for mine, truth in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, truth)
+        assert mine.stride() == truth.stride()
+    places = [one.untyped_storage().data_ptr() for one in (*actual, *([model.table] if own else []))]
+    assert len(set(places[1:])) == 1
+
+
+class Written(Model):
+    """A buffer is written to through .data, which no version counts, before its parts are taken."""
+
+    def __init__(self) -> None:
+        super().__init__(gated)
+        self.register_buffer("table", torch.randn(DEPTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        self.table.data.add_(x.detach().mean())
+        for number, layer in enumerate(self.layers):
+            x = layer(x, self.table[number])
+        return x
+
+
+def test_parts_of_a_buffer_that_is_written_stay() -> None:
+    check(Written())
