@@ -19,8 +19,8 @@ from torch.fx.node import map_arg
 from fastft.compat.fake_tensors import value_of
 from fastft.reasons import Declined
 from fastft.rewriter.fx.bodies import bodies
-from fastft.rewriter.fx.editing import annotate_like
-from fastft.rewriter.fx.effects import closes_transform, opens_transform, transform_spans
+from fastft.rewriter.fx.editing import annotate_like, infer_requires_grad
+from fastft.rewriter.fx.effects import closes_transform, maybe_mutated_args, opens_transform, transform_spans
 from fastft.rewriter.fx.metadata import name_of, same_strides
 
 _POINTWISE = frozenset(
@@ -102,6 +102,7 @@ class _Span:
         self.made.append(made)
         if not known:
             annotate_like(made, like)
+            infer_requires_grad(made)
         else:
             made.meta = dict(like.meta)
         return made
@@ -119,8 +120,8 @@ class _Span:
         """Compute what a call does for one element for all of them.  Raises Declined for one that is not known."""
         if name == "aten.index":
             return self._indexed(node)
-        if name.strip("_") not in _POINTWISE or value_of(node).dim() != 0:
-            raise Declined(f"{name} is not pointwise")
+        if name.strip("_") not in _POINTWISE or value_of(node).dim() != 0 or maybe_mutated_args(node):
+            raise Declined(f"{name} is not pointwise, or writes in place")
         for argument in node.all_input_nodes:
             if argument not in self.values and isinstance(value_of(argument), Tensor) and value_of(argument).dim():
                 raise Declined("it reads a tensor as a whole")
@@ -149,7 +150,8 @@ class _Span:
         """Take note that a level has become an axis again; return the result where it is the outermost one."""
         source, level, size, axis = node.args
         place = self.levels.index(level)
-        assert isinstance(source, Node)
+        if source not in self.values:
+            raise Declined("it returns what was made outside of it")
         sizes = [] if place == len(self.levels) - 1 else self._sizes.get(source)
         if axis != 0 or sizes is None:
             raise Declined("its results are put together otherwise")

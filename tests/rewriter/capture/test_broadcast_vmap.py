@@ -11,6 +11,8 @@ from lifting import Capture, calls, compiled, normal, ops, rules
 from torch import Tensor
 from transformers import masking_utils as hf
 
+from fastft.compat.fake_tensors import value_of
+
 FLAGS = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 1]]).bool()
 IDS = torch.tensor([[0, 0, 1, 1, 2], [3, 3, 3, 0, 0], [1, 2, 3, 4, 5]])
 NUMBERS = torch.tensor([0.5, 1.5, -2.0, 4.0])
@@ -56,6 +58,22 @@ def test_pointwise_code_is_broadcast(name: str, dynamic: bool) -> None:
     assert all("batch_dim" not in call and "nesting" not in call for gm, _ in captures for call in calls(gm))
 
 
+def test_numbers_keep_their_gradient() -> None:
+    """The graph's own record of it, too: a part of the graph that is compiled by itself goes by that."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.vmap(lambda one: torch.vmap(lambda other: one * other)(x))(x)
+
+    captures: list[Capture] = []
+    x = NUMBERS.clone().requires_grad_()
+    (actual,), (expected,) = (torch.autograd.grad(run(x).square().sum(), x)
+                              for run in (compiled(function, captures), function))  # fmt: skip
+    torch.testing.assert_close(actual, expected)
+    ((gm, _),) = captures
+    assert all(value_of(node).requires_grad for node in gm.graph.output_node().all_input_nodes)
+    assert not any("batch_dim" in call for call in calls(gm))
+
+
 OTHERS: dict[str, Callable] = {
     "a sum": lambda x, ids: torch.vmap(torch.sum)(x),
     "a product of matrices": lambda x, ids: torch.vmap(lambda one: one @ x.mT)(x),
@@ -68,6 +86,23 @@ OTHERS: dict[str, Callable] = {
     "a tensor as a whole": lambda x, ids: torch.vmap(lambda one: one * ids[0])(ids[1]),
     "random numbers": lambda x, ids: torch.vmap(lambda one: F.dropout(one), randomness="different")(x[0] * 0),
 }
+
+
+def accumulated(one: Tensor) -> Tensor:
+    """In place, where what is written to depends on no level outside of a vmap."""
+    total = one.new_zeros(())
+    total.add_(one)
+    return total
+
+
+def of_a_number(x: Tensor, ids: Tensor) -> Tensor:
+    number = x[0, 1] * 2
+    return torch.vmap(lambda _: number)(ids[0])
+
+
+OTHERS["in place"] = lambda x, ids: torch.vmap(accumulated)(ids[0])
+OTHERS["a number from outside"] = of_a_number
+OTHERS["a tensor from outside"] = lambda x, ids: torch.vmap(lambda _: x)(ids[0])
 
 
 def gated(x: Tensor, up: Tensor) -> Tensor:
