@@ -21,7 +21,7 @@ from fastft.rewriter.attention.masks.reader import (
     size_of,
     steady,
 )
-from fastft.rewriter.attention.masks.runs import flags_of, lengths
+from fastft.rewriter.attention.masks.runs import flags_of, lengths, steps
 from fastft.rewriter.attention.masks.substitution import substitute
 from fastft.rewriter.attention.masks.terms import (
     And,
@@ -227,6 +227,7 @@ class _Solver:
         if ranges is None or substitute(others, self._to_query()) is not True:
             return None
         ids, made = run[1], list[Node]()
+        self.reader.visited |= steps(ids.node)
         found = lengths(ids.node, made)
         assert found is not None
         self.reader.made += made

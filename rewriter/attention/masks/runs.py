@@ -38,6 +38,17 @@ def flags_of(ids: Node) -> tuple[Node, Node] | None:
     return (inside, begins) if later else None
 
 
+def steps(ids: Node) -> dict[Node, None]:
+    """Return the calls that make ids of where they number a run, and that: none of it may be written to later."""
+    flags = flags_of(ids)
+    found = dict.fromkeys([ids, *(flags or ())])
+    for node in (waiting := [node for node in found if flags is None or node is not flags[0]]):
+        new = [argument for argument in node.all_input_nodes if argument not in found]
+        found |= dict.fromkeys(new)
+        waiting += new
+    return found
+
+
 def lengths(ids: Node, made: list[Node]) -> tuple[Node, Node] | None:
     """Compute how many tokens of a token's run come before it and after it, 0 outside of runs; None if ids are no runs.
 
@@ -113,7 +124,7 @@ def _is_one_later(node: Node, inside: Node) -> bool:
 
 def _is_rolled(node: Node, inside: Node) -> bool:
     """Tell whether a tensor is another, rolled by one along the last axis, where the first place was set to False."""
-    rolled, value, dim, place = (*node.args, None)[:4]
+    rolled, value, dim, place = (*node.args, None, None)[:4]
     last = value_of(node).dim() - 1
     if not isinstance(rolled, Node) or call_name(rolled) != "roll" or rolled.args[0] is not inside:
         return False

@@ -108,6 +108,33 @@ def test_a_union_without_the_query_stays_dense() -> None:
     assert isinstance(read.found, str)
 
 
+def begun_less_often(kinds: Tensor) -> Tensor:
+    inside = kinds == 1
+    begins = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    begins.logical_and_(kinds.cumsum(-1) != 3)
+    return torch.where(inside, torch.cumsum(begins.int(), 1) - 1, -1)
+
+
+def ended_early(kinds: Tensor) -> Tensor:
+    inside = kinds == 1
+    begins = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    inside.logical_and_(kinds.cumsum(-1) != 4)
+    return torch.where(inside, torch.cumsum(begins.int(), 1) - 1, -1)
+
+
+def joined(kinds: Tensor) -> Tensor:
+    inside = kinds == 1
+    previous = torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    previous.logical_or_(kinds.cumsum(-1) == 3)
+    return torch.where(inside, torch.cumsum((inside & ~previous).int(), 1) - 1, -1)
+
+
+@pytest.mark.parametrize("ids", [begun_less_often, ended_early, joined], ids=lambda f: f.__name__)
+def test_what_is_written_on_the_way_stays_dense(ids: Callable) -> None:
+    read = only(overlaid(0, ids), torch.tensor([[0, 1, 1, 0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1, 1]]))
+    assert "writes to what it is made of" in str(read.found)
+
+
 def rolled(kinds: Tensor) -> Tensor:
     """As a model writes it, and as the rewriter makes a write functional."""
     inside = kinds == 1
