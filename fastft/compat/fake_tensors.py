@@ -90,26 +90,36 @@ def computing_in(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def written_to(tensor: torch.Tensor) -> bool:
-    """Return whether this tensor or a view of it was mutated while the graph was captured."""
-    return not tensor.is_inference() and tensor._version > 0 and tensor._version > _made_by_writing(tensor)
+    """Return whether this tensor or a view of it was mutated while the graph was captured.
 
-
-def _made_by_writing(tensor: torch.Tensor) -> int:
-    """Count the writes that faking this graph input takes: some if it is not all of its storage, or not alone in it."""
-    if not tensor.is_leaf or tensor._is_view():
-        return 0
-    at_offset = not statically_known_true(tensor.storage_offset() == 0)
-    return _writes_at_offset() if at_offset or _shares_with_input(tensor) else 0
-
-
-def _shares_with_input(tensor: torch.Tensor) -> bool:
-    """Return whether this is a graph input that shares its storage with one that was faked before it."""
-    if not isinstance(tensor, FakeTensor):
+    An input that counts writes shares them with the inputs in the same storage, each of which counts its own.
+    """
+    if tensor.is_inference() or tensor._version == 0:
         return False
+    if not _counts_alone(tensor):
+        return True
+    alike = _inputs_alike(tensor) or [tensor]
+    return any(one._version > _made_by_writing(one, first=one is alike[0]) for one in alike)
+
+
+def _counts_alone(tensor: torch.Tensor) -> bool:
+    return tensor.is_leaf and not tensor._is_view()
+
+
+def _made_by_writing(tensor: torch.Tensor, *, first: bool) -> int:
+    """Count the writes that faking an input takes: some if it is not all of its storage, or not the first in it."""
+    return 0 if first and statically_known_true(tensor.storage_offset() == 0) else _writes_at_offset()
+
+
+def _inputs_alike(tensor: torch.Tensor) -> list[FakeTensor]:
+    """List the graph inputs in the same storage that are no views, in the order of faking; [] if this is none."""
+    if not isinstance(tensor, FakeTensor):
+        return []
+    faked = list(tensor.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.values())
     key = storage_key(tensor)
-    faked = tensor.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.values()
-    alike = [one for one in list(faked) if isinstance(one, FakeTensor) and storage_key(one) == key]
-    return any(one is tensor for one in alike[1:])
+    fakes = [one for one in faked if isinstance(one, FakeTensor) and _counts_alone(one)]
+    alike = [one for one in fakes if storage_key(one) == key]
+    return alike if any(one is tensor for one in alike) else []
 
 
 @functools.cache

@@ -163,6 +163,31 @@ def test_nothing_is_written_to() -> None:
     assert refused("add_ writes to a value of the match", written_behind, X, W.detach(), rules=[whole])
 
 
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("write", ["first", "second", "none"])
+def test_inputs_in_one_storage_are_written_together(at: int, write: str) -> None:
+    """Making fake ones of them counts as a write to the second; each counts its own."""
+    values: list[Tensor] = []
+
+    def function(first: Tensor, second: Tensor) -> Tensor:
+        total = first.sum() + second.sum()
+        if write != "none":
+            (first if write == "first" else second).mul_(2)
+        return total
+
+    def backend(gm: GraphModule, _: object) -> Callable:
+        values.extend(value_of(node) for node in gm.graph.find_nodes(op="placeholder"))
+        return gm.forward
+
+    torch._dynamo.reset()
+    whole = torch.ones(8)
+    torch.compile(function, backend=backend)(whole[at:].data, whole[at:].data)
+    first, second = values
+    assert second._version > 0
+    assert fake_tensors.written_to(second) == (write != "none")
+    assert not fake_tensors.written_to(first) or write != "none"
+
+
 def node_of(gm: GraphModule, name: str) -> Node:
     return next(
         node for node in gm.graph.nodes if name in str(node.target) or name == getattr(node.target, "__name__", "")
