@@ -98,7 +98,7 @@ def written_to(tensor: torch.Tensor) -> bool:
         return False
     if not _counts_alone(tensor):
         return True
-    alike = _inputs_alike(tensor) or [tensor]
+    alike: Sequence[Tensor] = _inputs_alike(tensor) or [tensor]
     return any(one._version > _made_by_writing(one, first=one is alike[0]) for one in alike)
 
 

@@ -150,7 +150,7 @@ class _Span:
         """Take note that a level has become an axis again; return the result where it is the outermost one."""
         source, level, size, axis = node.args
         place = self.levels.index(level)
-        if source not in self.values:
+        if not isinstance(source, Node) or source not in self.values:
             raise Declined("it returns what was made outside of it")
         sizes = [] if place == len(self.levels) - 1 else self._sizes.get(source)
         if axis != 0 or sizes is None:
