@@ -140,9 +140,10 @@ def test_what_is_repeated_otherwise_is_read_as_it_is(name: str) -> None:
 
 
 def source_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In a way of which no new tensor is made."""
     k = k * 1.5
     keys = repeated(k)
-    k.mul_(2.0)
+    k.zero_()
     return sdpa(q, keys, repeated(v))
 
 
