@@ -142,14 +142,14 @@ def test_what_stays_apart(name: str) -> None:
 def a_source_written_to(x: Tensor) -> Tensor:
     h = (x * 1).double()
     q = Q(h.float())
-    h.add_(1)
+    h.exp_()
     return joined(q, V(h.float()))
 
 
 def an_input_written_to(x: Tensor) -> Tensor:
     h = x * 1
     q = Q.base(h)
-    h.mul_(2)
+    h.exp_()
     return q + Q.delta(h)
 
 
@@ -165,7 +165,7 @@ def a_later_source_written_to(x: Tensor) -> Tensor:
     """What an adapter reads is computed later, from what was changed by then."""
     scale = torch.ones(WIDTH)
     q = Q(x)
-    scale.add_(1)
+    scale.exp_()
     return joined(q, V.base(x) + V.delta(x * scale))
 
 
