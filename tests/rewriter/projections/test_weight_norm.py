@@ -115,7 +115,7 @@ def of_another_kind(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> 
 def written_before(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
     h = weight * 1.0
     total = h + 0.5 * product(a, b)
-    h.add_(1.0)
+    h.exp_()
     return magnitude / torch.linalg.norm(total, dim=1).detach()
 
 
