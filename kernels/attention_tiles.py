@@ -53,8 +53,11 @@ Table = dict[tuple[int, int, bool], Tiles]  # by padded head size, bytes of an e
 
 
 def head_sizes(D: int, DV: int) -> dict[str, int]:
-    """Return the meta-parameters for heads of D elements whose values have DV."""
-    return {"D": D, "DV": DV, "BLOCK_D": padded(D), "BLOCK_DV": padded(DV)}
+    """Return the meta-parameters for heads of D elements whose values have DV: both in tiles of one width.
+
+    Triton 3.6 lets some kernels whose tiles differ read beyond their shared memory on sm_90.
+    """
+    return {"D": D, "DV": DV, "BLOCK_D": padded(max(D, DV)), "BLOCK_DV": padded(max(D, DV))}
 
 
 def tiles_for(table: Table, query: Tensor, value: Tensor, mask: Tensor | None) -> Tiles:
