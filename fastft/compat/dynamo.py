@@ -139,11 +139,17 @@ def before_sizes(look: Callable[[torch.Tensor, str], None]) -> None:
     def automatic_dynamic(
         original: Callable, e: Any, tx: Any, source: Any, static_shapes: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        if not static_shapes:
+        if not static_shapes and not _of_a_module(source):
             look(e, source.name)
         return original(e, tx, source, static_shapes, *args, **kwargs)
 
     put_around(builder, "_automatic_dynamic", automatic_dynamic)
+
+
+def _of_a_module(source: Any) -> bool:
+    """Tell whether Dynamo found a value in a module, or in an object that one holds, as a quantised weight's state."""
+    found_in = source.guard_source
+    return found_in.is_specialized_nn_module() or found_in.is_unspecialized_nn_module()
 
 
 def put_around(owner: Any, name: str, function: Callable) -> None:

@@ -131,6 +131,35 @@ def test_features_stay_as_they_are() -> None:
     assert [graph.dynamic for graph in graphs] == [[], ["args[0].size(0)", "args[0].size(1)"]]
 
 
+def test_what_a_module_holds_keeps_its_sizes() -> None:
+    """As the codes and scales of a quantised weight, held by a state that is neither module nor parameter."""
+
+    class State:
+        def __init__(self) -> None:
+            self.codes, self.scales = torch.ones(8, 8, dtype=torch.int8), torch.ones(8)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = State()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.state.codes * self.state.scales)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(dynamic_shapes.MANY_LAYERS))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    (graph,) = graphs_of(Model(), [lambda called, size=size: called(torch.ones(*size, 8)) for size in CHANGING[:4]])
+    assert graph.dynamic == ["x.size(0)", "x.size(1)"]
+
+
 def test_dynamic_false_is_obeyed() -> None:
     graphs = graphs_of(Decoder(), [with_mask(size) for size in CHANGING[:4]], dynamic=False)
     assert [graph.dynamic for graph in graphs] == [[]] * 4
