@@ -95,7 +95,8 @@ class Check:
         return all(one.within for one in self.differences) and not self.failures and not self.report.stopped_by
 
     def __rich__(self) -> RenderableType:
-        return Group(*(Text(line) for line in self._headline()), *(tables.as_table(*table) for table in self.tables()))
+        lines = (Text(line, no_wrap=True, overflow="ignore") for line in self._headline())  # a parameter's name is long
+        return Group(*lines, *(tables.as_table(*table) for table in self.tables()))
 
     def __str__(self) -> str:
         text = io.StringIO()

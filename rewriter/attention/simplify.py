@@ -7,7 +7,9 @@ nothing needs the mask itself.  A mask whose meaning is not proven stays as it i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from fastft.rewriter.fx.editing import annotate_like
 from fastft.rewriter.fx.effects import is_pure, may_alias, mutated_args
 from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line
 from fastft.rewriter.fx.operands import Calls, pass_in, take_out
-from fastft.rewriter.report.data import Lifted
+from fastft.rewriter.report.data import GraphReport, Lifted
 
 RULE = "attention.mask"
 PARAMETERS = REGISTRY["fastft::attention"].parameters
@@ -36,7 +38,7 @@ Meaning = tuple[dict[str, Any] | None, str]  # what a mask means, as arguments, 
 
 def simplify(gm: GraphModule, context: Context) -> None:
     """Simplify every attention of ``gm`` and its bodies; what each mask means goes into the report."""
-    _divide_layers(gm)
+    _divide_layers(gm, context.report)
     masks = _Masks(gm)
     for body in bodies(gm):
         targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
@@ -53,10 +55,10 @@ def simplify(gm: GraphModule, context: Context) -> None:
                 _drop(masks.calls, body, mask)
 
 
-def _divide_layers(gm: GraphModule) -> None:
+def _divide_layers(gm: GraphModule, report: GraphReport) -> None:
     """Give layers that are called with different masks bodies of their own: sliding and full attention may share one.
 
-    Otherwise neither mask would be known.
+    Otherwise neither mask would be known.  What was done to the body was done to its copies, as the report then says.
     """
     calls: dict[str, list[Node]] = {}
     for call in gm.graph.find_nodes(op="call_function", target=operators.LAYER_CALL):
@@ -71,9 +73,29 @@ def _divide_layers(gm: GraphModule) -> None:
         for number, others in enumerate(list(by_masks.values())[1:], 1):
             copied = f"{name}_with_mask_{number}"
             gm.add_module(copied, GraphModule(body, dynamo.copy_graph(body.graph)))
+            _move(getattr(gm, copied), alike, others[0], report)
             for call in others:
                 with gm.graph.inserting_before(call):
                     call.args = (gm.graph.get_attr(copied), *call.args[1:])
+
+
+def _move(body: GraphModule, alike: Sequence[Node], call: Node, report: GraphReport) -> None:
+    """Tell of a copied body that its nodes are in a call's layer, and not in the one that was traced."""
+    traced = next(filter(None, map(module_path, body.graph.nodes)), "")
+    home = next((one for one in alike if f"{traced}.".startswith(f"{module_path(one)}.")), None)
+    if home is None:
+        return
+    before, now = module_path(home), module_path(call)
+    inside = re.compile(rf"{re.escape(before)}(?=\.|$)")
+    raw_before, raw_now = (list(one.meta["nn_module_stack"].values())[-1][0] for one in (home, call))
+    for node in body.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (path.replace(raw_before, raw_now, 1) if path.startswith(raw_before) else path, *rest)
+            for key, (path, *rest) in stack.items()
+        }
+    for found in (report.lifted, report.fused, report.near_misses):
+        found += [replace(one, module=inside.sub(now, one.module)) for one in found if inside.match(one.module)]
 
 
 def _is_mask(node: Node) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastft import variants
-from models.breadth import Case, Made, built, config, sizes, text
+from models.breadth import LAYERS, Case, Made, built, config, sizes, text
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = {
@@ -76,28 +76,33 @@ def hqq(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), name, new)
 
 
+# Where layers are not traced once, the first is a kind of its own: its input needs no gradient.
+APART = LAYERS - 1
+
+
 def adapter_case(adapter: str, **told: Any) -> Case:
     ops = "rms_norm rotary attention glu"
     return Case(TITLES[adapter], adapted(adapter), **{"ops": ops, "needs": ("peft",), **told})
 
 
 def base_case(name: str, make: Callable[[], Made], *needs: str, **told: Any) -> Case:
-    settings = {"ops": "rms_norm rotary attention glu lora", "needs": ("peft", *needs), **told}
+    settings = {"ops": "rms_norm rotary attention glu lora", "shared": APART, "needs": ("peft", *needs), **told}
     return Case(f"LoRA, base in {name}", make, **settings)
 
 
 ADAPTERS = (
     adapter_case("lora", ops="rms_norm rotary attention glu lora"),
     adapter_case("rslora", ops="rms_norm rotary attention glu lora"),
-    adapter_case("lora-bias", ops="rms_norm rotary attention glu lora"),
-    adapter_case("dora", slow=True),
+    adapter_case("lora-bias", ops="rms_norm rotary attention glu lora", slow=True),
+    adapter_case("dora", ops="rms_norm rotary attention glu dora", shared=APART, slow=True),
     Case(
-        "DoRA, base in NF4", adapted("dora", "nf4"), needs=("peft", "bitsandbytes"), slow=True
+        "DoRA, base in NF4", adapted("dora", "nf4"), ops="rms_norm rotary attention glu dora lora_linear",
+        shared=APART, needs=("peft", "bitsandbytes"), slow=True,
     ),
-    adapter_case("loha", slow=True),
+    adapter_case("loha", shared=APART, slow=True),
     adapter_case("lokr", slow=True),
-    Case("aLoRA", activated_lora, needs=("peft",), slow=True),
-    adapter_case("adalora"),
+    Case("aLoRA", activated_lora, ops="rms_norm rotary attention glu lora", needs=("peft",), slow=True),
+    adapter_case("adalora", shared=APART, slow=True),
     adapter_case("oft"),
     adapter_case("vera"),
     adapter_case("ia3"),
@@ -105,17 +110,17 @@ ADAPTERS = (
 BASES = (
     base_case(
         "FP4 (bitsandbytes)", adapted("lora", "fp4"), "bitsandbytes",
-        ops="rms_norm rotary attention glu lora lora_linear",
+        ops="rms_norm rotary attention glu lora lora_linear", shared=LAYERS,
     ),
     base_case("int8 (bitsandbytes)", adapted("lora", "int8"), "bitsandbytes"),
-    base_case("int8 (torchao)", of_another_library(torchao("Int8WeightOnlyConfig")), "torchao"),
+    base_case("int8 (torchao)", of_another_library(torchao("Int8WeightOnlyConfig")), "torchao", slow=True),
     base_case(
         "int4 (torchao)",
         of_another_library(
             torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=lambda of: of.PerGroup(32))
         ),
-        "torchao",
+        "torchao", slow=True,
     ),
-    base_case("fp8 (torchao)", of_another_library(torchao("Float8WeightOnlyConfig")), "torchao"),
+    base_case("fp8 (torchao)", of_another_library(torchao("Float8WeightOnlyConfig")), "torchao", slow=True),
     base_case("4 bits (HQQ)", of_another_library(hqq), "hqq", slow=True),
 )  # fmt: skip

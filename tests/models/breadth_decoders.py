@@ -24,7 +24,11 @@ DELTA = {
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }  # fmt: skip
 WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
-PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160, "num_kv_shared_layers": 2}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160}
+SHARED_KEYS = {  # the last three layers take the keys and values of the fourth and fifth
+    "sliding_window": 16, "num_hidden_layers": 8, "num_kv_shared_layers": 3,
+    "layer_types": ["sliding_attention"] * 4 + ["full_attention"] + ["sliding_attention"] * 2 + ["full_attention"],
+}  # fmt: skip
 LONG_ROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
     "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
@@ -75,12 +79,13 @@ TRAINED_WHOLE = (
     decoder("Gemma 3", "Gemma3TextConfig", sizes(**WINDOWS)),
     Case("Gemma 3 of 4B and more, text alone", gemma3_with_types, needs=("Gemma3Config",)),
     Case("EmbeddingGemma", embedding_gemma, needs=("Gemma3TextConfig",)),
-    decoder("Gemma 4", "Gemma4TextConfig", sizes(**WINDOWS, **PER_LAYER, global_head_dim=32)),
+    decoder("Gemma 4", "Gemma4TextConfig", sizes(**SHARED_KEYS, **PER_LAYER, global_head_dim=32), shared=5),
     decoder(
         "Gemma 3n", "Gemma3nTextConfig",
         sizes(
-            **WINDOWS, **PER_LAYER, laurel_rank=8, activation_sparsity_pattern=[0.0] * LAYERS
-        ) | {"intermediate_size": [128] * LAYERS},
+            **SHARED_KEYS, **PER_LAYER, laurel_rank=8, activation_sparsity_pattern=[0.0] * 8
+        ) | {"intermediate_size": [128] * 8},
+        shared=7,  # two of which are projections of one before the layers
     ),
     decoder("DeepSeek V2 Lite", "DeepseekV2Config", low_rank(**DENSE, q_lora_rank=None)),
     decoder("DeepSeek V3", "DeepseekV3Config", low_rank(**DENSE, q_lora_rank=64)),
@@ -98,7 +103,7 @@ TRAINED_WHOLE = (
         sizes(intermediate_size_mlp=128, num_local_experts=2, moe_layers=[], attention_chunk_size=16),
         shared=3,
     ),
-    decoder("nanochat", "NanoChatConfig", sizes()),
+    decoder("nanochat", "NanoChatConfig", sizes(), ops="rms_norm rotary attention"),
     decoder(
         "Qwen3-Next", "Qwen3NextConfig",
         sizes(
@@ -140,7 +145,7 @@ TRAINED_WHOLE = (
             "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0,
         },
         "AutoModelForSeq2SeqLM",
-        ops="rms_norm attention glu", shared=6,
+        ops="rms_norm attention glu", shared=6, slow=True,
     ),
     decoder(
         "BART", "BartConfig",
@@ -177,14 +182,15 @@ def in_four_bits(make: Callable[[], Made]) -> Callable[[], Made]:
     return made
 
 
-def with_adapters(case: Case, **told: Any) -> Case:
+def with_adapters(case: Case) -> Case:
     """The same, NF4 and LoRA."""
-    ops = " ".join([*case.ops.split(), "lora", "lora_linear"])
-    told = {"ops": ops, **told}
-    needs = (*case.needs, "bitsandbytes", "peft")
     return replace(
-        case, name=f"{case.name}, NF4 and LoRA", make=in_four_bits(case.make), needs=needs, slow=True, **told
-    )
+        case, name=f"{case.name}, NF4 and LoRA", make=in_four_bits(case.make), ops=f"{case.ops} lora lora_linear",
+        shared=FROZEN.get(case.name, case.shared), needs=(*case.needs, "bitsandbytes", "peft"), slow=True,
+    )  # fmt: skip
 
 
+# Behind frozen embeddings the first layer's input needs no gradient, which makes it a kind of its own where layers are
+# not traced once.
+FROZEN = {"Gemma 3 of 4B and more, text alone": 2, "Gemma 4": 4, "Falcon with ALiBi": 3}
 DECODERS = (*TRAINED_WHOLE, *(with_adapters(case) for case in TRAINED_WHOLE))
