@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections import Counter
@@ -36,6 +37,7 @@ def rows(only: str | None, device: str) -> Iterator[Row]:
     """The row of each model, those that need what is not installed left out."""
     from models import breadth, breadth_adapters, breadth_decoders, breadth_heads, breadth_pictures
 
+    logging.disable(logging.NOTSET)  # what Dynamo logs tells where graphs break
     for section, title in SECTIONS.items():
         found = (
             getattr(one, section, ()) for one in (breadth_adapters, breadth_decoders, breadth_heads, breadth_pictures)
@@ -59,7 +61,7 @@ def told(found: Any) -> Row:
         "difference": found.gradient_difference, "allowed": found.gradient.allowed, "loss": found.loss_difference,
         "right": found.right, "lifted": dict(Counter(one.rule.split(".")[0] for one in found.report.lifted)),
         "graphs": len(found.graphs), "again": len(found.again), "regions": regions(found), "layers": layers(found),
-        "left": left(found),
+        "whole": [graph.whole for graph in found.graphs if graph.whole], "left": found.left, "breaks": found.breaks,
     }  # fmt: skip
 
 
@@ -81,10 +83,10 @@ def layers(found: Any) -> str:
     )
 
 
-def left(found: Any) -> str:
+def left(row: Row) -> str:
     """What was not lifted, and where graphs broke, the most frequent first."""
-    reasons = Counter({f"{op}: {plain(reason)}": times for op, reason, times in found.left})
-    broken = Counter(f"graph break at {at.rsplit('/', 1)[-1]}: {plain(reason)}" for reason, at in found.breaks)
+    reasons = Counter({f"{op}: {plain(reason)}": times for op, reason, times in row["left"]})
+    broken = Counter(f"graph break at {at.rsplit('/', 1)[-1]}: {plain(reason)}" for reason, at in row["breaks"])
     cells = [f"{text} ×{times}" if times > 1 else text for text, times in (*broken.items(), *reasons.most_common())]
     more = len(cells) - SHOWN
     return "<br>".join([*cells[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
@@ -92,7 +94,8 @@ def left(found: Any) -> str:
 
 def plain(reason: str) -> str:
     """A reason without the places of the library that it names."""
-    return re.sub(r"\s*\([^()]*\.py:\d+\)", "", reason).rstrip(".")[:160]
+    text = re.sub(r"\s*\([^()]*\.py:\d+\)", "", reason).rstrip(".")
+    return re.sub(r"laid out as .*", "laid out otherwise", text)[:160]
 
 
 def short_path(text: str) -> str:
@@ -112,12 +115,33 @@ def section(mine: list[Row]) -> str:
         if not there:
             continue
         text.append(
-            f"### {title}\n\n| what | device | loss | gradients | graphs | regions | lifted in each layer | left |\n"
+            f"### {title}\n\n| what | device | loss | gradients | graphs | regions | lifted in each layer "
+            "| left, and why |\n"
         )
         text.append("|---|---|---|---|---|---|---|---|\n")
         text += [line(row) for row in there]
         text.append("\n")
-    return "".join(text)
+    return "".join([*text, *whole(mine)])
+
+
+def whole(mine: list[Row]) -> Iterator[str]:
+    """The table of what keeps graphs from being divided into regions, without which none is planned."""
+    kept: Counter[str] = Counter()
+    for row in (row for row in mine if not row["error"]):
+        reasons = {f"torch breaks the graph: {plain(reason)}" for reason, _ in row["breaks"]}
+        if row["again"]:
+            reasons.add("one graph is not for all lengths")
+        if row["regions"].startswith("none"):
+            reasons |= {f"no regions: {plain(reason)}" for reason in row["whole"]}
+        kept.update(reasons)
+    free = sum(not row["error"] and not row["regions"].startswith("none") for row in mine)
+    alone = sum(not row["error"] and row["graphs"] == 1 and not row["again"] for row in mine)
+    yield "### What keeps a model from being one graph with regions\n\n"
+    yield f"Of {len(mine)} cases, {free} have regions that layers share; {alone} are one graph for both lengths.\n\n"
+    yield "| reason | cases | share |\n|---|---|---|\n"
+    for reason, cases in kept.most_common():
+        yield f"| {escaped(reason)} | {cases} | {cases / len(mine):.0%} |\n"
+    yield "\n"
 
 
 def line(row: Row) -> str:
@@ -127,9 +151,9 @@ def line(row: Row) -> str:
     graphs = f"{row['graphs']} + {row['again']}" if row["again"] else str(row["graphs"])
     right = "" if row["right"] else "**wrong** "
     cells = [row["title"], row["device"], f"{right}{row['loss']:.1e}", f"{row['difference']:.1e}", graphs]
-    return " ".join(f"| {escaped(cell)}" for cell in (*cells, row["regions"], row["layers"], row["left"])) + " |\n"
+    return " ".join(f"| {escaped(cell)}" for cell in (*cells, row["regions"], row["layers"], left(row))) + " |\n"
 
 
 def escaped(cell: str) -> str:
     """Text that ends no cell and marks nothing up."""
-    return re.sub(r"([|*_])", r"\\\1", cell) if "**" not in cell else cell
+    return re.sub(r"([|*])", r"\\\1", cell) if "**" not in cell else cell

@@ -73,7 +73,9 @@ def embeddings(name: str, **settings: Any) -> Made:
 
 HEADS = (
     Case("BERT, classes of texts", bert, ops="layer_norm attention"),
-    Case("ModernBERT, classes of tokens", modernbert, ops="layer_norm rotary attention glu"),
+    Case(  # its first layer lacks a norm, and its last attends to all tokens
+        "ModernBERT, classes of tokens", modernbert, ops="layer_norm rotary attention glu", shared=2
+    ),
     Case("Llama, a reward", reward),
     Case("Qwen3, classes of tokens", token_classes),
     Case("Qwen3, embeddings and a contrastive loss outside", lambda: embeddings("Qwen3Config", **sizes())),

@@ -27,6 +27,7 @@ TODAY: dict[str, dict[str, Any]] = {
         "again": 1,
     },  # where the tokens are that switch it on is computed before, in a graph of its own
     # Which pictures are there at all, and how large each is, are values that the model reads.
+    "Mistral 3": {"breaks": "Tensor.item()"},
     "LLaVA-OneVision": {"breaks": "aten._local_scalar_dense"},
     "SmolVLM": {"breaks": "aten.nonzero"},
 }
