@@ -12,7 +12,7 @@ import pytest
 from fastft.rewriter.check import Check
 from fastft.rewriter.report import by_layer
 from fastft.rewriter.report.data import GraphReport
-from models.breadth import Case, run
+from models.breadth import LAYERS, Case, run
 from models.breadth_adapters import ADAPTERS, BASES
 from models.breadth_decoders import DECODERS
 from models.breadth_heads import HEADS
@@ -35,6 +35,12 @@ def test_it_trains_as_in_eager_and_is_one_graph_of_regions(case: Case) -> None:
     found = run(case)
     assert found.right, f"{found}"
     assert_told(found, case)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_one_trace_serves_with_two_masks_are_all_told_of() -> None:
+    found = run(next(case for case in CASES if case.name == "Gemma 3"))
+    assert [name for name, _ in found.layers if name != by_layer.ELSEWHERE] == [f"model.layers.* ×{LAYERS}"]
 
 
 def test_what_is_not_so_is_said_of_what_there_is() -> None:
