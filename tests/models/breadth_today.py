@@ -25,7 +25,7 @@ TODAY: dict[str, dict[str, Any]] = {
     "aLoRA": {
         "graphs": 2,
         "again": 1,
-    },  # where the tokens are that switch it on is computed before, in a graph of its own
+    },  # PEFT hooks layers for each call, around which graphs break
     # Which pictures are there at all, and how large each is, are values that the model reads.
     "Mistral 3": {"breaks": "Tensor.item()"},
     "LLaVA-OneVision": {"breaks": "aten._local_scalar_dense"},
