@@ -22,10 +22,7 @@ TODAY: dict[str, dict[str, Any]] = {
     "Jamba": {"again": 1, "shared": 2},
     "Jamba, NF4 and LoRA": {"again": 1, "shared": 2},
     "Falcon with ALiBi, NF4 and LoRA": {"ops": "layer_norm attention lora"},  # its linear layers are a class of its own
-    "aLoRA": {
-        "graphs": 2,
-        "again": 1,
-    },  # PEFT hooks layers for each call, around which graphs break
+    "aLoRA": {"graphs": 2, "again": 1},  # PEFT hooks layers for each call, around which graphs break
     # Which pictures are there at all, and how large each is, are values that the model reads.
     "Mistral 3": {"breaks": "Tensor.item()"},
     "LLaVA-OneVision": {"breaks": "aten._local_scalar_dense"},
