@@ -94,7 +94,8 @@ def _move(body: GraphModule, alike: Sequence[Node], call: Node, report: GraphRep
             key: (path.replace(raw_before, raw_now, 1) if path.startswith(raw_before) else path, *rest)
             for key, (path, *rest) in stack.items()
         }
-    for found in (report.lifted, report.fused, report.near_misses):
+    lists: list[list[Any]] = [report.lifted, report.fused, report.near_misses]
+    for found in lists:
         found += [replace(one, module=inside.sub(now, one.module)) for one in found if inside.match(one.module)]
 
 

@@ -63,7 +63,7 @@ def plain(reason: str) -> str:
     """Return a reason without the numbers that tell a graph's nodes and symbols apart; its code stays."""
     text = re.sub(r"(?<=[A-Za-z])_\d+\b", "", reason)
     text = re.sub(r"\b[su]\d+\b", "s", text)
-    return Reason(text, reason.code) if isinstance(reason, Reason) else text
+    return Reason(text, code=reason.code) if isinstance(reason, Reason) else text
 
 
 def _stack(layer: str) -> str:

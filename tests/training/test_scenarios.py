@@ -16,7 +16,7 @@ from training.outcome import outcome, seen
 from training.setting import LAYERS, Setting
 
 OFTEN = {"rms_norm": 2, "rotary": 2, "glu": 1, "attention": 1}  # in each layer
-NOT_OURS = {"the result of neg does not reach add"}  # of graphs that have no layers: losses and optimizers
+NOT_OURS = ("the result of neg does not reach add", "expected mul(x, cos)")  # what losses and optimizers negate
 COMPILE_THEMSELVES = {"torchao_adamw_8bit"}  # by Inductor, which takes half a minute on a CPU: the table has it
 
 
@@ -38,7 +38,7 @@ def assert_as_without(scenario: Any, device: str) -> None:
         assert not graph.failure
         counts = {rule: sum(one.rule.split(".")[0] == rule for one in graph.lifted) for rule in OFTEN}
         if graph not in layers:
-            assert {miss.reason for miss in graph.near_misses} <= NOT_OURS
+            assert all(miss.reason.startswith(NOT_OURS) for miss in graph.near_misses)
             continue
         assert not graph.near_misses
         assert counts["attention"] in (1, LAYERS)

@@ -106,7 +106,7 @@ NOT_LIFTED: dict[str, tuple[Callable, str]] = {
         lambda x, y: flat(x, y, weight=torch.ones(V, dtype=x.dtype)) + flat(x, y),
         "also used by cross_entropy",
     ),
-    "changed": (lambda x, y: flat(x.clone().mul_(2.0), y) + flat(x, y), "also used by mul_"),
+    "changed": (lambda x, y: flat(x.clone().exp_(), y) + flat(x, y), "also used by exp_"),
     "penalty": (lambda x, y: flat(x, y) + 1e-3 * x.logsumexp(-1).square().mean(), "also used by logsumexp"),
 }
 
