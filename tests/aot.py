@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 
 def through_aot(
-    gm: GraphModule, example_inputs: list[Any], version: str, partitioner: Callable | None = None
+    gm: GraphModule, example_inputs: list[Any], version: str, partitioner: Callable | None = None, **settings: Any
 ) -> Callable:
     """In place of fastft.compat.aot.compile_fx: the decompositions and the partitioner that Inductor would use."""
     partition = partial(partitioner or min_cut_rematerialization_partition, compiler="inductor")

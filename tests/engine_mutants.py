@@ -4,7 +4,7 @@ from mutants import Mutant
 
 CHECKS, MATCHER, ALGEBRA, RANGES = "checks", "matcher", "mask algebra", "mask ranges"
 READING, WRITING, MERGE, PLANNER, LOSSES = "mask reading", "mask writing", "merge and projections", "planner", "losses"
-ROWS, SHARDED, GRAPHS, EAGER = "live rows", "sharded", "CUDA graphs", "beside eager"
+ROWS, SHARDED, GRAPHS, EAGER, WRITES = "live rows", "sharded", "CUDA graphs", "beside eager", "writes and spans"
 
 
 def _of(kind: str, tests: str, *changes: tuple[str, str, str, str]) -> tuple[Mutant, ...]:
@@ -33,6 +33,33 @@ ENGINE = (
         ("an argument that is not known yet", "matching/checks.check_placement", "max(inputs) < placement(match)", "max(inputs) <= placement(match)"),
         ("put behind a use", "matching/checks.placement", "min([max(match.roots), *users])", "max(match.roots)"),
         ("the rule's own conditions left out", "matching/checks._by_value", "check_conditions(rule, values)", "None"),
+    ),
+    *_of(
+        WRITES, "capture/functional_writes",
+        ("a part as it was before a write", "capture/functional_writes._present", "if since == self.count:", "if since >= 0:"),
+        ("dtypes of what is written not kept", "capture/functional_writes._like", "if value_of(node).dtype != wanted.dtype:", "if node is None:"),
+        ("layouts not compared", "capture/functional_writes._like", " or not same_strides(value, wanted)", ""),
+        ("a hole at the end", "capture/functional_writes._cover", " and edges[-1] == size", ""),
+        ("the mode of a write overlooked", "capture/functional_writes.follow", "(switches and value_of(self.root).requires_grad)", "False"),
+    ),
+    *_of(
+        WRITES, "capture/early_writes",
+        ("a write before what reads", "capture/early_writes.move", "and read.isdisjoint(keys)", ""),
+        ("a write out of its mode", "capture/early_writes.move", " | switched(gm.graph)", ""),
+        ("a copy where the memory is shared", "capture/hoist_indexed.hoist", " or _is_shared(gm, node)", ""),
+        ("a part taken in another mode", "capture/hoist_indexed.hoist", "any(map(switches_mode, between(node, max(parts))))", "False"),
+    ),
+    *_of(
+        WRITES, "capture/broadcast_vmap",
+        ("types promoted as those of axes", "capture/broadcast_vmap._like", "value_of(made).dtype != value_of(node).dtype", "made is None"),
+        ("tensors read as a whole", "capture/broadcast_vmap._computed", " and value_of(argument).dim():", " and value_of(argument).dim() > 9:"),
+    ),
+    *_of(
+        WRITES, "attention/masks/runs",
+        ("runs of other flags", "attention/masks/runs.flags_of", "flags[0] is not inside or ", ""),
+        ("moved by any number of places", "attention/masks/runs._is_one_later", " and padded.args[1] == (1, 0)", ""),
+        ("rolled the other way", "attention/masks/runs._is_rolled", "shifts in (1, (1,), [1])", "True"),
+        ("a union without the query", "attention/masks/intervals._with_run", " or substitute(others, self._to_query()) is not True", ""),
     ),
     *_of(
         CHECKS, "fx/residual_gradients",

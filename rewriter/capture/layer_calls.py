@@ -79,6 +79,9 @@ def _flatten_body(body: GraphModule) -> None:
             item.replace_all_uses_with(placeholder)
             body.graph.erase_node(item)
     body.graph.erase_node(tensors)
+    for node in reversed(list(body.graph.nodes)):
+        if node.target is operator.getitem and not node.users:  # Dynamo too removes results that nobody reads
+            body.graph.erase_node(node)
     body.recompile()
 
 

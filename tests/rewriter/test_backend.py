@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,10 +177,10 @@ def test_a_failing_rewrite_falls_back_with_one_warning(
 def test_a_failing_lowering_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_fx = aot.compile_fx
 
-    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: object) -> Callable:
+    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: Any, **more: Any) -> Callable:
         if any("fastft" in str(node.target) for node in gm.graph.nodes):
             raise RuntimeError("this op cannot be lowered")
-        return compile_fx(gm, example_inputs, *settings)
+        return compile_fx(gm, example_inputs, *settings, **more)
 
     monkeypatch.setattr(aot, "compile_fx", failing)
     with pytest.warns(RuntimeWarning, match="because of RuntimeError: this op cannot be lowered"):
@@ -193,7 +194,7 @@ def test_strict_raises_instead(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_inductor_cannot_compile_runs_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: object) -> Callable:
+    def failing(gm: torch.fx.GraphModule, example_inputs: list[Tensor], *settings: object, **more: object) -> Callable:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(aot, "compile_fx", failing)

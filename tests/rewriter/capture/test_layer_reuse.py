@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import operator
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from aot import through_aot
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import fastft
 from fastft.compat import aot, layer_reuse
@@ -154,6 +156,31 @@ def test_a_graph_that_is_compiled_as_a_whole(why: str, called: list[str], monkey
     assert bool(fastft.compilations().graphs[-1].failure) == bool(ours)
     assert len(called) == LAYERS - 2
     assert graphs() == before + 1
+
+
+class Topped(Layer):
+    """A layer that reads one result of a call that has two."""
+
+    def forward(self, x: Tensor, *given: Any, **more: Any) -> Tensor:
+        return super().forward(x - x.max(dim=-1, keepdim=True)[0], *given, **more)
+
+
+def test_results_that_nobody_reads_are_none_of_a_body(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule would take them for another use of the call."""
+    bodies: list[GraphModule] = []
+    flatten = layer_calls._flatten_body
+
+    def noted(body: GraphModule) -> None:
+        flatten(body)
+        bodies.append(body)
+
+    monkeypatch.setattr(layer_calls, "_flatten_body", noted)
+    model = Stack(make=Topped)
+    check(model, compiled(model))
+    assert called
+    parts = [node for body in bodies for node in body.graph.nodes if node.target is operator.getitem]
+    assert parts
+    assert all(node.users for node in parts)
 
 
 class Twice(Stack):
