@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -135,9 +136,10 @@ def _run(each: Pass, gm: GraphModule, context: Context) -> None:
         each.run(gm, context)
         return
     done: set[int] = set()
+    under_transforms = functools.cache(transformed)  # a model may have hundreds of bodies
     while body := next((body for body in bodies(gm) if id(body) not in done), None):  # what is lifted has no body left
         done.add(id(body))
-        if not any(call in transformed(call.graph) for call in calls_of(gm, body)):
+        if not any(call in under_transforms(call.graph) for call in calls_of(gm, body)):
             with autocast.around(gm, body):
                 each.run(body, context)
 

@@ -20,7 +20,7 @@ from fastft.compat.fake_tensors import value_of
 from fastft.reasons import Declined
 from fastft.rewriter.fx.bodies import bodies
 from fastft.rewriter.fx.editing import annotate_like, infer_requires_grad
-from fastft.rewriter.fx.effects import closes_transform, maybe_mutated_args, opens_transform, transform_spans
+from fastft.rewriter.fx.effects import maybe_mutated_args, transform_spans
 from fastft.rewriter.fx.metadata import name_of, same_strides
 
 _POINTWISE = frozenset(
@@ -76,10 +76,9 @@ class _Span:
         """Return what stands for each result of the outermost vmap."""
         if len(set(self.levels)) != len(self.levels) or self.levels != sorted(self.levels):
             raise Declined("its levels are not nested one in another")
-        depth, results = 0, {}
+        results: dict[Node, Node] = {}
         for node in self.nodes:
             name = name_of(node.target)
-            depth += opens_transform(node.target) - closes_transform(node.target)
             if name == "_add_batch_dim":
                 self.values[node] = self._spread(node)
             elif name == "_remove_batch_dim":

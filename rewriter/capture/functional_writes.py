@@ -157,7 +157,7 @@ class _Storage:
     def _computed(self, write: Node, target: Node) -> Node:
         """Compute what arithmetic in place leaves in a tensor."""
         named = _OPERATORS.get(write.target) if callable(write.target) else None
-        function = _ARITHMETIC.get(named or name_of(write.target).rstrip("_").strip("_"))
+        function = _ARITHMETIC.get(named or name_of(write.target).strip("_"))
         if function is None or "out" in write.kwargs or (named is None and not name_of(write.target).endswith("_")):
             raise Declined("it is not known to write what a function returns")
         first, *rest = (self._argument(one) for one in write.args)
