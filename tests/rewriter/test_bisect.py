@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from small_stack import LAYERS, Stack, X
+from small_stack import LAYERS, Stack, X, stack
 from torch import Tensor, nn
 from training.setting import adapter, base, batch
 from wrong_rules import wrong
@@ -20,11 +20,6 @@ from fastft.rewriter.bisect import NOT_A_RULE, _first
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
-
-
-def stack() -> Stack:
-    torch.manual_seed(0)
-    return Stack()
 
 
 def tuned() -> nn.Module:

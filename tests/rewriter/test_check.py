@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from small_stack import LAYERS, Stack, X
+from small_stack import LAYERS, X, stack
 from torch import Tensor, nn
 from wrong_rules import wrong
 
@@ -18,11 +18,6 @@ from fastft.rewriter.trial import Trial, nudged
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
-
-
-def stack() -> Stack:
-    torch.manual_seed(0)
-    return Stack()
 
 
 def test_a_model_that_is_right() -> None:
