@@ -6,6 +6,7 @@
 
 Shapes of published models with random weights in bfloat16, LoRA r=16 on the projections of the decoder, AdamW on them,
 use_cache off.  Every step is forward, loss, backward and optimizer, and its loss is read; tokens/s are at the median.
+unsloth and unsloth-checkpoint come by Unsloth's loader, which reads the same weights from a folder.
 Each contender runs in a process of its own with empty compile caches; --turns lets several compile side by side and
 times one at a time, and first steps are then not to be compared.
 
@@ -24,10 +25,10 @@ from typing import Any
 
 import arguments
 import checkout
+import peers
 import torch
 import workers
 from contenders import CONTENDERS
-from peers import import_first
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,6 +38,7 @@ Row = dict[str, Any]
 PROJECTIONS = (
     r"(?!.*(vision|visual)).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|kv_a_proj_with_mqa|kv_b_proj)"
 )
+LOADED: dict[str, bool | str] = {"unsloth": False, "unsloth-checkpoint": "unsloth"}  # use_gradient_checkpointing
 IMAGE, VISION_START = 151655, 151652
 GEMMA = {
     "vocab_size": 262208,
@@ -161,9 +163,14 @@ def measure(asked: Row) -> Row:
 
     turns, device = Turns(asked["turns"]), device_of(asked["device"])
     turns.prepare()
-    import_first(asked["contender"])
+    peers.import_first(asked["contender"])
     clock = Clock(device)
-    model = CONTENDERS[asked["contender"]](lambda: build(asked, device), asked["lower"])
+    if asked["contender"] in LOADED:
+        nf4, lora = bool(SHAPES[asked["model"]].get("nf4")), lora_of(asked)
+        model = peers.unsloth_loaded(base_of(asked, device), lora, LOADED[asked["contender"]], asked["length"], nf4)
+        _fill_adapters(model)
+    else:
+        model = CONTENDERS[asked["contender"]](lambda: build(asked, device), asked["lower"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     row: Row = {"model_gib": clock.allocated_gib(), "trained_parameters": sum(p.numel() for p in trained)}
@@ -199,10 +206,34 @@ def measure(asked: Row) -> Row:
 
 def build(asked: Row, device: str) -> Any:
     """A model with random weights and adapters, in train mode."""
-    import transformers
     from peft import LoraConfig, get_peft_model
 
     import fastft
+
+    model = base_of(asked, device)
+    if SHAPES[asked["model"]].get("nf4"):
+        fastft.quantize_(model, compute_dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(**lora_of(asked))).train()
+    _fill_adapters(model)
+    return model
+
+
+def lora_of(asked: Row) -> Row:
+    """The arguments of LoraConfig."""
+    dora = bool(SHAPES[asked["model"]].get("dora"))
+    return {"r": 16, "lora_alpha": 32, "target_modules": PROJECTIONS, "init_lora_weights": False, "use_dora": dora}
+
+
+def _fill_adapters(model: Any) -> None:
+    """Give both factors values, so that all of them have gradients."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
+def base_of(asked: Row, device: str) -> Any:
+    """The model with random weights in bfloat16, nothing of it trained."""
+    import transformers
 
     torch.manual_seed(0)
     shape = SHAPES[asked["model"]]
@@ -223,17 +254,7 @@ def build(asked: Row, device: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
-    model.requires_grad_(False)
-    if shape.get("nf4"):
-        fastft.quantize_(model, compute_dtype=torch.bfloat16)
-    lora = LoraConfig(
-        r=16, lora_alpha=32, target_modules=PROJECTIONS, init_lora_weights=False, use_dora=bool(shape.get("dora"))
-    )
-    model = get_peft_model(model, lora).train()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+    return model.requires_grad_(False)
 
 
 def _tiny(shape: Row, text: Row) -> Row:

@@ -83,6 +83,38 @@ def unsloth(build: Build, lower: str, checkpointing: bool | str) -> Model:
     return model
 
 
+def unsloth_loaded(base: Model, lora: dict[str, Any], checkpointing: bool | str, length: int, nf4: bool) -> Model:
+    """Any model by Unsloth's own loader, which reads base from a folder that is then deleted.
+
+    lora: the arguments of LoraConfig.  length: of the longest batch.  nf4: whether it loads base in 4 bits.
+    The folder has a tokenizer of three words and no image processor: batches come as tensors.
+    """
+    import gc
+
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from unsloth import FastLanguageModel, FastModel
+
+    loader = FastModel if hasattr(base.config, "vision_config") else FastLanguageModel
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-") as folder:
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del base
+        gc.collect()
+        torch.cuda.empty_cache()
+        model, _ = loader.from_pretrained(
+            folder, max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=nf4, load_in_16bit=not nf4,
+            use_gradient_checkpointing=checkpointing, use_exact_model_name=True,
+        )  # fmt: skip
+        model = loader.get_peft_model(model, **lora, use_gradient_checkpointing=checkpointing)
+    return loader.for_training(model, use_gradient_checkpointing=checkpointing)
+
+
 def _loader_of(base: Model) -> Any:
     """The class that Unsloth's loader leaves a model of this type to."""
     from unsloth.models import FastLanguageModel, FastQwen3Model
