@@ -52,7 +52,6 @@ ENGINE = (
     *_of(
         WRITES, "capture/broadcast_vmap",
         ("types promoted as those of axes", "capture/broadcast_vmap._like", "value_of(made).dtype != value_of(node).dtype", "made is None"),
-        ("tensors read as a whole", "capture/broadcast_vmap._computed", " and value_of(argument).dim():", " and value_of(argument).dim() > 9:"),
     ),
     *_of(
         WRITES, "attention/masks/runs",

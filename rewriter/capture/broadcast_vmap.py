@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -119,11 +118,10 @@ class _Span:
         """Compute what a call does for one element for all of them.  Raises Declined for one that is not known."""
         if name == "aten.index":
             return self._indexed(node)
-        if name.strip("_") not in _POINTWISE or value_of(node).dim() != 0 or maybe_mutated_args(node):
+        if name.strip("_") not in _POINTWISE or maybe_mutated_args(node):
             raise Declined(f"{name} is not pointwise, or writes in place")
-        for argument in node.all_input_nodes:
-            if argument not in self.values and isinstance(value_of(argument), Tensor) and value_of(argument).dim():
-                raise Declined("it reads a tensor as a whole")
+        if value_of(node).dim() != 0:
+            raise Declined("it is more than one number, and so reads a tensor as a whole")
         args, kwargs = map_arg((node.args, node.kwargs), lambda argument: self.values.get(argument, argument))
         if self.values.keys().isdisjoint(node.all_input_nodes):  # it is the same outside
             return self._add(node.op, node.target, args, kwargs, node, known=True)

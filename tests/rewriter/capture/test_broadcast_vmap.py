@@ -82,8 +82,6 @@ OTHERS: dict[str, Callable] = {
     "results along the second axis": lambda x, ids: torch.vmap(
         lambda a: torch.vmap(lambda b: a * b, out_dims=0)(ids[0]), out_dims=1
     )(ids[0]),
-    "types promoted otherwise": lambda x, ids: torch.vmap(lambda one: one * NUMBERS.double()[0])(x[0]),
-    "a tensor as a whole": lambda x, ids: torch.vmap(lambda one: one * ids[0])(ids[1]),
     "random numbers": lambda x, ids: torch.vmap(lambda one: F.dropout(one), randomness="different")(x[0] * 0),
 }
 
@@ -100,6 +98,18 @@ def of_a_number(x: Tensor, ids: Tensor) -> Tensor:
     return torch.vmap(lambda _: number)(ids[0])
 
 
+def of_a_wider_number(x: Tensor, ids: Tensor) -> Tensor:
+    number = x.double()[0, 1]
+    return torch.vmap(lambda one: one * number)(x[0])
+
+
+def of_a_row(x: Tensor, ids: Tensor) -> Tensor:
+    row = ids[0]
+    return torch.vmap(lambda one: one * row)(ids[1])
+
+
+OTHERS["types promoted otherwise"] = of_a_wider_number
+OTHERS["a tensor as a whole"] = of_a_row
 OTHERS["in place"] = lambda x, ids: torch.vmap(accumulated)(ids[0])
 OTHERS["a number from outside"] = of_a_number
 OTHERS["a tensor from outside"] = lambda x, ids: torch.vmap(lambda _: x)(ids[0])

@@ -68,6 +68,12 @@ def shifted_wrongly(kinds: Tensor) -> Tensor:
     return torch.where(inside, torch.cumsum(begins.int(), 1) - 1, -1)
 
 
+def not_shifted(kinds: Tensor) -> Tensor:
+    inside = kinds == 1
+    begins = inside & ~torch.nn.functional.pad(inside, (0, 1))[:, :-1]
+    return torch.where(inside, torch.cumsum(begins.int(), 1) - 1, -1)
+
+
 def counted_from_one(kinds: Tensor) -> Tensor:
     inside = kinds == 1
     begins = inside & ~torch.nn.functional.pad(inside, (1, 0), value=True)[:, :-1]
@@ -77,6 +83,12 @@ def counted_from_one(kinds: Tensor) -> Tensor:
 def of_others(kinds: Tensor) -> Tensor:
     inside, other = kinds == 1, kinds == 0
     begins = inside & ~torch.nn.functional.pad(other, (1, 0))[:, :-1]
+    return torch.where(inside, torch.cumsum(begins.int(), 1) - 1, -1)
+
+
+def begun_by_others(kinds: Tensor) -> Tensor:
+    inside, other = kinds == 1, kinds == 0
+    begins = other & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
     return torch.where(inside, torch.cumsum(begins.int(), 1) - 1, -1)
 
 
@@ -90,9 +102,12 @@ def all_of_a_kind(kinds: Tensor) -> Tensor:
     return torch.where(kinds == 1, 0, -1)
 
 
-@pytest.mark.parametrize(
-    "ids", [shifted_wrongly, counted_from_one, of_others, numbered_otherwise, all_of_a_kind], ids=lambda f: f.__name__
-)
+NO_RUNS = (
+    shifted_wrongly, not_shifted, counted_from_one, of_others, begun_by_others, numbered_otherwise, all_of_a_kind,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("ids", NO_RUNS, ids=lambda function: function.__name__)
 def test_what_is_no_run_stays_dense(ids: Callable) -> None:
     """Two images of one number, or one of two numbers, are no range."""
     kinds = torch.tensor([[0, 1, 1, 0, 1, 0, 1, 1], [1, 1, 1, 0, 0, 0, 0, 1]])
