@@ -13,7 +13,7 @@ times one at a time, and first steps are then not to be compared.
 gemma3-4b: with an image tower, given text alone and token_type_ids, as its processor gives them.
 gemma4-e4b: its text model, with inputs for each layer.
 qwen2.5-vl-3b: an image of 1,024 tokens in each row, 64 x 64 patches.
-deepseek-v2-lite: its attention, with the dense MLP of its first layer in all 27.
+deepseek-v2-lite: its attention, with the dense MLP of its first layer in all 27; adapters on the attention alone.
 dora-8b: Llama-3.1-8B in 4 bits with DoRA.
 """
 
@@ -35,9 +35,7 @@ from torch import Tensor
 from turns import Turns
 
 Row = dict[str, Any]
-PROJECTIONS = (
-    r"(?!.*(vision|visual)).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|kv_a_proj_with_mqa|kv_b_proj)"
-)
+ATTENTION, MLP = "q_proj|k_proj|v_proj|o_proj|kv_a_proj_with_mqa|kv_b_proj", "gate_proj|up_proj|down_proj"
 LOADED: dict[str, bool | str] = {"unsloth": False, "unsloth-checkpoint": "unsloth"}  # use_gradient_checkpointing
 IMAGE, VISION_START = 151655, 151652
 GEMMA = {
@@ -79,6 +77,7 @@ SHAPES: dict[str, Row] = {
     },
     "deepseek-v2-lite": {
         "config": "DeepseekV2Config", "model": "DeepseekV2ForCausalLM",
+        "attention_only": True,  # PEFT takes the MLP's names for those of experts, which none of these layers has
         "text_config": {
             "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944, "num_hidden_layers": 27,
             "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
@@ -220,8 +219,12 @@ def build(asked: Row, device: str) -> Any:
 
 def lora_of(asked: Row) -> Row:
     """The arguments of LoraConfig."""
-    dora = bool(SHAPES[asked["model"]].get("dora"))
-    return {"r": 16, "lora_alpha": 32, "target_modules": PROJECTIONS, "init_lora_weights": False, "use_dora": dora}
+    shape = SHAPES[asked["model"]]
+    names = ATTENTION if shape.get("attention_only") else f"{ATTENTION}|{MLP}"
+    return {
+        "r": 16, "lora_alpha": 32, "target_modules": rf"(?!.*(vision|visual)).*\.({names})", "init_lora_weights": False,
+        "use_dora": bool(shape.get("dora")),
+    }  # fmt: skip
 
 
 def _fill_adapters(model: Any) -> None:

@@ -7,6 +7,7 @@ another, and what it saw is written into FOLDER.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import itertools
 import json
 import os
@@ -384,6 +385,7 @@ PARTS: dict[str, Sequence[Callable[[Path], Any]]] = {
 
 def main(name: str, rank: int, world: int, file: str, folder: Path) -> None:
     """Do all parts of that name, and write what was seen."""
+    faulthandler.register(signal.SIGUSR1)  # where it is, to who waits for too long
     torch.set_num_threads(1)
     patience = timedelta(seconds=PATIENCE if name.startswith("dying") else 10 * PATIENCE)
     if DEVICE == "cuda":
