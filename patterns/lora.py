@@ -24,6 +24,11 @@ def scaled_and_cast(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: floa
     return result + (F.linear(F.linear(x, a), b) * scale).to(result.dtype)
 
 
+def cast_and_scaled(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """PEFT on layers of AWQ: cast before it is scaled."""
+    return result + F.linear(F.linear(x, a), b).to(result.dtype) * scale
+
+
 def scaled_between(result: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Written by hand: scaled between the two."""
     return result + F.linear(F.linear(x, a) * scale, b)
@@ -116,6 +121,7 @@ transposed = partial(rule, anchor=torch.matmul, shapes=_TRANSPOSED, decline_if=d
 RULES = (
     rule(scaled, lora_add),
     rule(scaled_and_cast, lora_add_cast, dtype_from=("result", "a"), same_dtype_as={"x": "a", "b": "a"}),
+    rule(cast_and_scaled, lora_add_cast, dtype_from=("result", "a"), same_dtype_as={"x": "a", "b": "a"}),
     rule(scaled_between, lora_add),
     rule(unscaled, lora_add_unscaled),
     transposed(multiplied, lora_add_transposed),

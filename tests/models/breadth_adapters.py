@@ -76,8 +76,33 @@ def hqq(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), name, new)
 
 
+def gptqmodel(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Callable[[nn.Module], None]:
+    """Layers in the format of GPTQ or AWQ, with random codes.  dtype: of the model."""
+
+    def quantize(model: nn.Module) -> None:
+        from gptqmodel.nn_modules.qlinear import torch as gptq
+        from gptqmodel.nn_modules.qlinear import torch_awq as awq
+
+        kind, random = getattr(gptq, name, None) or getattr(awq, name), torch.Generator().manual_seed(3)
+        for path, layer in list(model.to(dtype).named_modules()):
+            if isinstance(layer, nn.Linear) and path != "lm_head":
+                new = kind(
+                    bits=4, group_size=32, desc_act=False, in_features=layer.in_features,
+                    out_features=layer.out_features, bias=False, register_buffers=True, **settings,
+                )  # fmt: skip
+                for codes in (new.qweight, new.qzeros):
+                    codes.copy_(torch.randint(-(2**31), 2**31, codes.shape, generator=random))
+                new.scales = (torch.rand(new.scales.shape, generator=random) * 0.01).to(dtype)
+                new.post_init()
+                parent, _, child = path.rpartition(".")
+                setattr(model.get_submodule(parent), child, new)
+
+    return quantize
+
+
 # Where layers are not traced once, the first is a kind of its own: its input needs no gradient.
 APART = LAYERS - 1
+GPTQMODEL = ("gptqmodel", "optimum", "torchvision")  # the last of which it imports and does not require
 
 
 def adapter_case(adapter: str, **told: Any) -> Case:
@@ -123,4 +148,12 @@ BASES = (
     ),
     base_case("fp8 (torchao)", of_another_library(torchao("Float8WeightOnlyConfig")), "torchao", slow=True),
     base_case("4 bits (HQQ)", of_another_library(hqq), "hqq", slow=True),
+    base_case(
+        "4 bits (GPTQ)", of_another_library(gptqmodel("TorchLinear", sym=True)), *GPTQMODEL, shared=LAYERS,
+        slow=True,
+    ),
+    base_case(  # whose layers compute in 16 bits in any case
+        "4 bits (AWQ), in float16", of_another_library(gptqmodel("AwqTorchLinear", torch.float16, sym=False)),
+        *GPTQMODEL, shared=LAYERS, slow=True,
+    ),
 )  # fmt: skip

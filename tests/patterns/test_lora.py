@@ -48,7 +48,7 @@ def test_every_reference_becomes_one_op_with_its_layer(name: str, dtype: torch.d
     if "biased" in name:
         values.append(normal(OUT, dtype=dtype, seed=4))
     gm, report = lifted(biased if "biased" in name else plain, *values)
-    first = name.removesuffix("_and_cast")  # a cast that changes nothing is none
+    first = name.removesuffix("_and_cast").removeprefix("cast_and_")  # a cast that changes nothing is none
     assert rules(report) == ([f"lora.{first}"], [GROUP])
     assert (ops(gm), reasons(report)) == (["lora_linear"], [])
     assert_right(gm, function, values)
@@ -71,19 +71,22 @@ def test_spellings(name: str) -> None:
     assert_right(gm, SPELLINGS[name], values)
 
 
-@pytest.mark.parametrize("cast_before", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("cast", "biased"),
+    [("sum", False), ("sum", True), ("what is added", False), ("what is added", True), ("product", False)],
+)
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)
 @pytest.mark.parametrize("base", DTYPES, ids=str)
-def test_factors_in_another_dtype(
-    base: torch.dtype, adapter: torch.dtype, biased: bool, cast_before: bool
-) -> None:  # fmt: skip
+def test_factors_in_another_dtype(base: torch.dtype, adapter: torch.dtype, cast: str, biased: bool) -> None:
     """As PEFT's layers cast: the input to the factors' dtype, the sum, or what is added, to the layer's."""
 
     def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
         result = F.linear(x, weight)
-        added = F.linear(F.linear(x.to(a.dtype), a), b, *((bias,) if biased else ())) * 0.5
-        return result + added.to(result.dtype) if cast_before else (result + added).to(result.dtype)
+        product = F.linear(F.linear(x.to(a.dtype), a), b, *((bias,) if biased else ()))
+        if cast == "product":
+            return result + product.to(result.dtype) * 0.5
+        added = product * 0.5
+        return (result + added).to(result.dtype) if cast == "sum" else result + added.to(result.dtype)
 
     values = [normal(B, S, IN, dtype=base), frozen(OUT, IN, dtype=base, seed=3), *factors(dtype=adapter)]
     values.append(normal(OUT, dtype=adapter, seed=4))
