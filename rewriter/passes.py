@@ -30,7 +30,7 @@ from fastft.rewriter.context import Context
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.bodies import bodies, body_of, calls_of
 from fastft.rewriter.fx.effects import transformed
-from fastft.rewriter.fx.metadata import module_path, name_of
+from fastft.rewriter.fx.metadata import module_path, name_of, traced_in
 from fastft.rewriter.loss import losses
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.matching import apply
@@ -114,8 +114,8 @@ def _count_calls(gm: GraphModule, report: GraphReport) -> None:
         if (body := body_of(gm, node)) is not None:
             layers.setdefault(body, []).append(module_path(node))
     for body, modules in layers.items():
-        traced = next(filter(None, map(module_path, body.graph.nodes)), "")
-        home = next((module for module in modules if f"{traced}.".startswith(f"{module}.")), modules[0])
+        found_in = traced_in(body.graph.nodes, modules)
+        home = modules[0] if found_in is None else found_in
         inside = re.compile(rf"{re.escape(home)}(?=\.|$)")
         for _ in modules[1:]:
             report.left.update(_computed(body))

@@ -45,8 +45,8 @@ ENGINE = (
     *_of(
         WRITES, "capture/early_writes",
         ("a write before what reads", "capture/early_writes.move", "and read.isdisjoint(keys)", ""),
-        ("a write out of its mode", "capture/early_writes.move", " | switched(gm.graph)", ""),
-        ("a copy where the memory is shared", "capture/hoist_indexed.hoist", " or _is_shared(gm, node)", ""),
+        ("a write out of its mode", "capture/early_writes.move", " | switched(gm.graph.nodes)", ""),
+        ("a copy where the memory is shared", "capture/hoist_indexed.hoist", " or _is_shared(gm, node, mutated(gm))", ""),
         ("a part taken in another mode", "capture/hoist_indexed.hoist", "any(map(switches_mode, between(node, max(parts))))", "False"),
     ),
     *_of(

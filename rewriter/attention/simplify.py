@@ -25,8 +25,8 @@ from fastft.rewriter.attention.masks.recognize import recognize
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.bodies import bodies
 from fastft.rewriter.fx.editing import annotate_like
-from fastft.rewriter.fx.effects import is_pure, may_alias, mutated_args
-from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line
+from fastft.rewriter.fx.effects import all_mutated, is_pure, may_alias
+from fastft.rewriter.fx.metadata import module_path, name_of, same_sizes, source_line, traced_in
 from fastft.rewriter.fx.operands import Calls, pass_in, take_out
 from fastft.rewriter.report.data import GraphReport, Lifted
 
@@ -41,7 +41,7 @@ def simplify(gm: GraphModule, context: Context) -> None:
     _divide_layers(gm, context.report)
     masks = _Masks(gm)
     for body in bodies(gm):
-        targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
+        targets = all_mutated(body)
         for node in body.graph.find_nodes(op="call_function", target=torch.ops.fastft.attention):
             call = dict(zip(PARAMETERS, node.args, strict=True))
             mask = call["mask"]
@@ -81,13 +81,12 @@ def _divide_layers(gm: GraphModule, report: GraphReport) -> None:
 
 def _move(body: GraphModule, alike: Sequence[Node], call: Node, report: GraphReport) -> None:
     """Tell of a copied body that its nodes are in a call's layer, and not in the one that was traced."""
-    traced = next(filter(None, map(module_path, body.graph.nodes)), "")
-    home = next((one for one in alike if f"{traced}.".startswith(f"{module_path(one)}.")), None)
-    if home is None:
+    calls = {module_path(one): one for one in reversed(alike)}
+    before, now = traced_in(body.graph.nodes, map(module_path, alike)), module_path(call)
+    if before is None:
         return
-    before, now = module_path(home), module_path(call)
     inside = re.compile(rf"{re.escape(before)}(?=\.|$)")
-    raw_before, raw_now = (list(one.meta["nn_module_stack"].values())[-1][0] for one in (home, call))
+    raw_before, raw_now = (list(one.meta["nn_module_stack"].values())[-1][0] for one in (calls[before], call))
     for node in body.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {

@@ -19,7 +19,7 @@ def move(gm: GraphModule) -> None:
     """
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     given = {storage_key(tensor) for node in inputs for tensor in tensors_in(value_of(node))}
-    elsewhere = transformed(gm.graph) | switched(gm.graph)
+    elsewhere = transformed(gm.graph) | switched(gm.graph.nodes)
     ahead = next((node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr")), None)
     read: set[int] = set()  # the storages that calls have read or written so far
     waiting: dict[Node, list[Node]] = {}  # views of inputs, and what they are made by

@@ -7,7 +7,9 @@ before the layers; all of them together take as much memory as the one that they
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,18 +17,18 @@ from torch.fx import GraphModule, Node
 
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.fx.editing import annotate_like, between, infer_requires_grad
-from fastft.rewriter.fx.effects import check_mutation, may_alias, mutated_args, switches_mode, transformed
+from fastft.rewriter.fx.effects import all_mutated, check_mutation, may_alias, switches_mode, transformed
 from fastft.rewriter.fx.metadata import layer_of, module_path
 
 
 def hoist(gm: GraphModule) -> None:
     """Move parts of a tensor that different layers take by different numbers to where the tensor was made."""
-    under_transforms = transformed(gm.graph)
+    under_transforms, mutated = transformed(gm.graph), functools.cache(all_mutated)
     for node in list(gm.graph.nodes):
         parts = {user: number for user in node.users if (number := _place(user, node)) is not None}
         layers = {layer_of(module_path(user)) for part in parts for user in part.users}.difference([""])
         apart = len(set(parts.values())) > 1 and len(layers) > 1 and not layer_of(module_path(node))
-        if not apart or not under_transforms.isdisjoint((node, *parts)) or _is_shared(gm, node):
+        if not apart or not under_transforms.isdisjoint((node, *parts)) or _is_shared(gm, node, mutated(gm)):
             continue
         if any(map(switches_mode, between(node, max(parts)))):
             continue
@@ -50,8 +52,10 @@ def _place(part: Node, of: Node) -> int | None:
     return numbers[0] if plain and len(numbers) == 1 else None
 
 
-def _is_shared(gm: GraphModule, node: Node) -> bool:
-    """Tell whether a tensor's memory is written to, or a part of it is returned: a copy would be seen to be one."""
+def _is_shared(gm: GraphModule, node: Node, targets: Sequence[Any]) -> bool:
+    """Tell whether a tensor's memory is written to, or a part of it is returned: a copy would be seen to be one.
+
+    targets: what the graph may write to.
+    """
     returned = [output for output in gm.graph.output_node().all_input_nodes if output is not node]
-    targets = [target for other in gm.graph.nodes for target in mutated_args(gm, other)]
     return check_mutation([node]) is not None or any(may_alias(node, other) for other in (*returned, *targets))

@@ -121,10 +121,14 @@ def mutated_args(gm: GraphModule, node: Node) -> list[Any]:
     return [] if only_reads(gm, node) else maybe_mutated_args(node)
 
 
+def all_mutated(gm: GraphModule) -> list[Any]:
+    """List what any node of a graph may write to."""
+    return [target for node in gm.graph.nodes for target in mutated_args(gm, node)]
+
+
 def _writes_to_inputs(body: GraphModule) -> bool:
     inputs = [node for node in body.graph.find_nodes(op="placeholder") if node.users]  # Dynamo fills in unused ones
-    targets = [target for node in body.graph.nodes for target in mutated_args(body, node)]
-    return any(may_alias(target, placeholder) for target in targets for placeholder in inputs)
+    return any(may_alias(target, placeholder) for target in all_mutated(body) for placeholder in inputs)
 
 
 def may_use_rng(node: Node) -> bool:
@@ -137,19 +141,19 @@ def switches_mode(node: Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODE_SWITCHES
 
 
-def switched(graph: Graph) -> frozenset[Node]:
-    """Return the nodes that run under another grad, inference or autocast mode than the graph begins in."""
-    nodes: list[Node] = []
+def switched(nodes: Iterable[Node]) -> frozenset[Node]:
+    """Return those of consecutive nodes after which another grad, inference or autocast mode is on than at first."""
+    found: list[Node] = []
     depth, grad = 0, torch.is_grad_enabled()
-    for node in graph.nodes:
+    for node in nodes:
         name = name_of(node.target)
         if name == "_set_grad_enabled":
             grad = bool(node.args[0])
         elif switches_mode(node):
             depth += 1 if "enter" in name else -1
         if depth or grad != torch.is_grad_enabled():
-            nodes.append(node)
-    return frozenset(nodes)
+            found.append(node)
+    return frozenset(found)
 
 
 def is_pure(node: Node) -> bool:

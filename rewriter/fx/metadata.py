@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ def module_path(node: Node) -> str:
     path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", re.sub(root, "", raw))
     path = re.sub(r"\['?([^\]']+)'?\]", r".\1", path)
     return re.sub(r"^\.?(_orig_mod\b\.?)?", "", path)
+
+
+def traced_in(nodes: Iterable[Node], modules: Iterable[str]) -> str | None:
+    """Return which of several modules the nodes of the body that serves all of them were traced in, or None."""
+    traced = next(filter(None, map(module_path, nodes)), "")
+    return next((module for module in modules if f"{traced}.".startswith(f"{module}.")), None)
 
 
 def source_line(node: Node) -> str:

@@ -22,8 +22,8 @@ from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.reasons import Declined
 from fastft.rewriter.fx.bodies import size
-from fastft.rewriter.fx.effects import closes_transform, mutated_args, opens_transform, switches_mode
-from fastft.rewriter.fx.metadata import layer_of, module_path, name_of
+from fastft.rewriter.fx.effects import closes_transform, mutated_args, opens_transform, switched
+from fastft.rewriter.fx.metadata import layer_of, module_path
 from fastft.rewriter.outline import layer_detection
 from fastft.rewriter.report.data import GraphReport, Region
 
@@ -154,16 +154,9 @@ def _connect(gm: GraphModule, pieces: Sequence[Piece]) -> None:
 
 def _check_modes(piece: Piece) -> None:
     """Check that a piece leaves transforms, grad and autocast mode as it found them.  Raises Declined."""
-    depth, transforms, grad = 0, 0, torch.is_grad_enabled()
-    for node in piece.nodes:
-        transforms += opens_transform(node.target) - closes_transform(node.target)
-        if switches_mode(node):
-            name = name_of(node.target)
-            depth += 1 if "enter" in name else -1 if "exit" in name else 0
-            grad = bool(node.args[0]) if name == "_set_grad_enabled" else grad
-    if transforms:
+    if sum(opens_transform(node.target) - closes_transform(node.target) for node in piece.nodes):
         raise Declined("a torch.func transform begins in one layer and ends in another")
-    if depth or grad != torch.is_grad_enabled():
+    if not switched(piece.nodes).isdisjoint(piece.nodes[-1:]):
         raise Declined("autocast or gradients are switched on in one layer and off in another", "mode.switched")
 
 

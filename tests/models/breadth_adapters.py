@@ -65,15 +65,17 @@ def torchao(name: str, **settings: Any) -> Callable[[nn.Module], None]:
     return quantize
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """What is quantised: all but the head."""
+    return {path: one for path, one in model.named_modules() if isinstance(one, nn.Linear) and path != "lm_head"}
+
+
 def hqq(model: nn.Module) -> None:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and path != "lm_head":
-            parent, _, name = path.rpartition(".")
-            settings = BaseQuantizeConfig(nbits=4, group_size=64)
-            new = HQQLinear(layer, settings, compute_dtype=torch.float32, device="cpu")
-            setattr(model.get_submodule(parent), name, new)
+    for path, layer in linear_layers(model).items():
+        settings = BaseQuantizeConfig(nbits=4, group_size=64)
+        model.set_submodule(path, HQQLinear(layer, settings, compute_dtype=torch.float32, device="cpu"))
 
 
 def gptqmodel(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Callable[[nn.Module], None]:
@@ -84,18 +86,16 @@ def gptqmodel(name: str, dtype: torch.dtype = torch.float32, **settings: Any) ->
         from gptqmodel.nn_modules.qlinear import torch_awq as awq
 
         kind, random = getattr(gptq, name, None) or getattr(awq, name), torch.Generator().manual_seed(3)
-        for path, layer in list(model.to(dtype).named_modules()):
-            if isinstance(layer, nn.Linear) and path != "lm_head":
-                new = kind(
-                    bits=4, group_size=32, desc_act=False, in_features=layer.in_features,
-                    out_features=layer.out_features, bias=False, register_buffers=True, **settings,
-                )  # fmt: skip
-                for codes in (new.qweight, new.qzeros):
-                    codes.copy_(torch.randint(-(2**31), 2**31, codes.shape, generator=random))
-                new.scales = (torch.rand(new.scales.shape, generator=random) * 0.01).to(dtype)
-                new.post_init()
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, new)
+        for path, layer in linear_layers(model.to(dtype)).items():
+            new = kind(
+                bits=4, group_size=32, desc_act=False, in_features=layer.in_features, out_features=layer.out_features,
+                bias=False, register_buffers=True, **settings,
+            )  # fmt: skip
+            for codes in (new.qweight, new.qzeros):
+                codes.copy_(torch.randint(-(2**31), 2**31, codes.shape, generator=random))
+            new.scales = (torch.rand(new.scales.shape, generator=random) * 0.01).to(dtype)
+            new.post_init()
+            model.set_submodule(path, new)
 
     return quantize
 
