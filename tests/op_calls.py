@@ -21,6 +21,7 @@ from fastft.kernels.core.registry import Entry, Shapes, parameter_of
 LARGEST = 4 if INTERPRETING else 6  # of batches, heads, positions: of the interpreter's programs one follows another
 # Sizes that rows are made of, and the longest drawn.
 ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40, "K": 300, "N": 40}
+ROUTING = ("order", "place", "ends")  # rows sorted by expert: "order S E" of S slots and E experts
 Sizes = dict[str, Any]  # by name; "..." has a tuple
 
 
@@ -61,6 +62,8 @@ def is_named(value: Any) -> bool:
 
 def fixed_dtype(entry: Entry, name: str, spec: str) -> torch.dtype | None:
     """The dtype of this tensor, where it is not that of the others."""
+    if spec.startswith(ROUTING):
+        return torch.int32
     if spec.startswith(("bytes", "index")):
         return torch.uint8 if spec.startswith("bytes") else torch.int64
     return torch.float32 if parameter_of(name) in entry.statistics else None
@@ -69,15 +72,20 @@ def fixed_dtype(entry: Entry, name: str, spec: str) -> torch.dtype | None:
 def shape_of(spec: str, sizes: Sizes) -> tuple[int, ...]:
     """The shape that "B S 2*R+P" or "... D" stands for; "index ... N" has that of "..."."""
     tokens = spec.removeprefix("bytes").split()
-    if spec.startswith("index"):
+    if spec.startswith(("index", *ROUTING)):
         tokens = tokens[1:-1]
     axes = [sizes["..."] if token == "..." else (eval(token, {}, sizes),) for token in tokens]
     return tuple(itertools.chain.from_iterable(axes))
 
 
 def below(spec: str, sizes: Sizes) -> int:
-    """What the numbers of "index ... N" are less than, a name or a number."""
-    return eval(spec.split()[-1], {}, sizes) if spec.startswith("index") else 0
+    """What the numbers of "index ... N" are less than, a name or a number; of "order S E" the number of experts."""
+    return eval(spec.split()[-1], {}, sizes) if spec.startswith(("index", *ROUTING)) else 0
+
+
+def routing_of(spec: str) -> str:
+    """Which result of expert_order "order S E" stands for, if any."""
+    return spec.split()[0] if spec.startswith(ROUTING) else ""
 
 
 def trainable(entry: Entry, shapes: Shapes) -> list[str]:
@@ -86,7 +94,9 @@ def trainable(entry: Entry, shapes: Shapes) -> list[str]:
 
 
 def names_in(shapes: Shapes) -> list[str]:
-    return sorted({name for spec in shapes.values() for name in re.findall(r"[A-Za-z]\w*", spec)} - {"bytes", "index"})
+    return sorted(
+        {name for spec in shapes.values() for name in re.findall(r"[A-Za-z]\w*", spec)} - {"bytes", "index", *ROUTING}
+    )
 
 
 @st.composite
@@ -107,14 +117,17 @@ def calls(draw: st.DrawFn, op: str) -> Call:
     drawn = draw(sizes(shapes))
     common = draw(dtypes)
     mixed, scale = draw(st.booleans()), draw(st.sampled_from((1.0, 0.03, 20.0)))
-    specs = []
+    specs, routing = [], draw(seeds)
     for at, (name, spec) in enumerate(shapes.items()):
         dtype = fixed_dtype(entry, name, spec) or (
             draw(dtypes) if mixed and parameter_of(name) not in entry.alike else common
         )
         alone = scale if at == 0 and entry.gradients else 1.0  # products of several large factors overflow float16
         layout, seed = draw(st.sampled_from(LAYOUTS)), draw(seeds)
-        specs.append((name, Spec(shape_of(spec, drawn), dtype, layout, seed, alone, below(spec, drawn))))
+        if routing_of(spec):  # of one routing
+            layout, seed = "contiguous", routing
+        shape = shape_of(spec, drawn)
+        specs.append((name, Spec(shape, dtype, layout, seed, alone, below(spec, drawn), routing_of(spec))))
     given = trainable(entry, shapes)
     needs = tuple(name for name in given if draw(st.booleans())) or tuple(given)
     return Call(op, case, tuple(specs), draw(st.sampled_from(UPSTREAM)), needs, tuple(drawn.items()))
@@ -147,8 +160,9 @@ def examples(
                     shape_of(spec, drawn),
                     fixed_dtype(entry, name, spec) or dtype,
                     chosen.choice(("contiguous", "transposed", "sliced")),
-                    seed=number + at,
+                    seed=number if routing_of(spec) else number + at,
                     below=below(spec, drawn),
+                    routing=routing_of(spec),
                 ),
             )
             for at, (name, spec) in enumerate(shapes.items())

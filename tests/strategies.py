@@ -61,9 +61,12 @@ class Spec:
     seed: int = 0
     scale: float = 1.0
     below: int = 0
+    routing: str = ""
 
     def build(self, device: str | torch.device = "cpu") -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
+        if self.routing:
+            return self._routed(generator)[self.routing].to(device)
 
         def normal(*shape: int) -> Tensor:
             if self.dtype == torch.int64:
@@ -89,6 +92,18 @@ class Spec:
         if self.layout == "columns" and axes > 1:  # the rows are not side by side
             return normal(*self.shape[:-2], self.shape[-1], self.shape[-2]).transpose(-1, -2)
         return normal(*self.shape)
+
+    def _routed(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """What expert_order makes of some routing."""
+        slots, experts = self.shape[0], self.below
+        kind = self.seed % 4
+        ids = torch.randint(-1 if kind == 3 else 0, experts, (slots,), generator=generator)
+        if kind == 1:  # skewed: most experts get little or nothing
+            ids = (torch.rand(slots, generator=generator) ** 6 * experts).long()
+        elif kind == 2:
+            ids.fill_(experts - 1)
+        order, place, ends = torch.ops.fastft.expert_order(ids, experts)
+        return {"order": order, "place": place, "ends": ends}
 
 
 def layouts() -> st.SearchStrategy[str]:

@@ -298,8 +298,10 @@ def test_no_rows(name: str, device: str) -> None:
     for call in examples(name, torch.float32, 1):
         shapes = call.entry.cases[call.case][0]
         tensors = call.tensors(device)
-        leading = {key: value for key, value in tensors.items() if re.match(r"(index )?(\.\.\.|B)", shapes[key])}
+        pattern = r"(index )?(\.\.\.|B)|T[* ]|order |place "
+        leading = {key: value for key, value in tensors.items() if re.match(pattern, shapes[key])}
         empty = {key: value[:0] if key in leading else value for key, value in tensors.items()}
+        empty |= {key: torch.zeros_like(value) for key, value in tensors.items() if shapes[key].startswith("ends ")}
         results, gradients = evaluate(
             call.entry.op, call, leaves(call, empty), [None] * len(outputs_of(call.entry.op, call, empty))
         )

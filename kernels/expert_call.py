@@ -1,0 +1,73 @@
+"""The arguments of expert_linear, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft.kernels.dequantize_4bit import dequantize_into
+
+
+class ExpertCall(NamedTuple):
+    """The arguments of a call, as expert_linear.py describes them."""
+
+    x: Tensor
+    weight: Tensor
+    absmax: Sequence[Tensor]
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    top_k_weights: Tensor | None
+    order: Tensor
+    place: Tensor
+    ends: Tensor
+    features: int
+    scale: float
+    top_k: int
+    transposed: bool
+    gathers: bool
+    blocksize: int
+    quant_type: str
+
+    @property
+    def combines(self) -> bool:
+        """Whether the rows of each token are summed."""
+        return self.top_k_weights is not None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that experts compute."""
+        return self.order.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapters, 0 without one."""
+        return 0 if self.lora_a is None else self.lora_a.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of y."""
+        return (self.rows if self.top_k_weights is None else self.top_k_weights.shape[0], self.features)
+
+    def matrices(self) -> Tensor:
+        """Return the experts' weights [E, K, N] in x's dtype, dequantized if need be; a row of x is multiplied by one.
+
+        Those in 16 bits are a view.
+        """
+        experts, columns = self.ends.shape[0], self.x.shape[-1]
+        weight = self.weight
+        if self.quant_type:
+            shape = (columns, self.features) if self.transposed else (self.features, columns)
+            low = self.x.dtype if self.x.dtype in (torch.float16, torch.bfloat16) else torch.float32
+            flat = torch.empty(experts * shape[0], shape[1], dtype=low, device=self.x.device)
+            dequantize_into(flat, [(weight, self.absmax)], [flat.shape[0]], self.blocksize, self.quant_type)
+            weight = flat.view(experts, *shape).to(self.x.dtype)
+        return weight if self.transposed else weight.transpose(1, 2)
+
+
+def differentiable(call: ExpertCall) -> list[Tensor | None]:
+    """List the tensors that may need a gradient."""
+    return [call.x, call.weight, call.bias, call.lora_a, call.lora_b, call.top_k_weights]

@@ -1,0 +1,59 @@
+"""Sort the tokens of a mixture of experts by expert, once for all products of a layer, without a host synchronisation.
+
+Each of T tokens chose K experts (Shazeer et al., Outrageously Large Neural Networks, 2017, arXiv:1701.06538), so there
+are S = T K slots; slot token * K + k is token's k-th choice.  Nothing is dropped and no expert has a capacity, as in
+Gale et al., MegaBlocks, 2022, arXiv:2211.15841.
+
+top_k_index: integers [..., K], the experts' numbers; those outside 0 ... num_experts - 1 are of no expert, and lie
+behind all others.
+
+Results, int32:
+- order [S]: the slot of each row, rows sorted by expert, those of one expert by slot.
+- place [S]: the row of each slot, the inverse of order.
+- ends [num_experts]: where the rows of each expert end; they begin where those of the expert before end.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.kernels.core.registry import define, require
+
+SMALL = 2**15 - 1  # the largest number of experts that int16 tells apart, which sorts in half the passes of int32
+
+
+def reference(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort in plain PyTorch."""
+    ids = top_k_index.reshape(-1)
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(
+        torch.int16 if num_experts <= SMALL else torch.int32
+    )
+    ids, order = torch.sort(ids, stable=True)
+    place = torch.empty_like(order, dtype=torch.int32)
+    place.scatter_(0, order, torch.arange(order.numel(), dtype=torch.int32, device=order.device))
+    experts = torch.arange(num_experts, dtype=ids.dtype, device=ids.device)
+    return order.to(torch.int32), place, torch.searchsorted(ids, experts, right=True, out_int32=True)
+
+
+def new_outputs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate empty results; raise where numbers are no integers or there is no expert."""
+    floating = top_k_index.is_floating_point() or top_k_index.dtype == torch.bool
+    require(not floating, lambda: f"top_k_index {top_k_index.dtype}")
+    require(num_experts > 0, lambda: f"{num_experts} experts")
+    empty = lambda size: torch.empty(size, dtype=torch.int32, device=top_k_index.device)  # noqa: E731
+    count = prod(top_k_index.shape)
+    return empty(count), empty(count), empty(num_experts)
+
+
+def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    for target, result in zip(targets, reference(*arguments), strict=True):
+        target.copy_(result)
+
+
+expert_order = define(
+    "expert_order", reference, new_outputs, _fill,
+    cases=[({"top_k_index": f"index ... {count}"}, {"num_experts": count}) for count in (4, 1, 9)], flops=1,
+)  # fmt: skip
