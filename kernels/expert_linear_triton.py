@@ -1,0 +1,285 @@
+"""Triton kernels of expert_linear: products of rows sorted by expert, sums over an expert's rows, sums over a token's.
+
+A program finds the expert of its tile by itself, in the experts' ends, so nothing waits for the host, and a number of
+rows compiles nothing.  Rows behind the last expert's are of none: they are zero.
+"""
+# mypy: allow-untyped-defs
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastft.kernels.core.arith import at_least_one, cdiv
+from fastft.kernels.core.dispatch import has_shared_operands
+from fastft.kernels.core.launch_recorder import on_grid
+from fastft.kernels.core.tiles import multiprocessors, padded
+
+COMBINED = 1024  # elements of a token's row that a program sums
+BESIDE = 64  # the most ranks of a step
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of a product: rows and columns of its result, and the step between; stages of the pipeline."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """The launch's meta-parameters."""
+        return {
+            "BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.step, "num_warps": self.warps,
+            "num_stages": self.stages,
+        }  # fmt: skip
+
+
+LARGE = Tiles(128, 256, 64, 8, 3)  # where both operands are read from shared memory
+PLAIN = Tiles(128, 128, 32, 8, 3)
+WIDE = Tiles(64, 64, 16, 4, 2)  # float32
+NARROW = Tiles(128, 64, 64, 4, 3)  # few columns
+OUTER = Tiles(64, 128, 64, 4, 2)
+
+
+@triton.jit
+def multiplied(left, right, total):
+    """Return total + left right, in float32 at least as exact as a product of three TF32 terms."""
+    if left.dtype == tl.float32:
+        return tl.dot(left, right, total, input_precision="tf32x3")
+    else:
+        return tl.dot(left, right, total)
+
+
+@triton.jit
+def row_ends(ends_ptr, rows, EXPERTS, BLOCK_E: tl.constexpr):
+    """Load where the rows of each expert begin and end; expert number EXPERTS has the rows of none."""
+    expert = tl.arange(0, BLOCK_E)
+    end = tl.load(ends_ptr + expert, mask=expert < EXPERTS, other=0)
+    end = tl.where(expert < EXPERTS, end, rows)
+    begin = tl.load(ends_ptr + expert - 1, mask=(expert > 0) & (expert <= EXPERTS), other=0)
+    return tl.where(expert <= EXPERTS, begin, rows), end
+
+
+@triton.jit
+def read_rows(order_ptr, i, mask, top_k, GATHER: tl.constexpr):
+    """Return the rows of the operand that rows i read: tokens, if GATHER."""
+    source = tl.load(order_ptr + i, mask=mask, other=0) // top_k if GATHER else i
+    return tl.cast(source, tl.int64)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def product_kernel(
+    out_ptr, x_ptr, weight_ptr, s_ptr, factor_ptr, bias_ptr, beside_ptr, row_weights_ptr, dots_ptr, order_ptr, ends_ptr,
+    rows, EXPERTS, K, N, R, top_k, scale: tl.float32,
+    out_stride, out_stride_n, x_stride, weight_stride_e, weight_stride_k, weight_stride_n, s_stride, factor_stride_e,
+    factor_stride_r, factor_stride_n, bias_stride, beside_stride,
+    GATHER: tl.constexpr, GATHER_BESIDE: tl.constexpr, ADAPTED: tl.constexpr, BIAS: tl.constexpr, DOTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Compute tiles of scale x_i W_e + s_i F_e + bias_e; if DOTS, of its dots with rows beside it, then weigh it.
+
+    Without ADAPTED scale is for the product with W, otherwise for that with F.
+    """
+    begin, end = row_ends(ends_ptr, rows, EXPERTS, BLOCK_E)
+    last = tl.cumsum(tl.cdiv(end - begin, BLOCK_M), 0)  # tile behind each expert's
+    across = tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.max(last, 0) * across, tl.num_programs(0)):
+        before = last <= tile // across
+        expert = tl.sum(tl.cast(before, tl.int32), 0)
+        first = tl.max(tl.where(before, end, 0), 0) + (tile // across - tl.max(tl.where(before, last, 0), 0)) * BLOCK_M
+        i = first + tl.arange(0, BLOCK_M)
+        i_mask = i < tl.min(tl.where(before, rows, end), 0)
+        n = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_mask, k = n < N, tl.arange(0, BLOCK_K)
+        wide_e = tl.cast(expert, tl.int64)
+        source = read_rows(order_ptr, i, i_mask, top_k, GATHER)
+        x_address = x_ptr + (source * x_stride)[:, None] + k[None, :]
+        weight_address = weight_ptr + wide_e * weight_stride_e + (tl.cast(k, tl.int64) * weight_stride_k)[:, None]
+        weight_address = weight_address + (tl.cast(n, tl.int64) * weight_stride_n)[None, :]
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, tl.where(expert < EXPERTS, K, 0), BLOCK_K):
+            k_mask = k < K - start
+            x = tl.load(x_address, mask=i_mask[:, None] & k_mask[None, :], other=0.0)
+            weight = tl.load(weight_address, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
+            total = multiplied(x, weight, total)
+            x_address += BLOCK_K
+            weight_address += BLOCK_K * tl.cast(weight_stride_k, tl.int64)
+        if ADAPTED:
+            r = tl.arange(0, BLOCK_R)
+            for start in range(0, tl.where(expert < EXPERTS, R, 0), BLOCK_R):
+                r_mask = start + r < R
+                s_address = s_ptr + (tl.cast(i, tl.int64) * s_stride)[:, None] + (start + r)[None, :]
+                s = tl.load(s_address, mask=i_mask[:, None] & r_mask[None, :], other=0.0)
+                s = tl.cast(tl.cast(s, tl.float32) * scale, s.dtype)
+                address = factor_ptr + wide_e * factor_stride_e + ((start + r) * factor_stride_r)[:, None]
+                address = address + (n * factor_stride_n)[None, :]
+                factor = tl.load(address, mask=r_mask[:, None] & n_mask[None, :], other=0.0)
+                total = multiplied(s, factor, total)
+        else:
+            total *= scale
+        if BIAS:
+            bias = tl.load(bias_ptr + wide_e * bias_stride + n, mask=n < tl.where(expert < EXPERTS, N, 0), other=0.0)
+            total += tl.cast(bias, tl.float32)[None, :]
+        mask = i_mask[:, None] & n_mask[None, :]
+        if DOTS:
+            source = read_rows(order_ptr, i, i_mask, top_k, GATHER_BESIDE)
+            beside = tl.load(beside_ptr + (source * beside_stride)[:, None] + n[None, :], mask=mask, other=0.0)
+            dots = tl.sum(total * tl.cast(beside, tl.float32), 1)
+            tl.store(dots_ptr + tl.cast(tile % across, tl.int64) * rows + i, dots, mask=i_mask)
+            slot = tl.load(order_ptr + i, mask=i_mask, other=0)
+            total *= tl.cast(tl.load(row_weights_ptr + slot, mask=i_mask, other=0.0), tl.float32)[:, None]
+        address = out_ptr + (tl.cast(i, tl.int64) * out_stride)[:, None] + (n * out_stride_n)[None, :]
+        tl.store(address, tl.cast(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def outer_kernel(
+    out_ptr, left_ptr, right_ptr, row_weights_ptr, order_ptr, ends_ptr, rows, M, N, top_k, scale: tl.float32,
+    out_stride_e, out_stride_m, out_stride_n, left_stride, left_stride_m, right_stride,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile of scale sum_i w_i left_i^T right_i over the rows of an expert."""
+    expert = tl.program_id(0)
+    first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends_ptr + expert)
+    across = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(1) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(first, end, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
+        i_mask = i < end
+        source = read_rows(order_ptr, i, i_mask, top_k, GATHER_LEFT)
+        address = left_ptr + (source * left_stride)[None, :] + (m * left_stride_m)[:, None]
+        left = tl.load(address, mask=i_mask[None, :] & (m < M)[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
+        if WEIGHTED:
+            slot = tl.load(order_ptr + i, mask=i_mask, other=0)
+            weights = tl.cast(tl.load(row_weights_ptr + slot, mask=i_mask, other=0.0), tl.float32)
+            left = tl.cast(tl.cast(left, tl.float32) * weights[None, :], left.dtype)
+        source = read_rows(order_ptr, i, i_mask, top_k, GATHER_RIGHT)
+        address = right_ptr + (source * right_stride)[:, None] + n[None, :]
+        right = tl.load(address, mask=i_mask[:, None] & (n < N)[None, :], other=0.0)
+        total = multiplied(left, right, total)
+    address = out_ptr + tl.cast(expert, tl.int64) * out_stride_e + (tl.cast(m, tl.int64) * out_stride_m)[:, None]
+    address = address + (tl.cast(n, tl.int64) * out_stride_n)[None, :]
+    tl.store(address, tl.cast(total * scale, out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    out_ptr, rows_ptr, weights_ptr, place_ptr, N, top_k, out_stride, rows_stride, WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum BLOCK elements of a token's rows, each times its weight if WEIGHTED."""
+    across = tl.cdiv(N, BLOCK)
+    token = tl.program_id(0) // across
+    n = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in range(token * top_k, token * top_k + top_k):
+        row = tl.cast(tl.load(place_ptr + slot), tl.int64)
+        values = tl.cast(tl.load(rows_ptr + row * rows_stride + n, mask=n < N, other=0.0), tl.float32)
+        if WEIGHTED:
+            values *= tl.cast(tl.load(weights_ptr + slot), tl.float32)
+        total += values
+    address = out_ptr + tl.cast(token, tl.int64) * out_stride + n
+    tl.store(address, tl.cast(total, out_ptr.dtype.element_ty), mask=n < N)
+
+
+def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
+    index = {"order_ptr": "*i32", "ends_ptr": "*i32", "dots_ptr": "*fp32"}
+    flags = list(itertools.product((False, True), repeat=3))
+    for tiles, majors in ((PLAIN, None), (LARGE, (9, 10)), (NARROW, None)):
+        limit = {} if majors is None else {"majors": majors}
+        for gather, adapted, other in flags:
+            yield product_kernel, {
+                **index, "GATHER": gather, "GATHER_BESIDE": not gather, "ADAPTED": adapted, "BIAS": other,
+                "DOTS": other, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, **limit,
+            }  # fmt: skip
+    for gather, weighted, wide in flags:
+        yield outer_kernel, {
+            **index, "GATHER_LEFT": gather and wide, "GATHER_RIGHT": gather, "WEIGHTED": weighted, **OUTER.meta,
+            "BLOCK_M": 64 if wide else 16,
+        }  # fmt: skip
+    for weighted in (False, True):
+        yield combine_kernel, {"place_ptr": "*i32", "WEIGHTED": weighted, "BLOCK": COMBINED, "num_warps": 4}
+
+
+def tiles_for(x: Tensor, columns: int) -> Tiles:
+    """Return the tiles of a product with so many columns."""
+    if x.dtype == torch.float32:
+        return WIDE
+    if columns <= NARROW.columns:
+        return NARROW
+    return LARGE if has_shared_operands(x.device) else PLAIN
+
+
+def product(
+    out: Tensor, x: Tensor, matrices: Tensor, order: Tensor, ends: Tensor, top_k: int, gathers: bool, *,
+    scale: float = 1.0, adapter: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None,
+    dots: tuple[Tensor, Tensor, Tensor, bool] | None = None,
+) -> None:  # fmt: skip
+    """Write out [S, N] = scale x W_e + bias_e of rows that x has, or, if it gathers, of their tokens.
+
+    matrices: W [E, K, N].  adapter: s [S, R] and F [E, R, N]: then out = x W_e + scale s F_e + bias_e.  dots: what each
+    row is multiplied by for its dot, where that goes (float32 [dot_parts, S]), the weights of slots that the row is
+    then multiplied by, and whether what it is multiplied by are tokens, to be gathered.
+    """
+    experts, K, N = matrices.shape
+    block_r = 16 if adapter is None else min(padded(adapter[1].shape[1]), BESIDE)
+    s, factor = adapter if adapter is not None else (x, matrices)
+    beside, parts, row_weights, gathers_beside = dots if dots is not None else (x, x, x, False)
+    tiles, rows = tiles_for(x, N), out.shape[0]
+    most = (cdiv(rows, tiles.rows) + experts + 1) * cdiv(N, tiles.columns)
+    programs = multiprocessors(x.device) * (1 if tiles is LARGE else 2)
+    on_grid(product_kernel, (at_least_one(most, programs),))(
+        out, x, matrices, s, factor, x if bias is None else bias, beside, row_weights, parts, order, ends,
+        rows, experts, K, N, factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0),
+        *matrices.stride(), s.stride(0), *factor.stride(), 0 if bias is None else bias.stride(0), beside.stride(0),
+        GATHER=gathers, GATHER_BESIDE=gathers_beside, ADAPTED=adapter is not None, BIAS=bias is not None,
+        DOTS=dots is not None, BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
+    )  # fmt: skip
+
+
+def dot_parts(x: Tensor, columns: int) -> int:
+    """Return how many parts the dots of a product's rows come in."""
+    return cdiv(columns, tiles_for(x, columns).columns)
+
+
+def outer(
+    out: Tensor, left: Tensor, right: Tensor, order: Tensor, ends: Tensor, top_k: int, *, scale: float = 1.0,
+    row_weights: Tensor | None = None, gathers_left: bool = False, gathers_right: bool = False,
+) -> None:  # fmt: skip
+    """Write out [E, M, N] = scale sum_i w_i left_i^T right_i over the rows of each expert.
+
+    left [S, M] and right [S, N], or of tokens if they are gathered; row_weights: of slots.
+    """
+    experts, M, N = out.shape
+    wide = left.dtype == torch.float32
+    block_m = min(padded(M), 32 if wide else OUTER.rows)
+    block_n = 64 if wide else OUTER.columns
+    meta = OUTER.meta | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 16 if wide else OUTER.step}
+    on_grid(outer_kernel, (experts, cdiv(M, block_m) * cdiv(N, block_n)))(
+        out, left, right, left if row_weights is None else row_weights, order, ends, order.shape[0], M, N, top_k, scale,
+        *out.stride(), *left.stride(), right.stride(0), GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right,
+        WEIGHTED=row_weights is not None, **meta,
+    )  # fmt: skip
+
+
+def combine(out: Tensor, rows: Tensor, row_weights: Tensor | None, place: Tensor, top_k: int) -> None:
+    """Write out [T, N], the sums of each token's rows [S, N], each times its slot's weight if there are weights."""
+    tokens, N = out.shape
+    on_grid(combine_kernel, (tokens * cdiv(N, COMBINED),))(
+        out, rows, rows if row_weights is None else row_weights, place, N, top_k, out.stride(0), rows.stride(0),
+        WEIGHTED=row_weights is not None, BLOCK=COMBINED, num_warps=4,
+    )  # fmt: skip
