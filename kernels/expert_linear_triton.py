@@ -7,7 +7,7 @@ rows compiles nothing.  Rows behind the last expert's are of none: they are zero
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ def product_kernel(
     rows, EXPERTS, K, N, R, top_k, scale: tl.float32,
     out_stride, out_stride_n, x_stride, weight_stride_e, weight_stride_k, weight_stride_n, s_stride, factor_stride_e,
     factor_stride_r, factor_stride_n, bias_stride, beside_stride,
-    GATHER: tl.constexpr, GATHER_BESIDE: tl.constexpr, ADAPTED: tl.constexpr, BIAS: tl.constexpr, DOTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GATHER: tl.constexpr, GATHER_BESIDE: tl.constexpr, ADAPTED: tl.constexpr,
+    BIAS: tl.constexpr, DOTS: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of scale x_i W_e + s_i F_e + bias_e; if DOTS, of its dots with rows beside it, then weigh it.
@@ -103,14 +104,22 @@ def product_kernel(
         wide_e = tl.cast(expert, tl.int64)
         source = read_rows(order_ptr, i, i_mask, top_k, GATHER)
         x_address = x_ptr + (source * x_stride)[:, None] + k[None, :]
-        weight_address = weight_ptr + wide_e * weight_stride_e + (tl.cast(k, tl.int64) * weight_stride_k)[:, None]
-        weight_address = weight_address + (tl.cast(n, tl.int64) * weight_stride_n)[None, :]
+        weight_address = weight_ptr + wide_e * weight_stride_e
+        along_k, along_n = tl.cast(k, tl.int64) * weight_stride_k, tl.cast(n, tl.int64) * weight_stride_n
+        if TRANSPOSED:
+            weight_address = weight_address + along_n[:, None] + along_k[None, :]
+        else:
+            weight_address = weight_address + along_k[:, None] + along_n[None, :]
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, tl.where(expert < EXPERTS, K, 0), BLOCK_K):
             k_mask = k < K - start
             x = tl.load(x_address, mask=i_mask[:, None] & k_mask[None, :], other=0.0)
-            weight = tl.load(weight_address, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
-            total = multiplied(x, weight, total)
+            if TRANSPOSED:  # as it lies in memory: read across it takes half as long again on sm_90
+                weight = tl.load(weight_address, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
+                total = multiplied(x, tl.trans(weight), total)
+            else:
+                weight = tl.load(weight_address, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
+                total = multiplied(x, weight, total)
             x_address += BLOCK_K
             weight_address += BLOCK_K * tl.cast(weight_stride_k, tl.int64)
         if ADAPTED:
@@ -160,16 +169,16 @@ def outer_kernel(
         i = start + tl.arange(0, BLOCK_K)
         i_mask = i < end
         source = read_rows(order_ptr, i, i_mask, top_k, GATHER_LEFT)
-        address = left_ptr + (source * left_stride)[None, :] + (m * left_stride_m)[:, None]
-        left = tl.load(address, mask=i_mask[None, :] & (m < M)[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
+        address = left_ptr + (source * left_stride)[:, None] + (m * left_stride_m)[None, :]
+        left = tl.load(address, mask=i_mask[:, None] & (m < M)[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
         if WEIGHTED:
             slot = tl.load(order_ptr + i, mask=i_mask, other=0)
             weights = tl.cast(tl.load(row_weights_ptr + slot, mask=i_mask, other=0.0), tl.float32)
-            left = tl.cast(tl.cast(left, tl.float32) * weights[None, :], left.dtype)
+            left = tl.cast(tl.cast(left, tl.float32) * weights[:, None], left.dtype)
         source = read_rows(order_ptr, i, i_mask, top_k, GATHER_RIGHT)
         address = right_ptr + (source * right_stride)[:, None] + n[None, :]
         right = tl.load(address, mask=i_mask[:, None] & (n < N)[None, :], other=0.0)
-        total = multiplied(left, right, total)
+        total = multiplied(tl.trans(left), right, total)
     address = out_ptr + tl.cast(expert, tl.int64) * out_stride_e + (tl.cast(m, tl.int64) * out_stride_m)[:, None]
     address = address + (tl.cast(n, tl.int64) * out_stride_n)[None, :]
     tl.store(address, tl.cast(total * scale, out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
@@ -203,8 +212,8 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         limit = {} if majors is None else {"majors": majors}
         for gather, adapted, other in flags:
             yield product_kernel, {
-                **index, "GATHER": gather, "GATHER_BESIDE": not gather, "ADAPTED": adapted, "BIAS": other,
-                "DOTS": other, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, **limit,
+                **index, "TRANSPOSED": gather, "GATHER": gather, "GATHER_BESIDE": not gather, "ADAPTED": adapted,
+                "BIAS": other, "DOTS": other, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, **limit,
             }  # fmt: skip
     for gather, weighted, wide in flags:
         yield outer_kernel, {
@@ -222,6 +231,15 @@ def tiles_for(x: Tensor, columns: int) -> Tiles:
     if columns <= NARROW.columns:
         return NARROW
     return LARGE if has_shared_operands(x.device) else PLAIN
+
+
+def outer_tiles(left: Tensor, columns: int) -> Tiles:
+    """Return the tiles of a sum over rows, whose result has as many rows as left has columns."""
+    if left.dtype == torch.float32:
+        return replace(WIDE, rows=min(padded(columns), WIDE.rows))
+    if columns > OUTER.rows:
+        return tiles_for(left, columns)
+    return replace(OUTER, rows=padded(columns))
 
 
 def product(
@@ -246,7 +264,8 @@ def product(
         out, x, matrices, s, factor, x if bias is None else bias, beside, row_weights, parts, order, ends,
         rows, experts, K, N, factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0),
         *matrices.stride(), s.stride(0), *factor.stride(), 0 if bias is None else bias.stride(0), beside.stride(0),
-        GATHER=gathers, GATHER_BESIDE=gathers_beside, ADAPTED=adapter is not None, BIAS=bias is not None,
+        TRANSPOSED=matrices.stride(2) != 1, GATHER=gathers, GATHER_BESIDE=gathers_beside, ADAPTED=adapter is not None,
+        BIAS=bias is not None,
         DOTS=dots is not None, BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
     )  # fmt: skip
 
@@ -265,14 +284,11 @@ def outer(
     left [S, M] and right [S, N], or of tokens if they are gathered; row_weights: of slots.
     """
     experts, M, N = out.shape
-    wide = left.dtype == torch.float32
-    block_m = min(padded(M), 32 if wide else OUTER.rows)
-    block_n = 64 if wide else OUTER.columns
-    meta = OUTER.meta | {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 16 if wide else OUTER.step}
-    on_grid(outer_kernel, (experts, cdiv(M, block_m) * cdiv(N, block_n)))(
+    tiles = outer_tiles(left, M)
+    on_grid(outer_kernel, (experts, cdiv(M, tiles.rows) * cdiv(N, tiles.columns)))(
         out, left, right, left if row_weights is None else row_weights, order, ends, order.shape[0], M, N, top_k, scale,
         *out.stride(), *left.stride(), right.stride(0), GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right,
-        WEIGHTED=row_weights is not None, **meta,
+        WEIGHTED=row_weights is not None, **tiles.meta,
     )  # fmt: skip
 
 

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels.core.registry import define, require
+from fastft.kernels.core import dispatch
+from fastft.kernels.core.registry import define, load, require
 
+MOST_EXPERTS = 1022  # that the kernels take, whose programs hold a count for each
 SMALL = 2**15 - 1  # the largest number of experts that int16 tells apart, which sorts in half the passes of int32
 
 
@@ -49,6 +51,10 @@ def new_outputs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
 
 
 def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
+    top_k_index, num_experts = arguments
+    runs = bool(dispatch.triton_dtypes(top_k_index.device)) and targets[0].numel() > 0 and num_experts <= MOST_EXPERTS
+    if runs and dispatch.launched(load("expert_order_triton.sort"), (top_k_index,), targets, *arguments):
+        return
     for target, result in zip(targets, reference(*arguments), strict=True):
         target.copy_(result)
 
