@@ -3,3 +3,4 @@
 TRITON_FROM = (7, 5)
 BFLOAT16_FROM = (8, 0)
 TENSOR_CORES_FROM = (8, 0)  # Triton multiplies tiles without them before
+TILES_FROM = (9, 0)  # the tensor memory accelerator, which loads tiles

@@ -7,6 +7,7 @@ rows compiles nothing.  Rows behind the last expert's are of none: they are zero
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.compat import triton_launch
+from fastft.compat.triton_launch import ALIGNMENT
 from fastft.kernels.core.arith import at_least_one, cdiv
-from fastft.kernels.core.dispatch import has_shared_operands
-from fastft.kernels.core.launch_recorder import on_grid
+from fastft.kernels.core.dispatch import has_shared_operands, has_tensor_memory_accelerator
+from fastft.kernels.core.launch_recorder import is_aligned, on_grid
 from fastft.kernels.core.tiles import multiprocessors, padded
 
 COMBINED = 1024  # elements of a token's row that a program sums
 BESIDE = 64  # the most ranks of a step
+DOTS_SPILL = 1280  # bytes that a thread stores behind the last product of a tile, which row beside it then needs
 
 
 @dataclass(frozen=True)
@@ -82,46 +86,61 @@ def product_kernel(
     rows, EXPERTS, K, N, R, top_k, scale: tl.float32,
     out_stride, out_stride_n, x_stride, weight_stride_e, weight_stride_k, weight_stride_n, s_stride, factor_stride_e,
     factor_stride_r, factor_stride_n, bias_stride, beside_stride,
-    TRANSPOSED: tl.constexpr, GATHER: tl.constexpr, GATHER_BESIDE: tl.constexpr, ADAPTED: tl.constexpr,
-    BIAS: tl.constexpr, DOTS: tl.constexpr,
+    TILED_X: tl.constexpr, TILED_WEIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
+    GATHER_BESIDE: tl.constexpr, ADAPTED: tl.constexpr, BIAS: tl.constexpr, DOTS: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of scale x_i W_e + s_i F_e + bias_e; if DOTS, of its dots with rows beside it, then weigh it.
 
-    Without ADAPTED scale is for the product with W, otherwise for that with F.
+    Without ADAPTED scale is for the product with W, otherwise for that with F.  TILED: operands that come in tiles by
+    the tensor memory accelerator, rows side by side and aligned; a tile may reach into rows that are not stored.
     """
     begin, end = row_ends(ends_ptr, rows, EXPERTS, BLOCK_E)
     last = tl.cumsum(tl.cdiv(end - begin, BLOCK_M), 0)  # tile behind each expert's
     across = tl.cdiv(N, BLOCK_N)
+    if TILED_X:
+        x_tiles = tl.make_tensor_descriptor(x_ptr, [rows, K], [x_stride, 1], [BLOCK_M, BLOCK_K])
+    if TILED_WEIGHT and TRANSPOSED:
+        weights = tl.make_tensor_descriptor(
+            weight_ptr, [EXPERTS, N, K], [weight_stride_e, weight_stride_n, 1], [1, BLOCK_N, BLOCK_K]
+        )
+    elif TILED_WEIGHT:
+        weights = tl.make_tensor_descriptor(
+            weight_ptr, [EXPERTS, K, N], [weight_stride_e, weight_stride_k, 1], [1, BLOCK_K, BLOCK_N]
+        )
     for tile in range(tl.program_id(0), tl.max(last, 0) * across, tl.num_programs(0)):
         before = last <= tile // across
         expert = tl.sum(tl.cast(before, tl.int32), 0)
         first = tl.max(tl.where(before, end, 0), 0) + (tile // across - tl.max(tl.where(before, last, 0), 0)) * BLOCK_M
         i = first + tl.arange(0, BLOCK_M)
         i_mask = i < tl.min(tl.where(before, rows, end), 0)
-        n = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_first = tile % across * BLOCK_N
+        n = n_first + tl.arange(0, BLOCK_N)
         n_mask, k = n < N, tl.arange(0, BLOCK_K)
         wide_e = tl.cast(expert, tl.int64)
-        source = read_rows(order_ptr, i, i_mask, top_k, GATHER)
-        x_address = x_ptr + (source * x_stride)[:, None] + k[None, :]
-        weight_address = weight_ptr + wide_e * weight_stride_e
-        along_k, along_n = tl.cast(k, tl.int64) * weight_stride_k, tl.cast(n, tl.int64) * weight_stride_n
-        if TRANSPOSED:
-            weight_address = weight_address + along_n[:, None] + along_k[None, :]
-        else:
-            weight_address = weight_address + along_k[:, None] + along_n[None, :]
+        x_rows = x_ptr + (read_rows(order_ptr, i, i_mask, top_k, GATHER) * x_stride)
+        weight_tile = weight_ptr + wide_e * weight_stride_e + tl.cast(n_first, tl.int64) * weight_stride_n
+        across_n = tl.arange(0, BLOCK_N)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, tl.where(expert < EXPERTS, K, 0), BLOCK_K):
             k_mask = k < K - start
-            x = tl.load(x_address, mask=i_mask[:, None] & k_mask[None, :], other=0.0)
-            if TRANSPOSED:  # as it lies in memory: read across it takes half as long again on sm_90
-                weight = tl.load(weight_address, mask=n_mask[:, None] & k_mask[None, :], other=0.0)
-                total = multiplied(x, tl.trans(weight), total)
+            if TILED_X:
+                x = x_tiles.load([first, start])
             else:
-                weight = tl.load(weight_address, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
-                total = multiplied(x, weight, total)
-            x_address += BLOCK_K
-            weight_address += BLOCK_K * tl.cast(weight_stride_k, tl.int64)
+                x = tl.load(x_rows[:, None] + (start + k)[None, :], mask=i_mask[:, None] & k_mask[None, :], other=0.0)
+            if TILED_WEIGHT and TRANSPOSED:
+                weight = tl.trans(tl.reshape(weights.load([expert, n_first, start]), [BLOCK_N, BLOCK_K]))
+            elif TILED_WEIGHT:
+                weight = tl.reshape(weights.load([expert, start, n_first]), [BLOCK_K, BLOCK_N])
+            else:
+                here = weight_tile + tl.cast(start, tl.int64) * weight_stride_k
+                if TRANSPOSED:  # as it lies in memory
+                    address = here + (across_n * weight_stride_n)[:, None] + (k * weight_stride_k)[None, :]
+                    weight = tl.trans(tl.load(address, mask=n_mask[:, None] & k_mask[None, :], other=0.0))
+                else:
+                    address = here + (k * weight_stride_k)[:, None] + (across_n * weight_stride_n)[None, :]
+                    weight = tl.load(address, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
+            total = multiplied(x, weight, total)
         if ADAPTED:
             r = tl.arange(0, BLOCK_R)
             for start in range(0, tl.where(expert < EXPERTS, R, 0), BLOCK_R):
@@ -186,39 +205,41 @@ def outer_kernel(
 
 @triton.jit
 def combine_kernel(
-    out_ptr, rows_ptr, weights_ptr, place_ptr, N, top_k, out_stride, rows_stride, WEIGHTED: tl.constexpr,
+    out_ptr, rows_ptr, weights_ptr, place_ptr, columns, top_k, out_stride, rows_stride, WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum BLOCK elements of a token's rows, each times its weight if WEIGHTED."""
-    across = tl.cdiv(N, BLOCK)
+    across = tl.cdiv(columns, BLOCK)
     token = tl.program_id(0) // across
     n = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for slot in range(token * top_k, token * top_k + top_k):
         row = tl.cast(tl.load(place_ptr + slot), tl.int64)
-        values = tl.cast(tl.load(rows_ptr + row * rows_stride + n, mask=n < N, other=0.0), tl.float32)
+        values = tl.cast(tl.load(rows_ptr + row * rows_stride + n, mask=n < columns, other=0.0), tl.float32)
         if WEIGHTED:
             values *= tl.cast(tl.load(weights_ptr + slot), tl.float32)
         total += values
     address = out_ptr + tl.cast(token, tl.int64) * out_stride + n
-    tl.store(address, tl.cast(total, out_ptr.dtype.element_ty), mask=n < N)
+    tl.store(address, tl.cast(total, out_ptr.dtype.element_ty), mask=n < columns)
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
-    index = {"order_ptr": "*i32", "ends_ptr": "*i32", "dots_ptr": "*fp32"}
+    index = {"order_ptr": "*i32", "ends_ptr": "*i32", "dots_ptr": "*fp32", "out_stride_n": 1}
     flags = list(itertools.product((False, True), repeat=3))
-    for tiles, majors in ((PLAIN, None), (LARGE, (9, 10)), (NARROW, None)):
-        limit = {} if majors is None else {"majors": majors}
-        for gather, adapted, other in flags:
+    for tiles, majors in ((PLAIN, (8, 12)), (LARGE, (9, 10)), (NARROW, (8, 9, 10, 12)), (WIDE, (8, 9, 10, 12))):
+        for gather, adapted, dots in flags:
+            dense = ("weight_stride_k", "factor_stride_r") if gather else ("weight_stride_n", "factor_stride_n")
             yield product_kernel, {
-                **index, "TRANSPOSED": gather, "GATHER": gather, "GATHER_BESIDE": not gather, "ADAPTED": adapted,
-                "BIAS": other, "DOTS": other, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, **limit,
+                **index, **dict.fromkeys(dense, 1), "TILED_X": tiles is LARGE and not gather,
+                "TILED_WEIGHT": tiles is LARGE, "TRANSPOSED": gather, "GATHER": gather, "GATHER_BESIDE": not gather,
+                "ADAPTED": adapted, "BIAS": dots, "DOTS": dots, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta,
+                "majors": majors, **({"spilled_bytes": DOTS_SPILL} if dots and tiles is LARGE else {}),
             }  # fmt: skip
     for gather, weighted, wide in flags:
         yield outer_kernel, {
             **index, "GATHER_LEFT": gather and wide, "GATHER_RIGHT": gather, "WEIGHTED": weighted, **OUTER.meta,
-            "BLOCK_M": 64 if wide else 16,
+            "BLOCK_M": 64 if wide else 16, "majors": (8, 9, 10, 12),
         }  # fmt: skip
     for weighted in (False, True):
         yield combine_kernel, {"place_ptr": "*i32", "WEIGHTED": weighted, "BLOCK": COMBINED, "num_warps": 4}
@@ -231,6 +252,14 @@ def tiles_for(x: Tensor, columns: int) -> Tiles:
     if columns <= NARROW.columns:
         return NARROW
     return LARGE if has_shared_operands(x.device) else PLAIN
+
+
+def is_tiled(operand: Tensor) -> bool:
+    """Return whether an operand can be loaded in tiles by its descriptor: 16-bit numbers in aligned rows."""
+    *others, last = sorted(operand.stride(), reverse=True)
+    aligned = all(stride * operand.element_size() % ALIGNMENT == 0 for stride in others)
+    fits = last == 1 and aligned and operand.element_size() == 2 and is_aligned(operand)
+    return fits and has_tensor_memory_accelerator(operand.device)
 
 
 def outer_tiles(left: Tensor, columns: int) -> Tiles:
@@ -260,14 +289,16 @@ def product(
     tiles, rows = tiles_for(x, N), out.shape[0]
     most = (cdiv(rows, tiles.rows) + experts + 1) * cdiv(N, tiles.columns)
     programs = multiprocessors(x.device) * (1 if tiles is LARGE else 2)
-    on_grid(product_kernel, (at_least_one(most, programs),))(
-        out, x, matrices, s, factor, x if bias is None else bias, beside, row_weights, parts, order, ends,
-        rows, experts, K, N, factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0),
-        *matrices.stride(), s.stride(0), *factor.stride(), 0 if bias is None else bias.stride(0), beside.stride(0),
-        TRANSPOSED=matrices.stride(2) != 1, GATHER=gathers, GATHER_BESIDE=gathers_beside, ADAPTED=adapter is not None,
-        BIAS=bias is not None,
-        DOTS=dots is not None, BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
-    )  # fmt: skip
+    tiled_x, tiled_weight = (tiles is not WIDE and is_tiled(operand) for operand in (x, matrices))
+    with triton_launch.scratch_memory() if tiled_x or tiled_weight else nullcontext():
+        on_grid(product_kernel, (at_least_one(most, programs),))(
+            out, x, matrices, s, factor, x if bias is None else bias, beside, row_weights, parts, order, ends,
+            rows, experts, K, N, factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0),
+            *matrices.stride(), s.stride(0), *factor.stride(), 0 if bias is None else bias.stride(0), beside.stride(0),
+            TILED_X=tiled_x and not gathers, TILED_WEIGHT=tiled_weight, TRANSPOSED=matrices.stride(2) != 1,
+            GATHER=gathers, GATHER_BESIDE=gathers_beside, ADAPTED=adapter is not None, BIAS=bias is not None,
+            DOTS=dots is not None, BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
+        )  # fmt: skip
 
 
 def dot_parts(x: Tensor, columns: int) -> int:

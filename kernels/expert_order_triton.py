@@ -17,7 +17,7 @@ from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import padded
 
-BLOCK = 256  # slots of a program, which compares any two of them
+BLOCK, PART = 256, 32  # slots of a program, which compares any two of them, so many at a time
 SUMMED = 8192  # counts that are summed at a time
 MOST_COUNTS = 1024  # of experts, in a program
 
@@ -60,17 +60,20 @@ def sum_kernel(starts_ptr, ends_ptr, counts_ptr, blocks, EXPERTS, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["slots"])
 def place_kernel(
-    order_ptr, place_ptr, index_ptr, starts_ptr, slots, EXPERTS, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
+    order_ptr, place_ptr, index_ptr, starts_ptr, slots, EXPERTS, BLOCK: tl.constexpr, PART: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Put the slots of a block where they belong."""
     first = tl.program_id(0) * BLOCK
-    slot, other = first + tl.arange(0, BLOCK), first + tl.arange(0, BLOCK)
+    slot = first + tl.arange(0, BLOCK)
     expert = load_experts(index_ptr, slot, slots, EXPERTS, BLOCK_E)
-    others = load_experts(index_ptr, other, slots, EXPERTS, BLOCK_E)
-    earlier = (others[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])
     mask = slot < slots
     row = tl.load(starts_ptr + tl.program_id(0) * BLOCK_E + expert, mask=mask, other=0)
-    row += tl.sum(tl.cast(earlier, tl.int32), 1)
+    for part in range(0, BLOCK, PART):
+        other = first + part + tl.arange(0, PART)
+        others = load_experts(index_ptr, other, slots, EXPERTS, BLOCK_E)
+        earlier = (others[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])
+        row += tl.sum(tl.cast(earlier, tl.int32), 1)
     tl.store(order_ptr + row, slot, mask=mask)
     tl.store(place_ptr + slot, row, mask=mask)
 
@@ -83,7 +86,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         meta = {"BLOCK": BLOCK, "BLOCK_E": experts, "num_warps": 4}
         yield count_kernel, {**pointers, **meta}
         yield sum_kernel, {**pointers, **meta, "BLOCK": SUMMED // experts, "num_warps": 8}
-        yield place_kernel, {**pointers, **meta}
+        yield place_kernel, {**pointers, **meta, "PART": PART}
 
 
 def sort(targets: Sequence[Tensor], top_k_index: Tensor, num_experts: int) -> None:
@@ -96,4 +99,4 @@ def sort(targets: Sequence[Tensor], top_k_index: Tensor, num_experts: int) -> No
     on_grid(count_kernel, (blocks,))(counts, index, slots, num_experts, **meta)
     summed = {**meta, "BLOCK": max(1, SUMMED // block_e), "num_warps": 8}
     on_grid(sum_kernel, (1,))(starts, ends, counts, blocks, num_experts, **summed)
-    on_grid(place_kernel, (blocks,))(order, place, index, starts, slots, num_experts, **meta)
+    on_grid(place_kernel, (blocks,))(order, place, index, starts, slots, num_experts, PART=PART, **meta)

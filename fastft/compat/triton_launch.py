@@ -185,11 +185,37 @@ def launch(
     pairs = [pair for kind, text in zip(signature, every, strict=True) for pair in _flat(kind, text)]
     codes = "".join("O" if kind[0] == "*" else _CODES[kind] for kind, _ in pairs)
     scratch = [size for size in ("global_scratch_size", "profile_scratch_size") if hasattr(made.metadata, size)]
-    given = ", ".join([*(text for _, text in pairs), *["None"] * len(scratch)])
+    needed = [getattr(made.metadata, size) for size in scratch]
+    beside = [f"scratch({size} * {' * '.join(grid)})" if size else "None" for size in needed]
+    given = ", ".join([*(text for _, text in pairs), *beside])
     shared = f"{made.metadata.num_warps}, {made.metadata.shared}, {codes + 'O' * len(scratch)!r}"
     text = f"static_launch({name}_function, {', '.join(grid)}, {shared}, ({given},), stream)"
     # The kernel is held too: its function is gone with it.
-    return text, {"static_launch": _static_launcher(), f"{name}_function": made.function, name: made}
+    scope = {"static_launch": _static_launcher(), f"{name}_function": made.function, name: made}
+    return text, scope | ({"scratch": _scratch} if any(needed) else {})
+
+
+def _scratch(size_bytes: int) -> int:
+    """Return the address of memory for a kernel that is launched next: what gets it afterwards runs behind it."""
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cuda").data_ptr()
+
+
+def gives_scratch() -> bool:
+    """Return whether kernels may need memory of their own, which descriptors of tiles lie in."""
+    return _static_launcher() is not None
+
+
+@contextmanager
+def scratch_memory() -> Iterator[None]:
+    """Let torch allocate the memory that kernels need which Triton launches, on whichever thread this is."""
+    from triton.runtime import _allocation
+
+    allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.uint8, device="cuda")  # noqa: E731
+    token = _allocation._allocator.set(allocate)
+    try:
+        yield
+    finally:
+        _allocation._allocator.reset(token)
 
 
 @functools.cache
@@ -199,11 +225,10 @@ def _static_launcher() -> Any:
 
 
 def _is_static(made: Any) -> bool:
-    """Return whether torch's launcher in C takes a kernel: without scratch memory, clusters or cooperation."""
+    """Return whether torch's launcher in C takes a kernel: without a profile's memory, clusters or cooperation."""
     data = made.metadata
     plain = not (
-        getattr(data, "global_scratch_size", 0)
-        or getattr(data, "profile_scratch_size", 0)
+        getattr(data, "profile_scratch_size", 0)
         or getattr(data, "launch_cooperative_grid", False)
         or getattr(data, "launch_pdl", False)
     )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.capability import BFLOAT16_FROM, TENSOR_CORES_FROM, TRITON_FROM
+from fastft.capability import BFLOAT16_FROM, TENSOR_CORES_FROM, TILES_FROM, TRITON_FROM
+from fastft.compat import triton_launch
 from fastft.kernels.core.layout import has_unit_rows
 
 log = logging.getLogger("fastft")
@@ -59,6 +60,14 @@ def has_shared_operands(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] in SHARED_OPERANDS
+
+
+@functools.cache
+def has_tensor_memory_accelerator(device: torch.device) -> bool:
+    """Return whether a kernel may load tiles by descriptors that it makes itself."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type == "cpu" and interpreting()
+    return torch.cuda.get_device_capability(device) >= TILES_FROM and triton_launch.gives_scratch()
 
 
 def takes(row_length: int, longest_row: int | None, tensors: Sequence[Tensor]) -> bool:

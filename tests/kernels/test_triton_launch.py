@@ -117,7 +117,17 @@ def test_constants_are_left_out_of_a_launch_and_tuples_are_laid_flat(monkeypatch
     assert launched == [(77, 3, 2, 1, 4, 64, "OiOflOO", (11, 3, 12, 0.5, 12, None, None), 9)]
 
 
-@pytest.mark.parametrize("metadata", [{"global_scratch_size": 8}, {"launch_cooperative_grid": True}])
+def test_a_kernel_gets_the_memory_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(triton_launch, "_static_launcher", lambda: lambda *given: launched.append(given))
+    monkeypatch.setattr(triton_launch, "_scratch", lambda size_bytes: size_bytes)
+    made = Made({0: "*fp32"}, ["x"], global_scratch_size=128, profile_scratch_size=0)
+    text, scope = triton_launch.launch(made, "k1", ["n0", "2"], ["5"], {"num_warps": 4})
+    exec(text, {**scope, "n0": 3, "stream": 9})
+    assert launched == [(77, 3, 2, 1, 4, 64, "OOO", (5, 128 * 6, None), 9)]
+
+
+@pytest.mark.parametrize("metadata", [{"profile_scratch_size": 8}, {"launch_cooperative_grid": True}])
 def test_kernels_that_need_more_are_launched_by_triton(
     metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
