@@ -1,10 +1,9 @@
-"""Make a model's frozen linear layers 4-bit, in place, one at a time: for models that no loader quantises."""
+"""Make a model's frozen linear layers and experts 4-bit, in place, one at a time: for what no loader quantises."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft import quantize_experts
+from fastft.quantize_experts import DTYPES, FourBit, on_default_stream, reason_of_parent
 from fastft.rewriter.report import compile_progress
 
 QUANT_TYPES = ("nf4", "fp4")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PARTS = ("layers", "experts")
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantize_ did: the names of the layers that are 4-bit now, and why the others are not."""
+    """What quantize_ did: the names of what is 4-bit now, layers and experts' parameters, and why others are not."""
 
     layers: tuple[str, ...]
     skipped: Mapping[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.layers)} layers are 4-bit now, {len(self.skipped)} are left as they were:"]
+        lines = [f"{len(self.layers)} weights are 4-bit now, {len(self.skipped)} are left as they were:"]
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.skipped.items())])
 
 
@@ -38,40 +39,63 @@ def quantize_(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
     storage: torch.dtype = torch.uint8,
+    parts: Collection[str] = PARTS,
 ) -> Quantized:
-    """Replace the frozen nn.Linear layers of ``model`` by bitsandbytes' Linear4bit, PEFT's base layers included.
+    """Replace frozen nn.Linear layers of ``model`` by bitsandbytes' Linear4bit, and experts by its parametrization.
 
+    Layers and experts that adapters of PEFT's are around are among them.  Experts are parameters [experts, rows,
+    columns] of modules of the model's own: a module that reads one is given the de-quantised weight, of its dtype.
     Each weight is quantised where it lies and freed before the next, so that memory never holds two copies of the
     model.  Left as they are: trainable weights (freeze them first: ``model.requires_grad_(False)``), heads, weights
     that are shared with another module or that an adapter is merged into, rows that are no whole number of blocks, and
-    layers with hooks or classes of their own.  ``state_dict`` and ``save_pretrained`` keep the 4-bit weights; to load a
-    state dict, quantize the new model in the same way first.
+    layers with hooks or classes of their own.  ``state_dict`` keeps the 4-bit weights, and so does ``save_pretrained``
+    those of layers; to load a state dict, quantize the new model in the same way first.
 
-    quant_type: "nf4" or "fp4".  double_quant: the absmax are quantised too.  compute_dtype: of the products; each
-    layer's own dtype if None.  storage: the dtype that the packed bytes pretend to have, as transformers'
-    bnb_4bit_quant_storage: torch 2.11 shards floating-point parameters alone.  Raises ValueError for another
-    quant_type, ImportError without bitsandbytes.
+    quant_type: "nf4" or "fp4".  double_quant: the absmax are quantised too.  compute_dtype: of the layers' products;
+    each layer's own dtype if None.  storage: the dtype that the packed bytes pretend to have, as transformers'
+    bnb_4bit_quant_storage: torch 2.11 shards floating-point parameters alone.  parts: "layers", "experts" or both.
+    Raises ValueError for another quant_type or part, ImportError without bitsandbytes.
     """
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type {quant_type!r} is none of {', '.join(QUANT_TYPES)}; use 'nf4'.")
+    if not set(parts) <= set(PARTS):
+        raise ValueError(f"parts {parts!r} are not of {PARTS!r}.")
+    how = FourBit(quant_type, blocksize, double_quant, storage)
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    heads = _heads(model)
-    layers, skipped, names = [], {}, _linears(model)
+    heads, linears = _heads(model), _linears(model) if "layers" in parts else []
+    turns = [(name, partial(_quantize_linear, model, name, heads, uses, how, compute_dtype)) for name in linears]
+    experts = quantize_experts.candidates(model) if "experts" in parts else []
+    turns += [(name, partial(quantize_experts.quantize, model, name, uses, how)) for name in experts]
+    layers, skipped = [], {}
     with compile_progress.line() as say:
-        for index, name in enumerate(names):
-            say(f"quantising {name} ({index + 1} of {len(names)})")
-            layer: Any = model.get_submodule(name)  # no list of layers, or each weight would outlive its turn
-            reason = "it is the head" if id(layer) in heads else _reason(layer, uses, blocksize)
-            reason = reason or _reason_of_parent(model.get_submodule(name.rpartition(".")[0]))
+        for index, (name, quantize_one) in enumerate(turns):
+            say(f"quantising {name} ({index + 1} of {len(turns)})")
+            reason = quantize_one()
             if reason:
                 skipped[name] = reason
-                continue
-            new = _four_bit(layer, quant_type, blocksize, double_quant, compute_dtype or layer.weight.dtype, storage)
-            _put(model, name, new)
-            layers.append(name)
+            else:
+                layers.append(name)
     if layers:
-        _tell_peft_and_transformers(model, quant_type, double_quant, compute_dtype, list(skipped), storage)
+        whole: Any = model
+        base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        base.is_loaded_in_4bit = True  # what PEFT reads to wrap and merge layers as 4-bit ones
+        if not skipped.keys() >= set(linears) or getattr(base, "hf_quantizer", None) is None:
+            _tell_transformers(base, how, compute_dtype, [name for name in linears if name in skipped])
+        if not skipped.keys() >= set(experts):
+            quantize_experts.refuse_to_save(base)
     return Quantized(tuple(layers), skipped)
+
+
+def _quantize_linear(
+    model: nn.Module, name: str, heads: set[int], uses: Counter[int], how: FourBit, compute_dtype: torch.dtype | None
+) -> str:
+    """Make a linear layer 4-bit; return why it is left as it was, or ""."""
+    layer: Any = model.get_submodule(name)
+    reason = "it is the head" if id(layer) in heads else _reason(layer, uses, how.blocksize)
+    reason = reason or reason_of_parent(model.get_submodule(name.rpartition(".")[0]))
+    if not reason:
+        _put(model, name, _four_bit(layer, how, compute_dtype or layer.weight.dtype))
+    return reason
 
 
 def _linears(model: nn.Module) -> list[str]:
@@ -114,24 +138,16 @@ def _reason(layer: nn.Linear, uses: Counter[int], blocksize: int) -> str:
     return ""
 
 
-def _reason_of_parent(parent: nn.Module) -> str:
-    """Return why a layer inside this module is not quantised: a merged adapter; "" if it can be."""
-    merged = getattr(parent, "merged_adapters", ())
-    return f"the adapter {merged[0]!r} is merged into its weight: unmerge it first" if merged else ""
-
-
-def _four_bit(
-    layer: nn.Linear, quant_type: str, blocksize: int, double_quant: bool, dtype: torch.dtype, storage: torch.dtype
-) -> nn.Module:
+def _four_bit(layer: nn.Linear, how: FourBit, dtype: torch.dtype) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new = Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
-        compress_statistics=double_quant, quant_type=quant_type, quant_storage=storage, device="meta",
+        compress_statistics=how.double_quant, quant_type=how.quant_type, quant_storage=how.storage, device="meta",
     )  # fmt: skip
     weight: Any = Params4bit(
-        layer.weight.data, requires_grad=False, blocksize=blocksize, compress_statistics=double_quant,
-        quant_type=quant_type, quant_storage=storage, module=new,
+        layer.weight.data, requires_grad=False, blocksize=how.blocksize, compress_statistics=how.double_quant,
+        quant_type=how.quant_type, quant_storage=how.storage, module=new,
     )  # fmt: skip
     with on_default_stream(layer.weight.device):
         new.weight = weight.to(layer.weight.device)  # this quantises
@@ -190,19 +206,6 @@ def four_bit_on_meta(model: Any) -> None:
     model.is_loaded_in_4bit = True
 
 
-@contextmanager
-def on_default_stream(device: torch.device) -> Iterator[None]:
-    """Run on the default stream, where bitsandbytes (0.49 to 0.50) quantises whichever stream is current."""
-    if device.type != "cuda":
-        yield
-        return
-    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    default.wait_stream(current)
-    with torch.cuda.stream(default):
-        yield
-    current.wait_stream(default)
-
-
 def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Load a saved 4-bit weight together with its statistics, which torch would not know what to do with."""
     from bitsandbytes.nn import Params4bit
@@ -234,21 +237,17 @@ def _put(model: nn.Module, name: str, new: nn.Module) -> None:
         parent.__class__ = Linear4bit
 
 
-def _tell_peft_and_transformers(
-    model: Any, quant_type: str, double_quant: bool, dtype: torch.dtype | None, skipped: list[str], storage: torch.dtype
-) -> None:
-    """Set what PEFT reads to wrap and merge layers as 4-bit ones, and transformers to save and load the model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.is_loaded_in_4bit = True
+def _tell_transformers(base: Any, how: FourBit, dtype: torch.dtype | None, skipped: list[str]) -> None:
+    """Set what transformers reads to save and load the model, and Trainer to train it."""
     if not hasattr(base, "config") or not hasattr(base, "save_pretrained"):
         return
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
     base.config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
+        load_in_4bit=True, bnb_4bit_quant_type=how.quant_type, bnb_4bit_use_double_quant=how.double_quant,
         bnb_4bit_compute_dtype=dtype or base.dtype, llm_int8_skip_modules=skipped or None,
-        bnb_4bit_quant_storage=storage,
+        bnb_4bit_quant_storage=how.storage,
     )  # fmt: skip
     base.is_quantized = True
     base.hf_quantizer = AutoHfQuantizer.from_config(base.config.quantization_config)  # what Trainer asks

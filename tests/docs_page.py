@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
+MIXTURE = "Qwen/Qwen3-30B-A3B"
 BLOCK = re.compile(r"(?:<!-- (?P<mark>\w+) -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```$", re.M | re.S)
 INSTALLS = re.compile(r"^(python3 -m venv|.*pip install).*\n?", re.M)
 ELSEWHERE = {"tests"}  # the block that runs all this
@@ -29,7 +30,7 @@ options.Options.__init__.__defaults__ = ("eager", *options.Options.__init__.__de
 def write_world() -> None:
     """Models, data and what lets other processes start as this one."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from fastft.presets import VOCABULARY, byte_tokenizer
 
@@ -41,6 +42,8 @@ def write_world() -> None:
     for name in MODELS:
         LlamaForCausalLM(config).save_pretrained(name)
         byte_tokenizer().save_pretrained(name)
+    sizes |= {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_hidden_layers=2, vocab_size=VOCABULARY)).save_pretrained(MIXTURE)
     write_rows("roneneldan/TinyStories", [{"text": f"Once upon a time there were {n} cats."} for n in range(40)])
     answers = {"chosen": "By purring.", "rejected": "I cannot say."}
     write_rows("trl-lib/ultrafeedback", [{"prompt": f"How do {n} cats sing? ", **answers} for n in range(40)])
