@@ -197,6 +197,8 @@ def contend(
     model = models.load(base, device=settings.device, dtype=settings.dtype, nf4=settings.nf4)
     torch.manual_seed(settings.seed)
     model = models.add_lora(model, rank=settings.rank, random_base=settings.model in models.PRESETS)
+    if settings.nf4:
+        models.four_bit_experts(model, dtype=settings.dtype)
     batches = data.batches(
         examples, batch_size=settings.batch_size, pad_id=tokenizer.pad_token_id or 0, seed=settings.seed
     )

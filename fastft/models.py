@@ -179,7 +179,7 @@ def nf4_arguments(dtype: str) -> dict[str, Any]:
 
 
 def load(source: Source, *, device: str, dtype: str, nf4: bool) -> Any:
-    """Load the base model on its device, with its linear layers in 4 bits if ``nf4``."""
+    """Load the base model on its device, with its linear layers, but not its experts, in 4 bits if ``nf4``."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -203,6 +203,15 @@ def add_lora(model: Any, *, rank: int, random_base: bool) -> Any:
     return get_peft_model(model, lora)
 
 
+def four_bit_experts(model: Any, *, dtype: str) -> None:
+    """Make 4-bit what ``load`` left: experts, after the adapters, which PEFT puts around no other way."""
+    import torch
+
+    from fastft.quantize import quantize_
+
+    quantize_(model, "nf4", compute_dtype=getattr(torch, dtype), parts=["experts"])
+
+
 def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int, nf4: bool = False) -> tuple[Any, dict[str, Any]]:
     """Build a model without weights and a batch for it, both on the meta device: any size fits.
 
@@ -210,12 +219,14 @@ def on_meta(name: str, *, rank: int, batch_size: int, seq_len: int, nf4: bool = 
     """
     import torch
 
-    from fastft.quantize import four_bit_on_meta
+    from fastft.quantize import four_bit_experts_on_meta, four_bit_on_meta
 
     source = find(name)
     model_config = load_config(source)
     with torch.device("meta"):
         model = _random(source, model_config, rank, prepare=four_bit_on_meta if nf4 else None)
+        if nf4:
+            four_bit_experts_on_meta(model)
         ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
     return model, _batch(ids)
 

@@ -206,6 +206,13 @@ def four_bit_on_meta(model: Any) -> None:
     model.is_loaded_in_4bit = True
 
 
+def four_bit_experts_on_meta(model: Any) -> None:
+    """Hold the frozen experts of a model on the meta device as QLoRA holds them."""
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for name in quantize_experts.candidates(model):
+        quantize_experts.quantize(model, name, uses, FourBit("nf4", 64, True, torch.uint8), meta=True)
+
+
 def _take_statistics(module: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Load a saved 4-bit weight together with its statistics, which torch would not know what to do with."""
     from bitsandbytes.nn import Params4bit

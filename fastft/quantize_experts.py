@@ -49,16 +49,19 @@ def _is_of_torch(module: nn.Module) -> bool:
     return of_torch and not isinstance(module, parametrize.ParametrizationList)
 
 
-def quantize(model: nn.Module, name: str, uses: Counter[int], how: FourBit) -> str:
+def quantize(model: nn.Module, name: str, uses: Counter[int], how: FourBit, meta: bool = False) -> str:
     """Make a parameter of experts 4-bit; return why it is left as it was, or "".
 
     It is de-quantised whenever its module reads it.  ``state_dict`` has what ``bitsandbytes.nn.parametrize`` saves: the
-    bytes under the parameter's own name, and the statistics under names behind it.
+    bytes under the parameter's own name, and the statistics under names behind it.  meta: parameters without values
+    become what has none either.
     """
     path, _, own_name = name.rpartition(".")
     module, wrappers = model.get_submodule(path), _wrappers(model, path, own_name)
     reason = _reason(module, module.get_parameter(own_name), uses, how.blocksize)
     reason = reason or next(filter(None, map(reason_of_parent, wrappers)), "")
+    if not reason and module.get_parameter(own_name).is_meta and not meta:
+        reason = "it has no values yet"
     if not reason:
         _four_bit_(module, own_name, how)
         for wrapper in wrappers:
@@ -89,8 +92,6 @@ def _reason(module: nn.Module, parameter: nn.Parameter, uses: Counter[int], bloc
         return f"it is a {type(parameter).__name__}"
     if parameter.dtype not in DTYPES:
         return f"it is {parameter.dtype}"
-    if parameter.is_meta:
-        return "it has no values yet"
     if experts < 2 or rows < 2:
         return "it is no stack of matrices"
     if columns % blocksize:

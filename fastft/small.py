@@ -12,7 +12,7 @@ from typing import Any
 from fastft.errors import UserError
 from fastft.models import Source, explained, find, load_any_config, without_dropout
 from fastft.units import format_bytes
-from fastft.variants import adapted, quantized
+from fastft.variants import variant
 
 # Attributes of transformers' configurations.
 COUNTS = (
@@ -58,7 +58,7 @@ def small(
         model = build(model_config)
     if getattr(model.config, "use_cache", None) is not None:
         model.config.use_cache = False
-    model = adapted(quantized(model, quantization), adapter, rank).to(device).train()
+    model = variant(model, quantization, adapter, rank).to(device).train()
     batches = [_pictures(processor, model, length) if processor else _text(model, length) for length in lengths]
     return model, [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 

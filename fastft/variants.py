@@ -11,6 +11,20 @@ QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 NUDGE = 0.02  # adapters begin as nothing, behind which none of their gradients would be seen
 
 
+def variant(model: Any, quantization: str, adapter: str, rank: int) -> Any:
+    """Hold a model in fewer bits and give it adapters.
+
+    Layers come first and experts last: PEFT makes other adapters of layers in fewer bits, and passes over experts that
+    are so already.  quantization, adapter, rank: as of ``quantized`` and ``adapted``.
+    """
+    model = adapted(quantized(model, quantization), adapter, rank)
+    if quantization in ("nf4", "fp4"):
+        from fastft.quantize import quantize_
+
+        quantize_(model, quantization, parts=["experts"])
+    return model
+
+
 def adapted(model: Any, adapter: str, rank: int) -> Any:
     """Freeze a model and give it adapters of PEFT's on all its linear layers, none of which is nothing any more.
 
@@ -72,5 +86,5 @@ def quantized(model: Any, quantization: str) -> Any:
     if quantization == "int8":
         eight_bit_(model)
     else:
-        quantize_(model, quantization)
+        quantize_(model, quantization, parts=["layers"])
     return model

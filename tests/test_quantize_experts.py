@@ -224,6 +224,28 @@ def test_two_adapters_at_once() -> None:
     assert_equal_steps(model, plain(expected, model))
 
 
+def test_compiled_without_adapters_it_is_one_graph() -> None:
+    model = moe()
+    fastft.quantize_(model, parts=["experts"])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)
+
+
+def test_compiled_by_what_knows_no_adapters_of_experts() -> None:
+    """Whoever compiles PEFT's wrappers as they are gets each adapter once, in every step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Experts()).requires_grad_(False)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.up", "0.down"], init_lora_weights=False)
+    model, x = get_peft_model(net, config), torch.randn(5, 64)
+    fastft.quantize_(model)
+    compiled = torch.compile(model, backend="eager")
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for _ in range(2):
+        mine, theirs = (torch.autograd.grad(one(x).square().sum(), adapters) for one in (compiled, model))
+        for gradient, expected in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(gradient, expected)
+
+
 def test_checkpointing_and_a_forward_that_fails() -> None:
     """Nothing is left behind by a forward that ends before its time."""
     model = lora(moe())

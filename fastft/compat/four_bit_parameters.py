@@ -45,16 +45,30 @@ def work_with_adapters(module: nn.Module) -> None:
     module.register_forward_hook(_let_proxies_be_found, always_call=True)
 
 
-def _read_afresh(module: nn.Module, inputs: Any) -> None:
-    """Forget values that were read before all adapters were in place."""
-    if not torch.compiler.is_compiling():
-        parametrize._cache.clear()
+def _read_afresh(module: Any, inputs: Any) -> None:
+    if _has_proxies(module):
+        _forget()
 
 
 def _let_proxies_be_found(module: Any, inputs: Any, output: Any) -> None:
+    if _has_proxies(module):
+        _put_proxies(module)
+
+
+def _has_proxies(module: Any) -> bool:
+    """Tell whether an adapter is among a module's parametrizations; what is compiled without any has no trace of it."""
+    return any(len(parametrizations) > 1 for parametrizations in module.parametrizations.values())
+
+
+@torch.compiler.disable
+def _forget() -> None:
+    """Forget values that were read before all adapters were in place."""
+    parametrize._cache.clear()
+
+
+@torch.compiler.disable
+def _put_proxies(module: Any) -> None:
     """Put a proxy that PEFT's wrapper looks for where it left one that it would not find."""
-    if torch.compiler.is_compiling():
-        return
     for parametrizations in module.parametrizations.values():
         for index, one in enumerate(parametrizations):
             if type(one).__name__ == "_LoraFactorsProxy":

@@ -84,6 +84,25 @@ def test_weights_in_fewer_bits(quantization: str) -> None:
     model(**batch).loss.backward()
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_experts_have_adapters_and_four_bits(quantization: str) -> None:
+    """PEFT puts adapters around experts whatever the layers are held in; 8 bits are of layers alone."""
+    model, (batch,) = small(saved(mixture()), layers=1, rank=2, quantization=quantization, lengths=(8,))
+    model(**batch).loss.backward()
+    outer = model.base_model.model.model.layers[0].mlp.experts
+    for wrapper in (outer, outer.base_layer):
+        assert all(parameter.grad.abs().max() > 0 for parameter in wrapper.lora_A.parameters())
+    held = getattr(outer.get_base_layer(), "parametrizations", {})
+    assert set(held) == ({"gate_up_proj", "down_proj"} if quantization == "nf4" else set())
+
+
+def mixture() -> Any:
+    return transformers.Qwen3MoeConfig(
+        **{**TEXT, "hidden_size": 64, "intermediate_size": 64}, num_hidden_layers=1, moe_intermediate_size=64,
+        num_experts=4, num_experts_per_tok=2, head_dim=16,
+    )  # fmt: skip
+
+
 def test_every_part_has_few_layers() -> None:
     config = with_layers(transformers.Qwen3VLConfig(
         text_config={"num_hidden_layers": 12}, vision_config={"depth": 24, "deepstack_visual_indexes": [8, 16, 23]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -97,6 +98,38 @@ def test_nf4_rows_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     namespace: dict[str, Any] = {}
     exec(code.replace("max_new_tokens=60", "max_new_tokens=2"), namespace)
     assert type(namespace["base"].model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+def test_nf4_is_of_experts_too(tmp_path: Path) -> None:
+    """What transformers' loader leaves in 16 bits is 4-bit behind the adapters, which are as they would be without."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        hidden_size=64, moe_intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, vocab_size=320, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, plain = (
+        models.add_lora(
+            models.load(models.find(str(tmp_path)), device="cpu", dtype="bfloat16", nf4=nf4), rank=2, random_base=False
+        )
+        for nf4 in (True, False)
+    )
+    before = copy.deepcopy(model.get_base_model().config.quantization_config)
+    models.four_bit_experts(model, dtype="bfloat16")
+    assert adapters(model) == adapters(plain)
+    layer = model.base_model.model.model.layers[0]
+    assert type(layer.self_attn.q_proj.base_layer).__name__ == "Linear4bit"
+    assert set(layer.mlp.experts.get_base_layer().parametrizations) == {"gate_up_proj", "down_proj"}
+    assert model.get_base_model().config.quantization_config.to_dict() == before.to_dict()
+    on_meta, _ = models.on_meta(str(tmp_path), rank=2, batch_size=1, seq_len=8, nf4=True)
+    experts = on_meta.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    assert [one.original.nbytes for one in experts.parametrizations.values()] == [4 * 128 * 64 // 2, 4 * 64 * 64 // 2]
+    assert {parameter.device.type for parameter in on_meta.parameters()} == {"meta"}
+
+
+def adapters(model: Any) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_compare_with_eager(fastft: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fastft.variants import adapted, quantized
+from fastft.variants import variant
 from models.breadth import LAYERS, Case, Made, built, config, sizes, text
 
 # Keys and values of low rank (MLA).
@@ -177,7 +177,7 @@ TRAINED_WHOLE = (
 def in_four_bits(make: Callable[[], Made]) -> Callable[[], Made]:
     def made() -> Made:
         whole = make()
-        return replace(whole, model=adapted(quantized(whole.model, "nf4"), "lora", 4).train())
+        return replace(whole, model=variant(whole.model, "nf4", "lora", 4).train())
 
     return made
 
