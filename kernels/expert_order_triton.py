@@ -86,7 +86,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         meta = {"BLOCK": BLOCK, "BLOCK_E": experts, "num_warps": 4}
         yield count_kernel, {**pointers, **meta}
         yield sum_kernel, {**pointers, **meta, "BLOCK": SUMMED // experts, "num_warps": 8}
-        yield place_kernel, {**pointers, **meta, "PART": PART}
+        yield place_kernel, {**pointers, **meta, "PART": PART, "num_warps": 8}
 
 
 def sort(targets: Sequence[Tensor], top_k_index: Tensor, num_experts: int) -> None:
@@ -99,4 +99,5 @@ def sort(targets: Sequence[Tensor], top_k_index: Tensor, num_experts: int) -> No
     on_grid(count_kernel, (blocks,))(counts, index, slots, num_experts, **meta)
     summed = {**meta, "BLOCK": max(1, SUMMED // block_e), "num_warps": 8}
     on_grid(sum_kernel, (1,))(starts, ends, counts, blocks, num_experts, **summed)
-    on_grid(place_kernel, (blocks,))(order, place, index, starts, slots, num_experts, PART=PART, **meta)
+    meta |= {"PART": PART, "num_warps": 8}
+    on_grid(place_kernel, (blocks,))(order, place, index, starts, slots, num_experts, **meta)

@@ -1,0 +1,120 @@
+"""Experts at sizes of several tiles: every kind of routing, against float64, with all gradients.
+
+On a CPU the ops run their reference, in Triton's interpreter (test_interpreter.py) and on a GPU their kernels.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from compare import FORWARD, GRADIENT, assert_close_to_truth
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import DEVICES, DTYPES
+from torch import Tensor
+
+from fastft.kernels import expert_order
+from fastft.kernels.expert_call import ExpertCall
+
+ROUTINGS = ("uniform", "skewed", "one", "none of some", "beyond")
+DIFFERENTIABLE = ("x", "weight", "bias", "lora_a", "lora_b", "top_k_weights")
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def chosen(kind: str, tokens: int, top_k: int, experts: int) -> Tensor:
+    """The experts of each token [tokens, top_k]."""
+    generator = torch.Generator().manual_seed(tokens)
+    if kind == "uniform":
+        return (torch.arange(tokens * top_k).view(tokens, top_k) * 7) % experts
+    if kind == "one":
+        return torch.full((tokens, top_k), experts // 2)
+    drawn = torch.rand(tokens, top_k, generator=generator)
+    if kind == "skewed":
+        return (drawn**8 * experts).long()
+    if kind == "none of some":
+        return (drawn * experts).long() // 3 * 3
+    return (drawn * (experts + 2)).long() - 1  # some below 0, some above the last
+
+
+@on_devices
+@given(
+    kind=st.sampled_from(ROUTINGS), tokens=st.sampled_from((1, 37, 256, 700)), top_k=st.integers(1, 8),
+    experts=st.sampled_from((1, 5, 128, 600)),
+)  # fmt: skip
+def test_order_is_that_of_a_stable_sort(device: str, kind: str, tokens: int, top_k: int, experts: int) -> None:
+    index = chosen(kind, tokens, top_k, experts)
+    found = torch.ops.fastft.expert_order(index.to(device), experts)
+    for mine, expected in zip(found, expert_order.reference(index, experts), strict=True):
+        assert torch.equal(mine.cpu(), expected)
+    assert torch.equal(found[0][found[1].long()].cpu(), torch.arange(index.numel(), dtype=torch.int32))
+
+
+def draw(kind: str, tokens: int, K: int, N: int, E: int, top_k: int, rank: int, gathers: bool) -> dict[str, Any]:
+    """Arguments in float64; a layer that gathers has a bias, one that does not combines."""
+    generator = torch.Generator().manual_seed(K + N)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    order, place, ends = expert_order.reference(chosen(kind, tokens, top_k, E), E)
+    return {
+        "x": normal(tokens if gathers else tokens * top_k, K), "weight": normal(E, N, K) / K**0.5, "absmax": [],
+        "bias": normal(E, N) if gathers else None, "lora_a": normal(E, rank, K) / K**0.5,
+        "lora_b": normal(E, N, rank) / rank**0.5,
+        "top_k_weights": None if gathers else torch.rand(tokens, top_k, generator=generator).double(),
+        "order": order, "place": place, "ends": ends, "features": N, "scale": 0.5, "top_k": top_k,
+        "transposed": False, "gathers": gathers, "blocksize": 0, "quant_type": "",
+    }  # fmt: skip
+
+
+def computed(values: dict[str, Any], function: Any, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """y and the gradients of all tensors."""
+    given = {
+        name: value.detach().to(device, dtype if value.is_floating_point() else None, copy=True).requires_grad_(
+            name in DIFFERENTIABLE
+        ) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }  # fmt: skip
+    y, _ = function(*(given[name] for name in ExpertCall._fields))
+    wanted = [given[name] for name in DIFFERENTIABLE if given[name] is not None]
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return [one.detach().cpu() for one in (y, *torch.autograd.grad(y, wanted, grad.to(device, dtype)))]
+
+
+@on_devices
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_of_several_tiles(device: str, kind: str, gathers: bool, dtype: torch.dtype) -> None:
+    from fastft.kernels.expert_linear import reference
+
+    values = draw(kind, tokens=150, K=80, N=264, E=3, top_k=2, rank=24, gathers=gathers)
+    values = {
+        name: value.to(dtype).double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in values.items()
+    }
+    truth = computed(values, reference, torch.float64, "cpu")
+    eager = computed(values, reference, dtype, "cpu")
+    mine = computed(values, torch.ops.fastft.expert_linear, dtype, device)
+    for at, (one, right, plain) in enumerate(zip(mine, truth, eager, strict=True)):
+        assert_close_to_truth(one, plain, right, GRADIENT if at else FORWARD)
+
+
+@on_devices
+def test_rows_of_no_expert_are_zero_and_get_no_gradient(device: str) -> None:
+    values = draw("one", tokens=9, K=16, N=32, E=3, top_k=2, rank=4, gathers=True)
+    values["ends"] = torch.zeros_like(values["ends"])
+    y, *gradients = computed(values, torch.ops.fastft.expert_linear, torch.float32, device)
+    assert not y.any()
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@on_devices
+def test_an_expert_s_numbers_stay_its_own(device: str) -> None:
+    """Tiles reach into what lies beside an expert's rows and weights: whatever is there, NaN too, goes nowhere."""
+    values = draw("uniform", tokens=50, K=72, N=40, E=4, top_k=1, rank=4, gathers=True)
+    clean = computed(values, torch.ops.fastft.expert_linear, DTYPES[-1], device)[0]
+    values["weight"][2] = float("nan")
+    y = computed(values, torch.ops.fastft.expert_linear, DTYPES[-1], device)[0]
+    order, ends = values["order"], values["ends"]
+    inside = torch.zeros(len(order), dtype=torch.bool)
+    inside[ends[1] : ends[2]] = True
+    assert y[inside].isnan().all()
+    assert torch.equal(y[~inside], clean[~inside])
