@@ -75,6 +75,7 @@ def _flatten_body(body: GraphModule) -> None:
     with body.graph.inserting_before(tensors):
         for item in sorted(tensors.users, key=lambda user: user.args[1]):
             placeholder = body.graph.placeholder(f"tensor_{item.args[1]}")
+            placeholder.target = placeholder.name  # the code takes it by its target: a layer has names of its own
             set_value(placeholder, value_of(item))
             item.replace_all_uses_with(placeholder)
             body.graph.erase_node(item)
