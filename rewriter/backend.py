@@ -15,8 +15,10 @@ from fastft.compat import (
     bitsandbytes_substitutes,
     ddp,
     dynamo,
+    expert_substitutes,
     fsdp,
     fsdp_tracing,
+    hook_tracing,
     late_strings,
     layer_reuse,
     peft_substitutes,
@@ -27,7 +29,9 @@ from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.reasons import Declined
 from fastft.rewriter.capture import dynamic_shapes, layer_calls
+from fastft.rewriter.context import Context
 from fastft.rewriter.fx.bodies import Snapshot
+from fastft.rewriter.fx.metadata import path_in
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.lowering import cache_dirs
 from fastft.rewriter.lowering.inductor import compile_graph
@@ -36,6 +40,7 @@ from fastft.rewriter.lowering.plan_builder import should_plan
 from fastft.rewriter.memory.planner import BudgetError
 from fastft.rewriter.options import Options, OptionsError
 from fastft.rewriter.passes import check_disabled, rewrite
+from fastft.rewriter.projections import experts
 from fastft.rewriter.report import repro_writer
 from fastft.rewriter.report.advice import with_advice
 from fastft.rewriter.report.data import GraphReport, RowsReport
@@ -235,9 +240,25 @@ def _traces_layers_once() -> bool:
     return _is_ours() and not any("@" in name for name in options.disable)
 
 
+def _is_on(rule: str, tx: Any) -> bool:
+    """Return whether a rule that is applied while Dynamo traces may be applied in the module that it traces now."""
+    try:
+        options = Options.parse(dynamo.given_backend()[1].get("options"))
+    except OptionsError:  # the backend complains about them
+        return True
+    return Context(options).refusal(rule, path_in(tx.nn_module_stack), *experts.OPS) is None
+
+
 fastft.traces_layers_once = True  # type: ignore[attr-defined]
 layer_reuse.install(_traces_layers_once)
 fsdp_tracing.install(_is_ours)
+hook_tracing.install(
+    _is_ours,
+    {
+        fsdp_tracing.is_sharded: fsdp_tracing.hooks_of_others,
+        bitsandbytes_substitutes.has_parameter_in_4_bits: bitsandbytes_substitutes.hooks_of_others,
+    },
+)
 late_strings.install(_is_ours)
 substitutions.install(
     _is_ours,
@@ -245,7 +266,9 @@ substitutions.install(
         *peft_substitutes.SUBSTITUTIONS,
         *transformers_substitutes.SUBSTITUTIONS,
         *bitsandbytes_substitutes.SUBSTITUTIONS,
+        *expert_substitutes.SUBSTITUTIONS,
     ),
+    _is_on,
 )
 dynamo.break_early(_is_ours)
 dynamo.before_sizes(lambda tensor, name: dynamic_shapes.expect_any_size(tensor, name) if _is_ours() else None)

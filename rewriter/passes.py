@@ -36,7 +36,7 @@ from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.matching import apply
 from fastft.rewriter.matching.rule import Rule
 from fastft.rewriter.options import Options, OptionsError, nearest
-from fastft.rewriter.projections import bnb4bit, merge, siblings, weight_norm
+from fastft.rewriter.projections import bnb4bit, experts, merge, siblings, weight_norm
 from fastft.rewriter.report.data import GraphReport
 from fastft.rewriter.report.pass_log import PassLog
 from fastft.rewriter.rows import live_rows
@@ -47,8 +47,8 @@ class Pass:
     """A step from graph to graph.
 
     run: rewrites a graph in place.  nested: whether it is run for the graph and each nested in it by itself, under the
-    autocast that it runs under, but for those that are run under a torch.func transform.  required: what the others
-    rely on, which cannot be switched off.
+    autocast that it runs under, but for those that are run under a torch.func transform.  required: what cannot be
+    switched off, as others rely on it or as it tells what was done before.
     """
 
     name: str
@@ -66,6 +66,7 @@ PASSES = (
     Pass("hoist_indexed", lambda gm, context: hoist_indexed.hoist(gm)),
     Pass("weight_norm", weight_norm.lift, nested=True),
     Pass("bnb4bit", bnb4bit.lift, nested=True),
+    Pass("experts", experts.note, nested=True, required=True),
     Pass("lift", apply.lift, nested=True),
     Pass("merge", merge.group, nested=True),
     Pass("fuse", apply.fuse, nested=True),
@@ -146,7 +147,7 @@ def _run(each: Pass, gm: GraphModule, context: Context) -> None:
 
 def rule_names() -> list[str]:
     """List the names of all that may be applied: the rules, and what passes of their own do."""
-    own = (weight_norm.RULE, bnb4bit.RULE, siblings.RULE, simplify.RULE, *losses.RULES, live_rows.RULE)
+    own = (weight_norm.RULE, bnb4bit.RULE, experts.RULE, siblings.RULE, simplify.RULE, *losses.RULES, live_rows.RULE)
     return list(dict.fromkeys((*(rule.name for rule in patterns.RULES), *own)))
 
 

@@ -18,27 +18,17 @@ from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import GraphArg, VariableBuilder, wrap_fx_proxy
-from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 
 from fastft.compat import fsdp
 from fastft.compat.ddp import TraceAgain
 from fastft.compat.dynamo import compiled_modules, put_around
+from fastft.compat.hook_tracing import BEFORE, BEHIND, keep
 
 log = logging.getLogger("fastft")
-_BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
-_HOOKS = {_BEFORE, _BEHIND, f"{_BEFORE}_with_kwargs", f"{_BEHIND}_with_kwargs", f"{_BEHIND}_always_called"}
 
 
 def install(is_ours: Callable[[], bool]) -> None:
-    """Leave FSDP2's hooks out of compilations during which ``is_ours`` is true; leave all others alone."""
-
-    def attribute(original: Callable, self: Any, tx: Any, name: str) -> Any:
-        found = original(self, tx, name)
-        if name not in _HOOKS or not getattr(self.value, name, None) or fsdp.state_of(self.value) is None:
-            return found
-        if not hasattr(found, "items") or not _is_whole(tx.output, self.value, is_ours):
-            return found
-        return _without_hooks(tx, self.value, name, found)
+    """Trace whole models in compilations during which ``is_ours`` is true; leave all others alone."""
 
     def wrap_tensor(original: Callable, self: Any, value: Any) -> Any:
         home = fsdp.home_of(value) if fsdp.is_sharded(value) else None
@@ -46,10 +36,17 @@ def install(is_ours: Callable[[], bool]) -> None:
             return original(self, value)
         return _whole(self, value, home)
 
-    for name in ("var_getattr", "tp_getattro_impl"):  # the second from torch 2.14 on
-        if name in vars(UnspecializedNNModuleVariable):
-            put_around(UnspecializedNNModuleVariable, name, attribute)
     put_around(VariableBuilder, "wrap_tensor", wrap_tensor)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP2 has hooks on a module."""
+    return fsdp.state_of(module) is not None
+
+
+def hooks_of_others(tx: Any, module: nn.Module, name: str, found: Any) -> Any:
+    """Return a module's hooks without FSDP2's, if it is traced whole."""
+    return _without_hooks(tx, module, name, found) if _is_whole(tx.output, module) else found
 
 
 def traced_roots() -> list[Any]:
@@ -90,14 +87,14 @@ def roots_of(output: Any) -> list[Any]:
     return [root for root in vars(output).get("_fastft_roots", {}).values() if root is not None]
 
 
-def _is_whole(output: Any, module: nn.Module, is_ours: Callable[[], bool]) -> bool:
+def _is_whole(output: Any, module: nn.Module) -> bool:
     """Return whether a module is traced without hooks: as all of its model, whose root is called first."""
     roots = vars(output).setdefault("_fastft_roots", {})  # by what all states of a model share
     state = fsdp.state_of(module)
     if state._state_ctx not in roots:
         root = None
         try:
-            root, reason = fsdp.adopt(state) if is_ours() and not output.export else (None, "it is not fastft's")
+            root, reason = fsdp.adopt(state) if not output.export else (None, "it is not fastft's")
         except Exception as error:  # what another torch does not have
             reason = str(error)
         if reason:
@@ -110,7 +107,7 @@ def _without_hooks(tx: Any, module: nn.Module, name: str, found: Any) -> Any:
     """Return a module's hooks without FSDP2's, or with what is left of these: casts of what goes in and out."""
     state, hooks = fsdp.state_of(module), getattr(module, name)
     taken, returned, device = fsdp.casts(state, module)
-    before, behind = getattr(module, _BEFORE), getattr(module, _BEHIND)
+    before, behind = getattr(module, BEFORE), getattr(module, BEHIND)
     casting = {}
     for key in (key for key, hook in before.items() if fsdp.is_hook(hook)):
         casting[key] = _casting_inputs(taken, device) if taken is not None or device is not None else None
@@ -121,11 +118,10 @@ def _without_hooks(tx: Any, module: nn.Module, name: str, found: Any) -> Any:
         if key not in casting:
             items[item] = found.items[item]
         elif casting[key] is not None:
-            flag = name not in (_BEFORE, _BEHIND)
+            flag = name not in (BEFORE, BEHIND)
             items[item] = found.items[item] if flag else VariableTracker.build(tx, casting[key])
-    if len(items) < len(found.items) or name in (_BEFORE, _BEHIND):
-        found.items = items
-        found.original_items = dict(items)
+    if len(items) < len(found.items) or name in (BEFORE, BEHIND):
+        return keep(found, items)
     return found
 
 

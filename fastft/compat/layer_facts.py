@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.guards import GuardManagerType
 from torch._dynamo.source import TypeSource
 from torch._guards import Guard, Source
+from torch.nn.utils import parametrize
 
 
 class Differs(Exception):  # noqa: N818
@@ -130,7 +131,7 @@ class Facts:
         if name == "HASATTR":
             return self.same, f"hasattr({place}, {member!r})"
         if name == "TYPE_MATCH":
-            return self.same, f"type({place})"
+            return self._class(source, place)
         if name == "NOT_NONE_MATCH":
             return self.same, f"{place} is not None"
         if name == "NOT_PRESENT_IN_GENERIC_DICT":
@@ -151,6 +152,13 @@ class Facts:
         if name in _OBJECT or name == "DUPLICATE_INPUT":
             return self._object(value, place)
         raise Differs(f"{name} of {source.name} is not understood")
+
+    def _class(self, source: Source, place: str) -> tuple[dict[str, None], str]:
+        """Return an expression for the class of what is at a place; each parametrized module has one of its own."""
+        value = self.values(source)
+        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):
+            return self.equal, f"(*type({place}).__bases__, *{place}.parametrizations)"
+        return self.same, f"type({place})"
 
     def _object(self, value: Any, place: str) -> tuple[dict[str, None], str]:
         """Return an expression that is the same only for the same object."""
@@ -175,7 +183,8 @@ class Facts:
         if base is None:
             return None
         if isinstance(source, TypeSource):
-            self.same[f"type({base})"] = None
+            group, fact = self._class(source.base, base)
+            group[fact] = None
             return None
         if isinstance(index, Source):
             key = self._within(index)

@@ -32,6 +32,8 @@ class Substitution:
         named ``original`` is given the original too, to leave to it what the substitute is not made for.
     at_once: the substitute is not traced, but called with the objects themselves; if it returns that it changed them,
         Dynamo begins again, and then traces the original.  For what changes modules in their first call.
+    rule: the name by which it is switched off, if it can be.  Of several substitutes of one function the first is
+        traced that is on.
     """
 
     original: str
@@ -41,6 +43,7 @@ class Substitution:
     reason: str
     substitute: Callable
     at_once: bool = False
+    rule: str = ""
 
     def applies(self) -> bool:
         """Tell whether the installed package is of a version that was looked at."""
@@ -59,8 +62,14 @@ class _Original(UserFunctionVariable):
     """A function that a substitute calls, and that is therefore not replaced."""
 
 
-def install(is_ours: Callable[[], bool], substitutions: Iterable[Substitution]) -> None:
-    """Trace the substitutes in compilations during which ``is_ours`` is true; leave all others alone."""
+def install(
+    is_ours: Callable[[], bool], substitutions: Iterable[Substitution],
+    is_on: Callable[[str, Any], bool] = lambda rule, tx: True,
+) -> None:  # fmt: skip
+    """Trace the substitutes in compilations during which ``is_ours`` is true; leave all others alone.
+
+    is_on: tells of a rule's name, and of Dynamo's translator, whether the rule may be applied in what is traced now.
+    """
     known = collections.defaultdict(list)
     for one in substitutions:
         known[one.original].append(one)
@@ -71,8 +80,11 @@ def install(is_ours: Callable[[], bool], substitutions: Iterable[Substitution]) 
             return original(self, tx, args, kwargs)
         function = self.fn
         name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
-        found = next((one for one in known.get(name, ()) if applies(one)), None)
-        if found is None or hasattr(function, "__wrapped__") or not is_ours():  # what decorators do, they still do
+        candidates = [one for one in known.get(name, ()) if applies(one)]
+        if not candidates or hasattr(function, "__wrapped__") or not is_ours():  # what decorators do, they still do
+            return original(self, tx, args, kwargs)
+        found = next((one for one in candidates if not one.rule or is_on(one.rule, tx)), None)
+        if found is None:
             return original(self, tx, args, kwargs)
         if found.at_once:
             if found.substitute(function, *(argument.value for argument in args)):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fastft import compat
 from fastft.compat import operators, symbolic
 
+_SUBSTITUTES = os.path.dirname(str(compat.__file__))
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -70,7 +73,11 @@ def place_of(node: Node) -> tuple[str, str]:
 
 def module_path(node: Node) -> str:
     """Return the dotted path of the module that made this node, as in ``named_modules``; "" for the root module."""
-    stack = node.meta.get("nn_module_stack") or {}
+    return path_in(node.meta.get("nn_module_stack") or {})
+
+
+def path_in(stack: Mapping[str, tuple[str, Any]]) -> str:
+    """Return the same of a stack of modules, of which Dynamo has the innermost last."""
     raw = list(stack.values())[-1][0] if stack else ""
     # A forward behind a decorator's ``wrapper(*args, **kwargs)`` has the model at args[0].
     root = r"^L\['args'\]\[0\]|^L\['\w+'\]"
@@ -86,8 +93,12 @@ def traced_in(nodes: Iterable[Node], modules: Iterable[str]) -> str | None:
 
 
 def source_line(node: Node) -> str:
-    """Return ``file:line`` of the user's or the model's line that made this node; "" where Dynamo kept none."""
+    """Return ``file:line`` of the user's or the model's line that made this node; "" where Dynamo kept none.
+
+    Of a substitute that was traced in place of a library's function it is the line that calls it.
+    """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not frame[0].startswith(_SUBSTITUTES)] or frames
     return ":".join(frames[-1]) if frames else ""
 
 

@@ -10,6 +10,8 @@ ADVICE = {  # by code
     "attention.dropout": "set attention_dropout before compiling, to one number for all layers",
     "dora.dropout": "lora_dropout=0 in LoraConfig: DoRA is then one product with the layer's own",
     "dtype.float64": "train in float32 or less: the ops round to float32 inside",
+    "experts.added": "leave the parameters of modules that are not transformers' experts out of target_parameters",
+    "experts.left": "nothing: it is computed as the model has it",
     "logits.used": "take the loss from the model, by labels=..., or use the logits for the loss alone",
     "lora.variant": "plain LoRA and DoRA in LoraConfig: other variants are left to Inductor",
     "mask.data": "pass the attention_mask with two axes, or position_ids, and let the model build its mask",
