@@ -15,6 +15,7 @@ gemma4-e4b: its text model, with inputs for each layer.
 qwen2.5-vl-3b: an image of 1,024 tokens in each row, 64 x 64 patches.
 deepseek-v2-lite: its attention, with the dense MLP of its first layer in all 27; adapters on the attention alone.
 dora-8b: Llama-3.1-8B in 4 bits with DoRA.
+qwen3-30b-a3b, gpt-oss-20b: mixtures of experts in 4 bits, adapters on the attention and on the experts.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ SHAPES: dict[str, Row] = {
             "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 10**6,
         },
     },
+    "qwen3-30b-a3b": {
+        "config": "Qwen3MoeConfig", "model": "Qwen3MoeForCausalLM", "nf4": True, "experts": True,
+        "text_config": {
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+            "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+            "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "rms_norm_eps": 1e-6,
+        },
+    },
+    "gpt-oss-20b": {
+        "config": "GptOssConfig", "model": "GptOssForCausalLM", "nf4": True, "experts": True,
+        "text_config": {
+            "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+            "num_experts_per_tok": 4, "sliding_window": 128,
+        },
+    },
     "dora-8b": {
         "config": "LlamaConfig", "model": "LlamaForCausalLM", "nf4": True, "dora": True,
         "text_config": {
@@ -96,7 +113,8 @@ TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "global_head_dim": 32, "sliding_window": 16, "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 0, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "moe_intermediate_size": 64, "num_experts": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
@@ -209,10 +227,12 @@ def build(asked: Row, device: str) -> Any:
 
     import fastft
 
-    model = base_of(asked, device)
-    if SHAPES[asked["model"]].get("nf4"):
+    model, shape = base_of(asked, device), SHAPES[asked["model"]]
+    if shape.get("nf4") and not shape.get("experts"):
         fastft.quantize_(model, compute_dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(**lora_of(asked))).train()
+    if shape.get("experts"):  # behind their adapters: PEFT does not know experts in 4 bits
+        fastft.quantize_(model, compute_dtype=torch.bfloat16)
     _fill_adapters(model)
     return model
 
@@ -220,10 +240,12 @@ def build(asked: Row, device: str) -> Any:
 def lora_of(asked: Row) -> Row:
     """The arguments of LoraConfig."""
     shape = SHAPES[asked["model"]]
-    names = ATTENTION if shape.get("attention_only") else f"{ATTENTION}|{MLP}"
+    experts = bool(shape.get("experts"))
+    names = ATTENTION if experts or shape.get("attention_only") else f"{ATTENTION}|{MLP}"
+    parameters = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]} if experts else {}
     return {
         "r": 16, "lora_alpha": 32, "target_modules": rf"(?!.*(vision|visual)).*\.({names})", "init_lora_weights": False,
-        "use_dora": bool(shape.get("dora")),
+        "use_dora": bool(shape.get("dora")), **parameters,
     }  # fmt: skip
 
 

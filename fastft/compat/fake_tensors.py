@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -80,6 +81,18 @@ def as_captured(mode: FakeTensorMode, tensor: Tensor, name: str, symbolic: Colle
     kinds = [DimDynamic.DUCK if axis in symbolic else DimDynamic.STATIC for axis in range(tensor.dim())]
     context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
     return mode.from_tensor(tensor, source=ConstantSource(name), symbolic_context=context)
+
+
+@contextlib.contextmanager
+def expecting_failures() -> Iterator[None]:
+    """Keep fake tensors from logging, as errors with a traceback, calls that are tried and may fail."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextlib.contextmanager
