@@ -100,6 +100,17 @@ def eager_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, sc
     return torch.matmul(weights.to(v.dtype), v)
 
 
+def eager_sinks_in_input_dtype(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float
+) -> Tensor:  # fmt: skip
+    """GPT-OSS in 16 bits: the same with a softmax in the dtype of the scores."""
+    scores = product(q, k) * scale + mask
+    more = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    together = torch.cat([scores, more], -1)
+    together = together - together.max(dim=-1, keepdim=True)[0]
+    return torch.matmul(torch.softmax(together, -1)[..., :-1], v)
+
+
 def eager_additive_mask_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, root: float) -> Tensor:
     """Llama's own code: divided by the root of head_dim, cast before the softmax."""
     return widened(product(q, k) / root + mask, q, v)
@@ -239,6 +250,7 @@ RULES = (
     *eager_rules(eager_softcap_additive_mask, mask="* S T"),
     *eager_rules(eager_softcap),
     *eager_rules(eager_sinks, mask="* S T", sinks="H"),
+    *eager_rules(eager_sinks_in_input_dtype, mask="* S T", sinks="H"),
     *eager_rules(eager_additive_mask_divided, mask="* S T"),
     *eager_rules(eager_divided),
     *eager_rules(eager_additive_mask_widened, mask="* S T"),

@@ -112,6 +112,14 @@ def gpt_oss(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Ten
     return torch.matmul(F.dropout(scores, p=0.0).to(v.dtype), v).transpose(1, 2).contiguous()
 
 
+def gpt_oss_as_it_is(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    more = sinks.reshape(1, -1, 1, 1).expand(B, -1, S, -1)
+    combined = torch.cat([torch.matmul(q, k.transpose(2, 3)) * 0.3 + mask, more], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    probs = F.softmax(combined, dim=-1, dtype=combined.dtype)
+    return torch.matmul(F.dropout(probs[..., :-1], p=0.0).to(v.dtype), v).transpose(1, 2).contiguous()
+
+
 def nano_gpt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(D))
     att = att.masked_fill(mask == 0, float("-inf"))
@@ -222,6 +230,7 @@ CASES: dict[str, Case] = {
     "Gemma 2": ("eager_softcap_additive_mask", gemma2, beside(exact, scale=0.3, softcap=0.7), a_bias),
     "Gemma 2, unmasked": ("eager_softcap", gemma2, beside(exact, scale=0.3, softcap=0.7), nothing),
     "GPT-OSS": ("eager_sinks", gpt_oss, beside(scaled), with_a_sink),
+    "GPT-OSS in 16 bits": ("eager_sinks_in_input_dtype", gpt_oss_as_it_is, beside(scaled), with_a_sink),
     "Llama": ("eager_additive_mask_divided", llama, joined(exact), a_bias),
     "Llama, unmasked": ("eager_divided", llama, joined(exact), nothing),
     "nanoGPT": ("eager_masked_fill", nano_gpt, joined(allowed), some_flags),
