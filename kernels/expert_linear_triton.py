@@ -25,7 +25,6 @@ from fastft.kernels.core.tiles import multiprocessors, padded
 
 COMBINED = 1024  # elements of a token's row that a program sums
 BESIDE = 64  # the most ranks of a step
-DOTS_SPILL = 1280  # bytes that a thread stores behind the last product of a tile, which row beside it then needs
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,18 @@ def multiplied(left, right, total):
 
 
 @triton.jit
+def load_adapter(address, mask):
+    """Load a tile, 0 outside the mask."""
+    return tl.load(address, mask=mask, other=0.0)
+
+
+@triton.jit
+def scaled(tile, scale):
+    """Scale a tile in float32, and round it."""
+    return tl.cast(tl.cast(tile, tl.float32) * scale, tile.dtype)
+
+
+@triton.jit
 def row_ends(ends_ptr, rows, EXPERTS, BLOCK_E: tl.constexpr):
     """Load where the rows of each expert begin and end; expert number EXPERTS has the rows of none."""
     expert = tl.arange(0, BLOCK_E)
@@ -82,15 +93,14 @@ def read_rows(order_ptr, i, mask, top_k, GATHER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def product_kernel(
-    out_ptr, x_ptr, weight_ptr, s_ptr, factor_ptr, bias_ptr, beside_ptr, row_weights_ptr, dots_ptr, order_ptr, ends_ptr,
-    rows, EXPERTS, K, N, R, top_k, scale: tl.float32,
-    out_stride, out_stride_n, x_stride, weight_stride_e, weight_stride_k, weight_stride_n, s_stride, factor_stride_e,
-    factor_stride_r, factor_stride_n, bias_stride, beside_stride,
+    out_ptr, x_ptr, weight_ptr, s_ptr, factor_ptr, bias_ptr, order_ptr, ends_ptr, rows, EXPERTS, K, N, R, top_k,
+    scale: tl.float32, out_stride, out_stride_n, x_stride, weight_stride_e, weight_stride_k, weight_stride_n, s_stride,
+    factor_stride_e, factor_stride_r, factor_stride_n, bias_stride,
     TILED_X: tl.constexpr, TILED_WEIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
-    GATHER_BESIDE: tl.constexpr, ADAPTED: tl.constexpr, BIAS: tl.constexpr, DOTS: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ADAPTED: tl.constexpr, BIAS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Compute tiles of scale x_i W_e + s_i F_e + bias_e; if DOTS, of its dots with rows beside it, then weigh it.
+    """Compute tiles of scale x_i W_e + s_i F_e + bias_e.
 
     Without ADAPTED scale is for the product with W, otherwise for that with F.  TILED: operands that come in tiles by
     the tensor memory accelerator, rows side by side and aligned; a tile may reach into rows that are not stored.
@@ -121,6 +131,15 @@ def product_kernel(
         x_rows = x_ptr + (read_rows(order_ptr, i, i_mask, top_k, GATHER) * x_stride)
         weight_tile = weight_ptr + wide_e * weight_stride_e + tl.cast(n_first, tl.int64) * weight_stride_n
         across_n = tl.arange(0, BLOCK_N)
+        r = tl.arange(0, BLOCK_R)
+        s_rows = s_ptr + (tl.cast(i, tl.int64) * s_stride)[:, None]
+        factor_rows = factor_ptr + wide_e * factor_stride_e + (n * factor_stride_n)[None, :]
+        if ADAPTED:  # before the loop, which hides how long it takes
+            s = load_adapter(s_rows + r[None, :], i_mask[:, None] & (r < R)[None, :])
+            factor = load_adapter(
+                factor_rows + (r * factor_stride_r)[:, None],
+                (r < tl.where(expert < EXPERTS, R, 0))[:, None] & n_mask[None, :],
+            )
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, tl.where(expert < EXPERTS, K, 0), BLOCK_K):
             k_mask = k < K - start
@@ -142,29 +161,19 @@ def product_kernel(
                     weight = tl.load(address, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
             total = multiplied(x, weight, total)
         if ADAPTED:
-            r = tl.arange(0, BLOCK_R)
-            for start in range(0, tl.where(expert < EXPERTS, R, 0), BLOCK_R):
+            total = multiplied(scaled(s, scale), factor, total)
+            for start in range(BLOCK_R, tl.where(expert < EXPERTS, R, 0), BLOCK_R):
                 r_mask = start + r < R
-                s_address = s_ptr + (tl.cast(i, tl.int64) * s_stride)[:, None] + (start + r)[None, :]
-                s = tl.load(s_address, mask=i_mask[:, None] & r_mask[None, :], other=0.0)
-                s = tl.cast(tl.cast(s, tl.float32) * scale, s.dtype)
-                address = factor_ptr + wide_e * factor_stride_e + ((start + r) * factor_stride_r)[:, None]
-                address = address + (n * factor_stride_n)[None, :]
-                factor = tl.load(address, mask=r_mask[:, None] & n_mask[None, :], other=0.0)
-                total = multiplied(s, factor, total)
+                s = load_adapter(s_rows + (start + r)[None, :], i_mask[:, None] & r_mask[None, :])
+                address = factor_rows + ((start + r) * factor_stride_r)[:, None]
+                factor = load_adapter(address, r_mask[:, None] & n_mask[None, :])
+                total = multiplied(scaled(s, scale), factor, total)
         else:
             total *= scale
         if BIAS:
             bias = tl.load(bias_ptr + wide_e * bias_stride + n, mask=n < tl.where(expert < EXPERTS, N, 0), other=0.0)
             total += tl.cast(bias, tl.float32)[None, :]
         mask = i_mask[:, None] & n_mask[None, :]
-        if DOTS:
-            source = read_rows(order_ptr, i, i_mask, top_k, GATHER_BESIDE)
-            beside = tl.load(beside_ptr + (source * beside_stride)[:, None] + n[None, :], mask=mask, other=0.0)
-            dots = tl.sum(total * tl.cast(beside, tl.float32), 1)
-            tl.store(dots_ptr + tl.cast(tile % across, tl.int64) * rows + i, dots, mask=i_mask)
-            slot = tl.load(order_ptr + i, mask=i_mask, other=0)
-            total *= tl.cast(tl.load(row_weights_ptr + slot, mask=i_mask, other=0.0), tl.float32)[:, None]
         address = out_ptr + (tl.cast(i, tl.int64) * out_stride)[:, None] + (n * out_stride_n)[None, :]
         tl.store(address, tl.cast(total, out_ptr.dtype.element_ty), mask=mask)
 
@@ -223,18 +232,40 @@ def combine_kernel(
     tl.store(address, tl.cast(total, out_ptr.dtype.element_ty), mask=n < columns)
 
 
+@triton.jit
+def weigh_kernel(
+    rows_ptr, beside_ptr, bias_dots_ptr, dots_ptr, weights_ptr, order_ptr, columns, top_k, rows_stride, beside_stride,
+    GATHER: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute a row's dot with the row beside it, for its slot, and multiply the row by the slot's weight."""
+    i = tl.cast(tl.program_id(0), tl.int64)
+    slot = tl.load(order_ptr + i)
+    source = tl.cast(slot // top_k if GATHER else i, tl.int64)
+    weight = tl.cast(tl.load(weights_ptr + slot), tl.float32)
+    dot = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, columns, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        row = tl.cast(tl.load(rows_ptr + i * rows_stride + n, mask=n < columns, other=0.0), tl.float32)
+        beside = tl.load(beside_ptr + source * beside_stride + n, mask=n < columns, other=0.0)
+        dot += row * tl.cast(beside, tl.float32)
+        tl.store(rows_ptr + i * rows_stride + n, tl.cast(row * weight, rows_ptr.dtype.element_ty), mask=n < columns)
+    total = tl.sum(dot, 0)
+    if BIAS:
+        total += tl.load(bias_dots_ptr + i)
+    tl.store(dots_ptr + slot, tl.cast(total, dots_ptr.dtype.element_ty))
+
+
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
-    index = {"order_ptr": "*i32", "ends_ptr": "*i32", "dots_ptr": "*fp32", "out_stride_n": 1}
+    index = {"order_ptr": "*i32", "ends_ptr": "*i32", "out_stride_n": 1}
     flags = list(itertools.product((False, True), repeat=3))
     for tiles, majors in ((PLAIN, (8, 12)), (LARGE, (9, 10)), (NARROW, (8, 9, 10, 12)), (WIDE, (8, 9, 10, 12))):
-        for gather, adapted, dots in flags:
+        for gather, adapted, bias in flags:
             dense = ("weight_stride_k", "factor_stride_r") if gather else ("weight_stride_n", "factor_stride_n")
             yield product_kernel, {
                 **index, **dict.fromkeys(dense, 1), "TILED_X": tiles is LARGE and not gather,
-                "TILED_WEIGHT": tiles is LARGE, "TRANSPOSED": gather, "GATHER": gather, "GATHER_BESIDE": not gather,
-                "ADAPTED": adapted, "BIAS": dots, "DOTS": dots, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta,
-                "majors": majors, **({"spilled_bytes": DOTS_SPILL} if dots and tiles is LARGE else {}),
+                "TILED_WEIGHT": tiles is LARGE, "TRANSPOSED": gather, "GATHER": gather, "ADAPTED": adapted,
+                "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, "majors": majors,
             }  # fmt: skip
     for gather, weighted, wide in flags:
         yield outer_kernel, {
@@ -243,6 +274,8 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         }  # fmt: skip
     for weighted in (False, True):
         yield combine_kernel, {"place_ptr": "*i32", "WEIGHTED": weighted, "BLOCK": COMBINED, "num_warps": 4}
+        pointers = {"order_ptr": "*i32", "bias_dots_ptr": "*fp32"}
+        yield weigh_kernel, {**pointers, "GATHER": weighted, "BIAS": weighted, "BLOCK": COMBINED, "num_warps": 4}
 
 
 def tiles_for(x: Tensor, columns: int) -> Tiles:
@@ -274,36 +307,27 @@ def outer_tiles(left: Tensor, columns: int) -> Tiles:
 def product(
     out: Tensor, x: Tensor, matrices: Tensor, order: Tensor, ends: Tensor, top_k: int, gathers: bool, *,
     scale: float = 1.0, adapter: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None,
-    dots: tuple[Tensor, Tensor, Tensor, bool] | None = None,
 ) -> None:  # fmt: skip
     """Write out [S, N] = scale x W_e + bias_e of rows that x has, or, if it gathers, of their tokens.
 
-    matrices: W [E, K, N].  adapter: s [S, R] and F [E, R, N]: then out = x W_e + scale s F_e + bias_e.  dots: what each
-    row is multiplied by for its dot, where that goes (float32 [dot_parts, S]), the weights of slots that the row is
-    then multiplied by, and whether what it is multiplied by are tokens, to be gathered.
+    matrices: W [E, K, N].  adapter: s [S, R] and F [E, R, N]: then out = x W_e + scale s F_e + bias_e.
     """
     experts, K, N = matrices.shape
     block_r = 16 if adapter is None else min(padded(adapter[1].shape[1]), BESIDE)
     s, factor = adapter if adapter is not None else (x, matrices)
-    beside, parts, row_weights, gathers_beside = dots if dots is not None else (x, x, x, False)
     tiles, rows = tiles_for(x, N), out.shape[0]
     most = (cdiv(rows, tiles.rows) + experts + 1) * cdiv(N, tiles.columns)
     programs = multiprocessors(x.device) * (1 if tiles is LARGE else 2)
     tiled_x, tiled_weight = (tiles is not WIDE and is_tiled(operand) for operand in (x, matrices))
     with triton_launch.scratch_memory() if tiled_x or tiled_weight else nullcontext():
         on_grid(product_kernel, (at_least_one(most, programs),))(
-            out, x, matrices, s, factor, x if bias is None else bias, beside, row_weights, parts, order, ends,
-            rows, experts, K, N, factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0),
-            *matrices.stride(), s.stride(0), *factor.stride(), 0 if bias is None else bias.stride(0), beside.stride(0),
+            out, x, matrices, s, factor, x if bias is None else bias, order, ends, rows, experts, K, N,
+            factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0), *matrices.stride(), s.stride(0),
+            *factor.stride(), 0 if bias is None else bias.stride(0),
             TILED_X=tiled_x and not gathers, TILED_WEIGHT=tiled_weight, TRANSPOSED=matrices.stride(2) != 1,
-            GATHER=gathers, GATHER_BESIDE=gathers_beside, ADAPTED=adapter is not None, BIAS=bias is not None,
-            DOTS=dots is not None, BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
+            GATHER=gathers, ADAPTED=adapter is not None, BIAS=bias is not None, BLOCK_E=padded(experts + 1),
+            BLOCK_R=block_r, **tiles.meta,
         )  # fmt: skip
-
-
-def dot_parts(x: Tensor, columns: int) -> int:
-    """Return how many parts the dots of a product's rows come in."""
-    return cdiv(columns, tiles_for(x, columns).columns)
 
 
 def outer(
@@ -329,4 +353,18 @@ def combine(out: Tensor, rows: Tensor, row_weights: Tensor | None, place: Tensor
     on_grid(combine_kernel, (tokens * cdiv(N, COMBINED),))(
         out, rows, rows if row_weights is None else row_weights, place, N, top_k, out.stride(0), rows.stride(0),
         WEIGHTED=row_weights is not None, BLOCK=COMBINED, num_warps=4,
+    )  # fmt: skip
+
+
+def weigh(
+    rows: Tensor, dots: Tensor, beside: Tensor, row_weights: Tensor, order: Tensor, top_k: int, gathers: bool,
+    bias_dots: Tensor | None,
+) -> None:  # fmt: skip
+    """Write dots [slots] of rows [S, N] with those beside them, and multiply the rows by their slots' weights.
+
+    beside: [S, N], or tokens if it gathers.  bias_dots [S], float32, is added to the dots.
+    """
+    on_grid(weigh_kernel, (rows.shape[0],))(
+        rows, beside, dots if bias_dots is None else bias_dots, dots, row_weights, order, rows.shape[1], top_k,
+        rows.stride(0), beside.stride(0), GATHER=gathers, BIAS=bias_dots is not None, BLOCK=COMBINED, num_warps=4,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels.expert_call import ExpertCall
-from fastft.kernels.expert_linear_triton import combine, dot_parts, outer, product
+from fastft.kernels.expert_linear_triton import combine, outer, product, weigh
 
 
 def forward(targets: Sequence[Tensor], *arguments: Any) -> None:
@@ -66,21 +66,15 @@ def _backward_of_rows(
 ) -> None:  # fmt: skip
     """Write the gradients of x and of the weights that rows are summed by."""
     x, where = call.x, (call.order, call.ends, call.top_k)
-    columns = x.shape[1]
-    rows = dx if dx is not None and not call.gathers else x.new_empty(call.rows, columns)
-    dots = parts = None
+    rows = dx if dx is not None and not call.gathers else x.new_empty(call.rows, x.shape[1])
+    product(rows, grad_output, call.matrices().transpose(1, 2), *where, call.combines, adapter=adapter)
     if call.top_k_weights is not None:
-        count = dot_parts(x, columns)
-        parts = x.new_empty(count + int(call.bias is not None), call.rows, dtype=torch.float32)
-        dots = x, parts, call.top_k_weights, call.gathers
+        bias_dots = None
         if call.bias is not None:  # each row's dot with its expert's bias
-            product(parts[count].unsqueeze(1), grad_output, call.bias.unsqueeze(2), *where, call.combines)
-    product(
-        rows, grad_output, call.matrices().transpose(1, 2), *where, call.combines, adapter=adapter, dots=dots
-    )  # fmt: skip
-    if dweights is not None and parts is not None:
-        sums = parts.sum(0) if parts.shape[0] > 1 else parts[0]
-        dweights.copy_(torch.index_select(sums, 0, call.place).view(dweights.shape))
+            bias_dots = x.new_empty(call.rows, 1, dtype=torch.float32)
+            product(bias_dots, grad_output, call.bias.unsqueeze(2), *where, call.combines)
+        dots = dweights if dweights is not None else x.new_empty(call.rows, dtype=torch.float32)
+        weigh(rows, dots, x, call.top_k_weights, call.order, call.top_k, call.gathers, bias_dots)
     if dx is not None and call.gathers:
         combine(dx, rows, None, call.place, call.top_k)
 
