@@ -22,6 +22,7 @@ from fastft.reasons import Declined
 from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.effects import mutated_args
 from fastft.rewriter.fx.metadata import name_of, source_line
+from fastft.rewriter.rows import by_expert
 
 LOSS = "fastft::linear_cross_entropy"  # rows whose label does not count add nothing to what it sums up
 ROW_WISE = frozenset(
@@ -46,7 +47,8 @@ _RESHAPES = frozenset(("aten::view", "aten::_unsafe_view", "aten::reshape"))
 _ALONG = {  # the place of the axes along which these mix elements, by name
     "sum": 1, "mean": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "any": 1, "all": 1, "prod": 1, "_softmax": 1,
     "_log_softmax": 1, "logsumexp": 1, "cumsum": 1, "argmax": 1, "argmin": 1, "sort": 1, "linalg_vector_norm": 2,
-    "topk": 2, "gather": 1, "select": 1, "split": 2, "split_with_sizes": 2, "unbind": 1, "cat": 1,
+    "topk": 2, "gather": 1, "scatter": 1, "scatter_": 1, "select": 1, "split": 2, "split_with_sizes": 2, "unbind": 1,
+    "cat": 1,
 }  # fmt: skip
 _LAST_BY_DEFAULT = frozenset(("sort", "topk"))
 _FIRST_BY_DEFAULT = frozenset(("split", "split_with_sizes", "unbind", "cat"))
@@ -93,15 +95,21 @@ def check(gm: GraphModule, nodes: Iterable[Node], sizes: RowSizes) -> None:
     What runs bodies is to be checked by its bodies.  What is written to has to be made by a call of the same layer, as
     the outline of a graph sees to.
     """
+    nodes = dict.fromkeys(nodes)
+    orders = by_expert.orders(gm)
     for node in nodes:
-        if node.op not in ("call_function", "call_method") or _runs_body(node):
-            continue
-        if node.target == torch.ops.fastft.attention:
-            continue
-        if not fake_tensors.tensors_in(value_of(node)):
+        if node.op not in ("call_function", "call_method"):
             continue
         try:
-            with autocast.at(node), _Watch(sizes):
+            by_expert.check_place(node, orders, nodes.keys())
+            if _runs_body(node) or node.target == torch.ops.fastft.attention:
+                continue
+            if not fake_tensors.tensors_in(value_of(node)):
+                continue
+            if by_expert.is_known(node):
+                by_expert.check_known(node, orders, sizes)
+                continue
+            with autocast.at(node), _Watch(by_expert.sizes_of(node, orders, sizes)):
                 _repeat(node, writes=bool(mutated_args(gm, node)))
         except Declined as declined:
             raise Declined(f"{declined.reason} ({source_line(node)})") from None
@@ -173,12 +181,10 @@ class _Watch(eager.TorchDispatchMode):
         elif name == "aten::index":
             places = zip(self.sizes.axes(args[0]), args[1], strict=False)
             known = not any(index is not None and (axis or self.sizes.holds(index)) for axis, index in places)
-        elif short == "gather":
-            tensor, dim, index = args[:3]
-            pairs = zip(self.sizes.axes(tensor), self.sizes.axes(index), strict=True)
-            known = self._apart(short, args, kwargs) and all(
-                one == other for place, (one, other) in enumerate(pairs) if place != dim % tensor.dim()
-            )
+        elif short in ("gather", "scatter", "scatter_"):
+            known = self._apart(short, args, kwargs) and self._at_places(*args[:3])
+            sources = [self.sizes.axes(one) for one in args[3:] if isinstance(one, Tensor)]  # a number, gather has none
+            known &= all(axes == self.sizes.axes(args[2]) for axes in sources)
         elif short in _ALONG:
             known = self._apart(short, args, kwargs)
         elif name in ("aten::mm", "aten::addmm", "aten::linear", "aten::embedding", "aten::bmm"):
@@ -238,6 +244,11 @@ class _Watch(eager.TorchDispatchMode):
         axes = self.sizes.axes(tensor)
         along = dims if isinstance(dims, (list, tuple)) else [dims]
         return not any(axes[dim] for dim in along)
+
+    def _at_places(self, tensor: Tensor, dim: int, index: Tensor) -> bool:
+        """Return whether rows of an index are rows of the tensor that it tells places of, along another axis."""
+        pairs = zip(self.sizes.axes(tensor), self.sizes.axes(index), strict=True)
+        return all(one == other for place, (one, other) in enumerate(pairs) if place != dim % tensor.dim())
 
     def _product(self, short: str, args: Sequence[Any]) -> bool:
         """Return whether rows are multiplied by what is the same for all of them."""

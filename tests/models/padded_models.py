@@ -18,7 +18,6 @@ LAYERS = 4  # from which on a graph is for any batch and length from the start
 LENGTH = 64
 LENGTHS = (64, 40, 9, 23, 2)
 SIDES = ("right", "left", "holes")
-EXPERTS = "gpt_oss"  # a loop over them breaks the graph
 FLOPS_A_TOKEN = 1.10
 
 
@@ -109,4 +108,16 @@ def assert_same_gradients(model: nn.Module, eager: nn.Module) -> None:
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4 * max(scale, 1e-2), msg=name)
 
 
-UNDERSTOOD = [family for family in (*FAMILIES, *OTHERS) if family.head and family.name != EXPERTS]
+_CHOSEN = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+ROUTED = [  # with adapters on their experts
+    Family("qwen3_moe", "Qwen3MoeConfig", {}, {}, sizes={"num_experts": 4, **_CHOSEN}),
+    Family(  # groups of experts, experts that all tokens have, and a first layer without any
+        "deepseek_v3", "DeepseekV3Config", {}, {},
+        sizes={
+            **_LATENT, **_CHOSEN, "num_key_value_heads": 4, "head_dim": None, "n_routed_experts": 8, "n_group": 4,
+            "topk_group": 2, "first_k_dense_replace": 1,
+        },
+    ),
+]  # fmt: skip
+UNDERSTOOD = [family for family in (*FAMILIES, *OTHERS, *ROUTED) if family.head]

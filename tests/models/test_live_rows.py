@@ -15,6 +15,7 @@ from models.padded_models import (
     LAYERS,
     LENGTH,
     LENGTHS,
+    ROUTED,
     SIDES,
     UNDERSTOOD,
     Compiled,
@@ -189,6 +190,20 @@ def test_what_leaves_the_graph(family: Family) -> None:
     compiled = Compiled(model)
     inputs = batch("right") | {"output_hidden_states": True}
     assert_same(model, eager, inputs)
+    assert compiled.rows.reason
+
+
+@pytest.mark.slow
+@by_name(ROUTED[:1])
+def test_a_loss_of_the_routing(family: Family) -> None:
+    """The experts' load is that of all rows."""
+    model, eager = pair(family)
+    for one in (model, eager):
+        one.config.output_router_logits = True
+        one.get_base_model().config.output_router_logits = True
+    compiled, inputs = Compiled(model), batch("right")
+    assert_same(model, eager, inputs)
+    assert eager(**inputs).aux_loss > 0
     assert compiled.rows.reason
 
 
