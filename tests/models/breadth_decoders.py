@@ -113,7 +113,10 @@ TRAINED_WHOLE = (
         shared=3,
     ),
     decoder("Qwen3.5", "Qwen3_5TextConfig", sizes(**DELTA), shared=3),
-    decoder("GPT-OSS", "GptOssConfig", sizes(**WINDOWS, num_local_experts=2, num_experts_per_tok=1), shared=2),
+    decoder(
+        "GPT-OSS", "GptOssConfig", sizes(**WINDOWS, num_local_experts=2, num_experts_per_tok=1),
+        ops="rms_norm rotary attention glu experts",
+    ),
     decoder(
         "Bamba", "BambaConfig",
         sizes(

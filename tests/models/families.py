@@ -120,7 +120,8 @@ OTHERS = (
         {**PAIR, "add_rms_norm.around_an_addition": (1, 0), "add_rms_norm.after_a_block": (1, 0)},
     ),
     Family(
-        "gpt_oss", "GptOssConfig", {"rms_norm.llama": (2, 1), "rotary.half_by_parts": (2, 0)}, LLAMA_FUSED,
+        "gpt_oss", "GptOssConfig", {"rms_norm.llama": (2, 1), "rotary.half_by_parts": (2, 0), "experts": (2, 0)},
+        LLAMA_FUSED,
         sizes={"num_local_experts": 4, "experts_implementation": "eager"},
     ),
     Family("olmo", "OlmoConfig", {"layer_norm.without_weight": (2, 1), **ROPE, **SWIGLU}, PAIR),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from aot import through_aot
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils import parametrize
 
 import fastft
 from fastft.compat import aot, layer_reuse
@@ -331,6 +332,59 @@ def test_a_layer_that_comes_to_differ_is_right(way: Callable[[Stack], None], cal
     check(model, call)
     way(model)
     check(model, call)
+    assert called
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2.0
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2.0
+
+
+class Parametrized(Layer):
+    """Each of its kind has a part of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parametrize.register_parametrization(self.up, "weight", Doubled())
+
+
+def test_layers_with_parametrized_parts(called: list[str]) -> None:
+    model = Stack(make=Parametrized)
+    assert type(model.layers[0].up) is not type(model.layers[1].up)
+    call = compiled(model)
+    check(model, call)
+    assert len(called) == LAYERS - 2
+    check(model, call)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_whose_part_is_parametrized_otherwise(name: str, called: list[str]) -> None:
+    model = Stack(make=Parametrized)
+    parametrize.remove_parametrizations(model.layers[3].up, "weight", leave_parametrized=False)
+    parametrize.register_parametrization(model.layers[3].up, name, Halved())
+    check(model, compiled(model))
+    assert called
+    assert not any(place.endswith("['3']") for place in called)
+
+
+class Named(Layer):
+    """A layer that calls its values as inputs of its body are called."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tensor_1 = x.sin()
+        tensor_2 = tensor_1.cos()
+        return super().forward(x + tensor_1 * tensor_2, *args, **kwargs)
+
+
+def test_names_of_inputs_that_a_layer_has_for_others(called: list[str]) -> None:
+    model = Stack(make=Named)
+    check(model, compiled(model))
     assert called
 
 
