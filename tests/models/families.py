@@ -35,7 +35,8 @@ Counts = dict[str, tuple[int, int]]  # a for every layer, and b: a * L + b in L 
 class Family:
     """A configuration class of transformers, and what rules apply how often.
 
-    missed: reasons for what is left; head: what its loss becomes.
+    missed: reasons for what is left; head: what its loss becomes; substituted: what fastft traces as ops, but no other
+    backend.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Family:
     missed: Counts = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
     head: Counts = field(default_factory=lambda: {"linear_cross_entropy.cross_entropy": (0, 1)})
+    substituted: Counts = field(default_factory=dict)
 
     @property
     def norms(self) -> int:
@@ -120,9 +122,8 @@ OTHERS = (
         {**PAIR, "add_rms_norm.around_an_addition": (1, 0), "add_rms_norm.after_a_block": (1, 0)},
     ),
     Family(
-        "gpt_oss", "GptOssConfig", {"rms_norm.llama": (2, 1), "rotary.half_by_parts": (2, 0), "experts": (2, 0)},
-        LLAMA_FUSED,
-        sizes={"num_local_experts": 4, "experts_implementation": "eager"},
+        "gpt_oss", "GptOssConfig", {"rms_norm.llama": (2, 1), "rotary.half_by_parts": (2, 0)}, LLAMA_FUSED,
+        sizes={"num_local_experts": 4, "experts_implementation": "eager"}, substituted={"experts": (2, 0)},
     ),
     Family("olmo", "OlmoConfig", {"layer_norm.without_weight": (2, 1), **ROPE, **SWIGLU}, PAIR),
     Family("stablelm", "StableLmConfig", {**LAYER_NORMS, **PART, **SWIGLU}, PAIR),
