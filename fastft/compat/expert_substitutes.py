@@ -66,12 +66,12 @@ def experts(
     kind, top_k = hidden_states.device.type, top_k_index.shape[-1]
     rounded = self.config._experts_implementation != "grouped_mm" and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if rounded else None  # torch's grouped product knows nothing of autocast
-    up = "gate_up_proj" if self.has_gate else "up_proj"
+    up, down = _names(self)
     normed = getattr(self, "has_post_expert_norm", False)
     order = torch.ops.fastft.expert_order(top_k_index, self.num_experts)
     rows = _product(self, up, hidden_states, None, order, top_k, adapters, dtype)
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-    result = _product(self, "down_proj", rows, None if normed else top_k_weights, order, top_k, adapters, dtype)
+    result = _product(self, down, rows, None if normed else top_k_weights, order, top_k, adapters, dtype)
     if normed:
         rows = self.post_expert_norm(result)[order[1]].unflatten(0, top_k_weights.shape)
         result = (rows * top_k_weights.unsqueeze(-1)).sum(1)
@@ -91,7 +91,7 @@ def get_interface(original: Callable, self: Any, implementation: str, default: C
         return original(self, implementation, default)
 
     def forward(module: Any, *args: Any, adapters: Sequence[Any] = (), **kwargs: Any) -> Any:
-        if kwargs or len(args) != 3 or type(module).__name__ in _IN_FLOAT32:
+        if kwargs or len(args) != 3 or type(module).__name__.endswith(_IN_FLOAT32):
             return experts_as_they_are(default, module, *args, adapters=adapters, **kwargs)
         return experts(default, module, *args, adapters=adapters)
 
@@ -113,8 +113,11 @@ def _is_taken(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     """Tell whether the ops compute what this module does."""
     if getattr(self, "_is_expert_parallel", False) or hidden_states.dim() != 2 or top_k_index.dim() != 2:
         return False
-    names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
-    return top_k_weights.shape == top_k_index.shape and all(_is_known(self, name) for name in names)
+    return top_k_weights.shape == top_k_index.shape and all(_is_known(self, name) for name in _names(self))
+
+
+def _names(self: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
 
 
 def _is_known(self: Any, name: str) -> bool:
@@ -237,11 +240,14 @@ def _can_pass(wrapper: Any) -> bool:
     while hasattr(wrapper, "parameter_name"):
         if wrapper.disable_adapters and wrapper.merged:  # it is about to be unmerged
             return False
-        name, layer = wrapper.parameter_name, wrapper.base_layer
-        base = wrapper.get_base_layer()
-        if not _keeps_to_the_interface(base) and name not in base._parameters:
+        name, base = wrapper.parameter_name, wrapper.get_base_layer()
+        if _keeps_to_the_interface(base):
+            taken = name.removesuffix("_bias") in _names(base)  # not what a gate of its own may read
+        else:
+            taken = name in base._parameters and base._parameters[name].dtype in _DTYPES
+        if not taken:
             return False
-        wrapper = layer
+        wrapper = wrapper.base_layer
     return True
 
 
@@ -249,8 +255,8 @@ def _keeps_to_the_interface(layer: Any) -> bool:
     """Tell whether this is a module of transformers' experts that one of the implementations here computes."""
     if not hasattr(type(layer).forward, "__wrapped__") or not hasattr(layer, "has_gate"):
         return False
-    names = ("gate_up_proj" if layer.has_gate else "up_proj", "down_proj")
-    return layer.config._experts_implementation in _IMPLEMENTATIONS and all(_is_known(layer, name) for name in names)
+    known = all(_is_known(layer, name) for name in _names(layer))
+    return known and layer.config._experts_implementation in _IMPLEMENTATIONS
 
 
 def _of_transformers(original: str, substitute: Callable, reason: str, rule: str = "") -> Substitution:

@@ -360,3 +360,26 @@ def test_experts_that_are_left(adapted: bool) -> None:
     assert taken(captures) == 0
     misses = [miss for miss in captures[0][1].near_misses if miss.rule == expert_substitutes.RULE]
     assert len(misses) == (4 if adapted else 2)
+
+
+class Scaled(Block):
+    """Its gate reads a parameter of its own, [E, D]."""
+
+    def __init__(self) -> None:
+        super().__init__("grouped_mm")
+        family = type(self.experts)
+        self.experts.scale = nn.Parameter(torch.randn(EXPERTS, INNER))
+        family._apply_gate = _scaled_gate
+
+
+def _scaled_gate(self: Any, rows: Tensor) -> Tensor:
+    gate, up = rows.chunk(2, -1)
+    return self.act_fn(gate) * up * self.scale.sum(0)
+
+
+def test_an_adapter_of_a_parameter_that_the_gate_reads() -> None:
+    """PEFT's own code runs, whose graph breaks, and nothing of it is lost."""
+    model = adapt(Scaled(), ["experts.scale"])
+    call, captures = ready(model)
+    assert_right(model, call, tokens())
+    assert len(captures) > 1
