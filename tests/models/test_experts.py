@@ -31,16 +31,16 @@ class Experts(nn.Module):
 
     flags: dict[str, bool]
 
-    def __init__(self, config: Any, **flags: bool) -> None:
+    def __init__(self, config: Any, experts: int, **flags: bool) -> None:
         super().__init__()
-        self.num_experts = EXPERTS
+        self.num_experts = experts
         up = "gate_up_proj" if flags.get("has_gate", True) else "up_proj"
         sizes = {up: (INNER * (2 if "gate" in up else 1), WIDTH), "down_proj": (WIDTH, INNER)}
         for name, shape in sizes.items():
             turned = shape[::-1] if flags.get("is_transposed") else shape
-            setattr(self, name, nn.Parameter(torch.randn(EXPERTS, *turned) / 8))
+            setattr(self, name, nn.Parameter(torch.randn(experts, *turned) / 8))
             if flags.get("has_bias"):
-                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, shape[0])))
+                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(experts, shape[0])))
         if flags.get("has_post_expert_norm"):
             self.post_expert_norm = nn.LayerNorm(WIDTH)
         self.act_fn = nn.SiLU()
@@ -67,25 +67,25 @@ class Experts(nn.Module):
 class Block(nn.Module):
     """A router and its experts."""
 
-    def __init__(self, implementation: str = "grouped_mm", **flags: bool) -> None:
+    def __init__(self, implementation: str = "grouped_mm", experts: int = EXPERTS, **flags: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
 
         class Family(Experts):
             def __init__(self, config: Any) -> None:
-                super().__init__(config, **flags)
+                super().__init__(config, experts, **flags)
 
             forward = _copied(Experts.forward)  # the decorator changes the class
 
         family = use_experts_implementation(**flags)(Family)
-        self.router = nn.Parameter(torch.randn(EXPERTS, WIDTH) / 8)
-        self.register_buffer("bias", torch.zeros(EXPERTS))
+        self.router = nn.Parameter(torch.randn(experts, WIDTH) / 8)
+        self.register_buffer("bias", torch.zeros(experts))
         self.experts = family(SimpleNamespace(_experts_implementation=implementation))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
         scores = F.softmax(F.linear(tokens.to(self.router.dtype), self.router) + self.bias, -1)
-        weights, index = scores.topk(TOP_K)
+        weights, index = scores.topk(min(TOP_K, len(self.router)))
         return self.experts(tokens, index, weights.to(tokens.dtype)).view_as(x)
 
 
@@ -225,6 +225,14 @@ def test_several_adapters_at_once() -> None:
 
 def test_adapters_of_one_weight_and_of_a_bias() -> None:
     model = adapt(Block("eager", is_transposed=True, has_bias=True), ["experts.down_proj", "experts.gate_up_proj_bias"])
+    call, captures = ready(model)
+    assert_right(model, call, tokens())
+    assert taken(captures) == 2
+
+
+def test_one_expert_whose_delta_is_added_as_that_of_a_matrix() -> None:
+    """PEFT adds it turned, which fits where a weight is square."""
+    model = adapt(Block("eager", experts=1, is_transposed=True), ["experts.down_proj"])
     call, captures = ready(model)
     assert_right(model, call, tokens())
     assert taken(captures) == 2
