@@ -269,7 +269,8 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             yield product_kernel, {
                 **index, **dict.fromkeys(dense, 1), "TILED_X": tiles is LARGE and not gather,
                 "TILED_WEIGHT": tiles is LARGE, "TRANSPOSED": gather, "GATHER": gather, "ADAPTED": adapted,
-                "FLATTEN": tiles is LARGE and not gather, "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, "majors": majors,
+                "FLATTEN": tiles is LARGE and not gather, "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta,
+                "majors": majors, "spilled_bytes": FEW,
             }  # fmt: skip
     for gather, weighted, wide in flags:
         yield outer_kernel, {
