@@ -25,8 +25,6 @@ from fastft.kernels.core.tiles import multiprocessors, padded
 
 COMBINED = 1024  # elements of a token's row that a program sums
 BESIDE = 64  # the most ranks of a step
-FLATTENS = True
-FEW = 64  # bytes that a thread may store before the loop, on sm_100
 
 
 @dataclass(frozen=True)
@@ -99,14 +97,13 @@ def product_kernel(
     scale: tl.float32, out_stride, out_stride_n, x_stride, weight_stride_e, weight_stride_k, weight_stride_n, s_stride,
     factor_stride_e, factor_stride_r, factor_stride_n, bias_stride,
     TILED_X: tl.constexpr, TILED_WEIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
-    FLATTEN: tl.constexpr, ADAPTED: tl.constexpr, BIAS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ADAPTED: tl.constexpr, BIAS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of scale x_i W_e + s_i F_e + bias_e.
 
     Without ADAPTED scale is for the product with W, otherwise for that with F.  TILED: operands that come in tiles by
     the tensor memory accelerator, rows side by side and aligned; a tile may reach into rows that are not stored.
-    FLATTEN: both loops become one, so that a tile's first operands are loaded while the one before is stored.
     """
     begin, end = row_ends(ends_ptr, rows, EXPERTS, BLOCK_E)
     last = tl.cumsum(tl.cdiv(end - begin, BLOCK_M), 0)  # tile behind each expert's
@@ -121,7 +118,7 @@ def product_kernel(
         weights = tl.make_tensor_descriptor(
             weight_ptr, [EXPERTS, K, N], [weight_stride_e, weight_stride_k, 1], [1, BLOCK_K, BLOCK_N]
         )
-    for tile in tl.range(tl.program_id(0), tl.max(last, 0) * across, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), tl.max(last, 0) * across, tl.num_programs(0)):
         before = last <= tile // across
         expert = tl.sum(tl.cast(before, tl.int32), 0)
         first = tl.max(tl.where(before, end, 0), 0) + (tile // across - tl.max(tl.where(before, last, 0), 0)) * BLOCK_M
@@ -165,13 +162,12 @@ def product_kernel(
             total = multiplied(x, weight, total)
         if ADAPTED:
             total = multiplied(scaled(s, scale), factor, total)
-            if not FLATTEN:  # which is for ranks of one step
-                for start in range(BLOCK_R, tl.where(expert < EXPERTS, R, 0), BLOCK_R):
-                    r_mask = start + r < R
-                    s = load_adapter(s_rows + (start + r)[None, :], i_mask[:, None] & r_mask[None, :])
-                    address = factor_rows + ((start + r) * factor_stride_r)[:, None]
-                    factor = load_adapter(address, r_mask[:, None] & n_mask[None, :])
-                    total = multiplied(scaled(s, scale), factor, total)
+            for start in range(BLOCK_R, tl.where(expert < EXPERTS, R, 0), BLOCK_R):
+                r_mask = start + r < R
+                s = load_adapter(s_rows + (start + r)[None, :], i_mask[:, None] & r_mask[None, :])
+                address = factor_rows + ((start + r) * factor_stride_r)[:, None]
+                factor = load_adapter(address, r_mask[:, None] & n_mask[None, :])
+                total = multiplied(scaled(s, scale), factor, total)
         else:
             total *= scale
         if BIAS:
@@ -269,8 +265,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             yield product_kernel, {
                 **index, **dict.fromkeys(dense, 1), "TILED_X": tiles is LARGE and not gather,
                 "TILED_WEIGHT": tiles is LARGE, "TRANSPOSED": gather, "GATHER": gather, "ADAPTED": adapted,
-                "FLATTEN": tiles is LARGE and not gather, "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta,
-                "majors": majors, "spilled_bytes": FEW,
+                "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, "majors": majors,
             }  # fmt: skip
     for gather, weighted, wide in flags:
         yield outer_kernel, {
@@ -325,14 +320,13 @@ def product(
     programs = multiprocessors(x.device) * (1 if tiles is LARGE else 2)
     tiled_x, tiled_weight = (tiles is not WIDE and is_tiled(operand) for operand in (x, matrices))
     tiled_x = tiled_x and not gathers
-    flatten = FLATTENS and tiled_x and tiled_weight and (adapter is None or adapter[1].shape[1] <= block_r)
     with triton_launch.scratch_memory() if tiled_x or tiled_weight else nullcontext():
         on_grid(product_kernel, (at_least_one(most, programs),))(
             out, x, matrices, s, factor, x if bias is None else bias, order, ends, rows, experts, K, N,
             factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0), *matrices.stride(), s.stride(0),
             *factor.stride(), 0 if bias is None else bias.stride(0),
             TILED_X=tiled_x, TILED_WEIGHT=tiled_weight, TRANSPOSED=matrices.stride(2) != 1,
-            GATHER=gathers, FLATTEN=flatten, ADAPTED=adapter is not None, BIAS=bias is not None,
+            GATHER=gathers, ADAPTED=adapter is not None, BIAS=bias is not None,
             BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
         )  # fmt: skip
 
