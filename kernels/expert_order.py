@@ -7,6 +7,8 @@ Gale et al., MegaBlocks, 2022, arXiv:2211.15841.
 top_k_index: integers [..., K], the experts' numbers; those outside 0 ... num_experts - 1 are of no expert, and lie
 behind all others.
 
+What each expert got is added up for reports (expert_load.py).
+
 Results, int32:
 - order [S]: the slot of each row, rows sorted by expert, those of one expert by slot.
 - place [S]: the row of each slot, the inverse of order.
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.kernels import expert_load
 from fastft.kernels.core import dispatch
 from fastft.kernels.core.registry import define, load, require
 
@@ -57,6 +60,8 @@ def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
         return
     for target, result in zip(targets, reference(*arguments), strict=True):
         target.copy_(result)
+    ends = targets[2]
+    expert_load.counts(ends.device, num_experts).add_(torch.diff(ends, prepend=ends.new_zeros(1)))
 
 
 expert_order = define(

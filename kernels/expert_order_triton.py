@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.kernels import expert_load
 from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import padded
@@ -39,8 +40,10 @@ def count_kernel(counts_ptr, index_ptr, slots, EXPERTS, BLOCK: tl.constexpr, BLO
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def sum_kernel(starts_ptr, ends_ptr, counts_ptr, blocks, EXPERTS, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Sum the counts: where rows of each expert end, and where those of a block begin."""
+def sum_kernel(
+    starts_ptr, ends_ptr, totals_ptr, counts_ptr, blocks, EXPERTS, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """Sum the counts: where rows of each expert end, where those of a block begin, and totals of all calls."""
     expert, block = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, blocks, BLOCK):
@@ -48,6 +51,7 @@ def sum_kernel(starts_ptr, ends_ptr, counts_ptr, blocks, EXPERTS, BLOCK: tl.cons
         total += tl.sum(tl.load(address, mask=(first + block < blocks)[:, None], other=0), 0)
     ends = tl.cumsum(total, 0)
     tl.store(ends_ptr + expert, ends, mask=expert < EXPERTS)
+    tl.atomic_add(totals_ptr + expert, tl.cast(total, tl.int64), mask=expert < EXPERTS)
     before = ends - total
     for first in range(0, blocks, BLOCK):
         here = first + block
@@ -81,7 +85,7 @@ def place_kernel(
 def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     names = ("counts_ptr", "starts_ptr", "ends_ptr", "order_ptr", "place_ptr")
-    pointers = dict.fromkeys(names, "*i32") | {"index_ptr": "*i64"}
+    pointers = dict.fromkeys(names, "*i32") | {"index_ptr": "*i64", "totals_ptr": "*i64"}
     for experts in (16, MOST_COUNTS):
         meta = {"BLOCK": BLOCK, "BLOCK_E": experts, "num_warps": 4}
         yield count_kernel, {**pointers, **meta}
@@ -98,6 +102,7 @@ def sort(targets: Sequence[Tensor], top_k_index: Tensor, num_experts: int) -> No
     meta = {"BLOCK": BLOCK, "BLOCK_E": block_e, "num_warps": 4}
     on_grid(count_kernel, (blocks,))(counts, index, slots, num_experts, **meta)
     summed = {**meta, "BLOCK": max(1, SUMMED // block_e), "num_warps": 8}
-    on_grid(sum_kernel, (1,))(starts, ends, counts, blocks, num_experts, **summed)
+    totals = expert_load.counts(index.device, num_experts)
+    on_grid(sum_kernel, (1,))(starts, ends, totals, counts, blocks, num_experts, **summed)
     meta |= {"PART": PART, "num_warps": 8}
     on_grid(place_kernel, (blocks,))(order, place, index, starts, slots, num_experts, **meta)

@@ -117,6 +117,21 @@ class RowsReport:
         )
 
 
+@dataclass(frozen=True)
+class ExpertLoad:
+    """What the experts of layers with so many of them got: how many tokens chose one, the most of one, how many none."""
+
+    experts: int
+    tokens: int
+    most: int
+    idle: int
+
+    @property
+    def busiest(self) -> float:
+        """How many times the mean the busiest expert got."""
+        return self.most * self.experts / max(1, self.tokens)
+
+
 @dataclass
 class GraphReport:
     """One graph that Dynamo captured.
@@ -170,12 +185,13 @@ class ReportData:
     """What fastft makes of a model; report.py prints, shows and saves it.
 
     breaks: where Dynamo could not go on with a graph, as (reason, ``file:line``).  stopped_by: the error with which
-    the model ended, if it did.
+    the model ended, if it did.  loads: of experts, over all layers and steps of the process.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     breaks: list[tuple[str, str]] = field(default_factory=list)
     stopped_by: str = ""
+    loads: list[ExpertLoad] = field(default_factory=list)
 
     @property
     def lifted(self) -> list[Lifted]:

@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 
 from fastft.compat import aot, dynamo
 from fastft.compat.fake_tensors import value_of
+from fastft.kernels import expert_load
 from fastft.rewriter.fx.metadata import without_scope
-from fastft.rewriter.report.data import GraphReport
+from fastft.rewriter.report.data import ExpertLoad, GraphReport
 from fastft.rewriter.report.report import Report
 
 LIMIT = 256
@@ -25,9 +26,15 @@ _listeners: list[list[GraphReport]] = []
 def compilations() -> Report:
     """Report the last 256 graphs that fastft compiled in this process, in their order, fallbacks included.
 
-    It holds text and numbers alone: no graph, tensor or model lives longer for it.
+    It holds text and numbers alone: no graph, tensor or model lives longer for it.  Where tokens chose experts it says
+    how evenly, and waits for the device to know.
     """
-    return Report(graphs=list(_graphs))
+    return Report(graphs=list(_graphs), loads=_loads())
+
+
+def _loads() -> list[ExpertLoad]:
+    found = expert_load.totals().items()
+    return [ExpertLoad(experts, sum(each), max(each), each.count(0)) for experts, each in found if any(each)]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fastft.rewriter.report.data import GraphReport, Lifted, NearMiss, ReportDat
 BREAKS, FAILURES, MISSED = "Graph breaks", "Failures in fastft (these graphs run as they were)", "Not lifted"
 LIFTED, FUSED = "Lifted", "Of these, fused"
 MEMORY, FATES = "Memory", "What layers do with their activations"
+LOADS = "Experts, over all layers and steps so far"
 SLOWEST = 8  # rules that are shown
 _NUMBERS = (
     "after",
@@ -45,6 +46,7 @@ def tables(report: ReportData) -> list[tuple[str, Sequence[str], list[Sequence[s
         ("Compiled whole", ("reason", "times"), _counted(graph.whole for graph in graphs)),
         (MEMORY, ("graph", "plan"), _plans(graphs)),
         ("Rows of padded batches", ("graph", "rows"), _rows(graphs)),
+        (LOADS, ("experts a layer", "chosen by tokens", "busiest / mean", "never chosen"), _loads(report)),
         (FATES, ("layers", "tensor", "shape", "fate", "MiB", "µs"), _fates(graphs)),
         ("Checkpoints that gave way to the plan", ("module", "times"), _inlined(graphs)),
         (LIFTED, ("rule", "times", "modules"), _by_rule(report.lifted)),
@@ -121,6 +123,13 @@ def _regions(graphs: Sequence[GraphReport]) -> tuple[Sequence[str], list[Sequenc
 
 def _plans(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:
     return [(str(number), str(graph.plan)) for number, graph in enumerate(graphs) if graph.plan is not None]
+
+
+def _loads(report: ReportData) -> list[Sequence[str]]:
+    """Tell how evenly tokens chose experts."""
+    return [
+        (str(load.experts), f"{load.tokens:,} times", f"{load.busiest:.2f}", str(load.idle)) for load in report.loads
+    ]
 
 
 def _rows(graphs: Sequence[GraphReport]) -> list[Sequence[str]]:

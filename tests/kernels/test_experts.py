@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import DEVICES, DTYPES
 from torch import Tensor
 
-from fastft.kernels import expert_order
+from fastft.kernels import expert_load, expert_order
 from fastft.kernels.expert_call import ExpertCall
 
 ROUTINGS = ("uniform", "skewed", "one", "none of some", "beyond")
@@ -47,6 +47,16 @@ def test_order_is_that_of_a_stable_sort(device: str, kind: str, tokens: int, top
     for mine, expected in zip(found, expert_order.reference(index, experts), strict=True):
         assert torch.equal(mine.cpu(), expected)
     assert torch.equal(found[0][found[1].long()].cpu(), torch.arange(index.numel(), dtype=torch.int32))
+
+
+@on_devices
+def test_what_experts_got_is_added_up(device: str) -> None:
+    before = expert_load.totals().get(5, [0] * 5)
+    for kind in ("skewed", "beyond"):
+        torch.ops.fastft.expert_order(chosen(kind, 300, 2, 5).to(device), 5)
+    ids = torch.cat([chosen(kind, 300, 2, 5).flatten() for kind in ("skewed", "beyond")])
+    expected = [int((ids == expert).sum()) for expert in range(5)]
+    assert [after - one for after, one in zip(expert_load.totals()[5], before, strict=True)] == expected
 
 
 def draw(kind: str, tokens: int, K: int, N: int, E: int, top_k: int, rank: int, gathers: bool) -> dict[str, Any]:
