@@ -52,6 +52,15 @@ class ExpertCall(NamedTuple):
         """The shape of y."""
         return (self.rows if self.top_k_weights is None else self.top_k_weights.shape[0], self.features)
 
+    def copied_bytes(self) -> int:
+        """Count the bytes of tensors that kernels cannot read as they lie in memory, and of factors in x's dtype."""
+        rows = [one for one in (self.x, self.bias) if one is not None and not is_readable(one)]
+        factors = [one for one in (self.lora_a, self.lora_b) if one is not None and not is_factor(one, self.x)]
+        elements = sum(one.numel() for one in (*rows, *factors))
+        weights = self.top_k_weights
+        copied = weights is not None and not weights.is_contiguous()
+        return elements * self.x.element_size() + (weights.numel() * weights.element_size() if copied else 0)
+
     def matrices(self) -> Tensor:
         """Return the experts' weights [E, K, N] in x's dtype, dequantized if need be; a row of x is multiplied by one.
 
@@ -71,3 +80,13 @@ class ExpertCall(NamedTuple):
 def differentiable(call: ExpertCall) -> list[Tensor | None]:
     """List the tensors that may need a gradient."""
     return [call.x, call.weight, call.bias, call.lora_a, call.lora_b, call.top_k_weights]
+
+
+def is_readable(rows: Tensor) -> bool:
+    """Return whether kernels read rows as they lie in memory: elements side by side."""
+    return rows.stride(-1) == 1
+
+
+def is_factor(factor: Tensor, x: Tensor) -> bool:
+    """Return whether an adapter's factor is in x's dtype, each expert's in one piece."""
+    return factor.dtype == x.dtype and factor.is_contiguous()

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastft.kernels import dequantize_4bit
 from fastft.kernels.core import dispatch
 from fastft.kernels.core.registry import Case, define, load, require
-from fastft.kernels.expert_call import ExpertCall, differentiable
+from fastft.kernels.expert_call import ExpertCall, differentiable, is_readable
 
 
 def reference(
@@ -190,17 +190,22 @@ def flops_backward(grad_output: torch.Size, s: torch.Size, x: torch.Size, *argum
 
 
 def scratch_bytes(*arguments: Any) -> int:
-    """Count the bytes of the weights in 16 bits, and of rows that are combined."""
+    """Bound the bytes of the weights in 16 bits, rows that are combined, and what kernels cannot read as it lies."""
     call = ExpertCall(*arguments)
     combined = call.rows * call.features if call.combines else 0
-    return (_weight_elements(call) + combined) * call.x.element_size()
+    return (_weight_elements(call) + combined) * call.x.element_size() + call.copied_bytes()
 
 
 def scratch_bytes_backward(grad_output: Tensor, s: Tensor, *arguments: Any) -> int:
-    """Count the same of the gradients of x's rows, and those of s."""
-    call = ExpertCall(*arguments[:-1])
-    rows = call.rows * ((call.x.shape[-1] if call.gathers else 0) + call.rank)
-    return (_weight_elements(call) + rows) * call.x.element_size()
+    """Bound the same of the gradients of x's rows and of s; and of dots of rows, in float32."""
+    *fields, needed = arguments
+    call = ExpertCall(*fields)
+    columns, size = call.x.shape[-1], call.x.element_size()
+    in_place = needed[0] and not call.gathers  # the gradient of x is of rows
+    rows = call.rows * ((0 if in_place else columns) + call.rank)
+    dots = call.rows * (int(not needed[5]) + int(call.bias is not None)) if call.combines else 0
+    copied = 0 if is_readable(grad_output) else grad_output.numel() * size
+    return (_weight_elements(call) + rows) * size + 4 * dots + copied + call.copied_bytes()
 
 
 def _weight_elements(call: ExpertCall) -> int:

@@ -1,7 +1,7 @@
 """Count how many tokens each expert got, over all layers with so many experts and all steps of the process.
 
-A few experts that get most of the tokens, or some that get none, are what goes wrong first in a mixture of experts.  The
-counts stay on the device, where expert_order adds to them, and are read when a report is made.
+A few experts that get most of the tokens, or some that get none, are what goes wrong first in a mixture of experts.
+The counts stay on the device, where expert_order adds to them, and are read when a report is made.
 """
 
 from __future__ import annotations

@@ -24,9 +24,11 @@ from torch import Tensor
 
 from fastft.kernels import expert_load
 from fastft.kernels.core import dispatch
+from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.registry import define, load, require
 
 MOST_EXPERTS = 1022  # that the kernels take, whose programs hold a count for each
+BLOCK = 256  # slots of a program of the kernels
 SMALL = 2**15 - 1  # the largest number of experts that int16 tells apart, which sorts in half the passes of int32
 
 
@@ -53,6 +55,13 @@ def new_outputs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     return empty(count), empty(count), empty(num_experts)
 
 
+def scratch_bytes(top_k_index: Tensor, num_experts: int) -> int:
+    """Bound the bytes of each block's counts and of where they begin, and of numbers that are not in one piece."""
+    slots = prod(top_k_index.shape)
+    copied = 0 if top_k_index.is_contiguous() else slots * top_k_index.element_size()
+    return 2 * cdiv(slots, BLOCK) * (16 + 2 * (num_experts + 2)) * 4 + copied
+
+
 def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
     top_k_index, num_experts = arguments
     runs = bool(dispatch.triton_dtypes(top_k_index.device)) and targets[0].numel() > 0 and num_experts <= MOST_EXPERTS
@@ -65,6 +74,6 @@ def _fill(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
 
 
 expert_order = define(
-    "expert_order", reference, new_outputs, _fill,
-    cases=[({"top_k_index": f"index ... {count}"}, {"num_experts": count}) for count in (4, 1, 9)], flops=1,
+    "expert_order", reference, new_outputs, _fill, flops=1, scratch=scratch_bytes,
+    cases=[({"top_k_index": f"index ... {count}"}, {"num_experts": count}) for count in (4, 1, 9)],
 )  # fmt: skip

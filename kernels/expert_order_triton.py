@@ -17,8 +17,9 @@ from fastft.kernels import expert_load
 from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.launch_recorder import on_grid
 from fastft.kernels.core.tiles import padded
+from fastft.kernels.expert_order import BLOCK
 
-BLOCK, PART = 256, 32  # slots of a program, which compares any two of them, so many at a time
+PART = 32  # a program compares any two of its slots, so many at a time
 SUMMED = 8192  # counts that are summed at a time
 MOST_COUNTS = 1024  # of experts, in a program
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels.expert_call import ExpertCall
+from fastft.kernels.expert_call import ExpertCall, is_factor, is_readable
 from fastft.kernels.expert_linear_triton import combine, outer, product, weigh
 
 
@@ -81,13 +81,13 @@ def _backward_of_rows(
 
 def _factor(factor: Tensor, x: Tensor) -> Tensor:
     """Return an adapter's factor in x's dtype, each expert's in one piece."""
-    if factor.dtype == x.dtype and factor.is_contiguous():
+    if is_factor(factor, x):
         return factor
     return torch.empty(factor.shape, dtype=x.dtype, device=x.device).copy_(factor)
 
 
 def _unit_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if is_readable(tensor) else tensor.contiguous()
 
 
 def _with_unit_rows(call: ExpertCall) -> ExpertCall:

@@ -119,7 +119,7 @@ class RowsReport:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """What the experts of layers with so many of them got: how many tokens chose one, the most of one, how many none."""
+    """What experts of layers with so many of them got: how often tokens chose one, the most of one, how many none."""
 
     experts: int
     tokens: int

@@ -3,6 +3,7 @@
 On a CPU the ops run their reference, in Triton's interpreter (test_interpreter.py) and on a GPU their kernels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 from compare import FORWARD, GRADIENT, assert_close_to_truth
 from hypothesis import given
 from hypothesis import strategies as st
+from op_calls import examples
 from strategies import DEVICES, DTYPES
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fastft.kernels import expert_load, expert_order
+from fastft.kernels import REGISTRY, expert_load, expert_order
 from fastft.kernels.expert_call import ExpertCall
 
 ROUTINGS = ("uniform", "skewed", "one", "none of some", "beyond")
@@ -128,3 +133,78 @@ def test_an_expert_s_numbers_stay_its_own(device: str) -> None:
     inside[ends[1] : ends[2]] = True
     assert y[inside].isnan().all()
     assert torch.equal(y[~inside], clean[~inside])
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that are made within it and there at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for one in tree_leaves(results):
+            storage = one.untyped_storage()
+            if storage._cdata not in given:
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.most = max(self.most, sum(size for reference, size in self.made.values() if not reference.expired()))
+        return results
+
+
+@pytest.fixture
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated around kernels, without these; for a card of which nothing is asked."""
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    from fastft.kernels import expert_call, expert_order_triton, expert_plan
+
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    for name in ("product", "outer", "combine", "weigh"):
+        monkeypatch.setattr(expert_plan, name, nothing)
+    monkeypatch.setattr(expert_call, "dequantize_into", nothing)
+    monkeypatch.setattr(expert_order_triton, "on_grid", lambda *args: nothing)
+
+
+def allocated(op: str, arguments: Sequence[Any]) -> tuple[int, int]:
+    """What a call of kernels allocates beside its results, and what the planner is told of it."""
+    from fastft.kernels import expert_order_triton, expert_plan
+
+    runs = {"order": expert_order_triton.sort, "linear": expert_plan.forward, "linear_backward": expert_plan.backward}
+    entry = REGISTRY[f"fastft::expert_{op}"]
+    targets = entry.outputs(*arguments)
+    with Peak() as peak:
+        runs[op](targets, *arguments)
+    assert entry.scratch is not None
+    return peak.most, entry.scratch(*arguments)
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("op", ["order", "linear", "linear_backward"])
+def test_no_call_allocates_more_than_the_planner_is_told(op: str) -> None:
+    for call in examples(f"fastft::expert_{op}", torch.float32, count=20):
+        most, told = allocated(op, call.arguments(call.tensors("cpu")))
+        assert most <= told, call
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("gathers", [True, False])
+def test_the_planner_is_told_little_more_than_is_allocated(gathers: bool) -> None:
+    """Of a layer of Qwen3-30B-A3B, in 4 bits with adapters of PEFT's layout."""
+    T, K, N, E, k, rank = 8192, *((2048, 1536) if gathers else (768, 2048)), 128, 8, 16
+    empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    index = [empty(size, dtype=torch.int32) for size in (T * k, T * k, E)]
+    absmax = empty(E * N * K // 64, dtype=torch.float32)
+    factors = empty(E, rank, K, dtype=torch.float32), empty(N, rank, E, dtype=torch.float32).permute(2, 0, 1)
+    weights = None if gathers else empty(T, k, dtype=torch.float32)
+    arguments = [
+        empty(T if gathers else T * k, K), empty(E * N * K // 2, 1, dtype=torch.uint8), [absmax], None, *factors,
+        weights, *index, N, 2.0, k, False, gathers, 64, "nf4",
+    ]  # fmt: skip
+    grads = empty(T * k if gathers else T, N), empty(T * k, rank)
+    needed = [True, False, False, True, True, not gathers]
+    for op, call in (("linear", arguments), ("linear_backward", [*grads, *arguments, needed])):
+        most, told = allocated(op, call)
+        assert most <= told <= 1.1 * most
+        assert told >= 2 * E * N * K  # the weights in 16 bits are the most of it
