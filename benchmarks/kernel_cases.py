@@ -1,4 +1,7 @@
-"""What kernels.py compares: each op beside the rule's own reference, by eager PyTorch and by Inductor, and Liger's."""
+"""What kernels.py compares: each op beside a reference, by eager PyTorch and by Inductor, and Liger's.
+
+The reference is the rule's own; that of experts is torch's grouped product.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.patterns import glu, layer_norm, rms_norm, rotary
 
 EPS, HEAD, LENGTH = 1e-6, 128, 2048
+LARGEST_EXPERTS = 4096  # hidden size
 SPELLING = (EPS, 0.0, True)  # Llama's
 ANGLES = (False, False, False)  # halves, one number an element, laid out as the input; the op of q and k has one more
 Function = Callable[..., Any]
@@ -127,3 +132,41 @@ def gates(rows: int, intermediate: int, new: Callable[..., Tensor]) -> Iterator[
         "glu_packed silu", shape, {"gate_up": new(rows, 2 * intermediate)}, ("gate_up",),
         lambda x: ops.glu_packed(x, "silu"), glu.silu_packed,
     )  # fmt: skip
+
+
+def experts(rows: int, hidden: int, new: Callable[..., Tensor]) -> Iterator[Case]:
+    """Qwen3-30B-A3B's at hidden size 2048: 128 experts of 768, 8 for each token, uniform, with adapters of rank 16.
+
+    Others in proportion; fewer experts for fewer rows than 1024, and none where their weights would fill a card.
+    """
+    if hidden > LARGEST_EXPERTS:
+        return
+    ops, width, count = torch.ops.fastft, hidden * 3 // 8, max(1, min(128, rows // 8))
+    top_k, rank = min(8, count), 16
+    x, weights, shape = new(rows, hidden), new(rows, top_k).softmax(-1), f"{rows}x{hidden}, {count} experts"
+    index = torch.rand(rows, count, device=x.device).topk(top_k, -1).indices
+    order, place, ends = ops.expert_order(index, count)
+
+    def product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        multiplied = lambda rows, by: F.grouped_mm(rows, by.transpose(1, 2), offs=ends)  # noqa: E731
+        return multiplied(x, weight) + multiplied(multiplied(x, a), b)
+
+    def ours(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, top_k_weights: Tensor | None = None) -> Tensor:
+        routing = (top_k_weights, order, place, ends, weight.shape[1], 1.0, top_k)
+        return ops.expert_linear(x, weight, [], None, a, b, *routing, False, top_k_weights is None, 0, "")[0]
+
+    def combined(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, top_k_weights: Tensor) -> Tensor:
+        own = product(x, weight, a, b)[place].view(rows, top_k, hidden)
+        return (own * top_k_weights.unsqueeze(-1)).sum(1)
+
+    def layer(inputs: int, outputs: int) -> dict[str, Tensor]:
+        given = {"weight": (outputs, inputs), "lora_a": (rank, inputs), "lora_b": (outputs, rank)}
+        return {name: new(count, *sizes) * sizes[1] ** -0.5 for name, sizes in given.items()}
+
+    trained = ("x", "lora_a", "lora_b")
+    yield Case(
+        "expert_linear gathers", shape, {"x": x, **layer(hidden, 2 * width)}, trained, ours,
+        lambda x, *others: product(x[order // top_k], *others),
+    )  # fmt: skip
+    down = {"x": new(rows * top_k, width), **layer(width, hidden), "top_k_weights": weights}
+    yield Case("expert_linear combines", shape, down, (*trained, "top_k_weights"), ours, combined)

@@ -108,7 +108,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for shape in options.shapes:
         rows, hidden, intermediate = map(int, shape.split("x"))
         for make, width in (
-            (kernel_cases.norms, hidden), (kernel_cases.heads, hidden), (kernel_cases.gates, intermediate)
+            (kernel_cases.norms, hidden), (kernel_cases.heads, hidden), (kernel_cases.gates, intermediate),
+            (kernel_cases.experts, hidden),
         ):  # fmt: skip
             yield from (one for one in make(rows, width, new) if one.name.startswith(tuple(options.ops)))
 

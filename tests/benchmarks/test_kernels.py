@@ -47,7 +47,7 @@ def test_every_case(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row for row in rows if row["status"] != "ok"] == []
     assert {row["direction"] for row in rows} == {"forward", "backward"}
-    assert len({row["op"] for row in rows}) == 13
+    assert len({row["op"] for row in rows}) == 15
     assert all(row["us"] > 0 and row["gb_per_s"] > 0 and row["copy_gb_per_s"] > 0 for row in rows)
     assert "norm_rotary + dW" in done.stdout
     assert (tmp_path / "rows.png").stat().st_size > 10_000
@@ -61,7 +61,12 @@ def new(*shape: int) -> torch.Tensor:
 
 CASES = [
     case
-    for make, width in ((kernel_cases.norms, 512), (kernel_cases.heads, 512), (kernel_cases.gates, 96))
+    for make, width in (
+        (kernel_cases.norms, 512),
+        (kernel_cases.heads, 512),
+        (kernel_cases.gates, 96),
+        (kernel_cases.experts, 512),
+    )
     for case in make(64, width, new)
 ]
 NAMES = [case.name for case in CASES]
