@@ -104,7 +104,7 @@ QUICK = {("Qwen3-MoE", "experts", False), ("GPT-OSS", "both", True), ("DeepSeek 
 CASES = [
     pytest.param(family, trained, nf4, marks=[] if (family, trained, nf4) in QUICK else [pytest.mark.slow])
     for family in FAMILIES for trained, nf4 in (*((one, False) for one in TRAINED), ("attention", True), ("both", True))
-    if family in ("Qwen3-MoE", "GPT-OSS") or trained != "whole" and (trained, nf4) != ("attention", True)
+    if family in ("Qwen3-MoE", "GPT-OSS") or (trained != "whole" and (trained, nf4) != ("attention", True))
 ]  # fmt: skip
 
 
