@@ -131,6 +131,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=arguments.positive, default=3, help="steps before them, the first included (default 3)")
     add("--device", help="cuda if there is one, else cpu")
     add("--lower", default="inductor", help="fastft's option of that name")
+    add("--memory-budget", help="fastft's option of that name, as 8GiB")
     add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
     add("--timeout", type=float, default=900, help="seconds for one process (default 900)")
     add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")
@@ -166,9 +167,8 @@ def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
     made = []
     for model in options.models:
         for name in options.contenders:
-            asked = {
-                key: getattr(options, key) for key in ("layers", "tiny", "steps", "warmup", "device", "lower", "turns")
-            }
+            kept = ("layers", "tiny", "steps", "warmup", "device", "lower", "memory_budget", "turns")
+            asked = {key: getattr(options, key) for key in kept}
             asked |= {"model": model, "contender": name, "batch": options.batch[0], "length": options.batch[1]}
             made.append(workers.Job(f"{model} {name}", asked, scratch / f"caches-{len(made)}"))
     return made
@@ -187,7 +187,9 @@ def measure(asked: Row) -> Row:
         model = peers.unsloth_loaded(base_of(asked, device), lora, LOADED[asked["contender"]], asked["length"], nf4)
         _fill_adapters(model)
     else:
-        model = CONTENDERS[asked["contender"]](lambda: build(asked, device), asked["lower"])
+        budget = asked["memory_budget"] if asked["contender"] == "fastft" else None
+        options = {"memory_budget": budget} if budget else {}
+        model = CONTENDERS[asked["contender"]](lambda: build(asked, device), asked["lower"], **options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     row: Row = {"model_gib": clock.allocated_gib(), "trained_parameters": sum(p.numel() for p in trained)}
