@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import warnings
@@ -312,6 +313,37 @@ def test_4_bit_weights(storage: torch.dtype, tmp_path: Path) -> None:
     projections = [found for found in graph.lifted if found.rule == "lora_linear.four_bit"]
     assert len(projections) == 7 * LLAMA_LAYERS
     assert layers_of(graph) == LLAMA_LAYERS
+
+
+@pytest.mark.slow
+def test_experts_with_adapters() -> None:
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        use_cache=False,
+    )  # fmt: skip
+    adapters = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    base = transformers.Qwen3MoeForCausalLM(config).requires_grad_(False)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False, **adapters))
+    plain = copy.deepcopy(model)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    ids = torch.randint(WORDS, (2, LENGTH))
+    call, losses = compiled(model), []
+    (graph,) = compiled_by(lambda: losses.append(call(input_ids=ids, labels=ids).loss))
+    losses.append(plain(input_ids=ids, labels=ids).loss)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    expected = {name: one.grad for name, one in plain.named_parameters() if one.grad is not None}
+    found = {name: one.grad.full_tensor() for name, one in model.named_parameters() if one.grad is not None}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert [lifted.rule for lifted in graph.lifted].count("experts") == 2 * LAYERS
 
 
 def test_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
