@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compare import FORWARD, GRADIENT, assert_close_to_truth
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from op_calls import examples
 from strategies import DEVICES, DTYPES
@@ -46,6 +46,7 @@ def chosen(kind: str, tokens: int, top_k: int, experts: int) -> Tensor:
     kind=st.sampled_from(ROUTINGS), tokens=st.sampled_from((1, 37, 256, 700)), top_k=st.integers(1, 8),
     experts=st.sampled_from((1, 5, 128, 600)),
 )  # fmt: skip
+@example(kind="uniform", tokens=700, top_k=4, experts=600)  # more blocks of slots than are summed at a time
 def test_order_is_that_of_a_stable_sort(device: str, kind: str, tokens: int, top_k: int, experts: int) -> None:
     index = chosen(kind, tokens, top_k, experts)
     found = torch.ops.fastft.expert_order(index.to(device), experts)

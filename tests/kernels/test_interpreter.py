@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 HERE = Path(__file__).parent
 CHOSEN = {  # in parts of a length; left out is what test_attention.py has smaller calls for, and holes cover
     "test_ops.py, lora": "lora_linear",
-    "test_ops.py, others": "not attention and not lora_linear",
+    "test_ops.py, experts": "expert_",
+    "test_ops.py, others": "not attention and not lora_linear and not expert_",
     "test_launch_plan.py": "one_plan_gives",
     "test_attention.py": "not (holds_does_not_matter and (left or right))",
 }
@@ -25,9 +26,9 @@ CHOSEN = {  # in parts of a length; left out is what test_attention.py has small
 @pytest.mark.parametrize(
     "file",
     [
-        "test_ops.py, lora", "test_ops.py, others", "test_attention.py", "test_linear_cross_entropy.py",
-        "test_rms_norm.py", "test_algebra.py", "test_dequantize_4bit.py", "test_lora_products.py",
-        "test_launch_plan.py",
+        "test_ops.py, lora", "test_ops.py, experts", "test_ops.py, others", "test_attention.py", "test_experts.py",
+        "test_linear_cross_entropy.py", "test_rms_norm.py", "test_algebra.py", "test_dequantize_4bit.py",
+        "test_lora_products.py", "test_launch_plan.py",
     ],
 )  # fmt: skip
 def test_in_the_interpreter(file: str) -> None:

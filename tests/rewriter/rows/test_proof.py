@@ -189,6 +189,9 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "weights of sorted rows": lambda x: (own := Experts(x, 1)).down(halves(own, own.up()), own.up()[:, :1]),
     "tokens for rows": lambda x: (own := Experts(x, 1)).down(own.tokens),
+    "tokens one sequence beside another": lambda x: (own := Experts(x)).down(
+        halves(own, own.up(order := op.expert_order(own.index.view(*x.shape[:2], 2).transpose(0, 1), E))), order=order
+    ),
     "rows for tokens": lambda x: x + Experts(halves(own := Experts(x, 1), own.up())[None]).up().mean(),
     "triangle": lambda x: x * torch.ones(x.shape[1], x.shape[1]).tril()[:, :1] + x.tril(),
 }
