@@ -287,11 +287,12 @@ def tiles_for(x: Tensor, columns: int) -> Tiles:
     return LARGE if has_shared_operands(x.device) else PLAIN
 
 
-def is_tiled(operand: Tensor) -> bool:
-    """Return whether an operand can be loaded in tiles by its descriptor: 16-bit numbers in aligned rows."""
-    *others, last = sorted(operand.stride(), reverse=True)
-    aligned = all(stride * operand.element_size() % ALIGNMENT == 0 for stride in others)
-    fits = last == 1 and aligned and operand.element_size() == 2 and is_aligned(operand)
+def is_tiled(operand: Tensor, along: int) -> bool:
+    """Return whether a descriptor can load an operand in tiles: 16-bit numbers side by side along an axis, aligned."""
+    inner = along % operand.dim()
+    others = [stride for axis, stride in enumerate(operand.stride()) if axis != inner]
+    aligned = all(stride > 0 and stride * operand.element_size() % ALIGNMENT == 0 for stride in others)
+    fits = operand.stride(inner) == 1 and aligned and operand.element_size() == 2 and is_aligned(operand)
     return fits and has_tensor_memory_accelerator(operand.device)
 
 
@@ -318,14 +319,15 @@ def product(
     tiles, rows = tiles_for(x, N), out.shape[0]
     most = (cdiv(rows, tiles.rows) + experts + 1) * cdiv(N, tiles.columns)
     programs = multiprocessors(x.device) * (1 if tiles is LARGE else 2)
-    tiled_x, tiled_weight = (tiles is not WIDE and is_tiled(operand) for operand in (x, matrices))
-    tiled_x = tiled_x and not gathers
+    transposed = matrices.stride(2) != 1
+    tiled_x = tiles is not WIDE and not gathers and is_tiled(x, -1)
+    tiled_weight = tiles is not WIDE and is_tiled(matrices, 1 if transposed else 2)
     with triton_launch.scratch_memory() if tiled_x or tiled_weight else nullcontext():
         on_grid(product_kernel, (at_least_one(most, programs),))(
             out, x, matrices, s, factor, x if bias is None else bias, order, ends, rows, experts, K, N,
             factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0), *matrices.stride(), s.stride(0),
             *factor.stride(), 0 if bias is None else bias.stride(0),
-            TILED_X=tiled_x, TILED_WEIGHT=tiled_weight, TRANSPOSED=matrices.stride(2) != 1,
+            TILED_X=tiled_x, TILED_WEIGHT=tiled_weight, TRANSPOSED=transposed,
             GATHER=gathers, ADAPTED=adapter is not None, BIAS=bias is not None,
             BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
         )  # fmt: skip

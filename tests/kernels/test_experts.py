@@ -3,6 +3,7 @@
 On a CPU the ops run their reference, in Triton's interpreter (test_interpreter.py) and on a GPU their kernels.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,6 +112,19 @@ def test_experts_of_several_tiles(device: str, kind: str, gathers: bool, dtype: 
     mine = computed(values, torch.ops.fastft.expert_linear, dtype, device)
     for at, (one, right, plain) in enumerate(zip(mine, truth, eager, strict=True)):
         assert_close_to_truth(one, plain, right, GRADIENT if at else FORWARD)
+
+
+@on_devices
+@pytest.mark.parametrize("axes", [*itertools.permutations(range(3))], ids=str)
+def test_weights_and_adapters_of_any_strides(device: str, axes: tuple[int, ...]) -> None:
+    """Laid out with these axes one behind the other, experts innermost too, as some adapters have them."""
+    values = draw("uniform", tokens=12, K=80, N=72, E=8, top_k=2, rank=8, gathers=True)
+    plain = computed(values, torch.ops.fastft.expert_linear, DTYPES[-1], device)
+    back = [axes.index(axis) for axis in range(3)]
+    for name in ("weight", "lora_a", "lora_b"):
+        values[name] = values[name].permute(axes).contiguous().permute(back)
+    for one, other in zip(computed(values, torch.ops.fastft.expert_linear, DTYPES[-1], device), plain, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @on_devices
