@@ -112,11 +112,11 @@ def reference_backward(
         dx.append(unscaled * factor)
         dw.append(rows[own].T @ (dy * factor) if transposed else (dy * factor).T @ rows[own])
     dx_rows, dots = _with_tail(dx, call.rows), _with_tail(dweights, call.rows)[place]
-    gradients = [dx_rows, dw if not quant_type else [x.new_empty(0)], dbias, da, db, dots]
     if gathers:
-        gradients[0] = dx_rows[place].view(x.shape[0], top_k, x.shape[1]).sum(1)
+        dx_rows = dx_rows[place].view(x.shape[0], top_k, x.shape[1]).sum(1)
+    gradients: list[Tensor | list[Tensor]] = [dx_rows, dw, dbias, da, db, dots]
     return [
-        (torch.stack(gradient) if isinstance(gradient, list) else gradient).reshape(like.shape).to(like.dtype)
+        (gradient if isinstance(gradient, Tensor) else torch.stack(gradient)).reshape(like.shape).to(like.dtype)
         for gradient, like, need in zip(gradients, differentiable(call), needed, strict=True)
         if need and like is not None
     ]
@@ -134,8 +134,8 @@ def _check(call: ExpertCall) -> None:
     read = x.shape[0] * call.top_k if call.gathers else x.shape[0]
     require(read == call.rows, lambda: f"{x.shape[0]} rows of x for {call.rows} rows of {call.top_k} a token")
     if call.top_k_weights is not None:
-        fits = call.top_k_weights.shape == (call.rows // call.top_k, call.top_k)
-        require(fits, lambda: f"top_k_weights {tuple(call.top_k_weights.shape)} for {call.rows} rows")
+        given = tuple(call.top_k_weights.shape)
+        require(given == (call.rows // call.top_k, call.top_k), lambda: f"top_k_weights {given} for {call.rows} rows")
     shape = (columns, features) if call.transposed else (features, columns)
     if call.quant_type:
         require(len(call.absmax) in (1, 4), lambda: f"{len(call.absmax)} statistics of a weight")
@@ -145,13 +145,15 @@ def _check(call: ExpertCall) -> None:
         fits = call.weight.shape == (experts, *shape) and call.weight.dtype == x.dtype
         require(fits, lambda: f"a weight {call.weight.dtype} {tuple(call.weight.shape)} for {experts} of {shape}")
     if call.bias is not None:
-        fits = call.bias.shape == (experts, features) and call.bias.dtype == x.dtype
-        require(fits, lambda: f"a bias {call.bias.dtype} {tuple(call.bias.shape)} for {experts} of {features}")
+        bias = call.bias
+        fits = bias.shape == (experts, features) and bias.dtype == x.dtype
+        require(fits, lambda: f"a bias {bias.dtype} {tuple(bias.shape)} for {experts} of {features}")
     require((call.lora_a is None) == (call.lora_b is None), lambda: "one factor of adapters without the other")
-    if call.lora_a is not None:
+    if call.lora_a is not None and call.lora_b is not None:
         rank = call.lora_a.shape[1]
         fits = call.lora_a.shape == (experts, rank, columns) and call.lora_b.shape == (experts, features, rank)
-        require(fits, lambda: f"A {tuple(call.lora_a.shape)} and B {tuple(call.lora_b.shape)} for {experts} of {shape}")
+        shapes = tuple(call.lora_a.shape), tuple(call.lora_b.shape)
+        require(fits, lambda: f"A and B {shapes} for {experts} of {shape}")
 
 
 def new_outputs(*arguments: Any) -> tuple[Tensor, Tensor]:
