@@ -58,8 +58,9 @@ class ExpertCall(NamedTuple):
         factors = [one for one in (self.lora_a, self.lora_b) if one is not None and not is_factor(one, self.x)]
         elements = sum(one.numel() for one in (*rows, *factors))
         weights = self.top_k_weights
-        copied = weights is not None and not weights.is_contiguous()
-        return elements * self.x.element_size() + (weights.numel() * weights.element_size() if copied else 0)
+        if weights is not None and not weights.is_contiguous():
+            return elements * self.x.element_size() + weights.numel() * weights.element_size()
+        return elements * self.x.element_size()
 
     def matrices(self) -> Tensor:
         """Return the experts' weights [E, K, N] in x's dtype, dequantized if need be; a row of x is multiplied by one.
