@@ -23,7 +23,8 @@ from fastft.compat.substitutions import Substitution
 RULE = "experts"
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_IN_FLOAT32 = ("OpenAIPrivacyFilterExperts",)  # whose own forward widens all weights
+_OWN = "transformers.models."  # whose experts' own forwards were read: they compute what their implementations do
+_IN_FLOAT32 = f"{_OWN}openai_privacy_filter."  # but these, which widen all weights
 
 
 class Weight(NamedTuple):
@@ -86,12 +87,14 @@ def experts_as_they_are(original: Callable, self: Any, *args: Any, adapters: Seq
 
 
 def get_interface(original: Callable, self: Any, implementation: str, default: Callable) -> Callable:
-    """Return what computes experts; their own forward loops over the experts that tokens chose."""
+    """Return what computes experts; their own forward, if transformers', loops over the experts that tokens chose."""
     if implementation != "eager":
         return original(self, implementation, default)
 
     def forward(module: Any, *args: Any, adapters: Sequence[Any] = (), **kwargs: Any) -> Any:
-        if kwargs or len(args) != 3 or type(module).__name__.endswith(_IN_FLOAT32):
+        written_in = type(module).__module__
+        is_read = written_in.startswith(_OWN) and not written_in.startswith(_IN_FLOAT32)
+        if kwargs or len(args) != 3 or not is_read:
             return experts_as_they_are(default, module, *args, adapters=adapters, **kwargs)
         return experts(default, module, *args, adapters=adapters)
 
@@ -124,9 +127,12 @@ def _is_known(self: Any, name: str) -> bool:
     """Tell whether a parameter is a weight of all experts, in a dtype that the ops take or in bitsandbytes' 4 bits."""
     state = _quant_state(self, name)
     if state is not None:
-        return len(state.shape) == 3 and state.dtype in _DTYPES and state.quant_type in ("nf4", "fp4")
+        known = state.dtype in _DTYPES and state.quant_type in ("nf4", "fp4")
+        return known and len(state.shape) == 3 and state.shape[0] == self.num_experts
     weight = getattr(self, name)
-    return type(weight) in (Tensor, nn.Parameter) and weight.dim() == 3 and weight.dtype in _DTYPES
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 3:
+        return False
+    return weight.shape[0] == self.num_experts and weight.dtype in _DTYPES
 
 
 def _quant_state(self: Any, name: str) -> Any:
