@@ -186,7 +186,8 @@ def launch(
     codes = "".join("O" if kind[0] == "*" else _CODES[kind] for kind, _ in pairs)
     scratch = [size for size in ("global_scratch_size", "profile_scratch_size") if hasattr(made.metadata, size)]
     needed = [getattr(made.metadata, size) for size in scratch]
-    beside = [f"scratch({size} * {' * '.join(grid)})" if size else "None" for size in needed]
+    programs = " * ".join(f"({size})" for size in grid)
+    beside = [f"scratch({size} * {programs})" if size else "None" for size in needed]
     given = ", ".join([*(text for _, text in pairs), *beside])
     shared = f"{made.metadata.num_warps}, {made.metadata.shared}, {codes + 'O' * len(scratch)!r}"
     text = f"static_launch({name}_function, {', '.join(grid)}, {shared}, ({given},), stream)"

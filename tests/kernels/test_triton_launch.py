@@ -122,8 +122,8 @@ def test_a_kernel_gets_the_memory_that_it_needs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(triton_launch, "_static_launcher", lambda: lambda *given: launched.append(given))
     monkeypatch.setattr(triton_launch, "_scratch", lambda size_bytes: size_bytes)
     made = Made({0: "*fp32"}, ["x"], global_scratch_size=128, profile_scratch_size=0)
-    text, scope = triton_launch.launch(made, "k1", ["n0", "2"], ["5"], {"num_warps": 4})
-    exec(text, {**scope, "n0": 3, "stream": 9})
+    text, scope = triton_launch.launch(made, "k1", ["n0 + 1", "2"], ["5"], {"num_warps": 4})
+    exec(text, {**scope, "n0": 2, "stream": 9})
     assert launched == [(77, 3, 2, 1, 4, 64, "OOO", (5, 128 * 6, None), 9)]
 
 
