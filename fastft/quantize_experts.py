@@ -58,7 +58,8 @@ def quantize(model: nn.Module, name: str, uses: Counter[int], how: FourBit, meta
     """
     path, _, own_name = name.rpartition(".")
     module, wrappers = model.get_submodule(path), _wrappers(model, path, own_name)
-    reason = _reason(module, module.get_parameter(own_name), uses, how.blocksize)
+    reason = "it holds embeddings, as its name says" if "embed" in own_name else ""
+    reason = reason or _reason(module, module.get_parameter(own_name), uses, how.blocksize)
     reason = reason or next(filter(None, map(reason_of_parent, wrappers)), "")
     if not reason and module.get_parameter(own_name).is_meta and not meta:
         reason = "it has no values yet"

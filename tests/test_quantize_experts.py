@@ -43,6 +43,7 @@ class Net(nn.Module):
         self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 64, 64))
         self.positions = nn.Parameter(torch.randn(1, 4, 64))
         self.vectors = nn.Parameter(torch.randn(4, 1, 64))
+        self.position_embedding_table = nn.Parameter(torch.randn(2, 4, 64))  # one for each axis of an image
         self.odd = nn.Parameter(torch.randn(2, 64, 52))
         self.fine = nn.Parameter(torch.randn(2, 4, 64, dtype=torch.float64))
         self.empty = nn.Parameter(torch.empty(2, 4, 64, device="meta"))
@@ -125,6 +126,7 @@ def test_experts_become_four_bit(quant_type: str, double_quant: bool) -> None:
         "normed.parametrizations.weight.original0": "it has a parametrization already",
         "normed.parametrizations.weight.original1": "it has a parametrization already",
         "positions": "it is no stack of matrices",
+        "position_embedding_table": "it holds embeddings, as its name says",
         "vectors": "it is no stack of matrices",
         "odd": "a row of 52 is no whole number of blocks of 64",
         "fine": "it is torch.float64",
