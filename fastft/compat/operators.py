@@ -35,6 +35,12 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, (OpOverload, OpOverloadPacket))
 
 
+def is_grouped_product(target: Any) -> bool:
+    """Return whether a node's target is torch's product of experts' rows, or what transformers has in its place."""
+    grouped = [getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)]
+    return target in grouped or (is_operator(target) and str(target).startswith("transformers.grouped_mm"))
+
+
 def schema_name(target: Any) -> str:
     """Return the name of an operator with its library: ``aten::add``."""
     return str(target._schema.name)

@@ -7,10 +7,9 @@ not (fastft/compat/expert_substitutes.py).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from fastft.compat import operators
+from fastft.compat import expert_substitutes, operators
 from fastft.compat.expert_substitutes import RULE
 from fastft.reasons import Reason
 from fastft.rewriter.context import Context
@@ -18,7 +17,6 @@ from fastft.rewriter.fx.metadata import place_of
 from fastft.rewriter.report.data import Lifted, NearMiss
 
 OPS = ("expert_order", "expert_linear")
-_GROUPED = tuple(one for one in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if one)
 LEFT = Reason("its experts are not transformers' own, or are sharded, or hold their weights otherwise", "experts.left")
 ADDED = Reason("an adapter is added to a weight of experts before the product", "experts.added")
 
@@ -38,7 +36,7 @@ def _reason(node: Node) -> Reason | None:
     """Return why the op does not compute experts where this node does; None for any other node."""
     if node.op != "call_function":
         return None
-    grouped = operators.is_operator(node.target) and str(node.target).startswith("transformers.grouped_mm")
-    if grouped or node.target in _GROUPED:
+    if operators.is_grouped_product(node.target):
         return LEFT
-    return ADDED if node.target is torch.baddbmm else None
+    is_delta = node.target is torch.baddbmm and expert_substitutes.__file__ in (node.meta.get("stack_trace") or "")
+    return ADDED if is_delta else None

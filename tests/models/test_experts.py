@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import FORWARD, GRADIENT, assert_close_to_truth
-from lifting import Capture, compiled, gradient_like, rules
+from lifting import Capture, compiled, gradient_like, lifted, rules
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
@@ -369,6 +369,12 @@ def test_experts_that_are_left(adapted: bool) -> None:
     assert taken(captures) == 0
     misses = [miss for miss in captures[0][1].near_misses if miss.rule == expert_substitutes.RULE]
     assert len(misses) == (4 if adapted else 2)
+
+
+def test_products_that_are_added_elsewhere_are_no_experts() -> None:
+    x = torch.randn(2, 4, 4, requires_grad=True)
+    _, report = lifted(lambda a, b: torch.baddbmm(a, b, b), x, x)
+    assert not report.near_misses
 
 
 class Halved(Experts):
