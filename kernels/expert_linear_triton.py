@@ -259,19 +259,25 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield every kernel with its launch constants, for the tests that compile them ahead of time."""
     index = {"order_ptr": "*i32", "ends_ptr": "*i32", "out_stride_n": 1}
     flags = list(itertools.product((False, True), repeat=3))
-    for tiles, majors in ((PLAIN, (8, 12)), (LARGE, (9, 10)), (NARROW, (8, 9, 10, 12)), (WIDE, (8, 9, 10, 12))):
+    everywhere = (8, 9, 10, 12)
+    by_descriptor = ((PLAIN, (12,)), (LARGE, (9, 10)), (NARROW, (9, 10, 12)))
+    by_address = ((PLAIN, (8,)), (NARROW, (8,)), (WIDE, everywhere))
+    for tiles, majors in (*by_descriptor, *by_address):
+        tiled = (tiles, majors) in by_descriptor
         for gather, adapted, bias in flags:
             dense = ("weight_stride_k", "factor_stride_r") if gather else ("weight_stride_n", "factor_stride_n")
             yield product_kernel, {
-                **index, **dict.fromkeys(dense, 1), "TILED_X": tiles is LARGE and not gather,
-                "TILED_WEIGHT": tiles is LARGE, "TRANSPOSED": gather, "GATHER": gather, "ADAPTED": adapted,
+                **index, **dict.fromkeys(dense, 1), "TILED_X": tiled and not gather,
+                "TILED_WEIGHT": tiled, "TRANSPOSED": gather, "GATHER": gather, "ADAPTED": adapted,
                 "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, "majors": majors,
             }  # fmt: skip
-    for gather, weighted, wide in flags:
-        yield outer_kernel, {
-            **index, "GATHER_LEFT": gather and wide, "GATHER_RIGHT": gather, "WEIGHTED": weighted, **OUTER.meta,
-            "BLOCK_M": 64 if wide else 16, "majors": (8, 9, 10, 12),
-        }  # fmt: skip
+    narrow = replace(OUTER, rows=16)
+    for tiles, majors in ((LARGE, (9, 10)), (PLAIN, (8, 12)), (narrow, everywhere)):
+        for gather, weighted in itertools.product((False, True), repeat=2):
+            yield outer_kernel, {
+                **index, "GATHER_LEFT": gather and tiles is not narrow, "GATHER_RIGHT": gather, "WEIGHTED": weighted,
+                **tiles.meta, "majors": majors, **({"spilled_bytes": 40} if tiles is LARGE else {}),
+            }  # fmt: skip
     for weighted in (False, True):
         yield combine_kernel, {"place_ptr": "*i32", "WEIGHTED": weighted, "BLOCK": COMBINED, "num_warps": 4}
         pointers = {"order_ptr": "*i32", "bias_dots_ptr": "*fp32"}
