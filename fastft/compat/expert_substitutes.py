@@ -149,7 +149,7 @@ def _product(
 ) -> Tensor:  # fmt: skip
     """Multiply tokens, or rows for down_proj, by a weight of the experts; dtype: of the product if not the weight's."""
     weight = _weight(self, name, adapters)
-    dtype = weight.dtype if dtype is None else dtype
+    dtype = weight.dtype if dtype is None or weight.dtype == torch.float64 else dtype  # autocast leaves float64 alone
     tensor = weight.tensor if weight.quant_type else weight.tensor.to(dtype)
     bias = _with_deltas(self, f"{name}_bias", adapters).to(dtype) if self.has_bias else None
     a, b, scale = weight.factors
@@ -238,7 +238,7 @@ def adapted(original: Callable, self: Any, x: Tensor, *args: Any, adapters: Sequ
         return layer(x, *args, **kwargs)
     if hasattr(layer, "parameter_name") or _keeps_to_the_interface(layer):
         return layer(x, *args, adapters=adapters, **kwargs)
-    return torch.func.functional_call(layer, _effective(layer, adapters), (x, *args), kwargs)
+    return torch.func.functional_call(layer, _effective(layer, adapters), (x, *args), kwargs, tie_weights=False)
 
 
 def _can_pass(wrapper: Any) -> bool:

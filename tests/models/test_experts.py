@@ -323,6 +323,13 @@ def test_autocast(implementation: str, dtype: torch.dtype) -> None:
     assert taken(captures) == 2
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    model = Block("eager").double()
+    call, captures = ready(model)
+    assert_right(model, call, tokens(dtype=torch.float64), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert taken(captures) == 2
+
+
 class Handwritten(nn.Module):
     """A mixture of experts of no library."""
 
@@ -355,6 +362,26 @@ def test_adapters_of_a_module_of_no_library(experts: int) -> None:
     call, captures = ready(model)
     for step in range(2):
         assert_right(model, call, tokens(step))
+    assert taken(captures) == 0
+
+
+class Tied(Dense):
+    """One weight under two names, of which one has an adapter."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__(experts)
+        self.same = self.flat
+
+    def forward(self, x: Tensor, scores: Tensor) -> Tensor:
+        return super().forward(x, scores) + F.linear(torch.tanh(x), self.same)
+
+
+def test_an_adapter_of_one_of_two_names() -> None:
+    model = Handwritten()
+    model.experts = Tied(EXPERTS)
+    model = adapt(model, ["experts.flat"])
+    call, captures = ready(model)
+    assert_right(model, call, tokens())
     assert taken(captures) == 0
 
 
