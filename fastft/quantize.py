@@ -46,10 +46,10 @@ def quantize_(
     Layers and experts that adapters of PEFT's are around are among them.  Experts are parameters [experts, rows,
     columns] of modules of the model's own: a module that reads one is given the de-quantised weight, of its dtype.
     Each weight is quantised where it lies and freed before the next, so that memory never holds two copies of the
-    model.  Left as they are: trainable weights (freeze them first: ``model.requires_grad_(False)``), heads, weights
-    that are shared with another module or that an adapter is merged into, rows that are no whole number of blocks, and
-    layers with hooks or classes of their own.  ``state_dict`` keeps the 4-bit weights, and so does ``save_pretrained``
-    those of layers; to load a state dict, quantize the new model in the same way first.
+    model.  Left as they are: trainable weights (freeze them first: ``model.requires_grad_(False)``), heads,
+    embeddings, weights that are shared with another module or that an adapter is merged into, rows that are no whole
+    number of blocks, and layers with hooks or classes of their own.  ``state_dict`` keeps the 4-bit weights, and so
+    does ``save_pretrained`` those of layers; to load a state dict, quantize the new model in the same way first.
 
     quant_type: "nf4" or "fp4".  double_quant: the absmax are quantised too.  compute_dtype: of the layers' products;
     each layer's own dtype if None.  storage: the dtype that the packed bytes pretend to have, as transformers'
