@@ -92,7 +92,10 @@ def get_interface(original: Callable, self: Any, implementation: str, default: C
         return original(self, implementation, default)
 
     def forward(module: Any, *args: Any, adapters: Sequence[Any] = (), **kwargs: Any) -> Any:
-        written_in = type(module).__module__
+        kind = type(module)
+        if hasattr(module, "parametrizations"):  # torch makes a class of such a module
+            kind = kind.__mro__[1]
+        written_in = kind.__module__
         is_read = written_in.startswith(_OWN) and not written_in.startswith(_IN_FLOAT32)
         if kwargs or len(args) != 3 or not is_read:
             return experts_as_they_are(default, module, *args, adapters=adapters, **kwargs)

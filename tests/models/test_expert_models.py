@@ -114,6 +114,12 @@ def test_one_graph_and_regions(family: str, trained: str, nf4: bool) -> None:
 
 
 @pytest.mark.slow
+def test_4_bits_where_the_model_loops_over_experts() -> None:
+    """A class that torch makes of a parametrized module is not transformers', but its base is."""
+    check(made("Qwen3-MoE", "both", nf4=True, experts_implementation="eager"), LAYERS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "Mixtral"])
 def test_the_loss_that_balances_experts(family: str) -> None:
     """What collects the router's logits changes a list in each layer, so that every layer is traced."""
