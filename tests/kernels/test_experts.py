@@ -67,13 +67,13 @@ def test_what_experts_got_is_added_up(device: str) -> None:
 
 
 def draw(kind: str, tokens: int, K: int, N: int, E: int, top_k: int, rank: int, gathers: bool) -> dict[str, Any]:
-    """Arguments in float64; a layer that gathers has a bias, one that does not combines."""
+    """Arguments in float64; a layer that does not gather combines."""
     generator = torch.Generator().manual_seed(K + N)
     normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     order, place, ends = expert_order.reference(chosen(kind, tokens, top_k, E), E)
     return {
         "x": normal(tokens if gathers else tokens * top_k, K), "weight": normal(E, N, K) / K**0.5, "absmax": [],
-        "bias": normal(E, N) if gathers else None, "lora_a": normal(E, rank, K) / K**0.5,
+        "bias": normal(E, N), "lora_a": normal(E, rank, K) / K**0.5,
         "lora_b": normal(E, N, rank) / rank**0.5,
         "top_k_weights": None if gathers else torch.rand(tokens, top_k, generator=generator).double(),
         "order": order, "place": place, "ends": ends, "features": N, "scale": 0.5, "top_k": top_k,
