@@ -39,10 +39,18 @@ class FourBitParametrization(Bnb4bitParametrization):
         return super()._apply(fn, recurse)
 
 
+_NAME = "fastft"  # of the hooks
+
+
 def work_with_adapters(module: nn.Module) -> None:
-    """Let PEFT's wrappers around this module, which has a 4-bit parameter, add what they add exactly once."""
-    module.register_forward_pre_hook(_read_afresh)
-    module.register_forward_hook(_let_proxies_be_found, always_call=True)
+    """Let PEFT's wrappers around this module, which has a 4-bit parameter, add what they add exactly once.
+
+    torch numbers the hooks of a process, so that no layer would be like another; these have one name in each module.
+    """
+    hooks: Any = module
+    hooks._forward_pre_hooks[_NAME] = _read_afresh
+    hooks._forward_hooks[_NAME] = _let_proxies_be_found
+    hooks._forward_hooks_always_called[_NAME] = True
 
 
 def _read_afresh(module: Any, inputs: Any) -> None:

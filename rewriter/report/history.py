@@ -29,7 +29,7 @@ def compilations() -> Report:
     It holds text and numbers alone: no graph, tensor or model lives longer for it.  Where tokens chose experts it says
     how evenly, and waits for the device to know.
     """
-    return Report(graphs=list(_graphs), loads=_loads())
+    return Report(graphs=list(_graphs), loads=_loads() if _graphs else [])
 
 
 def _loads() -> list[ExpertLoad]:

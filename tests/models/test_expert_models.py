@@ -4,7 +4,6 @@ import copy
 import itertools
 from typing import Any
 
-import bitsandbytes.nn.parametrize
 import peft
 import pytest
 import torch
@@ -52,8 +51,6 @@ def made(family: str, trained: str, nf4: bool = False, **settings: Any) -> nn.Mo
     experts = [path for path in experts if model.get_submodule(path).gate_up_proj.dim() == 3]
     if nf4:
         model.requires_grad_(False)
-        for path, weight in itertools.product(experts, WEIGHTS):
-            bitsandbytes.nn.parametrize.replace_parameter_4bit(model.get_submodule(path), weight, True)
         fastft.quantize_(model)
     if on_attention or on_experts:
         names = [f"{path}.{weight}" for path, weight in itertools.product(experts, WEIGHTS)]
