@@ -22,6 +22,7 @@ from fastft.kernels.core.arith import at_least_one, cdiv
 from fastft.kernels.core.dispatch import has_shared_operands, has_tensor_memory_accelerator
 from fastft.kernels.core.launch_recorder import is_aligned, on_grid
 from fastft.kernels.core.tiles import multiprocessors, padded
+from fastft.kernels.lora_linear_triton import add_product
 
 COMBINED = 1024  # elements of a token's row that a program sums
 BESIDE = 64  # the most ranks of a step
@@ -51,21 +52,6 @@ PLAIN = Tiles(128, 128, 32, 8, 3)
 WIDE = Tiles(64, 64, 16, 4, 2)  # float32
 NARROW = Tiles(128, 64, 64, 4, 3)  # few columns
 OUTER = Tiles(64, 128, 64, 4, 2)
-
-
-@triton.jit
-def multiplied(left, right, total):
-    """Return total + left right, in float32 at least as exact as a product of three TF32 terms."""
-    if left.dtype == tl.float32:
-        return tl.dot(left, right, total, input_precision="tf32x3")
-    else:
-        return tl.dot(left, right, total)
-
-
-@triton.jit
-def load_adapter(address, mask):
-    """Load a tile, 0 outside the mask."""
-    return tl.load(address, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -135,10 +121,11 @@ def product_kernel(
         s_rows = s_ptr + (tl.cast(i, tl.int64) * s_stride)[:, None]
         factor_rows = factor_ptr + wide_e * factor_stride_e + (n * factor_stride_n)[None, :]
         if ADAPTED:  # before the loop, which hides how long it takes
-            s = load_adapter(s_rows + r[None, :], i_mask[:, None] & (r < R)[None, :])
-            factor = load_adapter(
+            s = tl.load(s_rows + r[None, :], mask=i_mask[:, None] & (r < R)[None, :], other=0.0)
+            factor = tl.load(
                 factor_rows + (r * factor_stride_r)[:, None],
-                (r < tl.where(expert < EXPERTS, R, 0))[:, None] & n_mask[None, :],
+                mask=(r < tl.where(expert < EXPERTS, R, 0))[:, None] & n_mask[None, :],
+                other=0.0,
             )
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, tl.where(expert < EXPERTS, K, 0), BLOCK_K):
@@ -159,15 +146,15 @@ def product_kernel(
                 else:
                     address = here + (k * weight_stride_k)[:, None] + (across_n * weight_stride_n)[None, :]
                     weight = tl.load(address, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
-            total = multiplied(x, weight, total)
+            total = add_product(x, weight, total)
         if ADAPTED:
-            total = multiplied(scaled(s, scale), factor, total)
+            total = add_product(scaled(s, scale), factor, total)
             for start in range(BLOCK_R, tl.where(expert < EXPERTS, R, 0), BLOCK_R):
                 r_mask = start + r < R
-                s = load_adapter(s_rows + (start + r)[None, :], i_mask[:, None] & r_mask[None, :])
+                s = tl.load(s_rows + (start + r)[None, :], mask=i_mask[:, None] & r_mask[None, :], other=0.0)
                 address = factor_rows + ((start + r) * factor_stride_r)[:, None]
-                factor = load_adapter(address, r_mask[:, None] & n_mask[None, :])
-                total = multiplied(scaled(s, scale), factor, total)
+                factor = tl.load(address, mask=r_mask[:, None] & n_mask[None, :], other=0.0)
+                total = add_product(scaled(s, scale), factor, total)
         else:
             total *= scale
         if BIAS:
@@ -206,7 +193,7 @@ def outer_kernel(
         source = read_rows(order_ptr, i, i_mask, top_k, GATHER_RIGHT)
         address = right_ptr + (source * right_stride)[:, None] + n[None, :]
         right = tl.load(address, mask=i_mask[:, None] & (n < N)[None, :], other=0.0)
-        total = multiplied(tl.trans(left), right, total)
+        total = add_product(tl.trans(left), right, total)
     address = out_ptr + tl.cast(expert, tl.int64) * out_stride_e + (tl.cast(m, tl.int64) * out_stride_m)[:, None]
     address = address + (tl.cast(n, tl.int64) * out_stride_n)[None, :]
     tl.store(address, tl.cast(total * scale, out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

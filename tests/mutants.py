@@ -141,7 +141,7 @@ MUTANTS = (
     Mutant("expert_order.place_kernel", SIGN, "expert_order.place_kernel", "row += tl.sum(", "row -= tl.sum(", "experts"),
     Mutant("expert_order.place_kernel", MASK, "expert_order.place_kernel", "(other[None, :] < slot[:, None])", "(other[None, :] >= 0)", "experts"),
     Mutant("expert_order.place_kernel", INDEX, "expert_order.place_kernel", "tl.store(place_ptr + slot, row", "tl.store(place_ptr + row, slot", "experts"),
-    Mutant("expert_linear.product_kernel", SIGN, "expert_linear.product_kernel", "multiplied(x, weight, total)", "multiplied(x, -weight, total)", "experts"),
+    Mutant("expert_linear.product_kernel", SIGN, "expert_linear.product_kernel", "add_product(x, weight, total)", "add_product(x, -weight, total)", "experts"),
     Mutant("expert_linear.product_kernel", MASK, "expert_linear.product_kernel", "i < tl.min(tl.where(before, rows, end), 0)", "i < rows", "experts"),
     Mutant("expert_linear.product_kernel", INDEX, "expert_linear.product_kernel", "n_first = tile % across", "n_first = tile // across", "experts"),
     Mutant("expert_linear.outer_kernel", SIGN, "expert_linear.outer_kernel", "total * scale", "total * -scale", "experts"),
