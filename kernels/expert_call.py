@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastft.kernels.dequantize_4bit import dequantize_into
 
+DIFFERENTIABLE = ("x", "weight", "bias", "lora_a", "lora_b", "top_k_weights")  # what may need a gradient, in order
+
 
 class ExpertCall(NamedTuple):
     """The arguments of a call, as expert_linear.py describes them."""
@@ -80,7 +82,7 @@ class ExpertCall(NamedTuple):
 
 def differentiable(call: ExpertCall) -> list[Tensor | None]:
     """List the tensors that may need a gradient."""
-    return [call.x, call.weight, call.bias, call.lora_a, call.lora_b, call.top_k_weights]
+    return [getattr(call, name) for name in DIFFERENTIABLE]
 
 
 def is_readable(rows: Tensor) -> bool:

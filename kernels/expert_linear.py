@@ -31,8 +31,8 @@ from torch import Tensor
 
 from fastft.kernels import dequantize_4bit
 from fastft.kernels.core import dispatch
-from fastft.kernels.core.registry import Case, define, load, require
-from fastft.kernels.expert_call import ExpertCall, differentiable, is_readable
+from fastft.kernels.core.registry import Case, define, empty_gradients, load, require
+from fastft.kernels.expert_call import DIFFERENTIABLE, ExpertCall, differentiable, is_readable
 
 
 def reference(
@@ -169,10 +169,7 @@ def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tenso
     call = ExpertCall(*fields)
     _check(call)
     require(grad_output.shape == call.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {call.shape}")
-    tensors = differentiable(call)
-    require(len(needed) == len(tensors), lambda: f"{len(needed)} marks for {len(tensors)} tensors")
-    chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
-    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in chosen]
+    return empty_gradients(differentiable(call), needed)
 
 
 def flops(x: torch.Size, *arguments: Any) -> int:
@@ -223,7 +220,10 @@ def _fill_backward(targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
 
 
 def _run(name: str, plain: Any, targets: Sequence[Tensor], arguments: Sequence[Any]) -> None:
-    """Write results by the kernels where they run, by the reference elsewhere."""
+    """Write results by the kernels where they run, by the reference elsewhere.
+
+    dispatch.fill takes no tensor without elements, as the products with A are where there is no adapter.
+    """
     tensors = [value for value in (*targets, *arguments) if isinstance(value, Tensor)]
     device = tensors[0].device
     dtypes = dispatch.triton_dtypes(device) if dispatch.has_tensor_cores(device) else ()
@@ -279,14 +279,13 @@ def _backward_case(case: Case) -> Case:
     rows = shapes["order"].split()[1]
     rank = shapes["lora_a"].split()[1] if "lora_a" in shapes else "0"
     lead = {"grad_output": f"{'T' if 'top_k_weights' in shapes else rows} {choice['features']}", "s": f"{rows} {rank}"}
-    names = ("x", "weight", "bias", "lora_a", "lora_b", "top_k_weights")
-    needed = [name in shapes and not (name == "weight" and choice["quant_type"]) for name in names]
+    needed = [name in shapes and not (name == "weight" and choice["quant_type"]) for name in DIFFERENTIABLE]
     return {**lead, **shapes}, {**choice, "needed": needed}
 
 
 expert_linear = define(
     "expert_linear", reference, new_outputs, _fill, cases=_CASES, flops=flops, scratch=scratch_bytes,
-    gradients=("x", "weight", "bias", "lora_a", "lora_b", "top_k_weights"), statistics=("absmax",),
+    gradients=DIFFERENTIABLE, statistics=("absmax",),
     alike=("x", "weight", "bias"),
 )  # fmt: skip
 expert_linear_backward = define(
@@ -313,10 +312,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Any, .
     fields = [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.tensors, ctx.others, strict=True)]
     call = ExpertCall(*fields)._replace(absmax=saved[: ctx.statistics])
     marks = dict(zip(ExpertCall._fields, ctx.needs_input_grad, strict=True))
-    names = ("x", "weight", "bias", "lora_a", "lora_b", "top_k_weights")
-    needed = [bool(marks[name]) and grad_y is not None for name in names]
+    needed = [bool(marks[name]) and grad_y is not None for name in DIFFERENTIABLE]
     computed = iter(expert_linear_backward(grad_y, s, *call, needed) if any(needed) else ())
-    gradients = {name: next(computed) if need else None for name, need in zip(names, needed, strict=True)}
+    gradients = {name: next(computed) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)}
     statistics = [None] * ctx.statistics
     return tuple(statistics if name == "absmax" else gradients.get(name) for name in ExpertCall._fields)
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.kernels import dequantize_4bit
-from fastft.kernels.core.registry import Case, define, parameter_of, require, wide
+from fastft.kernels.core.registry import Case, define, empty_gradients, parameter_of, require, wide
 from fastft.kernels.lora_group import Group
 
 
@@ -156,10 +156,7 @@ def new_gradients(grad_output: Tensor, s: Tensor, *arguments: Any) -> list[Tenso
     group = Group(*fields)
     _check(group)
     require(grad_output.shape == group.shape, lambda: f"gradient {tuple(grad_output.shape)} of y {group.shape}")
-    tensors = differentiable(group)
-    require(len(needed) == len(tensors), lambda: f"{len(needed)} marks for {len(tensors)} tensors")
-    chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in chosen]
+    return empty_gradients(differentiable(group), needed)
 
 
 def flops(x: torch.Size, *arguments: Any) -> int:

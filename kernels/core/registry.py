@@ -180,6 +180,13 @@ def require(condition: Any, message: Callable[[], str]) -> None:
         torch._check(condition, message)
 
 
+def empty_gradients(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor]:
+    """Allocate a gradient for each tensor that needs one, empty and in one piece; needed: a mark for each."""
+    require(len(needed) == len(tensors), lambda: f"{len(needed)} marks for {len(tensors)} tensors")
+    chosen = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
+    return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in chosen]
+
+
 def load(launcher: str) -> Callable[..., None]:
     """Import and return the function that ``file.function`` names; Triton is imported here and not before."""
     file, _, function = launcher.rpartition(".")
