@@ -196,15 +196,20 @@ def scratch_bytes(*arguments: Any) -> int:
 
 
 def scratch_bytes_backward(grad_output: Tensor, s: Tensor, *arguments: Any) -> int:
-    """Bound the same of the gradients of x's rows and of s; and of dots of rows, in float32."""
+    """Bound the same of the gradients of s and of x's rows, with their dots in float32, or of rows that are summed."""
     *fields, needed = arguments
     call = ExpertCall(*fields)
     columns, size = call.x.shape[-1], call.x.element_size()
     in_place = needed[0] and not call.gathers  # the gradient of x is of rows
-    rows = call.rows * ((0 if in_place else columns) + call.rank)
     dots = call.rows * (int(not needed[5]) + int(call.bias is not None)) if call.combines else 0
+    products = (_weight_elements(call) + (0 if in_place else call.rows * columns)) * size + 4 * dots
     copied = 0 if is_readable(grad_output) else grad_output.numel() * size
-    return (_weight_elements(call) + rows) * size + 4 * dots + copied + call.copied_bytes()
+    return (
+        max(products, call.sorted_bytes() if needed[1] else 0)
+        + call.rows * call.rank * size
+        + copied
+        + call.copied_bytes()
+    )
 
 
 def _weight_elements(call: ExpertCall) -> int:

@@ -51,7 +51,8 @@ LARGE = Tiles(128, 256, 64, 8, 3)  # where both operands are read from shared me
 PLAIN = Tiles(128, 128, 32, 8, 3)
 WIDE = Tiles(64, 64, 16, 4, 2)  # float32
 NARROW = Tiles(128, 64, 64, 4, 3)  # few columns
-OUTER = Tiles(64, 128, 64, 4, 2)
+SUMS = Tiles(128, 128, 64, 4, 3)  # of rows, where both operands are read from shared memory
+OUTER = Tiles(64, 128, 64, 4, 2)  # with few columns on the left
 
 
 @triton.jit
@@ -82,18 +83,21 @@ def product_kernel(
     out_ptr, x_ptr, weight_ptr, s_ptr, factor_ptr, bias_ptr, order_ptr, ends_ptr, rows, EXPERTS, K, N, R, top_k,
     scale: tl.float32, out_stride, out_stride_n, x_stride, weight_stride_e, weight_stride_k, weight_stride_n, s_stride,
     factor_stride_e, factor_stride_r, factor_stride_n, bias_stride,
-    TILED_X: tl.constexpr, TILED_WEIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
-    ADAPTED: tl.constexpr, BIAS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    TILED_OUT: tl.constexpr, TILED_X: tl.constexpr, TILED_WEIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GATHER: tl.constexpr, ADAPTED: tl.constexpr, BIAS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles of scale x_i W_e + s_i F_e + bias_e.
 
-    Without ADAPTED scale is for the product with W, otherwise for that with F.  TILED: operands that come in tiles by
-    the tensor memory accelerator, rows side by side and aligned; a tile may reach into rows that are not stored.
+    Without ADAPTED scale is for the product with W, otherwise for that with F.  TILED: what comes and goes in tiles by
+    the tensor memory accelerator, rows side by side and aligned.  A tile that is read may reach into rows that are not
+    stored; one that reaches into another expert's is stored by its addresses.
     """
     begin, end = row_ends(ends_ptr, rows, EXPERTS, BLOCK_E)
     last = tl.cumsum(tl.cdiv(end - begin, BLOCK_M), 0)  # tile behind each expert's
     across = tl.cdiv(N, BLOCK_N)
+    if TILED_OUT:
+        out_tiles = tl.make_tensor_descriptor(out_ptr, [rows, N], [out_stride, 1], [BLOCK_M, BLOCK_N])
     if TILED_X:
         x_tiles = tl.make_tensor_descriptor(x_ptr, [rows, K], [x_stride, 1], [BLOCK_M, BLOCK_K])
     if TILED_WEIGHT and TRANSPOSED:
@@ -108,8 +112,9 @@ def product_kernel(
         before = last <= tile // across
         expert = tl.sum(tl.cast(before, tl.int32), 0)
         first = tl.max(tl.where(before, end, 0), 0) + (tile // across - tl.max(tl.where(before, last, 0), 0)) * BLOCK_M
+        own_end = tl.min(tl.where(before, rows, end), 0)
         i = first + tl.arange(0, BLOCK_M)
-        i_mask = i < tl.min(tl.where(before, rows, end), 0)
+        i_mask = i < own_end
         n_first = tile % across * BLOCK_N
         n = n_first + tl.arange(0, BLOCK_N)
         n_mask, k = n < N, tl.arange(0, BLOCK_K)
@@ -160,37 +165,41 @@ def product_kernel(
         if BIAS:
             bias = tl.load(bias_ptr + wide_e * bias_stride + n, mask=n < tl.where(expert < EXPERTS, N, 0), other=0.0)
             total += tl.cast(bias, tl.float32)[None, :]
-        mask = i_mask[:, None] & n_mask[None, :]
-        address = out_ptr + (tl.cast(i, tl.int64) * out_stride)[:, None] + (n * out_stride_n)[None, :]
-        tl.store(address, tl.cast(total, out_ptr.dtype.element_ty), mask=mask)
+        result = tl.cast(total, out_ptr.dtype.element_ty)
+        if TILED_OUT and first + BLOCK_M <= own_end:
+            out_tiles.store([first, n_first], result)
+        else:
+            address = out_ptr + (tl.cast(i, tl.int64) * out_stride)[:, None] + (n * out_stride_n)[None, :]
+            tl.store(address, result, mask=i_mask[:, None] & n_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def outer_kernel(
     out_ptr, left_ptr, right_ptr, row_weights_ptr, order_ptr, ends_ptr, rows, M, N, top_k, scale: tl.float32,
     out_stride_e, out_stride_m, out_stride_n, left_stride, left_stride_m, right_stride,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, WEIGHTED: tl.constexpr,
+    GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of scale sum_i w_i left_i^T right_i over the rows of an expert."""
-    expert = tl.program_id(0)
+    across = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M) * across
+    expert = tl.program_id(0) // tiles  # programs side by side read the same expert's rows
+    tile = tl.program_id(0) % tiles
     first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
-    across = tl.cdiv(N, BLOCK_N)
-    m = tl.program_id(1) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(first, end, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
         i_mask = i < end
-        source = read_rows(order_ptr, i, i_mask, top_k, GATHER_LEFT)
-        address = left_ptr + (source * left_stride)[:, None] + (m * left_stride_m)[None, :]
+        address = left_ptr + (tl.cast(i, tl.int64) * left_stride)[:, None] + (m * left_stride_m)[None, :]
         left = tl.load(address, mask=i_mask[:, None] & (m < M)[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
         if WEIGHTED:
             slot = tl.load(order_ptr + i, mask=i_mask, other=0)
             weights = tl.cast(tl.load(row_weights_ptr + slot, mask=i_mask, other=0.0), tl.float32)
             left = tl.cast(tl.cast(left, tl.float32) * weights[:, None], left.dtype)
-        source = read_rows(order_ptr, i, i_mask, top_k, GATHER_RIGHT)
+        source = read_rows(order_ptr, i, i_mask, top_k, GATHER)
         address = right_ptr + (source * right_stride)[:, None] + n[None, :]
         right = tl.load(address, mask=i_mask[:, None] & (n < N)[None, :], other=0.0)
         total = add_product(tl.trans(left), right, total)
@@ -254,16 +263,17 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
         for gather, adapted, bias in flags:
             dense = ("weight_stride_k", "factor_stride_r") if gather else ("weight_stride_n", "factor_stride_n")
             yield product_kernel, {
-                **index, **dict.fromkeys(dense, 1), "TILED_X": tiled and not gather,
+                **index, **dict.fromkeys(dense, 1), "TILED_OUT": tiles is LARGE, "TILED_X": tiled and not gather,
                 "TILED_WEIGHT": tiled, "TRANSPOSED": gather, "GATHER": gather, "ADAPTED": adapted,
                 "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, "majors": majors,
+                **({"spilled_bytes": 56} if adapted and tiles is LARGE else {}),  # before the loop, of s and F
             }  # fmt: skip
     narrow = replace(OUTER, rows=16)
-    for tiles, majors in ((LARGE, (9, 10)), (PLAIN, (8, 12)), (narrow, everywhere)):
+    for tiles, majors in ((SUMS, (9, 10)), (PLAIN, (8, 12)), (narrow, everywhere)):
         for gather, weighted in itertools.product((False, True), repeat=2):
             yield outer_kernel, {
-                **index, "GATHER_LEFT": gather and tiles is not narrow, "GATHER_RIGHT": gather, "WEIGHTED": weighted,
-                **tiles.meta, "majors": majors, **({"spilled_bytes": 40} if tiles is LARGE else {}),
+                **index, "left_stride_m": 1, "GATHER": gather, "WEIGHTED": weighted,
+                **tiles.meta, "majors": majors,
             }  # fmt: skip
     for weighted in (False, True):
         yield combine_kernel, {"place_ptr": "*i32", "WEIGHTED": weighted, "BLOCK": COMBINED, "num_warps": 4}
@@ -294,7 +304,7 @@ def outer_tiles(left: Tensor, columns: int) -> Tiles:
     if left.dtype == torch.float32:
         return replace(WIDE, rows=min(padded(columns), WIDE.rows))
     if columns > OUTER.rows:
-        return tiles_for(left, columns)
+        return SUMS if has_shared_operands(left.device) else PLAIN
     return replace(OUTER, rows=padded(columns))
 
 
@@ -315,12 +325,13 @@ def product(
     transposed = matrices.stride(2) != 1
     tiled_x = tiles is not WIDE and not gathers and is_tiled(x, -1)
     tiled_weight = tiles is not WIDE and is_tiled(matrices, 1 if transposed else 2)
-    with triton_launch.scratch_memory() if tiled_x or tiled_weight else nullcontext():
+    tiled_out = is_tiled(out, -1) and (tiles is LARGE or out.device.type == "cpu")  # others' do not fit beside operands
+    with triton_launch.scratch_memory() if tiled_x or tiled_weight or tiled_out else nullcontext():
         on_grid(product_kernel, (at_least_one(most, programs),))(
             out, x, matrices, s, factor, x if bias is None else bias, order, ends, rows, experts, K, N,
             factor.shape[1], top_k, scale, out.stride(0), out.stride(1), x.stride(0), *matrices.stride(), s.stride(0),
             *factor.stride(), 0 if bias is None else bias.stride(0),
-            TILED_X=tiled_x, TILED_WEIGHT=tiled_weight, TRANSPOSED=transposed,
+            TILED_OUT=tiled_out, TILED_X=tiled_x, TILED_WEIGHT=tiled_weight, TRANSPOSED=transposed,
             GATHER=gathers, ADAPTED=adapter is not None, BIAS=bias is not None,
             BLOCK_E=padded(experts + 1), BLOCK_R=block_r, **tiles.meta,
         )  # fmt: skip
@@ -328,18 +339,17 @@ def product(
 
 def outer(
     out: Tensor, left: Tensor, right: Tensor, order: Tensor, ends: Tensor, top_k: int, *, scale: float = 1.0,
-    row_weights: Tensor | None = None, gathers_left: bool = False, gathers_right: bool = False,
+    row_weights: Tensor | None = None, gathers: bool = False,
 ) -> None:  # fmt: skip
     """Write out [E, M, N] = scale sum_i w_i left_i^T right_i over the rows of each expert.
 
-    left [S, M] and right [S, N], or of tokens if they are gathered; row_weights: of slots.
+    left [S, M]; right [S, N], or, if it gathers, of tokens; row_weights: of slots.
     """
     experts, M, N = out.shape
     tiles = outer_tiles(left, M)
-    on_grid(outer_kernel, (experts, cdiv(M, tiles.rows) * cdiv(N, tiles.columns)))(
+    on_grid(outer_kernel, (experts * cdiv(M, tiles.rows) * cdiv(N, tiles.columns),))(
         out, left, right, left if row_weights is None else row_weights, order, ends, order.shape[0], M, N, top_k, scale,
-        *out.stride(), *left.stride(), right.stride(0), GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right,
-        WEIGHTED=row_weights is not None, **tiles.meta,
+        *out.stride(), *left.stride(), right.stride(0), GATHER=gathers, WEIGHTED=row_weights is not None, **tiles.meta,
     )  # fmt: skip
 
 

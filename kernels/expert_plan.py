@@ -47,17 +47,15 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, *argumen
         _backward_of_rows(call, grad_output, adapter, dx, dweights)
     sums: dict[str, Any] = {"row_weights": row_weights}
     if da is not None and ds is not None:
-        outer(da, ds, x, *where, gathers_right=call.gathers, **sums)
+        outer(da, ds, x, *where, gathers=call.gathers, **sums)
     if db is not None:
-        outer(
-            db.transpose(1, 2), s, grad_output, *where, scale=call.scale, gathers_right=call.combines, **sums
-        )  # fmt: skip
+        outer(db.transpose(1, 2), s, grad_output, *where, scale=call.scale, gathers=call.combines, **sums)
     if dweight is not None:
         out = dweight if call.transposed else dweight.transpose(1, 2)
-        outer(out, x, grad_output, *where, gathers_left=call.gathers, gathers_right=call.combines, **sums)
+        outer(out, *_sorted_rows(call, grad_output), *where)
     if dbias is not None:
         ones = x.new_ones(1, 1).expand(call.rows, 1)
-        outer(dbias.unsqueeze(1), ones, grad_output, *where, gathers_right=call.combines, **sums)
+        outer(dbias.unsqueeze(1), ones, grad_output, *where, gathers=call.combines, **sums)
 
 
 def _backward_of_rows(
@@ -77,6 +75,19 @@ def _backward_of_rows(
         weigh(rows, dots, x, call.top_k_weights, call.order, call.top_k, call.gathers, bias_dots)
     if dx is not None and call.gathers:
         combine(dx, rows, None, call.place, call.top_k)
+
+
+def _sorted_rows(call: ExpertCall, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows of x and weighted ones of y's gradient, copied where they do not lie side by side in order.
+
+    Several tiles read each row, and a sum of rows that are found by their numbers takes half as long again.
+    """
+    tokens = call.order // call.top_k
+    x = call.x.index_select(0, tokens) if call.gathers else call.x
+    if call.top_k_weights is None:
+        return x, grad_output
+    weights = call.top_k_weights.reshape(-1).index_select(0, call.order)
+    return x, grad_output.index_select(0, tokens).mul_(weights.unsqueeze(1))
 
 
 def _factor(factor: Tensor, x: Tensor) -> Tensor:

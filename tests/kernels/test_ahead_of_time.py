@@ -31,7 +31,7 @@ EVERY = os.environ.get("FASTFT_EVERY_VARIANT") == "1"
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # per block
 FLOAT32 = re.compile(r"(\w*_)?(rstd|mean|partial\w*)_ptr")  # the other pointers have the dtype of the rows
 # Sizes and strides that are multiples of 16 in a model.
-ALIGNED = re.compile(r"D|K|R|padded_S|columns|rows|half|\w+_s[bhij\d]|\w*stride\w*")
+ALIGNED = re.compile(r"D|K|R|padded_S|columns|rows|half|M|N|\w+_s[bhij\d]|\w*stride\w*")
 FEW_BYTES = 16  # of a thread, which the assembler stores before a loop of products so that one more program fits
 ELEMENTS_A_THREAD = 8  # of a tile, from which on loads of 16 bits can be 16 bytes wide
 MODULES = sorted(path.stem for path in Path(str(fastft.kernels.__file__)).parent.glob("*_triton.py"))
