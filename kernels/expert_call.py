@@ -67,8 +67,7 @@ class ExpertCall(NamedTuple):
     def sorted_bytes(self) -> int:
         """Count the bytes of rows that are put side by side for the gradient of experts' weights."""
         columns = (self.x.shape[-1] if self.gathers else 0) + (self.features if self.combines else 0)
-        weights = 0 if self.top_k_weights is None else self.top_k_weights.element_size()
-        return self.rows * (columns * self.x.element_size() + self.order.element_size() + weights)
+        return self.rows * columns * self.x.element_size()
 
     def matrices(self) -> Tensor:
         """Return the experts' weights [E, K, N] in x's dtype, dequantized if need be; a row of x is multiplied by one.

@@ -229,6 +229,23 @@ def combine_kernel(
 
 
 @triton.jit
+def spread_kernel(
+    rows_ptr, tokens_ptr, weights_ptr, order_ptr, columns, top_k, rows_stride, tokens_stride, WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy BLOCK elements of the token that a row is of, times the slot's weight if WEIGHTED."""
+    across = tl.cdiv(columns, BLOCK)
+    i = tl.cast(tl.program_id(0) // across, tl.int64)
+    n = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(order_ptr + i)
+    token = tl.cast(slot // top_k, tl.int64)
+    values = tl.load(tokens_ptr + token * tokens_stride + n, mask=n < columns, other=0.0)
+    if WEIGHTED:
+        values = scaled(values, tl.cast(tl.load(weights_ptr + slot), tl.float32))
+    tl.store(rows_ptr + i * rows_stride + n, values, mask=n < columns)
+
+
+@triton.jit
 def weigh_kernel(
     rows_ptr, beside_ptr, bias_dots_ptr, dots_ptr, weights_ptr, order_ptr, columns, top_k, rows_stride, beside_stride,
     GATHER: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -276,7 +293,9 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
                 **tiles.meta, "majors": majors,
             }  # fmt: skip
     for weighted in (False, True):
-        yield combine_kernel, {"place_ptr": "*i32", "WEIGHTED": weighted, "BLOCK": COMBINED, "num_warps": 4}
+        constants = {"WEIGHTED": weighted, "BLOCK": COMBINED, "num_warps": 4}
+        yield combine_kernel, {"place_ptr": "*i32", **constants}
+        yield spread_kernel, {"order_ptr": "*i32", **constants}
         pointers = {"order_ptr": "*i32", "bias_dots_ptr": "*fp32"}
         yield weigh_kernel, {**pointers, "GATHER": weighted, "BIAS": weighted, "BLOCK": COMBINED, "num_warps": 4}
 
@@ -359,6 +378,15 @@ def combine(out: Tensor, rows: Tensor, row_weights: Tensor | None, place: Tensor
     on_grid(combine_kernel, (tokens * cdiv(N, COMBINED),))(
         out, rows, rows if row_weights is None else row_weights, place, N, top_k, out.stride(0), rows.stride(0),
         WEIGHTED=row_weights is not None, BLOCK=COMBINED, num_warps=4,
+    )  # fmt: skip
+
+
+def spread(rows: Tensor, tokens: Tensor, row_weights: Tensor | None, order: Tensor, top_k: int) -> None:
+    """Write rows [S, N] of tokens [T, N], each times its slot's weight if there are weights."""
+    S, N = rows.shape
+    on_grid(spread_kernel, (S * cdiv(N, COMBINED),))(
+        rows, tokens, tokens if row_weights is None else row_weights, order, N, top_k, rows.stride(0),
+        tokens.stride(0), WEIGHTED=row_weights is not None, BLOCK=COMBINED, num_warps=4,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastft.kernels.expert_call import ExpertCall, is_factor, is_readable
-from fastft.kernels.expert_linear_triton import combine, outer, product, weigh
+from fastft.kernels.expert_linear_triton import combine, outer, product, spread, weigh
 
 
 def forward(targets: Sequence[Tensor], *arguments: Any) -> None:
@@ -51,8 +51,7 @@ def backward(targets: Sequence[Tensor], grad_output: Tensor, s: Tensor, *argumen
     if db is not None:
         outer(db.transpose(1, 2), s, grad_output, *where, scale=call.scale, gathers=call.combines, **sums)
     if dweight is not None:
-        out = dweight if call.transposed else dweight.transpose(1, 2)
-        outer(out, *_sorted_rows(call, grad_output), *where)
+        _backward_of_weights(call, grad_output, dweight if call.transposed else dweight.transpose(1, 2))
     if dbias is not None:
         ones = x.new_ones(1, 1).expand(call.rows, 1)
         outer(dbias.unsqueeze(1), ones, grad_output, *where, gathers=call.combines, **sums)
@@ -77,17 +76,19 @@ def _backward_of_rows(
         combine(dx, rows, None, call.place, call.top_k)
 
 
-def _sorted_rows(call: ExpertCall, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows of x and weighted ones of y's gradient, copied where they do not lie side by side in order.
+def _backward_of_weights(call: ExpertCall, grad_output: Tensor, dweight: Tensor) -> None:
+    """Write the gradient of experts' weights, of rows that are copied where they do not lie side by side in order.
 
     Several tiles read each row, and a sum of rows that are found by their numbers takes half as long again.
     """
-    tokens = call.order // call.top_k
-    x = call.x.index_select(0, tokens) if call.gathers else call.x
-    if call.top_k_weights is None:
-        return x, grad_output
-    weights = call.top_k_weights.reshape(-1).index_select(0, call.order)
-    return x, grad_output.index_select(0, tokens).mul_(weights.unsqueeze(1))
+    x, grads = call.x, grad_output
+    if call.gathers:
+        x = x.new_empty(call.rows, x.shape[1])
+        spread(x, call.x, None, call.order, call.top_k)
+    if call.combines:
+        grads = x.new_empty(call.rows, call.features)
+        spread(grads, grad_output, call.top_k_weights, call.order, call.top_k)
+    outer(dweight, x, grads, call.order, call.ends, call.top_k)
 
 
 def _factor(factor: Tensor, x: Tensor) -> Tensor:

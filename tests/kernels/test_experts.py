@@ -176,7 +176,7 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastft.kernels import expert_call, expert_order_triton, expert_plan
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
-    for name in ("product", "outer", "combine", "weigh"):
+    for name in ("product", "outer", "combine", "spread", "weigh"):
         monkeypatch.setattr(expert_plan, name, nothing)
     monkeypatch.setattr(expert_call, "dequantize_into", nothing)
     monkeypatch.setattr(expert_order_triton, "on_grid", lambda *args: nothing)
