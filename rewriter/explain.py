@@ -92,7 +92,7 @@ def _planned(gm: GraphModule, pieces: Any, example_inputs: Sequence[Any]) -> Any
     try:
         regions = {key: RegionCompiler(gm, alike[0], given, PLANNED) for key, alike in by_kind(pieces).items()}
         homes = traced_homes(example_inputs)
-        graphed = cuda_graph_policy.capturable(pieces, PLANNED.cuda_graphs, sharded=bool(homes))
+        graphed = cuda_graph_policy.capturable(gm, pieces, PLANNED.cuda_graphs, sharded=bool(homes))
         sharding = Sharding(pieces, list(given), homes, regions).account if homes else None
         planned = plan_builder.plan_graph(gm, pieces, regions, PLANNED, graphed, lambda text: None, sharding=sharding)
     except Exception as error:

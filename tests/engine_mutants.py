@@ -331,6 +331,11 @@ ENGINE = (
         ("always waits", "runtime/row_watch.waits", "self.quiet < QUIET:", "self.quiet >= 0:"),
     ),
     *_of(
+        GRAPHS, "lowering/cuda_graph_policy",
+        ("rows of experts not counted", "rows/by_expert.elements", "if node.target == _LINEAR:", "if node is None:"),
+        ("experts of a token not counted", "rows/by_expert.elements", 'value_of(call["order"]).numel()', '(value_of(call["order"]).numel() // call["top_k"])'),
+    ),
+    *_of(
         GRAPHS, "runtime/graph_parts",
         ("the last part's gradient alone", "runtime/cuda_graphs._run_back", "gradients[key] + gradient if key in gradients else gradient", "gradient"),
         ("handed over before it is complete", "runtime/cuda_graphs.prepared", "reversed(list(enumerate(parts)))", "list(enumerate(parts))"),

@@ -7,23 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fastft.compat import ddp, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.rewriter.outline import stitch
 from fastft.rewriter.outline.partition import Piece
+from fastft.rewriter.rows import by_expert
 from fastft.rewriter.runtime import profiling
 from fastft.rewriter.runtime.cuda_graphs import Graphed, log
 from fastft.rewriter.runtime.offload import Offloader
 from fastft.rewriter.runtime.part import Part
 
-SMALL = 2**24  # elements of a hidden state; see docs/performance.md for what graphs gain on either side of it
+# Elements of a hidden state, or of a token's row for each expert that it chose; see docs/performance.md for what graphs
+# gain on either side of it.
+SMALL = 2**24
 PARTS = 8  # of backward, where each part's gradients are sent to other devices while the next is computed
 PATIENCE = 4  # calls with the same sizes in a row, where sizes may change, before graphs for them pay unasked
 
 
-def capturable(pieces: Sequence[Piece], asked: bool | None, *, sharded: bool = False) -> range | None:
+def capturable(gm: GraphModule, pieces: Sequence[Piece], asked: bool | None, *, sharded: bool = False) -> range | None:
     """Return the range of the pieces from the first layer to the last if they should and can run as CUDA graphs.
 
     Returns None otherwise.  asked: the user's option; None uses CUDA graphs where sizes are small and stay the same.
@@ -45,7 +48,7 @@ def capturable(pieces: Sequence[Piece], asked: bool | None, *, sharded: bool = F
             log.info("no CUDA graphs: the layers do not run on one CUDA device")
         return None
     moving = [values[place] for place in moving_inputs(stack) if not isinstance(values[place], torch.SymInt)]
-    if asked is None and not all(map(_is_small, moving)):
+    if asked is None and not (all(map(_is_small, moving)) and max(by_expert.elements(gm), default=0) <= SMALL):
         return None
     return range(layers[0], layers[-1] + 1)
 

@@ -100,7 +100,7 @@ def _lower_pieces(
     placeholders = gm.graph.find_nodes(op="placeholder")
     examples = dict(zip(placeholders, example_inputs, strict=True))
     regions = {key: RegionCompiler(gm, alike[0], examples, options) for key, alike in by_kind(pieces).items()}
-    graphed = cuda_graph_policy.capturable(pieces, options.cuda_graphs, sharded=bool(homes))
+    graphed = cuda_graph_policy.capturable(gm, pieces, options.cuda_graphs, sharded=bool(homes))
     planned = None
     sharding = Sharding(pieces, placeholders, homes, regions, lambda home: home.group in taken) if homes else None
     if plan:

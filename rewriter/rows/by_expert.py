@@ -8,7 +8,7 @@ values are sorted is followed from call to call, as with one expert a token they
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from operator import getitem
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from fastft.compat import fake_tensors, operators, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.reasons import Declined
+from fastft.rewriter.fx.bodies import bodies
 
 if TYPE_CHECKING:
     from fastft.rewriter.rows.proof import RowSizes
@@ -45,6 +46,14 @@ def orders(gm: GraphModule) -> dict[Node, Node]:
         elif order := next((found[one] for one in node.all_input_nodes if one in found), None):
             found[node] = order
     return found
+
+
+def elements(gm: GraphModule) -> Iterator[int]:
+    """Count the elements, in the example, of the rows that products read: a token has one for each of its experts."""
+    for node in (node for body in bodies(gm) for node in body.graph.nodes):
+        if node.target == _LINEAR:
+            call = _arguments(node)
+            yield symbolic.hint(value_of(call["order"]).numel() * value_of(call["x"]).shape[-1])
 
 
 def check_place(node: Node, found: Orders, inside: Set[Node]) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import fastft
 from fastft.compat.expert_substitutes import RULE
 from fastft.rewriter.context import SWITCHED_OFF
+from fastft.rewriter.lowering import cuda_graph_policy
 from fastft.rewriter.report import history
+from fastft.rewriter.rows import by_expert
 from models.breadth import LAYERS, built, config, sizes
 from models.test_experts import exact
 
@@ -103,6 +105,25 @@ CASES = [
     for family in FAMILIES for trained, nf4 in (*((one, False) for one in TRAINED), ("attention", True), ("both", True))
     if family in ("Qwen3-MoE", "GPT-OSS") or (trained != "whole" and (trained, nf4) != ("attention", True))
 ]  # fmt: skip
+
+
+def test_rows_of_experts_decide_on_cuda_graphs_where_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer is then a call of a nested graph."""
+    found: list[int] = []
+    decide = cuda_graph_policy.capturable
+
+    def noted(gm: Any, *args: Any, **kwargs: Any) -> Any:
+        found.extend(by_expert.elements(gm))
+        return decide(gm, *args, **kwargs)
+
+    monkeypatch.setattr(cuda_graph_policy, "capturable", noted)
+    torch._dynamo.reset()
+    model = made("Qwen3-MoE", "experts")
+    call = torch.compile(model, backend="fastft", options={"lower": "eager", "strict": True})
+    call(**batch(24)).loss.backward()
+    chosen = CHOSEN["num_experts_per_tok"] * batch(24)["input_ids"].numel()
+    config = model.config
+    assert set(found) == {chosen * config.hidden_size, chosen * config.moe_intermediate_size}
 
 
 @pytest.mark.parametrize(("family", "trained", "nf4"), CASES)
