@@ -127,6 +127,11 @@ class Plan:
         return self.peak.bytes
 
     @property
+    def uncaptured_bytes(self) -> int:
+        """The peak before CUDA graphs are captured, and where none are."""
+        return max(moment.bytes for moment in self.moments if moment.label != OUTSIDE_CUDA_GRAPHS)
+
+    @property
     def host_bytes(self) -> int:
         """The bytes that are offloaded."""
         return sum(choice.offloaded_bytes for choice in self.choices)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fastft.rewriter.runtime.planned_graph import Planned
 
 log = logging.getLogger("fastft")
-# Steps after which the peak is checked: all is compiled and captured by then, and the optimizer's state allocated.
+# Steps after which the peak is checked: all is compiled by then, and the optimizer's state allocated.  CUDA graphs may
+# be captured later; what they hold is checked once they are.
 CHECK_AFTER_STEPS = 3
 MOST_CORRECTIONS = 2  # the second only for a plan that is above its budget
 TOLERANCE = 0.02  # of the planned peak: a smaller error is not worth another plan
@@ -54,6 +55,7 @@ class MemoryController:
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
         self.seen, self.corrections = 0, 0
         self.peak_before, self.peak = 0, 0  # peak allocated bytes before the measured steps, and in them
+        self.knows_pool = False  # whether what CUDA graphs hold was measured
         self.sizes: Sizes = {}
 
     @property
@@ -91,7 +93,7 @@ class MemoryController:
         if _count_of_ooms(self.device) > ooms[self.device.index]:  # e.g. in backward, where this code does not run
             self.replan_after_oom("the batch that failed may be repeated")
             torch.cuda.empty_cache()
-        elif self.seen == CHECK_AFTER_STEPS + 1:
+        elif self.seen == CHECK_AFTER_STEPS + 1 or (self.seen > CHECK_AFTER_STEPS and self._has_unknown_pool()):
             self._check()
 
     @property
@@ -160,14 +162,15 @@ class MemoryController:
             self.peak_before, self.peak, self.seen = 0, 0, 1
             return
         assert self.plan is not None
-        planned = self.plan.peak_bytes
+        self.knows_pool = self._pool_bytes() > 0
+        planned = self.plan.peak_bytes if self.knows_pool else self.plan.uncaptured_bytes
         log.info("memory: planned %.2f GiB, measured %.2f", planned / GIB, measured / GIB)
         for graph in self.members:
             graph.report.measured_bytes = measured
         above = bool(self.limit_bytes) and measured > (self.limit_bytes or 0)
         wrong = abs(measured - planned) > TOLERANCE * planned
         if (self.corrections == 0 and wrong) or (self.corrections < MOST_CORRECTIONS and above):
-            self.corrections, self.seen = self.corrections + 1, 0
+            self.corrections, self.seen, self.knows_pool = self.corrections + 1, 0, False
             self._correct(measured - planned)
 
     def _correct(self, error_bytes: int) -> None:
@@ -191,10 +194,16 @@ class MemoryController:
         assert self.plan is not None
         known = self.peak if self.peak > self.peak_before else None
         beside = next((moment for moment in self.plan.moments if moment.label == OUTSIDE_CUDA_GRAPHS), None)
-        pool = sum(graphed.pool_bytes for graph in self.members for graphed in graph.graphed)
+        pool = self._pool_bytes()
         if beside is None or not pool:
             return known
         return max(beside.bytes - beside.parts[POOL] - beside.parts[ERROR] + pool, known or 0)
+
+    def _pool_bytes(self) -> int:
+        return sum(graphed.pool_bytes for graph in self.members for graphed in graph.graphed)
+
+    def _has_unknown_pool(self) -> bool:
+        return not self.knows_pool and self._pool_bytes() > 0
 
     def replan_after_oom(self, then: str) -> bool:
         """Plan for less memory after it ran out; return False if there is no leaner plan.
