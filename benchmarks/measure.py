@@ -160,6 +160,7 @@ def measure(asked: Row) -> Row:
     parts = [end - start for start, end in itertools.pairwise(moments)]
     row["first_step_parts_s"] = dict(zip(("forward", "backward", "optimizer"), parts, strict=True))
     row["peak_warmup_gib"] = clock.peak_gib()
+    clock.give_back()
     clock.reset_peak()
     clock.mark()
     for batch in batches[run.warmup :]:
@@ -173,6 +174,7 @@ def measure(asked: Row) -> Row:
         row |= _of_all_tokens(batches[run.warmup :], sum(seconds))
     row["peak_steps_gib"] = clock.peak_gib()
     row["peak_gib"] = max(row["peak_steps_gib"], row["peak_warmup_gib"])
+    row["reserved_gib"] = clock.reserved_gib()
     row |= {"loss_first": losses[0].item(), "loss_last": losses[-1].item()}
     row["grad_norm_last"] = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item()
     row["trained_parameters"] = sum(p.numel() for p in trained)
@@ -256,6 +258,15 @@ class Clock:
     def reset_peak(self) -> None:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
+
+    def give_back(self) -> None:
+        """Free what the allocator keeps and nobody holds, such as what compilation needed."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def reserved_gib(self) -> float:
+        """Taken from the device since the last reset: an idle CUDA graph's memory counts here and not as allocated."""
+        return torch.cuda.max_memory_reserved() / GIB if self.cuda else self.peak_gib()
 
     def peak_gib(self) -> float:
         """Allocated by tensors on CUDA; on a CPU the process's peak resident size, compiler and all."""
