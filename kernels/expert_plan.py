@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastft.kernels.expert_call import ExpertCall, is_factor, is_readable
-from fastft.kernels.expert_linear_triton import combine, outer, product, spread, weigh
+from fastft.kernels.expert_linear_triton import outer, product
+from fastft.kernels.expert_rows_triton import combine, spread, weigh
 
 
 def forward(targets: Sequence[Tensor], *arguments: Any) -> None:
