@@ -201,6 +201,8 @@ def measure(asked: Row) -> Row:
     clock.reset_peak()
     losses, seconds = [], []
     for number, batch in enumerate(batches):
+        if number > 0 and number + 1 == asked["warmup"]:
+            clock.give_back()
         began = clock.now()
         optimizer.zero_grad()
         loss = model(**batch).loss
@@ -212,7 +214,6 @@ def measure(asked: Row) -> Row:
             turns.time()
         if number + 1 == asked["warmup"]:
             row["peak_warmup_gib"] = clock.peak_gib()
-            clock.give_back()
             clock.reset_peak()
     timed = seconds[asked["warmup"] :]
     p20, p50, p80 = torch.tensor(timed).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()

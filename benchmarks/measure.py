@@ -151,6 +151,8 @@ def measure(asked: Row) -> Row:
     clock.reset_peak()
     losses, row["warmup_s"], moments = [], [], [clock.now()]
     for batch in batches[: run.warmup]:
+        if losses and len(losses) + 1 == run.warmup:
+            clock.give_back()
         began = clock.now()
         losses.append(training.step(batch, (lambda: moments.append(clock.now())) if not losses else lambda: None))
         row["warmup_s"].append(clock.now() - began)
@@ -160,7 +162,6 @@ def measure(asked: Row) -> Row:
     parts = [end - start for start, end in itertools.pairwise(moments)]
     row["first_step_parts_s"] = dict(zip(("forward", "backward", "optimizer"), parts, strict=True))
     row["peak_warmup_gib"] = clock.peak_gib()
-    clock.give_back()
     clock.reset_peak()
     clock.mark()
     for batch in batches[run.warmup :]:

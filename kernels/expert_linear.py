@@ -204,12 +204,9 @@ def scratch_bytes_backward(grad_output: Tensor, s: Tensor, *arguments: Any) -> i
     dots = call.rows * (int(not needed[5]) + int(call.bias is not None)) if call.combines else 0
     products = (_weight_elements(call) + (0 if in_place else call.rows * columns)) * size + 4 * dots
     copied = 0 if is_readable(grad_output) else grad_output.numel() * size
-    return (
-        max(products, call.sorted_bytes() if needed[1] else 0)
-        + call.rows * call.rank * size
-        + copied
-        + call.copied_bytes()
-    )
+    ones = size if needed[2] else 0
+    most = max(products, call.sorted_bytes() if needed[1] else 0, ones)
+    return most + call.rows * call.rank * size + copied + call.copied_bytes()
 
 
 def _weight_elements(call: ExpertCall) -> int:

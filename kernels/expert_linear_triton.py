@@ -24,7 +24,7 @@ from fastft.kernels.core.launch_recorder import is_aligned, on_grid
 from fastft.kernels.core.tiles import multiprocessors, padded
 from fastft.kernels.lora_linear_triton import add_product
 
-BESIDE = 64  # the most ranks of a step
+BESIDE = 32  # the most ranks of a step: more do not fit beside a whole tile of a result in shared memory
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any]]]:
             yield product_kernel, {
                 **index, **dict.fromkeys(dense, 1), "TILED_OUT": tiles is LARGE, "TILED_X": tiled and not gather,
                 "TILED_WEIGHT": tiled, "TRANSPOSED": gather, "GATHER": gather, "ADAPTED": adapted,
-                "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": 32, **tiles.meta, "majors": majors,
+                "BIAS": bias, "BLOCK_E": 128, "BLOCK_R": BESIDE, **tiles.meta, "majors": majors,
                 **({"spilled_bytes": 56} if adapted and tiles is LARGE else {}),  # before the loop, of s and F
             }  # fmt: skip
     narrow = replace(OUTER, rows=16)

@@ -80,7 +80,7 @@ def _backward_of_rows(
 def _backward_of_weights(call: ExpertCall, grad_output: Tensor, dweight: Tensor) -> None:
     """Write the gradient of experts' weights, of rows that are copied where they do not lie side by side in order.
 
-    Several tiles read each row, and a sum of rows that are found by their numbers takes half as long again.
+    Several tiles read each row, and each would look its number up.
     """
     x, grads = call.x, grad_output
     if call.gathers:

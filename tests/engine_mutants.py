@@ -331,6 +331,16 @@ ENGINE = (
         ("always waits", "runtime/row_watch.waits", "self.quiet < QUIET:", "self.quiet >= 0:"),
     ),
     *_of(
+        GRAPHS, "runtime/controller",
+        ("graphs compared before they are there", "runtime/controller._check", "plan.uncaptured_bytes, known", "plan.peak_bytes, known"),
+        ("graphs not compared once they are there", "runtime/controller._end_step", "and not self.captured:", "and False:"),
+        ("graphs compared in each step", "runtime/controller._end_step", " and not self.captured:", ":"),
+        ("the last step's plan for all", "runtime/controller._check", "max(self.measured,", "max(self.measured[-1:],"),
+        ("graphs of one of several sizes", "runtime/controller._check", " and all(other is plan for other in self.measured)", ""),
+        ("some of the graphs", "runtime/controller._is_captured", " and not awaited", ""),
+        ("graphs as the whole peak", "runtime/controller._check_pool", "_beside(self.plan).bytes", "self.plan.peak_bytes"),
+    ),
+    *_of(
         GRAPHS, "lowering/cuda_graph_policy",
         ("rows of experts not counted", "rows/by_expert.elements", "if node.target == _LINEAR:", "if node is None:"),
         ("experts of a token not counted", "rows/by_expert.elements", 'value_of(call["order"]).numel()', '(value_of(call["order"]).numel() // call["top_k"])'),

@@ -16,7 +16,7 @@ from fastft.rewriter.memory import device_budget, planner
 from fastft.rewriter.memory.describe import describe
 from fastft.rewriter.memory.pareto import Choice
 from fastft.rewriter.memory.planner import BudgetError
-from fastft.rewriter.memory.simulate import OUTSIDE_CUDA_GRAPHS, POOL, Facts, Plan, StageSequence
+from fastft.rewriter.memory.simulate import OUTSIDE_CUDA_GRAPHS, POOL, Facts, Moment, Plan, StageSequence
 from fastft.rewriter.options import budget_of
 from fastft.rewriter.report.plan import ERROR
 from fastft.units import GIB, format_bytes
@@ -55,7 +55,8 @@ class MemoryController:
         self.choices: list[tuple[Choice, ...]] = []  # of each forward
         self.seen, self.corrections = 0, 0
         self.peak_before, self.peak = 0, 0  # peak allocated bytes before the measured steps, and in them
-        self.knows_pool = False  # whether what CUDA graphs hold was measured
+        self.measured: list[Plan] = []  # of each measured step
+        self.captured = False  # whether all CUDA graphs were captured where the last step began
         self.sizes: Sizes = {}
 
     @property
@@ -73,19 +74,24 @@ class MemoryController:
 
         Raises BudgetError where a number of bytes that the user named is too small for the new sizes.
         """
+        members, before = self.members, member.waiting()
+        starts = not before and member is members[0] and self.device.type == "cuda"
+        if starts:
+            self._end_step()
         sizes: Sizes = {}
-        members = self.members
         for graph in members:
             sizes |= graph.sizes
         if sizes != self.sizes:
             self.sizes = sizes
             self.replan()
-        before = member.waiting()
         self._follow(member, before)
-        if before or member is not members[0] or self.device.type != "cuda":
-            return
+        if starts and self.measuring and self.plan is not None:
+            self.measured.append(self.plan)
+
+    def _end_step(self) -> None:
+        """Look at the step that ended, whose plan is still followed, and count the one that begins."""
         if self.seen == 0:
-            self.peak_before, self.peak = torch.cuda.max_memory_allocated(self.device), 0
+            self.peak_before, self.peak, self.measured = torch.cuda.max_memory_allocated(self.device), 0, []
             ooms.setdefault(self.device.index, _count_of_ooms(self.device))
         elif self.measuring:
             self.sample_peak()
@@ -93,8 +99,11 @@ class MemoryController:
         if _count_of_ooms(self.device) > ooms[self.device.index]:  # e.g. in backward, where this code does not run
             self.replan_after_oom("the batch that failed may be repeated")
             torch.cuda.empty_cache()
-        elif self.seen == CHECK_AFTER_STEPS + 1 or (self.seen > CHECK_AFTER_STEPS and self._has_unknown_pool()):
+        elif self.seen == CHECK_AFTER_STEPS + 1:
             self._check()
+        elif self.seen > CHECK_AFTER_STEPS and self._is_captured() and not self.captured:
+            self._check_pool()
+        self.captured = self._is_captured()
 
     @property
     def measuring(self) -> bool:
@@ -155,22 +164,38 @@ class MemoryController:
         member.follow(self.choices[positions[min(before, len(positions) - 1)]], graphs=self.plan.graphed)
 
     def _check(self) -> None:
-        """Compare the planned peak with the measured one, and plan again if it was wrong."""
-        measured = self._measured()
-        if measured is None:  # more was allocated before the first step: measure from here on
+        """Compare the planned peak with the measured one, and plan again if it was wrong.
+
+        Not where sizes changed and CUDA graphs were captured for some of them: which step they are of is not known.
+        """
+        known = self.peak if self.peak > self.peak_before else 0
+        plan = max(self.measured, key=lambda plan: plan.peak_bytes, default=None)
+        if plan is None:
+            return  # no plan was possible for any of these steps
+        if self._pool_bytes() > 0:
+            if self._is_captured() and plan.graphed and all(other is plan for other in self.measured):
+                self._compare(plan.peak_bytes, max(self._with_pool(plan), known))
+        elif known:
+            self._compare(plan.uncaptured_bytes, known)
+        else:  # more was allocated before the first step: measure from here on
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.peak_before, self.peak, self.seen = 0, 0, 1
-            return
+            self.peak_before, self.peak, self.seen, self.measured = 0, 0, 1, []
+
+    def _check_pool(self) -> None:
+        """Compare what CUDA graphs hold that were captured in the last step with what its plan says of them."""
         assert self.plan is not None
-        self.knows_pool = self._pool_bytes() > 0
-        planned = self.plan.peak_bytes if self.knows_pool else self.plan.uncaptured_bytes
+        if self.plan.graphed:
+            self._compare(_beside(self.plan).bytes, self._with_pool(self.plan), self.peak)
+
+    def _compare(self, planned: int, measured: int, peak: int = 0) -> None:
+        """Plan again if a plan was wrong.  peak: what was measured at another moment."""
         log.info("memory: planned %.2f GiB, measured %.2f", planned / GIB, measured / GIB)
         for graph in self.members:
-            graph.report.measured_bytes = measured
+            graph.report.measured_bytes = max(measured, peak)
         above = bool(self.limit_bytes) and measured > (self.limit_bytes or 0)
         wrong = abs(measured - planned) > TOLERANCE * planned
         if (self.corrections == 0 and wrong) or (self.corrections < MOST_CORRECTIONS and above):
-            self.corrections, self.seen, self.knows_pool = self.corrections + 1, 0, False
+            self.corrections, self.seen = self.corrections + 1, 0
             self._correct(measured - planned)
 
     def _correct(self, error_bytes: int) -> None:
@@ -185,25 +210,20 @@ class MemoryController:
         for graph in self.members:
             graph.report.corrections += 1
 
-    def _measured(self) -> int | None:
-        """Return the peak of allocated bytes since the first step; None if more was allocated before it.
+    def _with_pool(self, plan: Plan) -> int:
+        """Return the plan's estimate beside CUDA graphs plus what they hold.
 
-        Torch counts only the inputs and outputs of CUDA graphs as allocated, not the rest of their memory pool.  With
-        CUDA graphs, the result is therefore at least the plan's estimate outside them plus the measured pool.
+        Torch counts only the inputs and outputs of CUDA graphs as allocated, not the rest of their memory pool.
         """
-        assert self.plan is not None
-        known = self.peak if self.peak > self.peak_before else None
-        beside = next((moment for moment in self.plan.moments if moment.label == OUTSIDE_CUDA_GRAPHS), None)
-        pool = self._pool_bytes()
-        if beside is None or not pool:
-            return known
-        return max(beside.bytes - beside.parts[POOL] - beside.parts[ERROR] + pool, known or 0)
+        beside = _beside(plan)
+        return beside.bytes - beside.parts[POOL] - beside.parts[ERROR] + self._pool_bytes()
 
     def _pool_bytes(self) -> int:
         return sum(graphed.pool_bytes for graph in self.members for graphed in graph.graphed)
 
-    def _has_unknown_pool(self) -> bool:
-        return not self.knows_pool and self._pool_bytes() > 0
+    def _is_captured(self) -> bool:
+        awaited = any(graphed.is_awaited for graph in self.members for graphed in graph.graphed)
+        return self._pool_bytes() > 0 and not awaited
 
     def replan_after_oom(self, then: str) -> bool:
         """Plan for less memory after it ran out; return False if there is no leaner plan.
@@ -284,6 +304,10 @@ def set_memory_budget(budget: int | float | str | None) -> None:
 
 alive: weakref.WeakSet[Planned] = weakref.WeakSet()
 ooms: dict[Any, int] = {}  # by device: how often memory ran out, as last read
+
+
+def _beside(plan: Plan) -> Moment:
+    return next(moment for moment in plan.moments if moment.label == OUTSIDE_CUDA_GRAPHS)
 
 
 def _count_of_ooms(device: torch.device) -> int:

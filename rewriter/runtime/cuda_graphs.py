@@ -66,6 +66,11 @@ class Graphed:
         self.pool: Any = None
         self.waiting: weakref.ref | None = None  # a forward whose backward may still come
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether nothing is captured yet but may be."""
+        return self.enabled and not self.pool_bytes and self.attempts < MOST_CAPTURES
+
     def __call__(self, *inputs: Any) -> tuple:
         if not self.enabled or not torch.is_grad_enabled() or (self.waiting is not None and self.waiting() is not None):
             return self.call(*inputs)
@@ -115,7 +120,8 @@ class Graphed:
             self.attempts = MOST_CAPTURES
             _end_capture_of_random_numbers()
             log.warning("no CUDA graph: %s", error)
-        self.pool_bytes += torch.cuda.memory_reserved() - reserved
+        else:
+            self.pool_bytes += torch.cuda.memory_reserved() - reserved
         return self.captures.get(shapes)
 
     def _moved(self, shapes: Any, before: Sequence[int | None]) -> bool:
