@@ -197,7 +197,7 @@ def outer_kernel(
         if WEIGHTED:
             slot = tl.load(order_ptr + i, mask=i_mask, other=0)
             weights = tl.cast(tl.load(row_weights_ptr + slot, mask=i_mask, other=0.0), tl.float32)
-            left = tl.cast(tl.cast(left, tl.float32) * weights[:, None], left.dtype)
+            left = scaled(left, weights[:, None])
         source = read_rows(order_ptr, i, i_mask, top_k, GATHER)
         address = right_ptr + (source * right_stride)[:, None] + n[None, :]
         right = tl.load(address, mask=i_mask[:, None] & (n < N)[None, :], other=0.0)

@@ -16,14 +16,19 @@ BLOCK = 1024  # elements of a row of a program
 
 
 @triton.jit
+def row_and_columns(columns, BLOCK: tl.constexpr):
+    """Return the row that this program is of, and BLOCK of its columns."""
+    across = tl.cdiv(columns, BLOCK)
+    return tl.program_id(0) // across, tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def combine_kernel(
     out_ptr, rows_ptr, weights_ptr, place_ptr, columns, top_k, out_stride, rows_stride, WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum BLOCK elements of a token's rows, each times its weight if WEIGHTED."""
-    across = tl.cdiv(columns, BLOCK)
-    token = tl.program_id(0) // across
-    n = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    token, n = row_and_columns(columns, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for slot in range(token * top_k, token * top_k + top_k):
         row = tl.cast(tl.load(place_ptr + slot), tl.int64)
@@ -41,9 +46,8 @@ def spread_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy BLOCK elements of the token that a row is of, times the slot's weight if WEIGHTED."""
-    across = tl.cdiv(columns, BLOCK)
-    i = tl.cast(tl.program_id(0) // across, tl.int64)
-    n = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    row, n = row_and_columns(columns, BLOCK)
+    i = tl.cast(row, tl.int64)
     slot = tl.load(order_ptr + i)
     token = tl.cast(slot // top_k, tl.int64)
     values = tl.load(tokens_ptr + token * tokens_stride + n, mask=n < columns, other=0.0)

@@ -183,7 +183,7 @@ PLAIN = (
     Mutant("expert_linear.adapters", SCALE, "expert_linear.scaled", "tl.cast(tile, tl.float32) * scale, tile", "tl.cast(tile, tl.float32), tile", "experts"),
     Mutant("expert_linear.none", MASK, "expert_linear.product_kernel", "tl.where(expert < EXPERTS, K, 0)", "tl.where(expert <= EXPERTS, K, 0)", "experts"),
     Mutant("expert_linear.stored", MASK, "expert_linear.product_kernel", "TILED_OUT and first + BLOCK_M <= own_end", "TILED_OUT and first < own_end", "experts"),
-    Mutant("expert_linear.weighted", SCALE, "expert_linear.outer_kernel", "* weights[:, None], left.dtype", ", left.dtype", "experts"),
+    Mutant("expert_linear.weighted", SCALE, "expert_linear.outer_kernel", "scaled(left, weights[:, None])", "left", "experts"),
     Mutant("expert_plan.forward", SCALE, "expert_plan.forward", "else call.scale", "else 1.0", "experts"),
     Mutant("expert_plan.backward", SCALE, "expert_plan.backward", "call.combines, scale=call.scale)", "call.combines, scale=1.0)", "experts"),
     Mutant("expert_plan.backward", INDEX, "expert_plan.backward", "x, *where, gathers=call.gathers", "x, *where, gathers=call.combines", "experts"),

@@ -85,7 +85,8 @@ class MemoryController:
             self.sizes = sizes
             self.replan()
         self._follow(member, before)
-        if starts and self.measuring and self.plan is not None:
+        if starts and self.measuring:
+            assert self.plan is not None
             self.measured.append(self.plan)
 
     def _end_step(self) -> None:

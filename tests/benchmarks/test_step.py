@@ -31,17 +31,8 @@ ASKED |= {"layers", "steps", "warmup", "turns", "as_trainer", "lengths", "median
 ABOUT = {"date", "commit", "status", "gpu", "cuda", "versions", "wall_s", "log"}
 MEASURED = {
     *("seconds", "seconds_p20", "seconds_p50", "seconds_p80", "tokens_per_s", "first_step_s", "build_s"),
-    *(
-        "peak_gib",
-        "reserved_gib",
-        "peak_steps_gib",
-        "peak_warmup_gib",
-        "model_gib",
-        "loss_first",
-        "loss_last",
-        "grad_norm_last",
-    ),
-    *("trained_parameters", "graphs", "graph_breaks", "warmup_s", "first_step_parts_s"),
+    *("peak_gib", "peak_steps_gib", "peak_warmup_gib", "model_gib", "loss_first", "loss_last", "grad_norm_last"),
+    *("reserved_gib", "trained_parameters", "graphs", "graph_breaks", "warmup_s", "first_step_parts_s"),
 }
 ON_CUDA = {"host_s", "host_syncs", "gpu_busy_s", "gpu_busy", "occupancy_error"}
 
