@@ -24,6 +24,8 @@ sinks [H]: the score of one more key with value 0 (Agarwal et al., gpt-oss, arXi
 softcap, if not 0: softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
 seed [1], an integer: if given, a share dropout of the weights is 0 and the others are scaled by 1 / (1 - dropout).
 contiguous: whether out is contiguous; otherwise it is a transposed view of [B, S, H, DV].
+copies [N], integers, if there are any: the keys are N rows of those given, key[:, :, copies], and the values too, as
+where sequences begin alike.  start and end then tell all: causal, window, max_seqlen and ids are not read.
 Results: out [B, H, S, DV], of the dtype of query, and the log-sum-exp of each row of scores [B, H, S], float32.
 """
 
@@ -34,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.kernels import attention_engines
+from fastft.kernels import attention_engines, key_copies
 from fastft.kernels.core import dispatch
 from fastft.kernels.core.registry import define, require, wide
 
@@ -114,12 +116,13 @@ def scored(products: Tensor, start: Tensor | None, mask: Tensor | None, softcap:
 def reference(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool,
+    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool, copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute out and log-sum-exp with all scores at once, in float32 (float64 for float64)."""
     dtype = wide(query.dtype)
-    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
-    start, end, query_ids, key_ids = vectors
+    key, value, (start, end, query_ids, key_ids), causal, window = attention_engines.restricting(
+        key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen, copies
+    )
     counts = allowed(query, key, start, end, query_ids, key_ids, mask, causal, window)
     products = query.to(dtype) @ grouped(key, query.shape[1]).to(dtype).transpose(-1, -2) * scale
     scores = scored(products, start, mask, softcap)
@@ -159,10 +162,13 @@ def reference_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
+    copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of query, key and value with all scores at once."""
-    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
-    start, end, query_ids, key_ids = vectors
+    rows = key.shape[2]
+    key, value, (start, end, query_ids, key_ids), causal, window = attention_engines.restricting(
+        key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen, copies
+    )
     products, weights, dscores = score_gradients(
         grad_output, query, key, value, out, lse, start, end, query_ids, key_ids, mask, seed, causal, window, scale,
         softcap, dropout,
@@ -173,6 +179,8 @@ def reference_backward(
     dquery = dscores @ grouped(key, query.shape[1]).to(dtype) * scale
     dkey = (dscores.transpose(-1, -2) @ query.to(dtype) * scale).unflatten(1, by_group).sum(2)
     dvalue = (weights.transpose(-1, -2) @ grad_output.to(dtype)).unflatten(1, by_group).sum(2)
+    if key_copies.given(copies):
+        dkey, dvalue = (key_copies.summed_reference(one, copies, rows) for one in (dkey, dvalue))
     return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
@@ -185,8 +193,9 @@ def reference_mask_backward(
 
     It is 0 in rows that weigh all keys alike by their start, and is added behind the softcap.
     """
-    vectors, window = attention_engines.restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
-    start, end, query_ids, key_ids = vectors
+    _, _, (start, end, query_ids, key_ids), causal, window = attention_engines.restricting(
+        key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen
+    )
     _, _, dscores = score_gradients(
         grad_output, query, key, value, out, lse, start, end, query_ids, key_ids, mask, seed, causal, window, scale,
         softcap, dropout,
@@ -241,10 +250,11 @@ def unsupported_reason(query: Tensor, value: Tensor, masked: bool) -> str | None
 def new_outputs(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool,
+    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool, copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Allocate empty out and log-sum-exp."""
     check(query, key, value, start, end, query_ids, key_ids, mask)
+    key_copies.check(copies, mask, (start, end))
     require(0.0 <= dropout < 1.0, lambda: f"a share of {dropout} cannot be dropped")
     (B, H, S, _), DV = query.shape, value.shape[-1]
     out = query.new_empty(B, H, S, DV) if contiguous else query.new_empty(B, S, H, DV).transpose(1, 2)
@@ -311,6 +321,7 @@ _SPARSE_WAYS: list[tuple[dict, dict]] = [  # a row may be left without a key
     ({"start": "index B S T", "end": "index 1 S T"}, {}), (_IDS, {"causal": True}),
     ({"start": "index 1 S T", **_IDS}, {"softcap": 0.1}), ({"start": "index B S T", **_IDS}, {"max_seqlen": 4}),
     ({"start": "index B S T", "end": "index 1 S T", **_IDS}, {"causal": True, "max_seqlen": -1}),
+    ({"start": "index B S N", "end": "index 1 S N", "copies": "rows N T"}, {"causal": True, "window": 2}),
 ]  # fmt: skip
 _SINKS = {"sinks": "G*E"}
 
@@ -357,20 +368,20 @@ attention_mask_backward = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (query, key, value, *masks), (sinks, seed), ctx.choice = inputs[:8], inputs[8:10], inputs[10:-1]
-    ctx.save_for_backward(query, key, value, *output, *masks, sinks, seed)
+    (query, key, value, *masks), (sinks, seed), ctx.choice, copies = inputs[:8], inputs[8:10], inputs[10:-2], inputs[-1]
+    ctx.save_for_backward(query, key, value, *output, *masks, sinks, seed, copies)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 17
-    query, key, value, out, lse, *masks, sinks, seed = ctx.saved_tensors
+        return (None,) * 18
+    query, key, value, out, lse, *masks, sinks, seed, copies = ctx.saved_tensors
     gradients: Sequence[Tensor | None] = (None,) * 3
     if any(ctx.needs_input_grad[:3]):
         gradients = attention_backward(
-            grad_output, query, key, value, out, lse, *masks, seed, *ctx.choice
+            grad_output, query, key, value, out, lse, *masks, seed, *ctx.choice, copies
         )  # fmt: skip
     needed = [gradient if needs else None for gradient, needs in zip(gradients, ctx.needs_input_grad[:3], strict=True)]
     dsinks = None
@@ -382,7 +393,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
     dmask = None
     if ctx.needs_input_grad[7]:
         dmask = attention_mask_backward(grad_output, query, key, value, out, lse, *masks, seed, *ctx.choice)
-    return *needed, *(None,) * 4, dmask, dsinks, *(None,) * 8
+    return *needed, *(None,) * 4, dmask, dsinks, *(None,) * 9
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

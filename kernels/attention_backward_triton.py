@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.kernels import attention_tiles
+from fastft.kernels import attention_tiles, key_copies
 from fastft.kernels.attention_engines import restricting
 from fastft.kernels.attention_tiles import (
     LOG2E,
@@ -35,6 +35,7 @@ from fastft.kernels.attention_tiles import (
 )
 from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.launch_recorder import on_grid
+from fastft.kernels.key_copies_triton import sum_copies
 
 # By the longer of the heads of keys and values, padded, bytes of an element, and whether there is much shared memory.
 QUERY_TILES = {
@@ -312,14 +313,18 @@ def backward(
     outputs: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor,
     out: Tensor, lse: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None, causal: bool, window: int, max_seqlen: int,
-    scale: float, softcap: float, dropout: float,
+    scale: float, softcap: float, dropout: float, copies: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compute dq, dk and dv into outputs, by both kernels."""
     dq, dk, dv = outputs
     B, H, S, D = query.shape
+    key, value, vectors, causal, window = restricting(
+        key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen, copies
+    )
+    if key_copies.given(copies):
+        dk, dv = torch.empty_like(key), torch.empty_like(value)
     G, T = key.shape[1:3]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
-    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
     meta = {**shared.meta, **head_sizes(D, value.shape[-1])}
     for_queries, for_keys = (tiles_for(table, query, value, mask) for table in (QUERY_TILES, KEY_TILES))
@@ -337,3 +342,6 @@ def backward(
         dk, dv, q, k, v, dout, base, delta, *shared.pointers, *dk.stride()[:3], *dv.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *shared.strides, *sizes, **meta, **for_keys.meta,
     )  # fmt: skip
+    if copies is not None and key_copies.given(copies):
+        for target, gradient in zip(outputs[1:], (dk, dv), strict=True):
+            sum_copies(target, gradient, copies)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastft.compat.operators import attention_engine
+from fastft.kernels import key_copies
 from fastft.kernels.core.launch_recorder import is_aligned, setting
 
 _triton_alone = False  # set by only_triton
@@ -75,14 +76,23 @@ def _flash_takes(head_dim: int, value_dim: int) -> bool:
 
 
 def restricting(
-    key: Tensor, vectors: Sequence[Tensor | None], window: int, max_seqlen: int
-) -> tuple[Sequence[Tensor | None], int]:
-    """Return start, end, query_ids and key_ids, None for those that max_seqlen says not to read, and the window."""
+    key: Tensor, value: Tensor, vectors: Sequence[Tensor | None], causal: bool, window: int, max_seqlen: int,
+    copies: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None], bool, int]:  # fmt: skip
+    """Return what a call comes down to: keys and values, vectors, whether it is causal, and its window.
+
+    vectors: start, end, query_ids and key_ids, None for those that are not to be read.
+    """
+    if key_copies.given(copies):
+        taken = [key_copies.taken(tensor, copies) for tensor in (key, value)]
+        return *taken, (*vectors[:2], None, None), False, 0  # type: ignore[return-value]
     if max_seqlen == NO_RANGES:
-        return (None, None, *vectors[2:]), window
-    if max_seqlen == AS_GIVEN:
-        return vectors, window
-    return ((None,) * 4, window) if max_seqlen >= key.shape[2] else ((*vectors[:2], None, None), 0)
+        vectors = (None, None, *vectors[2:])
+    elif max_seqlen != AS_GIVEN and max_seqlen >= key.shape[2]:
+        vectors = (None,) * 4
+    elif max_seqlen != AS_GIVEN:
+        vectors, window = (*vectors[:2], None, None), 0
+    return key, value, vectors, causal, window
 
 
 def chosen(
@@ -155,10 +165,12 @@ def _beside(tensor: Tensor) -> Tensor:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor | None, end: Tensor | None, query_ids: Tensor | None,
     key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None, seed: Tensor | None, causal: bool, window: int,
-    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool,
+    max_seqlen: int, scale: float, softcap: float, dropout: float, contiguous: bool, copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Compute out and log-sum-exp by one of torch's engines; return None where none is chosen."""
-    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
+    if key_copies.given(copies):
+        return None
+    *_, vectors, causal, window = restricting(key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen)
     engine = chosen(query, key, value, (*vectors, mask, sinks, seed), causal, scale, window, softcap)
     if not engine:
         return None
@@ -179,9 +191,12 @@ def backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, start: Tensor | None,
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
+    copies: Tensor | None = None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """Compute the gradients by one of torch's engines; return None where none is chosen."""
-    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
+    if key_copies.given(copies):
+        return None
+    *_, vectors, causal, window = restricting(key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen)
     engine = chosen(query, key, value, (*vectors, mask, seed), causal, scale, window, softcap)
     if not engine:
         return None

@@ -105,7 +105,7 @@ def backward(
     B, H, S, D = query.shape
     T = key.shape[2]
     q, k, v, out, dout = map(unit, (query, key, value, out, grad_output))
-    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
+    *_, vectors, causal, window = restricting(key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen)
     shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
     tiles = tiles_for(QUERY_TILES, query, value, mask)
     mask_B, mask_H = (1, 1, *mask.shape)[-4:-2]

@@ -146,13 +146,15 @@ def forward(
     outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, start: Tensor | None,
     end: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, mask: Tensor | None, sinks: Tensor | None,
     seed: Tensor | None, causal: bool, window: int, max_seqlen: int, scale: float, softcap: float, dropout: float,
-    contiguous: bool,
+    contiguous: bool, copies: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compute out and log-sum-exp into outputs."""
     out, lse = outputs
     (B, H, S, D), DV = query.shape, value.shape[-1]
+    key, value, vectors, causal, window = restricting(
+        key, value, (start, end, query_ids, key_ids), causal, window, max_seqlen, copies
+    )
     q, k, v = unit(query), unit(key), unit(value)
-    vectors, window = restricting(key, (start, end, query_ids, key_ids), window, max_seqlen)
     shared = operands(q, k, (*vectors, mask), seed, causal, window, scale, softcap, dropout)
     tiles = tiles_for(TILES, query, value, mask)
     on_grid(forward_kernel, (cdiv(S, tiles.rows) * B * H,))(

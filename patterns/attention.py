@@ -194,8 +194,9 @@ def attention(
             q = q.masked_fill(masked.all(-1, keepdim=True), 0.0)
     seed = q.new_empty(1, dtype=torch.int64).random_(2**31) if dropout else None
     return torch.ops.fastft.attention(
-        q, k, v, None, None, None, None, mask, sinks, seed, is_causal, 0, 0, scale / root, softcap, dropout, contiguous
-    )[0]
+        q, k, v, None, None, None, None, mask, sinks, seed, is_causal, 0, 0, scale / root, softcap, dropout, contiguous,
+        None,
+    )[0]  # fmt: skip
 
 
 def decline_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> str | None:

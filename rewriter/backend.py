@@ -171,7 +171,8 @@ def _rewritten(
     )
     gm, live = _live_rows(gm, options, report, [output.position for output in deferred])
     if live is not None:
-        example_inputs = [*example_inputs, value_of(live.max_seqlen)]
+        added = (live.max_seqlen, live.copies)
+        example_inputs = [*example_inputs, *(value_of(node) for node in added if node is not None)]
     homes = fsdp_tracing.traced_homes(example_inputs)
     if homes and any(fsdp.is_sharded(value) and place not in homes for place, value in enumerate(example_inputs)):
         raise UnshardedError("a tensor is sharded otherwise than by FSDP2")
@@ -197,7 +198,8 @@ def _live_rows(
     copy = dynamo.inherit_capture_metadata(GraphModule(gm, dynamo.copy_graph(gm.graph)), gm)
     original = Snapshot(copy)
     try:
-        return copy, live_rows.prepare(copy, report, deferred, asked=options.skip_padding is True)
+        asked, share = options.skip_padding is True, options.share_prefixes
+        return copy, live_rows.prepare(copy, report, deferred, asked=asked, share=share)
     except Declined as declined:
         report.rows.reason = declined.reason
     except dynamo.RestartAnalysis:

@@ -35,6 +35,9 @@ class Options:
         None does so where the graph has the labels, so that nothing else can count.  True does so too where the loss is
         taken of logits or hidden states outside the graph, as TRL's trainers do, and promises that it counts no
         padding, whose rows are zeros then.  False runs all rows.
+    share_prefixes: run rows once that are the same in several sequences of a batch because these begin alike, as the
+        completions of one prompt do.  Each batch is compared; without dropout, under causal masks, and where rows may
+        be left out at all (skip_padding).
     disable: what to leave out, to find out whose fault something is: names of rules ("glu.silu"), of one
         application of a rule ("glu.silu@layers.3.mlp"), of passes ("pass:attention"), and of
         ops ("op:glu").  ``fastft bisect`` finds the name.
@@ -48,6 +51,7 @@ class Options:
     lazy_logits: bool = True
     logits_memory: int | str = "256MiB"
     skip_padding: bool | None = None
+    share_prefixes: bool = False
     disable: Sequence[str] = ()
     strict: bool = False
 

@@ -105,7 +105,7 @@ class Spec:
         elif kind == 2:
             ids.fill_(experts - 1)
         order, place, ends = expert_order.reference(ids, experts)
-        return {"order": order, "place": place, "ends": ends}
+        return {"order": order, "place": place, "ends": ends, "rows": ids.clamp(min=0).int()}
 
 
 def layouts() -> st.SearchStrategy[str]:

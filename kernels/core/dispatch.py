@@ -98,7 +98,7 @@ def fill(
     row_length = outputs[0].shape[-1] if row_length is None else row_length
     flags = [argument if isinstance(argument, bool) else argument is None for argument in arguments]
     key = (op, row_length, *flags, *[(tensor.device, tensor.dtype) for tensor in tensors])
-    if all(tensor.numel() > 0 for tensor in tensors):
+    if all(tensor.numel() > 0 for tensor in tensors if tensor.is_floating_point()):  # integers may tell nothing
         if key not in _verdicts:
             _verdicts[key] = takes(row_length, longest_row, tensors)
         if _verdicts[key] and _filled(key, outputs, arguments, launcher()):

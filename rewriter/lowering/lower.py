@@ -77,7 +77,7 @@ def lower(
         if not pieces:
             say(f"compiling a graph of {report.nodes_after} nodes")
             whole = compile_graph(gm, example_inputs, options)
-            return whole if live is None else lambda *inputs: whole(*inputs, AS_GIVEN)
+            return whole if live is None else lambda *inputs: whole(*inputs, AS_GIVEN, *live.no_copies())
         return _lower_pieces(
             gm, pieces, example_inputs, options, report, say, plan=plan, live=live, homes=homes or {}, taken=taken
         )
@@ -119,7 +119,7 @@ def _lower_pieces(
         called |= {piece: sharded.around(number, called[piece]) for number, piece in enumerate(pieces)}
     named = profiling.named(running, called)
     graphs = [call for call in called.values() if isinstance(call, Graphed)]
-    given = [node for node in placeholders if live is None or node is not live.max_seqlen]  # by the graph's caller
+    given = [node for node in placeholders if live is None or node not in (live.max_seqlen, live.copies)]
     if live is None:
         run: Callable = stitch.stitch(gm, running, named)
     else:

@@ -28,6 +28,7 @@ ADVICE = {  # by code
     "rows.mixed": "nothing, if what mixes tokens is the model's own; else leave it out of the layers",
     "rows.returned": "do not ask for hidden states or attentions, and set use_cache=False",
     "rows.sizes": "leave dynamic=False and mark_static off, so that one graph is for any batch and length",
+    "rows.unshared": "leave dropout off, and share_prefixes too where it is needed",
     "rows.unmasked": "pass an attention_mask, or options={'skip_padding': True} to drop what follows the last label",
     "weight.dequantized": "call a 4-bit layer by its forward alone, and do not shard its weights (ignored_params)",
 }

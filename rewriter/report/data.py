@@ -84,10 +84,12 @@ class RowsReport:
     """Which rows of its batches a graph's layers were run for.
 
     reason: why always for all, "" where rows that nobody reads are left out.  forwards: that were looked at.  rows,
-    live: how many they had, and how many were run; last: those of the last one.
+    live: how many they had, and how many were run; last: those of the last one.  unshared: why rows that are the same
+    in several sequences are run for each, where they should be shared.
     """
 
     reason: str = ""
+    unshared: str = ""
     forwards: int = 0
     rows: int = 0
     live: int = 0
@@ -108,6 +110,8 @@ class RowsReport:
         """What is run, with the code of the reason by which advice is found."""
         if self.reason:
             return with_prefix("every row of a batch is run: ", self.reason)
+        if self.unshared:
+            return with_prefix("rows of common beginnings are run for each sequence: ", self.unshared)
         if not self.rows:
             return "rows that nobody reads are left out"
         dropped, last = self.rows - self.live, self.last[0] - self.last[1]

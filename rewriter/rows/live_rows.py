@@ -34,7 +34,7 @@ from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.fx.operands import Calls, Level, pass_in, take_out
 from fastft.rewriter.outline import partition
 from fastft.rewriter.report.data import GraphReport
-from fastft.rewriter.rows import moves, proof
+from fastft.rewriter.rows import moves, proof, shared_rows
 from fastft.rewriter.rows.proof import RowSizes
 
 RULE = "live_rows"
@@ -66,9 +66,11 @@ class LiveRows:
 
     sizes: of the batch.  hidden: what comes into the first layer.  first: the first node that is run so; rest: the
     first behind it that is run for all rows again, if there is one.  max_seqlen: the input that attention takes it
-    from.  masks: of all attentions.  labels: of each loss, [B * S] or [B, S], with the number that does not count.
-    by_labels: whether a row is live only if there is a way to a label; not where logits leave the graph too, as those
-    of tokens that are no padding may be read.  guards: what compiled code assumes of sizes.
+    from.  copies: likewise, the input that tells which keys stand in several places, and read: what the layers read of
+    rows; None and nothing where rows are not shared.  masks: of all attentions.  labels: of each loss, [B * S] or
+    [B, S], with the number that does not count.  by_labels: whether a row is live only if there is a way to a label;
+    not where logits leave the graph too, as those of tokens that are no padding may be read.  guards: what compiled
+    code assumes of sizes.
     """
 
     sizes: RowSizes
@@ -76,17 +78,27 @@ class LiveRows:
     first: Node
     rest: Node | None
     max_seqlen: Node
+    copies: Node | None
+    read: list[Node]
     masks: list[Mask]
     labels: dict[Node, int]
     by_labels: bool
     guards: symbolic.LaterGuards
 
+    def no_copies(self) -> list[Tensor]:
+        """Return what the layers are given as copies where each key stands in one place."""
+        device = value_of(self.hidden).device
+        return [] if self.copies is None else [torch.empty(0, dtype=torch.int32, device=device)]
 
-def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, asked: bool) -> LiveRows:
+
+def prepare(
+    gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, asked: bool, share: bool = False
+) -> LiveRows:
     """Prepare a graph; changes nothing where it raises Declined.
 
     deferred: positions of hidden states among the outputs of which logits are computed when they are read.  asked: the
-    user says that nothing outside the graph counts padding.
+    user says that nothing outside the graph counts padding.  share: whether rows that are the same in several sequences
+    are to be computed once; where they cannot be, the report says why.
     """
     pieces = partition.outline(gm, report)
     layers = [piece for piece in pieces if piece.layer]
@@ -118,19 +130,33 @@ def prepare(gm: GraphModule, report: GraphReport, deferred: Sequence[int], *, as
     labels = _labels(losses, sizes)
     by_labels = not rest if asked else not deferred
     guards = symbolic.LaterGuards(value_of(hidden).shape[1])
-    live = LiveRows(sizes, hidden, first, rest[0] if rest else None, first, [], labels, by_labels, guards)
-    if not (by_labels and losses) and not any(one.outer[name] is not None for one in attentions for name in _VECTORS):
+    live = LiveRows(sizes, hidden, first, rest[0] if rest else None, first, None, [], [], labels, by_labels, guards)
+    if share:
+        calls_of = [dict(zip(PARAMETERS, one.node.args, strict=True)) for one in attentions]
+        share = shared_rows.may_share(report.rows, calls_of, region[1:], dict.fromkeys(after), sizes)
+    if (
+        not share
+        and not (by_labels and losses)
+        and not any(one.outer[name] is not None for one in attentions for name in _VECTORS)
+    ):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
     _check_outputs(gm, set(after), sizes, deferred, [one.node for one in attentions], asked)
     _check_moves(after, sizes, labels)
     # Nothing is declined from here on.
     for node in hoisted:
         first.prepend(node)
-    live.max_seqlen = _add_input(gm, value_of(hidden).shape[1])
+    live.max_seqlen = _add_input(
+        gm, "max_seqlen", symbolic.new_size(value_of(hidden).shape[1], "max_seqlen", ANY_LENGTH)
+    )
+    if share:
+        live.copies = _add_input(gm, "copies", shared_rows.copies_like(value_of(hidden)))
     masks: dict[Any, Mask] = {}
     for one in attentions:
         _restrict(one, live, masks)
     live.masks = list(masks.values())
+    if share:
+        ranges = [node for mask in live.masks for node in (mask.start, mask.end)]
+        live.read = shared_rows.read(dict.fromkeys(after), sizes, {*ranges, *labels, live.copies})
     return live
 
 
@@ -320,12 +346,12 @@ def _made_by(gm: GraphModule, node: Node) -> Node:
     return node
 
 
-def _add_input(gm: GraphModule, like: torch.SymInt) -> Node:
-    """Add max_seqlen to the graph's inputs, as the last: a symbol beside that of a size."""
+def _add_input(gm: GraphModule, name: str, value: Any) -> Node:
+    """Add an input of this value to a graph, as the last."""
     last = list(gm.graph.find_nodes(op="placeholder"))[-1]
     with gm.graph.inserting_after(last):
-        node = gm.graph.placeholder("max_seqlen")
-    fake_tensors.set_value(node, symbolic.new_size(like, "max_seqlen", ANY_LENGTH))
+        node = gm.graph.placeholder(name)
+    fake_tensors.set_value(node, value)
     return node
 
 
@@ -336,12 +362,13 @@ def _restrict(attention: _Attention, live: LiveRows, masks: dict[Any, Mask]) -> 
     if key not in masks:
         start, end = outer["start"], outer["end"]
         needed = end is not None or not outer["causal"] or outer["query_ids"] is not None  # some rows may not be read
+        needed = needed or live.copies is not None
         new_end = _range(live, LARGEST_INT32, end) if needed else None
         masks[key] = Mask(_range(live, 0, start), start, new_end, end, *key[2:])
     mask = masks[key]
     call = dict(zip(PARAMETERS, node.args, strict=True))
     call["start"], call["end"] = pass_in(levels, mask.start), pass_in(levels, mask.end)
-    call["max_seqlen"] = pass_in(levels, live.max_seqlen)
+    call["max_seqlen"], call["copies"] = pass_in(levels, live.max_seqlen), pass_in(levels, live.copies)
     own = {one for one in node.all_input_nodes if one.op == "placeholder"}
     node.args = tuple(call.values())
     for one in own.difference(node.all_input_nodes):

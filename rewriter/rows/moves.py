@@ -12,6 +12,7 @@ from torch.fx import Node
 from fastft.compat import symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.compat.symbolic import Sizes
+from fastft.kernels.core.registry import wide
 from fastft.reasons import Declined
 from fastft.rewriter.rows.proof import RowSizes
 from fastft.rewriter.rows.selection import Selection
@@ -98,6 +99,8 @@ def restorer(value: Any, sizes: RowSizes) -> Restore | None:
         return None
 
     def whole(part: Tensor, selected: Selection, shape: tuple[int, int]) -> Tensor:
+        if selected.home is not None:
+            return Repeated.apply(part, selected.home.view(shape))
         return Restored.apply(part, selected.rows, selected.live, shape[0] * shape[1])
 
     first = ["b"] if sizes.batch != 1 else [""]
@@ -142,3 +145,24 @@ class Restored(torch.autograd.Function):
         taken = grad.index_select(0, rows)
         added = torch.arange(len(rows), device=rows.device) >= ctx.live
         return taken.masked_fill(added.view(-1, *[1] * (grad.dim() - 1)), 0.0), None, None, None
+
+
+class Repeated(torch.autograd.Function):
+    """Give each row of a batch [B, S] the one of N that home says; zeros where it says N."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, home: Tensor) -> Tensor:
+        ctx.save_for_backward(home)
+        ctx.N = len(part)
+        none = home.flatten() == ctx.N
+        found = part.index_select(0, home.flatten().clamp(max=ctx.N - 1))
+        return found.masked_fill_(none.view(-1, *[1] * (part.dim() - 1)), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Sum sequence by sequence, none of which has a row twice: so two runs give the same bits."""
+        (home,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.N + 1, *grad.shape[1:], dtype=wide(grad.dtype))
+        for places, part in zip(home, grad.unflatten(0, home.shape), strict=True):
+            total.index_add_(0, places, part.to(total.dtype))
+        return total[: ctx.N].to(grad.dtype), None

@@ -36,7 +36,8 @@ class Facts(NamedTuple):
     live: that are computed.  longest: the most of a sequence.  documents: sequences that have some.  unread: live rows
     that no query attends to, such as padding whose label counts.  strange: live rows that are restricted by more than
     ranges.  bounded: live rows whose ranges tell more than causal and window.  before: rows that are not live, before
-    the last of their sequence that is; gaps: those of them that are not before the first.
+    the last of their sequence that is; gaps: those of them that are not before the first.  unique: live rows but for
+    those that are the same as in a sequence before, where that was looked at.
     """
 
     live: int
@@ -47,6 +48,7 @@ class Facts(NamedTuple):
     bounded: int
     before: int
     gaps: int
+    unique: int = 0
 
     def plain(self, rows: int, *, causal: bool) -> bool:
         """Return whether all rows of the batch can be computed with no masks but causal ones and windows."""
@@ -118,6 +120,13 @@ def _high(mask: Ranges, place: Tensor) -> Tensor:
     return high if mask.end is None else torch.minimum(mask.end, high)
 
 
+def bounds(mask: Ranges, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the first key of each query, and the one behind its last: integers that broadcast to [B, S]."""
+    place = torch.arange(S, device=device)
+    low, high = _low(mask, place), _high(mask, place)
+    return torch.zeros_like(place) if low is None else low, high
+
+
 def _keys(mask: Ranges, reached: Tensor, place: Tensor) -> Tensor:
     """Return which keys some query that is reached attends to, or more: bool [B, S]."""
     B, S = reached.shape
@@ -167,6 +176,8 @@ class Selection:
     """The live rows as one sequence of N, of which the first ``live`` are rows of the batch; the others are copies.
 
     rows: the number of each in the batch [N].  places: in its sequence.  ranges: start and end [1, N], int32, by mask.
+    copies: where rows stand for those of other sequences too, the keys as attention is given them: which row each is,
+    int32.  home: then, which of the N rows each row of the batch is, int64; N for those that are not computed.
     """
 
     live: int
@@ -174,6 +185,8 @@ class Selection:
     places: Tensor
     ranges: list[tuple[Tensor, Tensor | None]]
     max_seqlen: int
+    copies: Tensor | None = None
+    home: Tensor | None = None
 
     @property
     def size(self) -> int:

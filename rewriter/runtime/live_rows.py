@@ -70,6 +70,8 @@ class LiveRun:
     def finish(self, started: Started) -> tuple[Any, ...]:
         """Run the layers and what follows, once, as values that only they need are let go of where rows are taken."""
         values, selected = started.values | {self.live.max_seqlen: started.max_seqlen}, started.selected
+        if self.live.copies is not None:
+            values[self.live.copies] = self.live.no_copies()[0]
         given = values
         B, S = values[self.live.hidden].shape[:2]
         if selected is not None:
@@ -89,6 +91,8 @@ class LiveRun:
         """Return how what the layers read becomes what they read of live rows."""
         if node is self.live.max_seqlen:
             return lambda given, selected: selected.max_seqlen
+        if node is self.live.copies:
+            return lambda given, selected: given if selected.copies is None else selected.copies
         if node in self.as_ranges:
             number, place = self.as_ranges[node]
             return lambda given, selected: selected.ranges[number][place]

@@ -15,7 +15,7 @@ from fastft.compat.symbolic import Sizes
 from fastft.kernels.attention_engines import AS_GIVEN, NO_RANGES
 from fastft.rewriter.fx.effects import is_pure
 from fastft.rewriter.report.data import RowsReport
-from fastft.rewriter.rows import moves, selection
+from fastft.rewriter.rows import moves, prefixes, selection
 from fastft.rewriter.rows.live_rows import LiveRows, Mask
 from fastft.rewriter.rows.selection import Facts, Look, Ranges, Selection
 from fastft.rewriter.runtime.cuda_graphs import Graphed
@@ -55,16 +55,32 @@ class RowChoice:
 
     def sizes(self, selected: Selection | None) -> Sizes:
         """Return the sizes that the layers meet, where they are not those of the batch."""
-        return {} if selected is None else moves.of_shape(self.live.sizes, 1, selected.size)
+        if selected is None:
+            return self._copied(0)
+        copies = 0 if selected.copies is None else len(selected.copies)
+        return moves.of_shape(self.live.sizes, 1, selected.size) | self._copied(copies)
+
+    def _copied(self, count: int) -> Sizes:
+        """Return the size of the copies that attention is given, where there may be any."""
+        if self.live.copies is None:
+            return {}
+        return {symbolic.expression(value_of(self.live.copies).shape[0]): count}
 
     def _looked(self, values: Mapping[Node, Any], hidden: Tensor) -> tuple[Selection | None, int]:
         """Wait for what the batch holds, and choose."""
         B, S = hidden.shape[:2]
-        looked, masks = self._look(values, hidden)
+        looked, masks, owner = self._look(values, hidden)
         facts = Facts(*on_host(looked.facts).result())
         # All, where live rows are restricted by what ranges cannot tell.
         live = B * S if facts.strange or not facts.live else facts.live
         size = self.watch.size(hidden, live)
+        if owner is not None and not facts.strange and 0 < facts.unique < facts.live:
+            shared = self.watch.size(hidden, facts.unique)
+            if shared < size and self.live.guards.hold(moves.of_shape(self.live.sizes, 1, shared) | self._copied(size)):
+                longest = self.watch.longest(hidden, facts.longest)
+                whole = selection.select(looked, facts, masks, self.ends, size, longest)
+                chosen = prefixes.share(whole, looked, owner, facts, shared)
+                return chosen, chosen.max_seqlen
         if size < B * S and self.live.guards.hold(moves.of_shape(self.live.sizes, 1, size)):
             longest = self.watch.longest(hidden, facts.longest)
             chosen = selection.select(looked, facts, masks, self.ends, size, longest)
@@ -72,14 +88,20 @@ class RowChoice:
         plain = facts.plain(B * S, causal=all(mask.causal for mask in masks)) and not self.watch.is_small(hidden)
         return None, S if plain else self.unlooked(S)
 
-    def _look(self, values: Mapping[Node, Any], hidden: Tensor) -> tuple[Look, list[Ranges]]:
+    def _look(self, values: Mapping[Node, Any], hidden: Tensor) -> tuple[Look, list[Ranges], Tensor | None]:
+        """Look at a batch; return its masks, and which sequence's rows are computed where rows may be shared."""
         B, S = hidden.shape[:2]
         masks = [_ranges(mask, values.__getitem__) for mask in self.live.masks]
         counted = None
         for labels, ignored in self.live.labels.items():
             counts = (values[labels] != ignored).view(B, S)
             counted = counts if counted is None else counted | counts
-        return selection.look(counted, masks, hidden.device, B, S, by_labels=self.live.by_labels), masks
+        looked = selection.look(counted, masks, hidden.device, B, S, by_labels=self.live.by_labels)
+        if self.live.copies is None or not all(node in values for node in self.live.read):
+            return looked, masks, None
+        owner = prefixes.owners(looked, counted, masks, [values[node] for node in self.live.read])
+        looked.facts = torch.cat((looked.facts, prefixes.unique(looked, owner).sum()[None]))
+        return looked, masks, owner
 
     @torch.no_grad()
     def expected(self, gm: GraphModule, given: Mapping[Node, Any]) -> Sizes:
