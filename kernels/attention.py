@@ -295,14 +295,14 @@ def flops_backward(grad_output: Sequence[int], query: Sequence[int], *arguments:
     return flops(query, *arguments, products=(3, 2))
 
 
-def scratch_bytes_backward(grad_output: Tensor, query: Tensor, *_: Any) -> int:
-    """Count the bytes of query's gradient in float32, in which torch's engines accumulate it; Triton's take fewer."""
-    return query.numel() * 4
+def scratch_bytes(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> int:
+    """Count the bytes of copies of keys and values."""
+    return key_copies.bytes_of((key, value), others[-1])
 
 
-def flops_mask_backward(grad_output: Sequence[int], query: Sequence[int], *arguments: Any) -> int:
-    """Count the FLOPs of the scores again, and of the gradients of weights."""
-    return flops(query, *arguments)
+def scratch_bytes_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> int:
+    """Count the bytes of query's gradient in float32, as torch's engines have it, and of copies and their gradients."""
+    return query.numel() * 4 + 2 * key_copies.bytes_of((key, value), others[-1])
 
 
 _QKV = {"query": "B G*E S D", "key": "B G T D", "value": "B G T D"}
@@ -342,7 +342,7 @@ attention = define(
     ],
     gradients=("query", "key", "value", "mask", "sinks"), alike=("query", "key", "value"), statistics=("mask",),
     flops=flops, engine=attention_engines.forward, longest_row=LONGEST_HEAD, row_length=longest_head,
-    multiplies=True,
+    multiplies=True, scratch=scratch_bytes,
 )  # fmt: skip
 attention_backward = define(
     "attention_backward", reference_backward, new_gradients, "attention_backward_triton.backward",
@@ -362,8 +362,9 @@ _MASK_WAYS: list[tuple[dict, dict]] = [
 attention_mask_backward = define(
     "attention_mask_backward", reference_mask_backward, new_mask_gradient, "attention_mask_backward_triton.backward",
     cases=[({**_BACKWARD, **tensors}, {**_PLAIN, **choice}) for tensors, choice in _MASK_WAYS],
-    statistics=("lse", "mask"), alike=("grad_output", "query", "key", "value", "out"), flops=flops_mask_backward,
-    longest_row=LONGEST_HEAD, row_length=lambda grad_output, *arguments: longest_head(*arguments), multiplies=True,
+    statistics=("lse", "mask"), alike=("grad_output", "query", "key", "value", "out"),
+    flops=lambda _, *others: flops(*others),
+    longest_row=LONGEST_HEAD, row_length=lambda _, *others: longest_head(*others), multiplies=True,
 )  # fmt: skip
 
 

@@ -39,3 +39,10 @@ def summed_reference(gradient: Tensor, copies: Tensor | None, rows: int) -> Tens
     B, G, _, D = gradient.shape
     total = torch.zeros(B, G, rows, D, dtype=wide(gradient.dtype), device=gradient.device)
     return total.index_add(2, copies, gradient.to(total.dtype))
+
+
+def bytes_of(tensors: Sequence[Tensor], copies: Tensor | None) -> int:
+    """Count the bytes of copies of rows of tensors [B, G, S, D]."""
+    if copies is None:
+        return 0
+    return sum(one.shape[0] * one.shape[1] * copies.shape[0] * one.shape[3] * one.element_size() for one in tensors)

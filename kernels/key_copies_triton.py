@@ -18,8 +18,8 @@ ROWS = 16
 
 @triton.jit
 def sum_kernel(
-    target_ptr, gradient_ptr, order_ptr, begin_ptr, S, G, target_sb, target_sg, target_ss, gradient_sb, gradient_sg,
-    gradient_sn, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    target_ptr, gradient_ptr, order_ptr, begin_ptr, S, G, target_sb, target_sh, target_si, gradient_sb, gradient_sh,
+    gradient_sj, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sum for each of ROWS rows what stands in order from its begin to that of the next."""
     tiles = tl.cdiv(S, ROWS)
@@ -28,14 +28,14 @@ def sum_kernel(
     row, d = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     first = tl.load(begin_ptr + row, mask=row < S, other=0)
     last = tl.load(begin_ptr + row + 1, mask=row < S, other=0)
-    gradient_ptr += b * gradient_sb + g * gradient_sg
+    gradient_ptr += b * gradient_sb + g * gradient_sh
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for step in range(tl.max(last - first, 0)):
         there = first + step < last
         copy = tl.cast(tl.load(order_ptr + first + step, mask=there, other=0), tl.int64)
-        address = gradient_ptr + copy[:, None] * gradient_sn + d[None, :]
+        address = gradient_ptr + copy[:, None] * gradient_sj + d[None, :]
         total += tl.cast(tl.load(address, mask=there[:, None] & (d < D)[None, :], other=0.0), tl.float32)
-    address = target_ptr + b * target_sb + g * target_sg + tl.cast(row, tl.int64)[:, None] * target_ss + d[None, :]
+    address = target_ptr + b * target_sb + g * target_sh + tl.cast(row, tl.int64)[:, None] * target_si + d[None, :]
     tl.store(address, tl.cast(total, target_ptr.dtype.element_ty), mask=(row < S)[:, None] & (d < D)[None, :])
 
 

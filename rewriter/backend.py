@@ -191,17 +191,19 @@ def _live_rows(
 
     A copy, as it gets an input of which Dynamo, whose graph it may be, knows nothing.
     """
-    off = options.skip_padding is False or live_rows.RULE in options.disable or not options.outline
-    if off or not torch.is_grad_enabled() or dynamo.in_eval_mode():
+    if options.skip_padding is False or live_rows.RULE in options.disable or not options.outline:
         return gm, None
+    trains = torch.is_grad_enabled() and not dynamo.in_eval_mode()
     report.rows = RowsReport()
     copy = dynamo.inherit_capture_metadata(GraphModule(gm, dynamo.copy_graph(gm.graph)), gm)
     original = Snapshot(copy)
     try:
-        asked, share = options.skip_padding is True, options.share_prefixes
+        asked, share = options.skip_padding is True and trains, options.share_prefixes
         return copy, live_rows.prepare(copy, report, deferred, asked=asked, share=share)
     except Declined as declined:
         report.rows.reason = declined.reason
+        if not trains:  # as of what only generates
+            report.rows = None
     except dynamo.RestartAnalysis:
         raise
     except Exception as error:  # costs this alone

@@ -21,7 +21,12 @@ from fastft.kernels.core.registry import Entry, Shapes, parameter_of
 LARGEST = 4 if INTERPRETING else 6  # of batches, heads, positions: of the interpreter's programs one follows another
 # Sizes that rows are made of, and the longest drawn.
 ROW_NAMES = {"D": 300, "I": 300, "R": 40, "P": 40, "K": 300, "N": 40}
-ROUTING = ("order", "place", "ends", "rows")  # rows sorted by expert: "order S E" of S slots and E experts, and the experts
+ROUTING = (
+    "order",
+    "place",
+    "ends",
+    "rows",
+)  # rows sorted by expert: "order S E" of S slots and E experts, and the experts
 Sizes = dict[str, Any]  # by name; "..." has a tuple
 
 

@@ -20,7 +20,7 @@ from fastft.rewriter.report.data import RowsReport
 from fastft.rewriter.rows.proof import RowSizes
 
 EXAMPLE = 3  # keys, in the example: what is compiled is for any number
-_COPIES = frozenset((*CASTS, "requires_grad_", "clone", "contiguous", "detach", "alias"))
+_ELEMENTWISE = frozenset((*CASTS, "clone", "contiguous", "alias", "add", "sub", "mul", "div", "truediv"))
 
 
 def may_share(
@@ -47,7 +47,7 @@ def _refusal(
         if may_use_rng(node) and not operators.is_higher_order(node.target):
             return Reason(f"{name_of(node.target)} draws for each row ({source_line(node)})", "rows.unshared")
     for node in read(after, sizes):
-        if value_of(node).requires_grad and not _looked_up(node):
+        if not _looked_up(node, sizes):
             return Reason(f"the gradient of {node.name} is one for each sequence", "rows.unshared")
     return ""
 
@@ -67,11 +67,17 @@ def _by_rows(node: Node, sizes: RowSizes) -> bool:
     return "bs" in axes or ("b" in axes and "s" in axes)
 
 
-def _looked_up(node: Node) -> bool:
-    """Return whether rows are of a table, or copies of such: their gradients are summed there anyway."""
-    while name_of(node.target) in _COPIES and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node.target is F.embedding
+def _looked_up(node: Node, sizes: RowSizes) -> bool:
+    """Return whether all gradients of rows end in tables, or in what is the same for all: they are summed there anyway.
+
+    Rows of what is looked up may be copied, scaled and added.
+    """
+    value = value_of(node)
+    if not (isinstance(value, Tensor) and value.requires_grad and _by_rows(node, sizes)):
+        return True
+    if node.target is F.embedding:
+        return True
+    return name_of(node.target) in _ELEMENTWISE and all(_looked_up(one, sizes) for one in node.all_input_nodes)
 
 
 def copies_like(hidden: Tensor) -> Tensor:

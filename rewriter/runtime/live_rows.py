@@ -59,7 +59,7 @@ class LiveRun:
         """Run what comes before the layers, and choose which rows go on."""
         values = dict(zip(self.before.taken, inputs, strict=True))
         values |= self.before(values)
-        if torch.is_grad_enabled() and not _capturing(inputs):
+        if not _capturing(inputs):
             return Started(values, *self.choice.of(values))
         return Started(values, None, self.choice.unlooked(values[self.live.hidden].shape[1]))
 
