@@ -318,6 +318,15 @@ ENGINE = (
         ("labels alone", "rows/selection.look", "live = live | (_keys(mask, reached, place) & reached)", "pass"),
     ),
     *_of(
+        ROWS, "rows/prefixes",
+        ("a row whose label counts", "rows/prefixes.owners", "looked.live if counted is None else looked.live & ~counted", "looked.live"),
+        ("alike at one place alone", "rows/prefixes.owners", ".cumsum(-1, dtype=torch.int32) == 0", ".int() == 0"),
+        ("rows that only have one sum", "rows/prefixes.numbered", "torch.where(equal, first,", "torch.where(equal | True, first,"),
+        ("masks that are not compared", "rows/prefixes._described", "looked.keys.unsqueeze(-1).to(torch.int64)", "torch.zeros_like(looked.keys.unsqueeze(-1).to(torch.int64))"),
+        ("keys of the row itself", "rows/prefixes.share", "home[(owner * S + torch.arange(S, device=device)).flatten()]", "home"),
+        ("ranges of other rows", "rows/prefixes.share", "(start[:, chosen],", "(start[:, :N],"),
+    ),
+    *_of(
         ROWS, "runtime/live_rows",
         ("copies that are trained", "rows/moves.backward", "grad.new_zeros(ctx.shape).index_copy(0, rows[: ctx.live], grad[: ctx.live])", "grad.new_zeros(ctx.shape).index_add(0, rows, grad)"),
         ("a size for each number of rows", "runtime/row_watch.size", "size = -(-size // part) * part", "pass"),
