@@ -49,6 +49,7 @@ class Head:
     chunk_bytes: the most bytes of a chunk of logits; it has at least one row.
     ignored: bool [M], rows whose logits nobody needs.
     gain: factor of the gradient of the logits while it is held.
+    few: whether it may well be that all rows are ignored.
     """
 
     hidden: Tensor
@@ -58,12 +59,13 @@ class Head:
     chunk_bytes: int
     ignored: Tensor | None = None
     gain: float = 1.0
+    few: bool = False
 
     def run(self, process_chunk: Callable[[Tensor, Tensor | slice], None], gradients: Gradients) -> None:
         """Call process_chunk(logits, rows) for each chunk, and write the gradients that follow from it.
 
         process_chunk: writes gain times the gradient of the logits over them where any gradient is needed; rows: which
-            of the M rows they are of.  The gradient of ignored rows is zero, which it writes too.
+            of the M rows they are of.  Ignored rows may be among them: the gradient that they have, it writes too.
         """
         for rows in self._chunks():
             hidden = self.hidden[rows]
@@ -76,24 +78,26 @@ class Head:
         """Yield the rows of each chunk; ignored ones only at the end of the last, if leaving them out costs no time.
 
         On a GPU the number of rows is copied asynchronously, the first chunk is launched, and only then is the number
-        waited for: the device has work meanwhile.  During CUDA graph capture nothing can be waited for, and all rows
-        are taken.
+        waited for: the device has work meanwhile.  Where they may be few it is waited for at once.  During CUDA graph
+        capture nothing can be waited for, and all rows are taken.
         """
         total, size = self.hidden.shape[0], self._rows_of_chunk()
         on_cpu = self.hidden.device.type == "cpu"
-        if self.ignored is None or (not on_cpu and (total <= size or torch.cuda.is_current_stream_capturing())):
+        at_once = not self.few and total <= size
+        if self.ignored is None or (not on_cpu and (at_once or torch.cuda.is_current_stream_capturing())):
             yield from (slice(start, min(start + size, total)) for start in range(0, total, size))
             return
         order = torch.argsort(self.ignored.to(torch.uint8), stable=True)
         used = (~self.ignored).sum()
-        count, ready = used, None
-        if not on_cpu:
+        count, first = used, 0
+        if not on_cpu and not self.few:
             count = torch.empty_like(used, device="cpu", pin_memory=True).copy_(used, non_blocking=True)
             ready = torch.cuda.current_stream(used.device).record_event()
             yield order[:size]
             ready.synchronize()
+            first = size
         total = int(count)
-        yield from (order[start : min(start + size, total)] for start in range(0 if on_cpu else size, total, size))
+        yield from (order[start : min(start + size, total)] for start in range(first, total, size))
 
     def _rows_of_chunk(self) -> int:
         """Return the rows of a chunk: as many as chunk_bytes allow, in chunks of about one size."""

@@ -1,11 +1,7 @@
-"""Define a loss of a head's logits as an op that never holds all of them:  y = hidden W^T + s B^T + bias.
+"""Define a loss of a head's logits as an op that never holds all of them.
 
-y is multiplied by scale and, if softcap is not 0, becomes softcap tanh(y / softcap) (Gemma 2, arXiv:2408.00118).
-Each op defines what a row of y is compared with, and how: linear_cross_entropy.py, linear_kl_div.py.
-
-hidden [..., H], weight [V, H] and bias [V] of one dtype; s = lora_s [..., r] and B = lora_b [V, r] of any
-floating-point dtype, the two factors of an adapter on the head: s_j x A_j^T beside each other, and B_j.
-chunk_bytes: the bytes of logits that are held at once.
+Each op defines what a row of logits is compared with, and how: linear_cross_entropy.py, linear_kl_div.py.  What the
+logits are made of is told in head_call.py.
 
 The first result is the losses [...], or with reduce their sum [], float32 (float64 for float64).  The others are
 gradients of the sum of all losses, of those among (hidden, weight, bias, lora_s, lora_b) that grads_in_forward marks:
@@ -22,65 +18,26 @@ from math import prod
 from typing import Any, Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from fastft.kernels.chunked_head import GAIN, Gradients, Head
-from fastft.kernels.core import dispatch
-from fastft.kernels.core.registry import Case, Choice, Results, Shapes, define, load, require, wide
-
-DIFFERENTIABLE = ("hidden", "weight", "bias", "lora_s", "lora_b")  # the order of grads_in_forward and needed
-PLACES = (0, 1, 3, 4, 5)  # of these among an op's arguments; the third is what rows are compared with
-BY_ROW = (True, False, False, True, False)  # which gradients are rows of their own; the others are sums over rows
-ALIKE = ("hidden", "weight", "bias")
+from fastft.kernels.core.registry import Case, Choice, Results, Shapes, define, require, wide
+from fastft.kernels.head_call import (
+    ALIKE,
+    BY_ROW,
+    DIFFERENTIABLE,
+    PLACES,
+    HeadCall,
+    check,
+    dtypes_of_grads_in_forward,
+    empty,
+    flops,
+    run_chunks,
+    scaled,
+    scratch_bytes,
+)
 
 ProcessChunk = Callable[[Tensor, Tensor | slice, Tensor, Tensor, float, bool], None]
-
-
-class HeadCall:
-    """What every call has.  An op's dataclass has all its arguments in order, but for those that say what to return."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    lora_s: Tensor | None
-    lora_b: Tensor | None
-    scale: float
-    softcap: float
-    chunk_bytes: int
-
-    @property
-    def rows(self) -> torch.Size:
-        """The shape of all losses."""
-        return self.hidden.shape[:-1]
-
-    @property
-    def differentiable(self) -> list[Tensor | None]:
-        """The tensors that may need a gradient, in the order of DIFFERENTIABLE."""
-        return [self.hidden, self.weight, self.bias, self.lora_s, self.lora_b]
-
-    def chosen(self, marks: Sequence[bool]) -> list[Tensor]:
-        """Return those of the differentiable tensors that are marked and not None."""
-        return [tensor for tensor, mark in zip(self.differentiable, marks, strict=True) if mark and tensor is not None]
-
-    def y(self) -> Tensor:
-        """Compute y in plain PyTorch: step by step what torch would compute at once."""
-        logits = F.linear(self.hidden, self.weight, self.bias)
-        if self.lora_s is not None and self.lora_b is not None:
-            dtype = torch.promote_types(self.lora_s.dtype, self.lora_b.dtype)
-            logits = (logits + F.linear(self.lora_s.to(dtype), self.lora_b.to(dtype))).to(logits.dtype)
-        y = logits.to(wide(logits.dtype)) * self.scale
-        return self.softcap * torch.tanh(y / self.softcap) if self.softcap else y
-
-    def logits_of_product(self, product: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Compute y from a chunk's hidden W^T + s B^T, and the softcap's slope there (None without a softcap)."""
-        y = product.to(dtype)
-        y = (y if self.bias is None else y + self.bias) * self.scale
-        if not self.softcap:
-            return y, None
-        y = torch.tanh(y / self.softcap)
-        return self.softcap * y, 1.0 - y * y
 
 
 C = TypeVar("C", bound=HeadCall)
@@ -130,10 +87,7 @@ class HeadLoss(Generic[C]):
     def scratch_bytes(self, *arguments: Any) -> int:
         """Count the bytes of a chunk: its logits, its hidden states and their gradient."""
         *fields, _, _ = arguments
-        call = self.call_of(*fields)
-        rows, (V, H), size = prod(call.rows), call.weight.shape, call.hidden.element_size()
-        chunk = torch.sym_min(rows, max(1, call.chunk_bytes // (V * size)))
-        return chunk * (V + 2 * H) * size
+        return scratch_bytes(self.call_of(*fields))
 
     def reference(self, *arguments: Any) -> list[Tensor]:
         """Compute the losses, or their sum, and the marked gradients in plain PyTorch."""
@@ -142,7 +96,7 @@ class HeadLoss(Generic[C]):
         losses = self.losses(call)
         gradients = zip(
             self._differentiate(call, torch.ones_like(losses), grads_in_forward),
-            _dtypes_of_grads_in_forward(call, grads_in_forward),
+            dtypes_of_grads_in_forward(call, grads_in_forward),
             strict=True,
         )
         return [losses.sum() if reduce else losses, *(gradient.to(dtype) for gradient, dtype in gradients)]
@@ -168,7 +122,7 @@ class HeadLoss(Generic[C]):
         *fields, reduce, grads_in_forward = arguments
         call = self._checked(fields, grads_in_forward)
         loss = call.hidden.new_empty(() if reduce else call.rows, dtype=wide(call.hidden.dtype))
-        return [loss, *_empty(call, grads_in_forward, _dtypes_of_grads_in_forward(call, grads_in_forward))]
+        return [loss, *empty(call, grads_in_forward, dtypes_of_grads_in_forward(call, grads_in_forward))]
 
     def new_gradients(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         """Allocate the needed gradients, empty."""
@@ -176,11 +130,11 @@ class HeadLoss(Generic[C]):
         call = self._checked(fields, needed)
         fits = grad_output.shape == call.rows
         require(fits, lambda: f"gradient {tuple(grad_output.shape)} of losses {tuple(call.rows)}")
-        return _empty(call, needed, [tensor.dtype for tensor in call.chosen(needed)])
+        return empty(call, needed, [tensor.dtype for tensor in call.chosen(needed)])
 
     def _checked(self, fields: Sequence[Any], marks: Sequence[bool]) -> C:
         call = self.call_of(*fields)
-        _check(call, marks)
+        check(call, marks)
         self.check(call)
         return call
 
@@ -190,8 +144,8 @@ class HeadLoss(Generic[C]):
         call = self.call_of(*fields)
         loss, *gradients = targets
         by_row = loss.new_empty(prod(call.rows)) if reduce or not loss.is_contiguous() else loss.view(-1)
-        gain = GAIN / max(1.0, abs(call.scale)) if call.hidden.dtype == torch.float16 else 1.0
-        self._run(call, by_row, loss.new_ones(()).expand(by_row.shape), gradients, grads_in_forward, gain)
+        ones = loss.new_ones(()).expand(by_row.shape)
+        self._run(call, by_row, ones, gradients, grads_in_forward, forward=True)
         if reduce:
             torch.sum(by_row, 0, out=loss)
         elif by_row.data_ptr() != loss.data_ptr():
@@ -202,26 +156,22 @@ class HeadLoss(Generic[C]):
         grad_output, *fields, needed = arguments
         call = self.call_of(*fields)
         unused = call.hidden.new_empty(prod(call.rows), dtype=wide(call.hidden.dtype))
-        self._run(call, unused, grad_output.reshape(-1), targets, needed, 1.0)  # a loss in float16 has a scale already
+        self._run(call, unused, grad_output.reshape(-1), targets, needed)
 
     def _run(
-        self, call: C, loss: Tensor, upstream: Tensor, targets: Sequence[Tensor], marks: Sequence[bool], gain: float
-    ) -> None:
+        self, call: C, loss: Tensor, upstream: Tensor, targets: Sequence[Tensor], marks: Sequence[bool],
+        *, forward: bool = False,
+    ) -> None:  # fmt: skip
         """Write each row's loss, and the marked gradients, each row's multiplied by upstream."""
         ignored, fill_rows = self.prepare(call)
-        lora_s = None if call.lora_s is None else _rows(call.lora_s)
-        head = Head(_rows(call.hidden), call.weight, lora_s, call.lora_b, call.chunk_bytes, ignored, gain)
-        gradients, written = _targets(targets, marks)
         loss.zero_()
 
-        def process_chunk(logits: Tensor, rows: Tensor | slice) -> None:
+        def fill_chunk(logits: Tensor, rows: Tensor | slice, gain: float, gradient: bool) -> None:
             chunk_loss = loss.new_empty(logits.shape[0])
-            fill_rows(logits, rows, upstream[rows], chunk_loss, head.gain, gradients.any)
+            fill_rows(logits, rows, upstream[rows], chunk_loss, gain, gradient)
             loss[rows] = chunk_loss
 
-        head.run(process_chunk, gradients)
-        for target, value in written:
-            target.copy_(value.view(target.shape))
+        run_chunks(call, ignored, fill_chunk, targets, marks, forward=forward)
         self.finalize(call)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -250,93 +200,13 @@ class HeadLoss(Generic[C]):
             for place, mark, need, dtype in zip(PLACES, ctx.grads_in_forward, needs, ctx.dtypes, strict=True):
                 if mark:
                     gradient = next(ready)
-                    gradients[place] = _scaled(gradient, grad.unsqueeze(-1), dtype) if need else None
+                    gradients[place] = scaled(gradient, grad.unsqueeze(-1), dtype) if need else None
         elif grad is not None:
             upstream = grad.expand(ctx.saved_tensors[0].shape[:-1]) if ctx.reduce else grad
             made = iter(backward_op(upstream, *ctx.saved_tensors, *ctx.numbers, needs))
             for place, need in zip(PLACES, needs, strict=True):
                 gradients[place] = next(made) if need else None
         return tuple(gradients)
-
-
-def fill_rows(launcher: str, plain: Callable[..., None], logits: Tensor, *arguments: Any) -> None:
-    """Write each row's loss, and gain times its gradient over the logits: by Triton where it runs, else by plain.
-
-    arguments: what the rows are compared with, the gradient of the losses, the losses, the call, gain, and whether a
-    gradient is needed.
-    """
-    call = next(argument for argument in arguments if isinstance(argument, HeadCall))
-    tensors = [
-        argument
-        for argument in (logits, *arguments, call.bias)
-        if isinstance(argument, Tensor) and argument.is_floating_point()
-    ]
-    on_triton = logits.numel() > 0 and dispatch.takes(0, None, tensors)
-    if not (on_triton and dispatch.launched(load(launcher), tensors, logits, *arguments)):
-        plain(logits, *arguments)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Reshape [..., D] to a matrix [M, D]."""
-    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def _dtypes_of_grads_in_forward(call: HeadCall, grads_in_forward: Sequence[bool]) -> list[torch.dtype]:
-    """Return the gradients' dtypes: hidden's own, wide for the others, which are scaled before they are rounded."""
-    return [
-        tensor.dtype if number == 0 else wide(tensor.dtype)
-        for number, (tensor, need) in enumerate(zip(call.differentiable, grads_in_forward, strict=True))
-        if need and tensor is not None
-    ]
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale a gradient, rounded once to dtype, with no float32 tensor in between.
-
-    factor has an axis, or a GPU would round it to the gradient's dtype.
-    """
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def _empty(call: HeadCall, marks: Sequence[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    pairs = zip(call.chosen(marks), dtypes, strict=True)
-    return [torch.empty(tensor.shape, dtype=dtype, device=tensor.device) for tensor, dtype in pairs]
-
-
-def _check(call: HeadCall, marks: Sequence[bool]) -> None:
-    hidden, weight, bias, s, b = call.hidden, call.weight, call.bias, call.lora_s, call.lora_b
-    require(hidden.is_floating_point() and hidden.dim() > 0, lambda: f"hidden {hidden.dtype} {tuple(hidden.shape)}")
-    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and weight.dtype == hidden.dtype
-    require(fits, lambda: f"weight {weight.dtype} {tuple(weight.shape)} beside {hidden.dtype} {tuple(hidden.shape)}")
-    fits = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
-    require(fits, lambda: "bias has not the shape and dtype of weight's rows")
-    require((s is None) == (b is None), lambda: "lora_s and lora_b go together")
-    if s is not None and b is not None:
-        fits = s.shape[:-1] == hidden.shape[:-1] and b.shape == (weight.shape[0], s.shape[-1])
-        require(fits, lambda: f"lora_s {tuple(s.shape)} and lora_b {tuple(b.shape)}")
-    marked = [tensor is not None for tensor, mark in zip(call.differentiable, marks, strict=True) if mark]
-    require(all(marked), lambda: "a gradient is asked of what is not given")
-
-
-def _targets(targets: Sequence[Tensor], marks: Sequence[bool]) -> tuple[Gradients, list[tuple[Tensor, Tensor]]]:
-    """Return where a chunk's gradients go, the targets themselves or buffers, and the pairs to be copied in the end."""
-    remaining, gradients, copied = iter(targets), Gradients(), []
-    for name, by_row, mark in zip(DIFFERENTIABLE, BY_ROW, marks, strict=True):
-        if not mark:
-            continue
-        target = next(remaining)
-        summed = not by_row and target.dtype != wide(target.dtype)
-        own = torch.empty_like(target, dtype=wide(target.dtype)) if summed else target
-        own.zero_()
-        if summed:
-            copied.append((target, own))
-        setattr(gradients, name, own.view(-1, own.shape[-1]) if by_row else own)
-    return gradients, copied
-
-
-def flops(hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:
-    """Count 2 FLOPs for each logit and feature, and as many for each of hidden's and weight's gradients if marked."""
-    return 2 * prod(hidden) * weight[0] * (1 + sum(map(bool, arguments[-1][:2])))
 
 
 def flops_backward(grad_output: torch.Size, hidden: torch.Size, weight: torch.Size, *arguments: Any) -> int:

@@ -2,9 +2,7 @@
 
 loss_i = lse_i - (1 - e) y_label - e mean(y_i) + z lse_i^2,  lse = log sum exp.  e is label smoothing (Szegedy et al.,
 2015, arXiv:1512.00567), z the weight of the z-loss (PaLM, 2022, arXiv:2204.02311); rows labelled ignore_index give 0.
-labels: int64 [...].  The other arguments, scale, softcap and the results are those of head_loss.py.
-
-Labels outside of [0, V) raise as torch.nn.functional.cross_entropy does: IndexError, on a GPU a device-side assertion.
+labels: those of class_labels.py.  The other arguments and the results are those of head_call.py and head_loss.py.
 """
 
 import functools
@@ -14,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft.kernels import head_loss
-from fastft.kernels.core.registry import require
-from fastft.kernels.head_loss import HeadCall, HeadLoss, ProcessChunk
+from fastft.kernels import class_labels, head_call
+from fastft.kernels.class_labels import LabelledCall
+from fastft.kernels.head_loss import HeadLoss, ProcessChunk
 
 
 @dataclass(frozen=True)
-class Arguments(HeadCall):
+class Arguments(LabelledCall):
     """Arguments of a call, without those that say what to return."""
 
     hidden: Tensor
@@ -78,17 +76,8 @@ def reference_backward(
     )  # fmt: skip
 
 
-def _check(call: Arguments) -> None:
-    labels, rows = call.labels, call.rows
-    fits = labels.shape == rows and labels.dtype == torch.int64
-    require(fits, lambda: f"labels {labels.dtype} {tuple(labels.shape)} for rows {tuple(rows)}")
-
-
 def _prepare(call: Arguments) -> tuple[Tensor, ProcessChunk]:
-    labels = call.labels.reshape(-1)
-    ignored = labels == call.ignore_index
-    if labels.device.type == "cpu" and not (right := _is_class(call)).all():
-        raise IndexError(f"Target {labels[~right][0].item()} is out of bounds.")
+    labels, ignored = class_labels.flattened(call)
 
     def process_chunk(
         logits: Tensor, rows: Tensor | slice, upstream: Tensor, loss: Tensor, gain: float, gradient: bool
@@ -96,18 +85,6 @@ def _prepare(call: Arguments) -> tuple[Tensor, ProcessChunk]:
         fill_rows(logits, labels[rows], upstream, loss, call, gain, gradient)
 
     return ignored, process_chunk
-
-
-def _is_class(call: Arguments) -> Tensor:
-    labels = call.labels.reshape(-1)
-    return ((labels >= 0) & (labels < call.weight.shape[0])) | (labels == call.ignore_index)
-
-
-def _after(call: Arguments) -> None:
-    """Raise on a GPU as torch does, without waiting for it: an index out of range is a device-side assertion there."""
-    if call.labels.device.type != "cpu" and call.labels.numel():
-        wrong = (~_is_class(call)).any().long().view(1)
-        torch.zeros(1, device=wrong.device).index_select(0, wrong)
 
 
 def _plain_rows(
@@ -135,8 +112,10 @@ def _plain_rows(
     logits.copy_((dy if slope is None else dy * slope) * factor).masked_fill_(ignored.unsqueeze(1), 0.0)
 
 
-fill_rows = functools.partial(head_loss.fill_rows, "linear_cross_entropy_triton.rows", _plain_rows)
-LOSS = HeadLoss(Arguments, _check, losses, _prepare, _after, lambda labels, numbers: labels == numbers[0])
+fill_rows = functools.partial(head_call.fill_rows, "linear_cross_entropy_triton.rows", _plain_rows)
+LOSS = HeadLoss(
+    Arguments, class_labels.check, losses, _prepare, class_labels.finish, lambda labels, numbers: labels == numbers[0]
+)
 _PLAIN = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "scale": 1.0, "softcap": 0.0}
 _PLAIN |= {"chunk_bytes": 2**9}
 linear_cross_entropy, linear_cross_entropy_backward = LOSS.define(

@@ -5,7 +5,7 @@ arXiv:1503.02531) from log-probabilities t that were stored.  The sum of exp(t) 
 exp(t) is 0 adds nothing, whatever y is there.
 
 target = t [..., V], of any floating-point dtype: it has no gradient.  The other arguments, scale, which is 1 /
-temperature, softcap and the results are those of head_loss.py.
+temperature, softcap and the results are those of head_call.py and head_loss.py.
 """
 
 import functools
@@ -16,10 +16,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastft.kernels import head_loss
+from fastft.kernels import head_call
 from fastft.kernels.core.layout import has_unit_rows, merge
 from fastft.kernels.core.registry import require
-from fastft.kernels.head_loss import HeadCall, HeadLoss, ProcessChunk
+from fastft.kernels.head_call import HeadCall
+from fastft.kernels.head_loss import HeadLoss, ProcessChunk
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _plain_rows(
     logits.copy_((dy if slope is None else dy * slope) * factor)
 
 
-fill_rows = functools.partial(head_loss.fill_rows, "linear_kl_div_triton.rows", _plain_rows)
+fill_rows = functools.partial(head_call.fill_rows, "linear_kl_div_triton.rows", _plain_rows)
 LOSS = HeadLoss(Arguments, _check, losses, _prepare)
 _PLAIN = {"scale": 1.0, "softcap": 0.0, "chunk_bytes": 2**9}
 linear_kl_div, linear_kl_div_backward = LOSS.define(

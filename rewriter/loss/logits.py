@@ -17,7 +17,7 @@ import torch
 
 from fastft.compat.fake_tensors import value_of
 from fastft.compat.symbolic import statically_known_true
-from fastft.kernels.head_loss import BY_ROW
+from fastft.kernels.head_call import BY_ROW
 from fastft.rewriter.fx.metadata import same_sizes
 from fastft.rewriter.loss.head import Call, Logits, cast
 

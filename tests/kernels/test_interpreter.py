@@ -28,8 +28,8 @@ CHOSEN = {  # in parts of a length; left out is what test_attention.py has small
     "file",
     [
         "test_ops.py, lora", "test_ops.py, experts", "test_ops.py, others", "test_attention.py", "test_experts.py",
-        "test_linear_cross_entropy.py", "test_rms_norm.py", "test_algebra.py", "test_dequantize_4bit.py",
-        "test_lora_products.py", "test_launch_plan.py", "test_key_copies.py",
+        "test_linear_cross_entropy.py", "test_linear_token_statistics.py", "test_rms_norm.py", "test_algebra.py",
+        "test_dequantize_4bit.py", "test_lora_products.py", "test_launch_plan.py", "test_key_copies.py",
     ],
 )  # fmt: skip
 def test_in_the_interpreter(file: str) -> None:

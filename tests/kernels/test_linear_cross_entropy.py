@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.kernels import REGISTRY
 from fastft.kernels.chunked_head import Head
-from fastft.kernels.head_loss import DIFFERENTIABLE as NAMES
+from fastft.kernels.head_call import DIFFERENTIABLE as NAMES
 from fastft.kernels.linear_cross_entropy import Arguments, fill_rows
 
 SUM, EACH, HIDDEN, BASE, ROWS = "sum", "none", ("hidden",), ("hidden", "weight"), ("hidden", "lora_s")
