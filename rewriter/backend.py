@@ -24,6 +24,7 @@ from fastft.compat import (
     peft_substitutes,
     substitutions,
     transformers_substitutes,
+    trl_substitutes,
 )
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
@@ -250,7 +251,8 @@ def _is_on(rule: str, tx: Any) -> bool:
         options = Options.parse(dynamo.given_backend()[1].get("options"))
     except OptionsError:  # the backend complains about them
         return True
-    return Context(options).refusal(rule, path_in(tx.nn_module_stack), *experts.OPS) is None
+    made = experts.OPS if rule == experts.RULE else (rule,)
+    return Context(options).refusal(rule, path_in(tx.nn_module_stack), *made) is None
 
 
 fastft.traces_layers_once = True  # type: ignore[attr-defined]
@@ -271,6 +273,7 @@ substitutions.install(
         *transformers_substitutes.SUBSTITUTIONS,
         *bitsandbytes_substitutes.SUBSTITUTIONS,
         *expert_substitutes.SUBSTITUTIONS,
+        *trl_substitutes.SUBSTITUTIONS,
     ),
     _is_on,
 )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
+from torch._dynamo.variables.misc import AutogradFunctionVariable
 
 from fastft.compat.dynamo import RestartAnalysis, put_around
 
@@ -25,7 +26,8 @@ from fastft.compat.dynamo import RestartAnalysis, put_around
 class Substitution:
     """A function of a library, and the one that is traced in its place.
 
-    original: its module and qualified name, as ``peft.utils.integrations:dequantize_module_weight``.
+    original: its module and qualified name, as ``peft.utils.integrations:dequantize_module_weight``; of an
+        autograd.Function that of the class, whose ``apply`` it is then.
     package: the distribution that has it, whose versions from ``since`` on and before ``until`` were looked at.
     reason: what Dynamo cannot trace in it.
     substitute: a function of the same arguments; of a method, the object is the first.  One whose first argument is
@@ -34,6 +36,7 @@ class Substitution:
         Dynamo begins again, and then traces the original.  For what changes modules in their first call.
     rule: the name by which it is switched off, if it can be.  Of several substitutes of one function the first is
         traced that is on.
+    caller: the name of the only function in which calls are replaced, if it is not in all.
     """
 
     original: str
@@ -44,6 +47,7 @@ class Substitution:
     substitute: Callable
     at_once: bool = False
     rule: str = ""
+    caller: str = ""
 
     def applies(self) -> bool:
         """Tell whether the installed package is of a version that was looked at."""
@@ -62,6 +66,10 @@ class _Original(UserFunctionVariable):
     """A function that a substitute calls, and that is therefore not replaced."""
 
 
+class _OriginalFunction(AutogradFunctionVariable):
+    """An autograd.Function that a substitute applies, and that is therefore not replaced."""
+
+
 def install(
     is_ours: Callable[[], bool], substitutions: Iterable[Substitution],
     is_on: Callable[[str, Any], bool] = lambda rule, tx: True,
@@ -75,26 +83,36 @@ def install(
         known[one.original].append(one)
     applies = functools.cache(Substitution.applies)
 
-    def call_function(original: Callable, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(self, _Original):
-            return original(self, tx, args, kwargs)
-        function = self.fn
+    def chosen(function: Any, tx: Any) -> Substitution | None:
         name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
         candidates = [one for one in known.get(name, ()) if applies(one)]
         if not candidates or hasattr(function, "__wrapped__") or not is_ours():  # what decorators do, they still do
-            return original(self, tx, args, kwargs)
-        found = next((one for one in candidates if not one.rule or is_on(one.rule, tx)), None)
+            return None
+        called = [one for one in candidates if one.caller in ("", tx.f_code.co_name)]
+        return next((one for one in called if not one.rule or is_on(one.rule, tx)), None)
+
+    def traced(found: Substitution, untouched: Any, tx: Any, given: list[Any], kwargs: Any) -> Any:
+        substitute: Any = found.substitute
+        if next(iter(inspect.signature(substitute).parameters)) == "original":
+            given = [untouched, *given]
+        return UserFunctionVariable(substitute).call_function(tx, given, kwargs)
+
+    def call_function(original: Callable, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        found = None if isinstance(self, _Original) else chosen(function := self.fn, tx)
         if found is None:
             return original(self, tx, args, kwargs)
         if found.at_once:
             if found.substitute(function, *(argument.value for argument in args)):
                 raise RestartAnalysis(restart_reason=f"{found.original} was called")
             return original(self, tx, args, kwargs)
-        given = [*self.self_args(), *args]
-        if next(iter(inspect.signature(found.substitute).parameters)) == "original":
-            given.insert(0, _Original(function))
-        substitute: Any = found.substitute
-        return UserFunctionVariable(substitute).call_function(tx, given, kwargs)
+        return traced(found, _Original(function), tx, [*self.self_args(), *args], kwargs)
+
+    def call_apply(original: Callable, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        found = None if isinstance(self, _OriginalFunction) else chosen(self.fn_cls, tx)
+        if found is None:
+            return original(self, tx, args, kwargs)
+        return traced(found, _OriginalFunction(self.fn_cls, source=self.source), tx, list(args), kwargs)
 
     put_around(UserFunctionVariable, "call_function", call_function)
     put_around(UserMethodVariable, "call_function", call_function)
+    put_around(AutogradFunctionVariable, "call_apply", call_apply)
