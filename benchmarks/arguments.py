@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,11 @@ Item = TypeVar("Item")
 RUN_OPTIONS = ("model", "nf4", "dtype", "device", "mask", "loss", "seed", "lower")
 
 
-def common(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose options every command has; RUN_OPTIONS go to the worker."""
+LOSSES = {"inside": "the model's own", "outside": "of the logits it returns"}
+
+
+def common(doc: str | None, losses: Mapping[str, str] = LOSSES) -> argparse.ArgumentParser:
+    """A parser whose options every command has; RUN_OPTIONS go to the worker.  losses: what each --loss is."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
     add = parser.add_argument
     add("--model", choices=tuple(PRESETS), default="llama-1b")
@@ -33,7 +36,8 @@ def common(doc: str | None) -> argparse.ArgumentParser:
         default="ones",
         help="what the batch's attention_mask is, or what is there instead of it",
     )
-    add("--loss", choices=("inside", "outside"), default="inside", help="the model's own, or of the logits it returns")
+    said = "; ".join(f"{name}: {what}" for name, what in losses.items())
+    add("--loss", choices=tuple(losses), default=next(iter(losses)), help=said)
     add("--lower", default="inductor", help="fastft's option of that name")
     add("--timeout", type=float, default=900, help="seconds for one process (default 900)")
     add("--commit", default=checkout.commit(), help="recorded in the rows (default: from git)")

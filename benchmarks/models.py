@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from presets import PRESETS
+from presets import PRESETS, PROJECTIONS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def build(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def _llama3_rope(factor: float) -> dict[str, Any]:
     return {

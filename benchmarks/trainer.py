@@ -8,8 +8,8 @@ Each contender, in a process of its own, loads the same model from a folder (ran
 LoRA (r=16 on all seven projections) and trains on the Python language reference, cut into documents of 100 to 1,500
 bytes that SFTTrainer packs to rows of --length: what its users write, with SFTConfig's defaults but for what is listed
 under CONTENDERS.  With --median 250 documents are of log-normal lengths about that, and not packed: each batch is
-padded to its longest, but by those that leave padding out themselves, as Unsloth does.  fastft is one line more:
-``trainer.model.compile(backend="fastft")``.
+padded to its longest, but by those that leave padding out themselves, as Unsloth does, or are told to, as padding-free
+and fastft-padding-free are.  fastft is one line more: ``trainer.model.compile(backend="fastft")``.
 
 Tokens are those of each batch, without padding; seconds are from the end of one step to the end of the next, the median
 of all after --warmup; memory is the peak of tensors over the whole run.  The loss is logged at each step and drawn.
@@ -33,6 +33,7 @@ from report import COLOURS
 
 Row = dict[str, Any]
 NO_CHECKPOINTS = {"gradient_checkpointing": False}
+PADDING_FREE = {"padding_free": True, "max_length": None}
 CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what all are
     "eager": {},  # with checkpointing, SFTConfig's default
     "eager-keep": NO_CHECKPOINTS,
@@ -47,7 +48,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what SFTConfig is told beside what 
     "fastft-padded": {"pad_to_multiple_of": 1024, **NO_CHECKPOINTS},
     "fastft-all-rows": NO_CHECKPOINTS,
     "fastft-skip": NO_CHECKPOINTS,  # TRL takes its loss outside the model, so it has to be told
-    "padding-free": {"padding_free": True, "max_length": None, **NO_CHECKPOINTS},  # TRL's own: one row, no padding
+    "padding-free": PADDING_FREE | NO_CHECKPOINTS,  # TRL's own: one row, no padding
+    "fastft-padding-free": PADDING_FREE | NO_CHECKPOINTS,
 }
 PADDING, BEGIN, END = 0, 1, 2  # tokens of the tokenizer of bytes
 OPTIONS: dict[str, dict[str, Any]] = {
