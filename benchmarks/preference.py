@@ -89,8 +89,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.show:
-        for path in options.show:
-            show(json.loads(path.read_text()))
+        rows = [row for path in options.show for row in json.loads(path.read_text())]
+        for title in dict.fromkeys(title_of([row]) for row in rows):
+            show([row for row in rows if title_of([row]) == title])
         return
     with tempfile.TemporaryDirectory() as folder:
         options.folder = str(options.folder or folder)
