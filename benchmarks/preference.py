@@ -233,7 +233,7 @@ def _dpo(asked: Row, settings: Row, more: Row) -> Any:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    config = DPOConfig(max_length=None, **settings)
+    config = DPOConfig(max_length=asked["length"], **settings)
     return DPOTrainer(args=config, train_dataset=Dataset.from_list(pairs(asked, settings["max_steps"])), **more)
 
 
