@@ -139,6 +139,10 @@ def measure(asked: Row) -> Row:
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
     }  # fmt: skip
+    if asked["contender"].startswith("fastft"):
+        import fastft
+
+        row["rows"] = [str(graph.rows) for graph in fastft.compilations().graphs]
     return row | summary(row, asked["warmup"])
 
 

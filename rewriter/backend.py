@@ -29,7 +29,7 @@ from fastft.compat import (
 from fastft.compat.fake_tensors import value_of
 from fastft.errors import describe
 from fastft.reasons import Declined
-from fastft.rewriter.capture import dynamic_shapes, layer_calls
+from fastft.rewriter.capture import ambient_autocast, dynamic_shapes, layer_calls
 from fastft.rewriter.context import Context
 from fastft.rewriter.fx.bodies import Snapshot
 from fastft.rewriter.fx.metadata import path_in
@@ -82,10 +82,12 @@ def fastft(
     recording = Recording(gm)
     if (folder := dump_folder(recording.place)) is not None:
         repro_writer.dump(gm, parsed, folder)
-    compiled, report = _compile(gm, example_inputs, parsed, folder)
+    modes = ambient_autocast.take_out(gm)
+    with ambient_autocast.entered(modes):
+        compiled, report = _compile(gm, example_inputs, parsed, folder)
     recording.end(report)
     log_report(report)
-    return taking_tuples(compiled)
+    return taking_tuples(ambient_autocast.called_within(modes, compiled))
 
 
 class CutError(Exception):
