@@ -31,7 +31,7 @@ from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.bodies import bodies, body_of, calls_of
 from fastft.rewriter.fx.effects import transformed
 from fastft.rewriter.fx.metadata import module_path, name_of, traced_in
-from fastft.rewriter.loss import losses
+from fastft.rewriter.loss import losses, token_statistics
 from fastft.rewriter.loss.losses import Deferred
 from fastft.rewriter.matching import apply
 from fastft.rewriter.matching.rule import Rule
@@ -72,6 +72,7 @@ PASSES = (
     Pass("fuse", apply.fuse, nested=True),
     Pass("attention", simplify.simplify),
     Pass("loss", losses.lift),
+    Pass("token_statistics", token_statistics.lift),
 )
 
 
@@ -147,8 +148,8 @@ def _run(each: Pass, gm: GraphModule, context: Context) -> None:
 
 def rule_names() -> list[str]:
     """List the names of all that may be applied: the rules, and what passes of their own do."""
-    own = (weight_norm.RULE, bnb4bit.RULE, experts.RULE, siblings.RULE, simplify.RULE, *losses.RULES, live_rows.RULE)
-    return list(dict.fromkeys((*(rule.name for rule in patterns.RULES), *own)))
+    own = (weight_norm.RULE, bnb4bit.RULE, experts.RULE, siblings.RULE, simplify.RULE, live_rows.RULE)
+    return list(dict.fromkeys((*(rule.name for rule in patterns.RULES), *own, *losses.RULES, token_statistics.RULE)))
 
 
 def check_disabled(options: Options) -> None:

@@ -49,7 +49,8 @@ def apply_in_autocast(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale
         )
     dtype = _autocast_dtype(hidden)
-    return _statistics(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, dtype)[:2]
+    found = _statistics(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, dtype)
+    return found[0], found[1]
 
 
 def apply_with_bias(
@@ -62,7 +63,8 @@ def apply_with_bias(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale
         )
     dtype = hidden.dtype
-    return _statistics(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, dtype)[:2]
+    found = _statistics(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, dtype)
+    return found[0], found[1]
 
 
 def apply_first(

@@ -331,8 +331,8 @@ def _kl_div(logits: Logits, target: Any, call: Call, chunk_bytes: int, *, reduce
     if form is None:
         return None
     inputs = _inputs(logits, target, call)
-    ahead = _ahead(logits, by_row=not reduce)
-    return call(operator.getitem, call(torch.ops.fastft.linear_kl_div, *inputs, *form, chunk_bytes, reduce, ahead), 0)
+    marks = ahead(logits.trained, by_row=not reduce)
+    return call(operator.getitem, call(torch.ops.fastft.linear_kl_div, *inputs, *form, chunk_bytes, reduce, marks), 0)
 
 
 def _inputs(logits: Logits, compared: Any, call: Call) -> tuple[Any, ...]:
@@ -342,10 +342,10 @@ def _inputs(logits: Logits, compared: Any, call: Call) -> tuple[Any, ...]:
     return hidden, weight, compared, cast(head.vector(call), head.dtype, call), *head.adapter(logits.hidden, call)
 
 
-def _ahead(logits: Logits, *, by_row: bool) -> list[bool]:
+def ahead(trained: Sequence[bool], *, by_row: bool) -> list[bool]:
     """Return which gradients forward computes: a gradient summed over rows cannot be scaled by row afterwards."""
-    summed = any(mark and not row for mark, row in zip(logits.trained, BY_ROW, strict=True))
-    return [False] * 5 if by_row and summed else list(logits.trained)
+    summed = any(mark and not row for mark, row in zip(trained, BY_ROW, strict=True))
+    return [False] * 5 if by_row and summed else list(trained)
 
 
 def _loss(logits: Logits, loss: Loss, call: Call, chunk_bytes: int) -> Any:
@@ -356,7 +356,7 @@ def _loss(logits: Logits, loss: Loss, call: Call, chunk_bytes: int) -> Any:
     by_row = loss.reduction == "none"
     results = call(
         torch.ops.fastft.linear_cross_entropy, *_inputs(logits, loss.labels, call), loss.ignore_index,
-        loss.label_smoothing, 0.0, *form, chunk_bytes, not by_row, _ahead(logits, by_row=by_row),
+        loss.label_smoothing, 0.0, *form, chunk_bytes, not by_row, ahead(logits.trained, by_row=by_row),
     )  # fmt: skip
     value = call(operator.getitem, results, 0)
     if loss.reduction == "mean":
