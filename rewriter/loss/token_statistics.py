@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from fastft.compat import fake_tensors
+from fastft.compat import fake_tensors, symbolic
 from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.kernels.head_call import DIFFERENTIABLE
@@ -158,7 +158,8 @@ def _unflattened(masked: _Masked, shape: Sequence[Any]) -> bool:
         return False
     masked.hidden = node
     B, S = value_of(node).shape[:2]
-    return same_sizes((B, S - masked.left_out), shape)
+    pairs = zip((B, S - masked.left_out), shape, strict=True)
+    return all(symbolic.made_equal(one, other) for one, other in pairs)  # as the op asks of them, flattened
 
 
 def _same_place(node: Node, value: Tensor) -> bool:
@@ -211,11 +212,13 @@ def _skip(node: Node, call: dict[str, Any], masked: _Masked) -> None:
         _require(again, value_of(cast).requires_grad)
         hidden = again
     call["hidden"] = hidden
-    new = _replace(node, call)
+    new, selected = add(_OP, *call.values()), {}
+    for result, number in masked.results:  # one behind the other, so that all that follows can be run by itself
+        if number not in selected:
+            selected[number] = add(operator.getitem, new, number, requires_grad=value_of(result).requires_grad)
     for result, number in masked.results:
-        required = value_of(result).requires_grad
+        required, value = value_of(result).requires_grad, selected[number]
         add = _adder(result)
-        value = add(operator.getitem, new, number, requires_grad=required)
         if masked.left_out:
             value = add(operator.getitem, value, (slice(None), slice(None, -masked.left_out)), requires_grad=required)
             value = add("contiguous", value, requires_grad=required)
@@ -223,13 +226,10 @@ def _skip(node: Node, call: dict[str, Any], masked: _Masked) -> None:
     _erase_unused(node.graph, {*masked.values, *(result for result, _ in masked.results), node})
 
 
-def _replace(node: Node, call: dict[str, Any]) -> Node:
+def _replace(node: Node, call: dict[str, Any]) -> None:
     """Put a call with these arguments in the place of the op's, for all that select its results."""
-    new = _adder(node)(_OP, *call.values())
-    for user in list(node.users):
-        user.replace_input_with(node, new)
+    node.replace_all_uses_with(_adder(node)(_OP, *call.values()))
     node.graph.erase_node(node)
-    return new
 
 
 def _adder(before: Node) -> Callable[..., Node]:

@@ -34,7 +34,7 @@ from fastft.rewriter.fx.metadata import name_of
 from fastft.rewriter.fx.operands import Calls, Level, pass_in, take_out
 from fastft.rewriter.outline import partition
 from fastft.rewriter.report.data import GraphReport
-from fastft.rewriter.rows import moves, proof, shared_rows
+from fastft.rewriter.rows import division, moves, proof, shared_rows
 from fastft.rewriter.rows.proof import RowSizes
 
 RULE = "live_rows"
@@ -107,18 +107,21 @@ def prepare(
     first = layers[0].nodes[0]
     hidden, calls = _hidden(layers[0]), Calls(gm)
     after = _after(gm, first)
-    losses = _losses(after)
+    losses = division.losses(after)
     if not losses and not asked:
         raise Declined("its loss is not taken from labels in it", "rows.labels")
     sizes = _sizes(value_of(hidden), losses)
+    zeros = division.results(after)
     rest: list[Node] = []
-    if asked:  # what follows the layers and is not known to keep rows apart is run for all rows
-        after, rest = _divided(gm, after, layers[-1].nodes[-1], sizes)
-        losses = _losses(after)
+    if asked and not zeros:  # what follows the layers and is not known to keep rows apart is run for all rows
+        after, rest = division.at_the_first_unknown(gm, after, layers[-1].nodes[-1], sizes)
+        losses = division.losses(after)
     if any(switches_mode(node) and "autocast" not in name_of(node.target) for node in (*after, *rest)):
         raise Declined("gradients are switched on or off behind the first layer", "mode.switched")
     hoisted = _hoisted(after, losses)
     after = [node for node in after if node not in hoisted]
+    if zeros:
+        after, rest = division.behind_results(gm, after, zeros, sizes)
     region = [gm, *(body for body in bodies(gm) if body is not gm)]
     for body in region:
         with autocast.around(gm, body):
@@ -128,7 +131,7 @@ def prepare(
         for body in region for node in body.graph.find_nodes(op="call_function", target=_ATTENTION)
     ]  # fmt: skip
     labels = _labels(losses, sizes)
-    by_labels = not rest if asked else not deferred
+    by_labels = (bool(zeros) or not rest) if asked else not deferred
     guards = symbolic.LaterGuards(value_of(hidden).shape[1])
     live = LiveRows(sizes, hidden, first, rest[0] if rest else None, first, None, [], [], labels, by_labels, guards)
     if share:
@@ -140,7 +143,7 @@ def prepare(
         and not any(one.outer[name] is not None for one in attentions for name in _VECTORS)
     ):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
-    _check_outputs(gm, set(after), sizes, deferred, [one.node for one in attentions], asked)
+    _check_outputs(gm, {*after} - {*zeros}, sizes, deferred, [one.node for one in attentions], asked)
     _check_moves(after, sizes, labels)
     # Nothing is declined from here on.
     for node in hoisted:
@@ -170,20 +173,6 @@ class _Attention(NamedTuple):
 
 _ATTENTION = torch.ops.fastft.attention
 _VECTORS = ("start", "end", "query_ids", "key_ids")
-
-
-def _losses(nodes: Sequence[Node]) -> list[Node]:
-    return [node for node in nodes if node.target == torch.ops.fastft.linear_cross_entropy]
-
-
-def _divided(gm: GraphModule, after: Sequence[Node], last: Node, sizes: RowSizes) -> tuple[list[Node], list[Node]]:
-    """Divide calls at the first behind the last layer that is not known to keep rows apart."""
-    for position in range(after.index(last) + 1, len(after)):
-        try:
-            proof.check(gm, [after[position]], sizes)
-        except Declined:
-            return list(after[:position]), list(after[position:])
-    return list(after), []
 
 
 def _after(gm: GraphModule, first: Node) -> list[Node]:

@@ -29,7 +29,7 @@ ROW_WISE = frozenset(
     f"fastft::{name}"
     for name in (
         "rms_norm", "add_rms_norm", "rms_norm_add", "rms_norm_add_rms_norm", "layer_norm", "rotary", "rotary_qk",
-        "norm_rotary", "glu", "glu_packed", "lora_linear",
+        "norm_rotary", "glu", "glu_packed", "lora_linear", "linear_token_statistics",
     )
 )  # fmt: skip
 _ELEMENTWISE = frozenset(  # and what moves whole axes

@@ -26,6 +26,7 @@ from transformers import (
 from fastft.compat import trl_substitutes
 from fastft.kernels import REGISTRY
 from fastft.rewriter.report import history
+from models.padded_models import LAYERS, SIDES, Compiled, assert_same_gradients, batch
 
 trl = pytest.importorskip("trl.trainer.utils")
 VERSION = tuple(map(int, importlib.metadata.version("trl").split(".")[:2]))
@@ -203,6 +204,29 @@ def test_without_gradients() -> None:
     assert len(graphs) == 1
     for one, other in zip(mine, eager, strict=True):
         assert (one is None and other is None) or torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_is_left_out() -> None:
+    """On either side and in between, with the same results of all tokens and the same gradients."""
+    sizes = {**SIZES, "num_hidden_layers": LAYERS, "vocab_size": 128}
+    case = Case(lambda: LlamaForCausalLM(LlamaConfig(**sizes)), 0.7, ("log_probs", "entropy", "is_top1"))
+    model = case.build()
+    eager = case.build()
+    compiled = Compiled(model)
+    for side in SIDES:
+        inputs = {name: value for name, value in batch(side).items() if name != "use_cache"}
+        found = []
+        for one in (model, eager):
+            one.zero_grad()
+            results = one(**inputs, fused_lm_head=True)
+            (results.loss + 0.1 * results.entropy.square().sum()).backward()
+            found.append([getattr(results, name) for name in ("loss", *case.outputs)])
+        for mine, right in zip(*found, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+        assert_same_gradients(model, eager)
+    assert len(compiled.reports) == 1
+    assert not compiled.rows.reason
+    assert compiled.rows.live < compiled.rows.rows / 2
 
 
 def test_it_can_be_switched_off() -> None:

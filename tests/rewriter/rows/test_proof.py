@@ -17,7 +17,8 @@ from fastft.compat.fake_tensors import value_of
 from fastft.kernels import REGISTRY
 from fastft.reasons import Declined
 from fastft.rewriter.fx.bodies import bodies
-from fastft.rewriter.rows import proof
+from fastft.rewriter.fx.metadata import name_of
+from fastft.rewriter.rows import division, proof
 from fastft.rewriter.rows.proof import RowSizes
 
 B, S, H, E = 3, 7, 8, 5
@@ -73,6 +74,12 @@ def adapted(x: Tensor) -> Tensor:
     return own.down(halves(own, own.up(bias=UP[:, :, 0], factors=FACTORS)))
 
 
+def statistics(x: Tensor, weight: Tensor = WEIGHT) -> list[Tensor]:
+    """Of tokens, some of which have no label."""
+    labels = torch.where(x[..., 0] > 0, (x[..., 1] > 0).long(), -100)
+    return op.linear_token_statistics(x, weight, labels, None, None, None, -100, 1.0, 0.0, 2**10, [False] * 5)
+
+
 def without_some(x: Tensor) -> Tensor:
     """Choices of no expert."""
     own = Experts(x)
@@ -92,6 +99,7 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "norm without a weight": lambda x: op.rms_norm(x, None, 1e-6, 1.0, False)[0],
     "parts of complex numbers": lambda x: torch.view_as_real(x * (1 + 2j)).movedim(-1, 0)[1] * 1,
     "glu": lambda x: op.glu(x, x * 2, "silu"),
+    "statistics of tokens": lambda x: torch.stack(statistics(x)[:5], -1),
     "heads": lambda x: x.view(*x.shape[:2], 2, -1).transpose(1, 2).transpose(1, 2).reshape(*x.shape[:2], H),
     "split": lambda x: torch.cat(tuple(reversed(x.chunk(2, -1))), -1),
     "stacked": lambda x: torch.stack((x, -x), 2).sum(2),
@@ -145,6 +153,7 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "largest of a sequence": lambda x: x + x.amax((1, 2), keepdim=True),
     "layer_norm over tokens": lambda x: op.layer_norm(x.mT.contiguous(), None, None, 1e-6, True)[0].mT * 1,
     "rows as complex numbers": lambda x: torch.view_as_real(x.mT.contiguous() * 1j)[..., 1, :] * 1,
+    "a head made of tokens": lambda x: statistics(x, x[0] * 1)[0].unsqueeze(-1),
     "a token by its number": lambda x: x + x[:, torch.tensor([1])],
     "some tokens": lambda x: x[:, torch.arange(x.shape[1]) - 1] * 1,
     "gathered": lambda x: x.gather(1, (x > 0).long()),
@@ -296,6 +305,42 @@ def test_writes() -> None:
     gm, sizes = captured(lambda x: function(x, (slice(None), slice(2))))
     with pytest.raises(Declined, match="slice"):
         proof.check(gm, gm.graph.nodes, sizes)
+
+
+def read_behind(x: Tensor) -> Tensor:
+    """Results that are zero without a label, and mixed afterwards."""
+    found = statistics(x * 2)
+    return found[0].cumsum(1).exp() + found[1].flip(1)
+
+
+BEHIND: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "rows": (lambda x: (y := x * 2) + statistics(y)[0].sum() + y.mean(), "is read behind the layers"),
+    "what is made of rows": (
+        lambda x: (n := (y := x * 2).norm(dim=-1)) + statistics(y)[1] + n.mean(),
+        "is read behind",
+    ),
+    "writes": (lambda x: statistics(x * 2)[0].cumsum(1).exp_(), "is written to behind the layers"),
+}
+
+
+def test_results_that_are_zero_anyway_may_be_read_behind_the_layers() -> None:
+    gm, sizes = captured(read_behind)
+    nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    before, rest = division.behind_results(gm, nodes, division.results(nodes), sizes)
+    assert before + rest == nodes
+    assert [node.target for node in division.losses(before)] == [op.linear_token_statistics]
+    assert division.results(before).keys() == division.results(nodes).keys()
+    assert [name_of(node.target) for node in rest] == ["cumsum", "exp", "flip", "add"]
+    proof.check(gm, before, sizes)
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_nothing_else_of_rows_may_be_read_behind_the_layers(name: str) -> None:
+    function, reason = BEHIND[name]
+    gm, sizes = captured(function)
+    nodes = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    with pytest.raises(Declined, match=reason):
+        division.behind_results(gm, nodes, division.results(nodes), sizes)
 
 
 def test_dropout_that_has_to_draw_as_eager_does() -> None:
