@@ -54,10 +54,15 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # what the trainer's configuration is
     "fastft": NO_CHECKPOINTS,  # the budget decides
     "fastft-shared": NO_CHECKPOINTS,
     "fastft-min": NO_CHECKPOINTS,
+    "fastft-shared-min": NO_CHECKPOINTS,
+    "fastft-budget": NO_CHECKPOINTS,  # of --budget
+    "fastft-shared-budget": NO_CHECKPOINTS,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "fastft-shared": {"share_prefixes": True},
     "fastft-min": {"memory_budget": "min"},
+    "fastft-shared-min": {"share_prefixes": True, "memory_budget": "min"},
+    "fastft-shared-budget": {"share_prefixes": True},
 }
 VARIABLES = {
     "unsloth-whole": {"UNSLOTH_GRPO_PREFIX_GROUPER": "0"},
@@ -80,6 +85,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--completion", type=arguments.positive, default=512, help="tokens of an answer (default 512)")
     add("--steps", type=arguments.positive, default=10, help="timed steps (default 10)")
     add("--warmup", type=arguments.positive, default=4, help="steps before them (default 4)")
+    add("--budget", help="what fastft-budget and fastft-shared-budget may take, such as 4GiB")
     add("--turns", help="a file: of commands that name the same one, started together, each is timed alone")
     add("--folder", type=Path, help="where the model is written, or lies already (default: a temporary folder)")
     add("--show", type=Path, nargs="+", help="files of rows to show instead of measuring")
@@ -99,7 +105,7 @@ def main() -> None:
 
 
 def jobs(options: argparse.Namespace, scratch: Path) -> list[workers.Job]:
-    asked = arguments.asked(options, *SHAPE, "steps", "warmup", "turns", "folder")
+    asked = arguments.asked(options, *SHAPE, "budget", "steps", "warmup", "turns", "folder")
     asked |= {"layers": None, "batch": rows_of(asked), "length": options.prompt + options.completion}
     return [workers.Job(name, asked | {"contender": name}, scratch / f"caches-{name}") for name in options.contenders]
 
@@ -178,7 +184,8 @@ def make_trainer(asked: Row, device: str) -> Any:
         loss = _liger_grpo(trainer) if asked["loss"] == "grpo" else _liger_dpo(trainer)
         trainer.compute_loss = lambda model, inputs, **_: loss(inputs)
     if name.startswith("fastft"):
-        trainer.model.compile(backend="fastft", options={"lower": asked["lower"], **OPTIONS.get(name, {})})
+        budget = {"memory_budget": asked["budget"]} if name.endswith("-budget") else {}
+        trainer.model.compile(backend="fastft", options={"lower": asked["lower"], **OPTIONS.get(name, {}), **budget})
     elif name == "inductor":
         trainer.model.compile()
     return trainer
