@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastft.rewriter.options import Options, OptionsError
 
 if TYPE_CHECKING:
+    from fastft.integrations.trainer import TrainerCallback
     from fastft.quantize import Quantized, quantize_
     from fastft.rewriter.bisect import Culprit, bisect
     from fastft.rewriter.check import Check, check
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = _version("fastft")
 __all__ = [
-    "BudgetError", "Check", "Culprit", "Options", "OptionsError", "Quantized", "Report", "__version__", "bisect",
-    "check", "compilations", "explain", "quantize_", "set_memory_budget",
+    "BudgetError", "Check", "Culprit", "Options", "OptionsError", "Quantized", "Report", "TrainerCallback",
+    "__version__", "bisect", "check", "compilations", "explain", "quantize_", "set_memory_budget",
 ]  # fmt: skip
 
 _LATER = {
@@ -34,6 +35,7 @@ _LATER = {
     "explain": "fastft.rewriter.explain",
     "Quantized": "fastft.quantize",
     "Report": "fastft.rewriter.report.report",
+    "TrainerCallback": "fastft.integrations.trainer",
     "quantize_": "fastft.quantize",
     "set_memory_budget": "fastft.rewriter.runtime.controller",
 }

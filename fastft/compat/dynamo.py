@@ -195,6 +195,14 @@ def compiled_modules() -> list[torch.nn.Module]:
     return [value for value in values if isinstance(value, torch.nn.Module)]
 
 
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Tell whether a module, or one inside, was compiled: in place, or by ``torch.compile`` around it."""
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
 def in_eval_mode() -> bool:
     """Return whether what is compiled now are modules in eval mode; False where it is not known."""
     try:

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import fastft
-from training import devices, outcome
+from training import devices, habits, outcome
 from training.devices import BUCKET, RATE, WORLD
 from training.setting import LAYERS, Setting, base, batch, trained
 
@@ -331,6 +331,18 @@ def accelerated(folder: Path) -> dict[str, Any]:
     return found
 
 
+def launched(folder: Path) -> dict[str, Any]:
+    """What transformers' Trainer makes of these processes, and `fastft.TrainerCallback` of its model."""
+    from accelerate.state import AcceleratorState
+
+    found = {}
+    for habit in habits.LAUNCHED:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        values, made = outcome.seen_with_fastft(habit)
+        found[habit.__name__] = {"seen": values.tolist(), "layers": layers_of(made)}
+    return found
+
+
 def die(*_: Any, **__: Any) -> NoReturn:
     """End this process at once, as the system does that is short of memory."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -378,7 +390,7 @@ def layers_of(made: Sequence[Any]) -> list[int]:
 
 
 PARTS: dict[str, Sequence[Callable[[Path], Any]]] = {
-    "first": (saved, gathered, read, joined, ways), "second": (loaded, accelerated),
+    "first": (saved, gathered, read, joined, ways), "second": (loaded, accelerated, launched),
     "dying_sharded": (dying_sharded,), "dying_ddp": (dying_ddp,),
 }  # fmt: skip
 

@@ -17,6 +17,9 @@ from training.setting import LAYERS, Setting
 
 OFTEN = {"rms_norm": 2, "rotary": 2, "glu": 1, "attention": 1}  # in each layer
 NOT_OURS = ("the result of neg does not reach add", "expected mul(x, cos)")  # what losses and optimizers negate
+NEARLY = {  # what else is rightly left, by scenario: noise on the embeddings; one token beside a cache that grows
+    "noisy": "expected mul(x, cos), found embedding", "writing": "v has size",
+}  # fmt: skip
 COMPILE_THEMSELVES = {"torchao_adamw_8bit"}  # by Inductor, which takes half a minute on a CPU: the table has it
 
 
@@ -37,10 +40,12 @@ def assert_as_without(scenario: Any, device: str) -> None:
     for graph in found.graphs:
         assert not graph.failure
         counts = {rule: sum(one.rule.split(".")[0] == rule for one in graph.lifted) for rule in OFTEN}
+        nearly = NEARLY.get(scenario.__name__)
+        misses = [miss for miss in graph.near_misses if nearly is None or not miss.reason.startswith(nearly)]
         if graph not in layers:
-            assert all(miss.reason.startswith(NOT_OURS) for miss in graph.near_misses)
+            assert all(miss.reason.startswith(NOT_OURS) for miss in misses)
             continue
-        assert not graph.near_misses
+        assert not misses
         assert counts["attention"] in (1, LAYERS)
         last = counts["rms_norm"] % 2  # the norm after all layers
         assert counts == {

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from training import sharded_runs
+from training import habits, sharded_runs
 from training.devices import STEPS, WORLD, environment
 from training.outcome import compare
 from training.setting import LAYERS, Setting, batch, trained
@@ -275,6 +275,14 @@ def test_peft_loads_what_accelerate_gathered(when: str, second: Any, folder: Pat
         losses = [model(**batch(STEPS * WORLD + rank)).loss.item() for rank in range(WORLD)]
     loss, _ = second[0]["accelerated"][when]["going on"]
     assert loss == pytest.approx(sum(losses) / WORLD, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("habit", habits.LAUNCHED, ids=lambda habit: habit.__name__)
+def test_a_trainer_in_two_processes_is_as_in_one(habit: Any, second: Any) -> None:
+    seen = second[0]["launched"][habit.__name__]
+    assert seen["layers"] == [LAYERS]
+    assert_as(habit, seen["seen"])
 
 
 @pytest.mark.slow

@@ -6,31 +6,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from training.setting import END, FEW, PADDING, VOCABULARY, Setting, adapter, base, batch, trained
-
-STEPS = 4
-HISTORY = ("loss", "grad_norm", "eval_loss", "rewards/margins")
-
-
-def arguments(setting: Setting, **more: Any) -> dict[str, Any]:
-    """What all of transformers' trainers are told."""
-    return {
-        "output_dir": str(setting.folder), "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": setting.device == "cpu", "bf16": False,
-        "disable_tqdm": True, "gradient_checkpointing": False, "logging_first_step": True, **more,
-    }  # fmt: skip
-
-
-def run(trainer: Any) -> list[float]:
-    """Train, and what the trainer logged."""
-    trainer.train()
-    return [float(row[name]) for row in trainer.state.log_history for name in HISTORY if name in row]
+from training.habits import HABITS
+from training.setting import FEW, VOCABULARY, Setting, adapter, base, trained
+from training.trainer_setting import STEPS, Rows, arguments, run, tokenizer
 
 
 def words(count: int = 2 * STEPS * 4, least: int = 5, most: int = 20, seed: int = 0) -> list[str]:
@@ -41,26 +24,6 @@ def words(count: int = 2 * STEPS * 4, least: int = 5, most: int = 20, seed: int 
         " ".join(f"w{token}" for token in torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
         for length in lengths
     ]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": PADDING, "<eos>": END, "<unk>": 2} | {f"w{token}": token for token in range(3, VOCABULARY)}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-class Rows(torch.utils.data.Dataset):
-    """Tokenised rows."""
-
-    def __init__(self) -> None:
-        self.rows = [{name: value[0] for name, value in batch(number, 1).items()} for number in range(8 * STEPS)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return self.rows[number]
 
 
 def trainer(setting: Setting) -> list[float]:
@@ -199,5 +162,5 @@ def _lightning(setting: Setting, inside: Callable[[Any], Any], outside: Callable
 
 TRAINERS: Sequence[Any] = (
     trainer, trainer_of_wrapped, trainer_bf16, trainer_checkpointed, trainer_resumed, sft_padded, sft_packed,
-    sft_padding_free, dpo_padded, with_accelerate, with_lightning, with_lightning_whole,
+    sft_padding_free, dpo_padded, with_accelerate, with_lightning, with_lightning_whole, *HABITS,
 )  # fmt: skip
