@@ -30,6 +30,7 @@ LEVELS = (
     ("fastft.rewriter.runtime",),
     ("fastft.rewriter.lowering",),
     ("fastft.rewriter",),
+    ("fastft.integrations",),
     ("fastft",),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

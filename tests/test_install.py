@@ -18,8 +18,9 @@ import importlib, pkgutil, torch, fastft
 from fastft import source_digest
 
 without_triton = importlib.util.find_spec("triton") is None
+elsewhere = ("fastft.__main__", "fastft.integrations.axolotl")  # the latter is imported by Axolotl
 for module in pkgutil.walk_packages(fastft.__path__, "fastft."):
-    if module.name != "fastft.__main__" and not (without_triton and module.name.endswith(("_triton", "tiles"))):
+    if module.name not in elsewhere and not (without_triton and module.name.endswith(("_triton", "tiles"))):
         importlib.import_module(module.name)
 
 class Norm(torch.nn.Module):
