@@ -10,6 +10,8 @@ from pydantic import BaseModel, field_validator
 from fastft.integrations.trainer import TrainerCallback
 from fastft.rewriter.options import Options
 
+LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")  # Axolotl's own, on where the YAML says nothing
+
 
 class FastftArgs(BaseModel):
     """What Axolotl's YAML may say: ``fastft:`` with the backend's options, such as ``memory_budget: 14GiB``."""
@@ -26,6 +28,11 @@ class FastftArgs(BaseModel):
 
 class FastftPlugin(BasePlugin):
     """Have Axolotl's trainer compile its model, and log how fast and in how much memory it trains."""
+
+    def register(self, cfg: Any) -> None:
+        """Leave off Axolotl's LoRA kernels unless the YAML asks for one: of what they compute fastft sees nothing."""
+        if all(cfg.get(name) is None for name in LORA_KERNELS):
+            cfg.update(dict.fromkeys(LORA_KERNELS, False))
 
     def get_input_args(self) -> str:
         """Return where the class is that describes what the YAML may say."""

@@ -26,6 +26,7 @@ EAGER = {"lower": "eager"}
 AXOLOTL = '''
 class BasePlugin:
     def __init__(self): ...
+    def register(self, cfg): ...
     def get_input_args(self): ...
     def add_callbacks_pre_trainer(self, cfg, model): return []
     def add_callbacks_post_trainer(self, cfg, trainer): return []
@@ -222,6 +223,11 @@ def test_axolotl_loads_the_plugin(installed: None, tmp_path: Path) -> None:
 
     plugin = load("fastft.integrations.axolotl.FastftPlugin")()
     assert isinstance(plugin, load("axolotl.integrations.base.BasePlugin"))
+    asked: dict[str, Any] = {"lora_qkv_kernel": True}
+    plugin.register(asked)
+    assert asked == {"lora_qkv_kernel": True}
+    plugin.register(unasked := {})
+    assert list(unasked.values()) == [False] * 3
     own = type("Config", (BaseModel,), {})
     reading = type("ConfigOfPlugins", (own, load(plugin.get_input_args())), {})
     with pytest.raises(ValidationError, match="did you mean 'memory_budget'"):
