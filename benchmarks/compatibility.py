@@ -38,9 +38,13 @@ GROUPS = {
 }  # fmt: skip
 NOT_WORKING = (
     ("`torch_compile_backend=\"fastft\"`, `accelerate launch --dynamo_backend fastft`",
-     "accelerate knows a closed list of backends and refuses other names; use `model.compile(backend=\"fastft\")`"),
+     "accelerate knows a closed list of backends and refuses other names; use "
+     "`fastft.TrainerCallback()` or `model.compile(backend=\"fastft\")`"),
     ("`Trainer(torch.compile(model))` of a 4-bit model",
      "transformers refuses any compiled 4-bit model that is wrapped; use `model.compile(...)`, in place"),
+    ("`nn.DataParallel` (a Trainer that sees several GPUs in one process), FSDP1, DeepSpeed",
+     "`fastft.TrainerCallback` refuses them: the first copies a module with another's compiled forward; use "
+     "`torchrun`, FSDP2"),
     ("TRL `DPOTrainer(padding_free=True)`", "TRL 1.15 and 1.16 switch it off themselves, and pad"),
     ("Layers compiled one by one, then sharded by FSDP2 with their 4-bit weights",
      "right, but bitsandbytes makes a parameter anew in each forward, where torch breaks the graph: its layers are not "

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.training_args import ParallelMode, TrainingArguments
 
 from fastft.compat.dynamo import is_compiled
@@ -106,8 +105,16 @@ def refuse(args: TrainingArguments, model: nn.Module) -> None:
         )
     if args.deepspeed_plugin is not None:
         raise UserError("fastft is not tested with DeepSpeed: use DDP, or FSDP2 by `fsdp_config`.")
-    if isinstance(model, FullyShardedDataParallel):
+    if _is_of_fsdp1(model):
         raise UserError("fastft takes models that are sharded by FSDP2: set `version` in `fsdp_config` to 2.")
+
+
+def _is_of_fsdp1(model: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(model, FullyShardedDataParallel)
 
 
 def figures_of(begin: _Begin, state: Any) -> dict[str, float]:
