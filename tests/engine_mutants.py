@@ -278,7 +278,6 @@ ENGINE = (
         ("a mask that is made later", "loss/token_statistics._stays", "nodes[masked.mask] > nodes[node] or ", ""),
         ("places left out at the beginning", "loss/token_statistics._skip", "(0, masked.left_out)", "(masked.left_out, 0)"),
         ("casts forgotten", "loss/token_statistics._unflattened", "masked.casts.insert(0, node)", "pass"),
-        ("results that are not masked", "loss/token_statistics._masked", "or view.args[0] is not result:", "or False:"),
     ),
     *_of(
         ROWS, "rows/proof",

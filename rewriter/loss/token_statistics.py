@@ -94,7 +94,7 @@ def _masked(node: Node, call: dict[str, Any]) -> _Masked | None:
         number = result.args[1] if result.target is operator.getitem else None
         for view in result.users:
             values += [view, *view.users]
-            if type(number) is not int or name_of(view.target) not in _RESHAPES or view.args[0] is not result:
+            if type(number) is not int or name_of(view.target) not in _RESHAPES or view.args[:1] != (result,):
                 return None
             if not same_sizes(value_of(view).shape, shape):
                 return None
@@ -114,12 +114,12 @@ def _masked(node: Node, call: dict[str, Any]) -> _Masked | None:
 
 def _flattened(node: Any, rank: int) -> Node | None:
     """Return the argument of a reshape that merges its first two axes, of which ``rank`` are left; else None."""
-    if not isinstance(node, Node) or name_of(node.target) not in _RESHAPES or not isinstance(node.args[0], Node):
+    if not isinstance(node, Node) or name_of(node.target) not in _RESHAPES or not node.args:
         return None
     before, after = value_of(node.args[0]), value_of(node)
     if not isinstance(before, Tensor) or before.dim() != rank + 1 or after.dim() != rank:
         return None
-    return node.args[0] if same_sizes(before.shape[2:], after.shape[1:]) else None
+    return node.args[0] if same_sizes(before.shape[2:], after.shape[1:]) else None  # type: ignore[return-value]
 
 
 def _filled(node: Node, masked: Node) -> tuple[Node, bool] | None:

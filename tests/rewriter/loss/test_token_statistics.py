@@ -56,14 +56,15 @@ def one_is_not_masked(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Te
 
 
 def two_masks(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
-    found = statistics(hidden.reshape(-1, H), weight, labels.clamp(min=0).reshape(-1))
     masks = labels == -100, labels == 3
+    found = statistics(hidden.reshape(-1, H), weight, labels.clamp(min=0).reshape(-1))
     return [found[at].view(labels.shape).masked_fill(mask, 0) for at, mask in enumerate(masks)]
 
 
 def filled_by_one(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    ignored = labels == -100
     found = statistics(hidden.reshape(-1, H), weight, labels.clamp(min=0).reshape(-1))
-    return [found[0].view(labels.shape).masked_fill(labels == -100, 1)]
+    return [found[0].view(labels.shape).masked_fill(ignored, 1)]
 
 
 def mask_of_the_results(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
