@@ -66,9 +66,11 @@ def numbered(described: Sequence[Tensor]) -> Tensor:
             total = total * 31 + (part.to(torch.int32) * weights).sum(-1, dtype=torch.int64)
     first = (total[:, None] == total[None]).to(torch.uint8).argmax(1)  # [B, S]
     equal = torch.ones(B, S, dtype=torch.bool, device=total.device)
+    other = (first * S + torch.arange(S, device=total.device)).flatten()
     for one in described:
         for _, part in _parts(one):
-            equal &= (part == part.gather(0, first.unsqueeze(-1).expand(part.shape))).all(-1)
+            rows = part.flatten(0, 1)
+            equal &= (rows == rows.index_select(0, other)).all(-1).view(B, S)
     return torch.where(equal, first, B + torch.arange(B, device=total.device)[:, None])
 
 
