@@ -62,10 +62,10 @@ def mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
 _template_mode = FakeTensorMode()
 
 
-def fake_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Make a fake tensor that belongs to no graph."""
+def fake_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """Make a fake tensor that belongs to no graph, on the CPU by default."""
     with _template_mode:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def new_mode() -> FakeTensorMode:
@@ -161,6 +161,18 @@ def empty_like_fake(value: Any, mode: FakeTensorMode) -> Any:
             flat = torch.empty(extent, dtype=value.dtype, device=value.device)
             result = flat.as_strided(size, stride, offset)
     return result.requires_grad_(value.requires_grad)
+
+
+def tried(function: Callable, args: Any, kwargs: Any) -> Any:
+    """Return what a call would return, as fake tensors, under the autocast that is on now; None where it would fail."""
+    fake = functools.partial(empty_like_fake, mode=_template_mode)
+    with expecting_failures(), torch.no_grad():
+        try:
+            args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
+            with _template_mode:
+                return function(*args, **kwargs)
+        except Exception:
+            return None
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from fastft.compat import fsdp
 from fastft.compat.fake_tensors import value_of
 
 Step = tuple[str, Any]  # ("mul", 2.0), ("div", 30.0), ("tanh", None), ("to", torch.float32), ("log_softmax", None)
@@ -158,6 +159,21 @@ class Logits:
         """Whether they are the summands of a KL divergence."""
         return self.steps[-1:] != () and self.steps[-1][0] == "kl_div"
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the hidden states, and of the logits."""
+        return value_of(self.hidden).device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether one of the tensors that they are computed from does."""
+        return any(value.requires_grad for value in self.values)
+
+    def detached(self) -> Logits:
+        """Return the same logits of tensors that lead to no gradient, those that lead to none as they are."""
+        detached = [fsdp.detach(value) if value.requires_grad else value for value in self.values]
+        return replace(self.with_values(detached), trained=(False,) * len(self.trained))
+
     def with_step(self, name: str, operand: Any = None, dtype: torch.dtype | None = None) -> Logits:
         """Return these logits with one more step."""
         return replace(self, steps=(*self.steps, (name, operand)), dtype=dtype or self.dtype)
@@ -176,7 +192,7 @@ class Logits:
         """Compute the logits with the user's own steps."""
         y = self.head.product(self.hidden)
         for name, operand in self.steps:
-            y = run(_STEPS[name], y, *(() if operand is None else (operand,)))
+            y = run(STEPS[name], y, *(() if operand is None else (operand,)))
         return y.transpose(-1, -2) if self.classes_second else y
 
     def softmax_form(self) -> tuple[float, float] | None:
@@ -195,7 +211,7 @@ class Logits:
         return (inner * outer, outer) if capped else (inner, 0.0)
 
 
-_STEPS: dict[str, Callable | str] = {
+STEPS: dict[str, Callable | str] = {
     "mul": torch.mul,
     "div": torch.div,
     "tanh": torch.tanh,

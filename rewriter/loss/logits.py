@@ -59,7 +59,7 @@ def follow(
         return None
     if _exchanges_last(name, args, kwargs, logits.rank):
         return replace(logits, classes_second=True)
-    moved = _on_rows(name, logits, args, kwargs)
+    moved = on_rows(name, logits.rows, logits.head.classes, logits.head.features, args, kwargs)
     if moved is None:
         return None
     function, moved_args = moved
@@ -141,13 +141,19 @@ _LOSSES: dict[str, dict[str, Any]] = {
 Moved = tuple["Callable | str", Sequence[Any]]
 
 
-def _on_rows(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moved | None:
-    """Return the call on hidden states that does to their rows what this call does to those of the logits, or None."""
+def on_rows(
+    name: str, rows: Sequence[Any], classes: int, features: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Moved | None:
+    """Return the call that does to a tensor [*rows, features] what this call does to one [*rows, classes], or None.
+
+    None is for calls that do more than move rows.
+    """
+    rank = len(rows) + 1
     if name in ("getitem", "__getitem__"):
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
-        return (operator.getitem, (index,)) if _keeps_last(index, logits.rank) else None
+        return (operator.getitem, (index,)) if _keeps_last(index, rank) else None
     if name in ("view", "reshape"):
-        return _reshape(logits, args, kwargs)
+        return _reshape(rows, classes, features, args, kwargs)
     names = _LEADING.get(name)
     if names is None or len(args) > len(names):
         return None
@@ -155,7 +161,7 @@ def _on_rows(name: str, logits: Logits, args: Sequence[Any], kwargs: Mapping[str
     options |= dict(zip(names, args, strict=False)) | {_RENAMED.get(key, key): value for key, value in kwargs.items()}
     if set(options) != set(names):
         return None
-    axes = logits.rank + (name == "unsqueeze")
+    axes = rank + (name == "unsqueeze")
     for key in [parameter for parameter in names if parameter.startswith("dim")]:
         dim = options[key]
         if type(dim) is not int or not -axes <= dim < axes or dim % axes == axes - 1:
@@ -178,19 +184,21 @@ def _keeps_last(index: tuple[Any, ...], rank: int) -> bool:
     return index[-1] is not None or taken + 1 < rank
 
 
-def _reshape(logits: Logits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moved | None:
+def _reshape(
+    rows: Sequence[Any], classes: int, features: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Moved | None:
     """Follow view and reshape, both as a reshape: the strides of the hidden states may require a copy."""
     sizes = list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
     if kwargs or not sizes or not all(isinstance(value_of(size), (int, torch.SymInt)) for size in sizes):
         return None
     *leading, last = sizes
     if type(last) is int and last == -1:  # the whole of the last axis, if the others have as many elements as before
-        counts = [math.prod(value_of(size) for size in shape) for shape in (leading, logits.rows)]
+        counts = [math.prod(value_of(size) for size in shape) for shape in (leading, rows)]
         if not statically_known_true(counts[0] == counts[1]):
             return None
-    elif not statically_known_true(value_of(last) == logits.head.classes):
+    elif not statically_known_true(value_of(last) == classes):
         return None
-    return torch.reshape, ((*leading, logits.head.features),)
+    return torch.reshape, ((*leading, features),)
 
 
 @dataclass(frozen=True)

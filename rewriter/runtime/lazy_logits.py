@@ -1,8 +1,9 @@
 """LazyLogits: a tensor subclass with metadata and no storage, computed at the first read.
 
 LazyLogits holds hidden states and a head.  Calls that keep the vocabulary dimension whole (casts, slices along tokens,
-reshapes) return further LazyLogits; a cross entropy, or the log-probabilities of given tokens, is computed in chunks.
-Any other call computes the logits, once, and all later calls use the computed tensor.
+reshapes, elementwise ones) return further LazyLogits; a cross entropy, the log-probabilities of given tokens, or what
+else reduces rows to a few numbers (row_calls.py) is computed in chunks.  Any other call computes the logits, once, and
+all later calls use the computed tensor.
 
 It takes part in autograd like any output of a model: whatever gradient arrives goes on to the hidden states and the
 head, both from the computed tensor and from an autograd.Function that takes the LazyLogits itself as an input.
@@ -11,11 +12,9 @@ head, both from the computed tensor and from an autograd.Function that takes the
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,15 +23,27 @@ from torch.autograd.function import once_differentiable
 
 from fastft.compat import eager, fake_tensors, fsdp
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.fx.effects import names_a_write
 from fastft.rewriter.loss.head import Logits, run
 from fastft.rewriter.loss.logits import CASTS, consume, follow
 from fastft.rewriter.loss.losses import Deferred
+from fastft.rewriter.runtime import row_calls
+from fastft.rewriter.runtime.lazy_source import Family, Source
+from fastft.rewriter.runtime.lazy_writes import (
+    Refused,
+    as_view,
+    before_write,
+    is_read,
+    is_written,
+    scaled_in_place,
+    sharing_memory,
+    writes,
+)
 from fastft.rewriter.runtime.logits_computation import STALE, Computation, changed, is_parameter, unread, versions_of
+from fastft.rewriter.runtime.row_programs import Program
 
-_APART = (
-    "logits are written to in place of which another part was read before: read and write the same tensor, or compile "
-    "with options={'lazy_logits': False}."
+_PASSED = (
+    "a gradient is asked for at logits of which a loss was computed without them: ask for it before that, by "
+    "logits.retain_grad() or logits.register_hook(...), or compile with options={'lazy_logits': False}."
 )
 VIEWS = frozenset(
     ["view", "reshape", "__getitem__", "flatten", "select", "narrow", "unsqueeze", "squeeze", "transpose", "permute"]
@@ -58,45 +69,6 @@ def _metadata() -> frozenset[Any]:
 METADATA = _metadata()
 
 
-@dataclass(eq=False)
-class Source:
-    """What some logits are computed from, and the tensor that they became.
-
-    logits: their tensors are in the autograd graph, or detached where no gradient is wanted.  versions: the tensors
-    with their version counters at that time.  base, view: the logits that these share memory with, and the call that
-    made these from those.
-    """
-
-    logits: Logits
-    computation: Computation
-    chunk_bytes: int
-    reads: Counter[str]
-    versions: list[tuple[Tensor, int]]
-    base: LazyLogits | None = None
-    view: Callable[[Tensor], Tensor] | None = None
-    views: list[weakref.ref[Source]] = field(default_factory=list)
-    values: Tensor | None = None  # detached
-    read: Tensor | None = None  # the tensor that every reader gets
-    written: bool = False
-
-    def numbers(self) -> Tensor:
-        """Return the values of the logits, detached; compute them at the first call and count the read.
-
-        Raises RuntimeError where a tensor that they are computed from has changed.
-        """
-        if self.values is None:
-            self.check()
-            self.reads[_reader()] += 1
-            self.values = self.computation.run(self.logits.values)
-        return self.values.detach()
-
-    def check(self) -> None:
-        """Raise RuntimeError where a tensor has been written to since the model's forward."""
-        self.computation.check()
-        if changed(self.versions):
-            raise RuntimeError(STALE)
-
-
 class LazyLogits(Tensor):
     """Logits [..., V] that are computed when a call needs their values; the module's docstring says which do not."""
 
@@ -106,29 +78,31 @@ class LazyLogits(Tensor):
     @staticmethod
     def __new__(cls, source: Source) -> LazyLogits:
         logits = source.logits
-        made = eager.without_storage(cls, logits.shape, logits.dtype, logits.hidden.device)
+        made = eager.without_storage(cls, logits.shape, logits.dtype, logits.device)
         made.source = source
         return made
 
     @classmethod
-    def of(cls, logits: Logits, chunk_bytes: int, reads: Counter[str], derived: LazyLogits | None = None) -> LazyLogits:
+    def of(
+        cls, logits: Logits | Program, chunk_bytes: int, reads: Counter[str], parents: Sequence[LazyLogits] = ()
+    ) -> LazyLogits:
         """Make lazy logits.  In grad mode, gradients reach the tensors that they are computed from.
 
-        reads: counts the reads by source line.  derived: the lazy logits that these are derived from, if any.
+        reads: counts the reads by source line.  parents: the lazy logits that these are derived from.
         """
         tensors = logits.values
-        if derived is None:
-            versions = versions_of(tensors)
-        else:
-            versions = derived.source.versions
-        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-            detached = logits.with_values([fsdp.detach(tensor) for tensor in tensors])
-            logits = replace(detached, trained=(False,) * len(logits.trained))
+        versions = [noted for parent in parents for noted in parent.source.versions]
+        versions += versions_of(tensors) if not parents else versions_of(_others(tensors, versions))
+        trained = torch.is_grad_enabled() and logits.requires_grad
+        logits = logits if trained else logits.detached()
         parameters = [(tensor, version) for tensor, version in versions if is_parameter(tensor)]
-        computation = Computation(logits.with_values(range(len(logits.values))), parameters)
-        computation.stale = derived is not None and derived.source.computation.stale
+        computation = Computation(logits.with_values(range(len(tensors))), parameters)
+        computation.stale = any(parent.source.computation.stale for parent in parents)
         unread.add(computation)
-        made = _Made.apply(Source(logits, computation, chunk_bytes, reads, versions), *logits.values)
+        source = Source(logits, computation, chunk_bytes, reads, versions)
+        source.family = parents[0].source.family if parents else Family()
+        with torch.set_grad_enabled(trained):
+            made = _Made.apply(source, *logits.values)
         made.node = made.grad_fn
         return made
 
@@ -137,15 +111,22 @@ class LazyLogits(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with eager.as_plain_tensors():
-            lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
-            if lazy is not None and not _is_read(lazy):
-                if func in METADATA or (func is Tensor.register_hook and fsdp.is_hook(args[1])):
-                    return func(*args, **kwargs)
-                result = _lazily(lazy, func, args[1:], kwargs)
+            lazy = args[0] if args and isinstance(args[0], LazyLogits) and not is_read(args[0]) else None
+            if lazy is not None and (func in METADATA or (func is Tensor.register_hook and fsdp.is_hook(args[1]))):
+                return func(*args, **kwargs)
+            if any(one.source.family.passed for one in _asked_for_gradient(func, args, kwargs)):
+                raise RuntimeError(_PASSED)
+            if writes(func, kwargs):
+                if lazy is not None and scaled_in_place(lazy, func, args[1:], kwargs):
+                    return lazy
+                for written in _lazy_in(args[:1], kwargs.get("out")):
+                    _before_write(written)
+            else:
+                unread = fake_tensors.tree_map_only(LazyLogits, _unread, (tuple(args), dict(kwargs)))
+                result = None if lazy is None else _lazily(lazy, func, unread[0][1:], unread[1])
+                result = _by_rows(func, *unread) if result is None else result
                 if result is not None:
                     return result
-            if _writes(func, kwargs):
-                fake_tensors.tree_map_only(LazyLogits, _before_write, (args[:1], kwargs.get("out")))
             args, kwargs = fake_tensors.tree_map_only(LazyLogits, read, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
@@ -157,32 +138,97 @@ class LazyLogits(Tensor):
 
         These are callers that take the tensor itself, such as autograd.Functions.
         """
-        args, kwargs = fake_tensors.tree_map_only(
-            LazyLogits, lambda lazy: lazy.source.numbers(), (tuple(args), kwargs or {})
-        )
+        args, kwargs = fake_tensors.tree_map_only(LazyLogits, _taken, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _taken(lazy: LazyLogits) -> Tensor:
+    """Return the values for a caller below autograd."""
+    return read(lazy).detach() if is_written(lazy) else lazy.source.numbers()
+
+
+def _before_write(lazy: LazyLogits) -> None:
+    """Let these logits, and all that share their memory, become parts of one tensor, which then is written to."""
+    before_write(lazy)
+    for one in sharing_memory(lazy):
+        if torch.is_grad_enabled() and one.requires_grad and one.grad_fn is one.node:
+            read(one)
+            Refused.apply(one)
 
 
 def _lazily(lazy: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """Return the result of a call that needs no values, or only chunks of them; None for any other call."""
     name, source = getattr(func, "__name__", ""), lazy.source
-    if name == "kl_div":  # a teacher's log-probabilities are needed as a tensor
-        args, kwargs = fake_tensors.tree_map_only(LazyLogits, read, (tuple(args), kwargs))
-    if lazy.grad_fn is not lazy.node or _mentions_lazy(args, kwargs):
+    if lazy.grad_fn is not lazy.node or _lazy_in(args, kwargs):
         return None  # another autograd.Function returned it: gradients have to go through that
-    make = functools.partial(LazyLogits.of, chunk_bytes=source.chunk_bytes, reads=source.reads, derived=lazy)
-    widened, copies = _widened(name, source.logits), any(argument is True for argument in (*args, kwargs.get("copy")))
+    if (cuts := row_calls.cuts(name, lazy.shape, args, kwargs)) is not None and not source.program.classes_second:
+        parts = [_lazily(lazy, function, rest, {}) for function, *rest in cuts]
+        return iter(parts) if name == "__iter__" else tuple(parts)
+    make = functools.partial(LazyLogits.of, chunk_bytes=source.chunk_bytes, reads=source.reads, parents=[lazy])
     if name == "detach" and not args and not kwargs:
         with torch.no_grad():
-            return _as_view(make(source.logits), lazy, func, args, kwargs)
+            return as_view(make(source.logits), lazy, func, args, kwargs)
+    if isinstance(source.logits, Program):
+        moved = source.logits.moved(name, args, kwargs) if name in VIEWS else None
+        return lazy if name == "contiguous" else moved and as_view(make(moved), lazy, func, args, kwargs)
+    widened = _widened(name, source.logits)
     followed = follow(name, source.logits, args, kwargs, run, widened)
     if followed is None:
         source.check()
-        return consume(name, source.logits, args, kwargs, _run_whole, source.chunk_bytes, widened)
-    if name == "contiguous" or (name in CASTS and followed.dtype == source.logits.dtype and not copies):
+        return _noted(consume(name, source.logits, args, kwargs, _run_whole, source.chunk_bytes, widened), [lazy])
+    if name == "contiguous" or (_is_cast(name, args, kwargs) and followed.dtype == source.logits.dtype):
         return lazy
     made = make(followed)
-    return _as_view(made, lazy, func, args, kwargs) if name in VIEWS else made
+    return as_view(made, lazy, func, args, kwargs) if name in VIEWS else made
+
+
+def _is_cast(name: str, args: Sequence[Any], kwargs: Any) -> bool:
+    """Return whether a call may return its argument itself."""
+    return name in CASTS and not any(argument is True for argument in (*args, kwargs.get("copy")))
+
+
+def _by_rows(func: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    """Return the result of a call that treats each row by itself, lazy or computed in chunks; None for any other."""
+    lazies = _lazy_in(args, kwargs)
+    if any(lazy.grad_fn is not lazy.node for lazy in lazies) or not _gains(lazies):
+        return None
+    for lazy in lazies:
+        lazy.source.check()
+    source = lazies[0].source
+    args, kwargs = fake_tensors.tree_map_only(LazyLogits, lambda lazy: lazy.source.program, (args, kwargs))
+    result = row_calls.apply(row_calls.Call(func, tuple(args), kwargs, source.chunk_bytes))
+    if not isinstance(result, Program):
+        return _noted(result, lazies)
+    if _is_cast(func.__name__, args[1:], kwargs) and result.dtype == lazies[0].dtype:
+        return lazies[0]
+    return LazyLogits.of(result, source.chunk_bytes, source.reads, lazies)
+
+
+def _noted(result: Any, lazies: Sequence[LazyLogits]) -> Any:
+    """Return what was computed without logits, having noted that gradients pass them by."""
+    if any(tensor.requires_grad for tensor in fake_tensors.tensors_in(result)):
+        for lazy in lazies:
+            lazy.source.family.passed = True
+    return result
+
+
+def _asked_for_gradient(func: Any, args: Sequence[Any], kwargs: Any) -> list[LazyLogits]:
+    """List the logits at which a call asks for a gradient."""
+    if func in (Tensor.retain_grad, Tensor.register_hook):
+        return _lazy_in(args[:1], {})
+    return _lazy_in(args[1:2], kwargs.get("inputs")) if func is torch.autograd.grad else []
+
+
+def _gains(lazies: Sequence[LazyLogits]) -> bool:
+    """Return whether chunks need less memory: not where no gradient is wanted and all logits are one chunk.
+
+    Where weights are sharded, processes have to decide alike, whatever their numbers of rows.
+    """
+    trained = torch.is_grad_enabled() and any(lazy.requires_grad for lazy in lazies)
+    return any(
+        trained or lazy.nbytes > lazy.source.chunk_bytes or any(map(fsdp.is_sharded, lazy.source.logits.values))
+        for lazy in lazies
+    )
 
 
 def _run_whole(function: Callable | str, *args: Any, **kwargs: Any) -> Any:
@@ -191,17 +237,15 @@ def _run_whole(function: Callable | str, *args: Any, **kwargs: Any) -> Any:
     return run(function, *args, **kwargs)
 
 
-def _as_view(made: LazyLogits, base: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> LazyLogits:
-    """Note that ``made``, the result of a call on ``base``, shares memory with it; return ``made``."""
-    made.source.base, made.source.view = base, lambda tensor: func(tensor, *args, **kwargs)
-    base.source.views.append(weakref.ref(made.source))
-    return made
+def _others(tensors: Sequence[Tensor], versions: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """Return those tensors whose versions are not noted yet."""
+    known = {id(tensor) for tensor, _ in versions}
+    return [tensor for tensor in tensors if id(tensor) not in known]
 
 
-def _mentions_lazy(args: Sequence[Any], kwargs: Any) -> bool:
-    lazy: list[Any] = []
-    fake_tensors.tree_map_only(LazyLogits, lazy.append, (tuple(args), kwargs))
-    return bool(lazy)
+def _lazy_in(args: Sequence[Any], kwargs: Any) -> list[LazyLogits]:
+    """List the lazy logits among arguments."""
+    return [one for one in fake_tensors.leaves((args, kwargs)) if isinstance(one, LazyLogits)]
 
 
 def _widened(name: str, logits: Logits) -> torch.dtype | None:
@@ -212,21 +256,15 @@ def _widened(name: str, logits: Logits) -> torch.dtype | None:
     return autocast.dtype_of_loss(name, device, logits.dtype, torch.get_autocast_dtype(device))
 
 
-def _is_read(lazy: LazyLogits) -> bool:
-    """Return whether these logits have become a tensor, or share memory with one that was written to."""
-    base = lazy.source.base
-    return lazy.source.read is not None or (base is not None and _is_written(base))
-
-
-def _is_written(lazy: LazyLogits) -> bool:
-    base = lazy.source.base
-    return lazy.source.written or (base is not None and _is_written(base))
+def _unread(lazy: LazyLogits) -> Tensor:
+    """Return the tensor that these logits have become, or themselves."""
+    return read(lazy) if is_read(lazy) else lazy
 
 
 def read(lazy: LazyLogits) -> Tensor:
     """Return the tensor that these logits become: the same one at every call, so that in-place writes to it persist."""
     source = lazy.source
-    if source.read is None and source.base is not None and _is_written(source.base):
+    if source.read is None and source.base is not None and is_written(source.base):
         assert source.view is not None
         source.read = source.view(read(source.base))
     elif source.read is None and lazy.requires_grad:
@@ -235,43 +273,6 @@ def read(lazy: LazyLogits) -> Tensor:
     elif source.read is None:
         source.read = source.numbers()
     return source.read
-
-
-def _writes(func: Any, kwargs: Any) -> bool:
-    """Return whether a call writes to its first argument, or to ``out``."""
-    return names_a_write(getattr(func, "__name__", "")) or kwargs.get("out") is not None
-
-
-def _before_write(lazy: LazyLogits) -> None:
-    """Mark the base as written to, so that all logits that share its memory become views of one tensor.
-
-    Raises RuntimeError where some of them were read as separate tensors before.
-    """
-    source = lazy.source
-    if source.base is not None and not _is_written(source.base):
-        if source.read is not None:
-            raise RuntimeError(_APART)
-        _before_write(source.base)
-    elif source.base is None and not source.written:
-        if any(view.read is not None for view in _all_views(source)):
-            raise RuntimeError(_APART)
-        source.written = True
-
-
-def _all_views(source: Source) -> list[Source]:
-    own = [view for reference in source.views if (view := reference()) is not None]
-    return own + [deeper for view in own for deeper in _all_views(view)]
-
-
-def _reader() -> str:
-    """Return ``file:line`` of the code that reads: the innermost frame that is in neither torch nor this package."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "").split(".")[0]
-        if name not in ("torch", "fastft", "contextlib", "functools"):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown"
 
 
 class _Made(torch.autograd.Function):

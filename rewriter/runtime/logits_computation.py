@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastft.compat import eager, fsdp
 from fastft.rewriter.loss.head import Logits
+
+if TYPE_CHECKING:
+    from fastft.rewriter.runtime.row_programs import Program
 
 STALE = (
     "these logits are computed when they are read, but what they are made of has changed since the model's forward: "
@@ -35,7 +38,7 @@ class Computation:
     that time.  stale: whether an optimizer has changed one of them since.
     """
 
-    bare: Logits
+    bare: Logits | Program
     parameters: list[tuple[Tensor, int]]
     stale: bool = False
     leaves: list[Tensor] = field(default_factory=list)  # detached, one for each tensor

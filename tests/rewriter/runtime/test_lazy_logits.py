@@ -155,6 +155,7 @@ def out_of(logits: Tensor) -> Tensor:
 
 
 def differentiated(logits: Tensor) -> Tensor:
+    logits.retain_grad()
     (grad,) = torch.autograd.grad(logits.pow(2).sum(), logits, retain_graph=True)
     return (grad * logits).sum()
 
@@ -242,8 +243,8 @@ def test_whatever_reads_them(name: str, bias: bool) -> None:
 def test_they_are_computed_once_and_reported() -> None:
     model = Model()
     logits = compiled(model)(IDS)
-    first = logits + 0.0
-    assert torch.equal(first, logits * 1.0)
+    first = logits.cumprod(-1)
+    assert torch.equal(first, logits.cumprod(-1))
     (graph,) = [graph for graph in fastft.compilations().graphs if graph.deferred][-1:]
     assert graph.deferred == ["head"]
     assert list(graph.reads.values()) == [1]
@@ -263,6 +264,39 @@ def test_they_are_tensors() -> None:
         assert getattr(logits, tell)() == getattr(own, tell)(), tell
     assert logits.source.read is None
     assert repr(logits).startswith("tensor(")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda loss, logits: torch.autograd.grad(loss, logits, allow_unused=True),
+        lambda loss, logits: logits.retain_grad(),
+        lambda loss, logits: logits.register_hook(lambda grad: 2 * grad),
+    ],
+    ids=["grad", "retain_grad", "hook"],
+)
+@pytest.mark.parametrize("use", [FUSED["sum"], READ["sum"]], ids=["fused", "rows"])
+def test_a_gradient_that_passed_them_by_is_an_error(use: Callable, ask: Callable) -> None:
+    logits = compiled(Model())(IDS)
+    loss = use(logits)
+    with pytest.raises(RuntimeError, match="ask for it before that"):
+        ask(loss, logits)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, :-1]], ids=["itself", "a_part"])
+def test_a_function_that_takes_what_was_written_to_is_an_error(view: Callable) -> None:
+    """Before the write or after it, as eager PyTorch refuses the former."""
+    model = Model()
+    logits = compiled(model)(IDS)
+    part = view(logits)
+    before = Square.apply(part)
+    logits.exp_()
+    after = Square.apply(part)
+    torch.testing.assert_close(after.detach(), view(model(IDS).detach()).exp() ** 2)
+    with pytest.raises(RuntimeError, match="and its gradient would not know of that"):
+        after.sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.sum().backward()
 
 
 def test_copies_are_ordinary_tensors() -> None:
@@ -358,7 +392,7 @@ def test_a_frozen_head_can_be_read_after_the_step() -> None:
 def test_a_write_to_what_was_read_apart_is_an_error() -> None:
     logits = compiled(Model())(IDS)
     part = logits[:, :-1]
-    part.sum()
+    part.sort()
     with pytest.raises(RuntimeError, match="written to in place"):
         logits.mul_(2.0)
 
