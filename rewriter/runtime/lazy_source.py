@@ -85,7 +85,7 @@ def _reader() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "").split(".")[0]
-        if name not in ("torch", "fastft", "contextlib", "functools"):
+        if name not in ("torch", "fastft", "triton", "contextlib", "functools"):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"

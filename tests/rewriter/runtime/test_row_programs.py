@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -350,6 +352,39 @@ def test_chunks_of_any_size_and_what_is_frozen(rows: int, frozen: str) -> None:
         value.requires_grad_(frozen != "all" and frozen not in name)
     for use in (READS["entropy"], READS["focal_by_hand"], READS["selective"]):
         assert_same(run, model, use, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("head", ["adapted", "in_4_bits", "in_4_bits_adapted"])
+def test_heads_of_other_kinds(head: str) -> None:
+    """Against the same model with a dense weight."""
+    model, _ = another()
+    model.float()
+    dense = copy.deepcopy(model)
+    if head != "adapted":
+        model.head, dense.head.weight.data = in_4_bits(model.head)
+        dense.head.requires_grad_(False)
+    if head != "in_4_bits":
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["head"])
+        model, dense = get_peft_model(model, config), get_peft_model(dense, config)
+        for one, other in zip(model.parameters(), dense.parameters(), strict=True):
+            if one.requires_grad:
+                nn.init.normal_(one, std=0.1)
+                other.data.copy_(one.data)
+    run = unread(lazily(model))
+    for name in ("entropy", "selective", "z"):
+        (mine, grads), (other, others) = gradients(run, model, READS[name]), gradients(dense, dense, READS[name])
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        for one, expected in zip(grads, others, strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
+
+
+def in_4_bits(dense: nn.Linear) -> tuple[nn.Module, Tensor]:
+    """A layer in 4 bits of this one's weight, and the weight that it has."""
+    made = bitsandbytes.nn.Linear4bit(H, V, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    made.weight = bitsandbytes.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
+    made = made.to("cpu")
+    made.weight = made.weight.to("cpu")
+    return made, bitsandbytes.functional.dequantize_4bit(made.weight.data, made.weight.quant_state)
 
 
 def test_of_two_models() -> None:
