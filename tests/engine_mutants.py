@@ -278,6 +278,18 @@ ENGINE = (
         ("a mask that is made later", "loss/token_statistics._stays", "nodes[masked.mask] > nodes[node] or ", ""),
         ("places left out at the beginning", "loss/token_statistics._skip", "(0, masked.left_out)", "(masked.left_out, 0)"),
         ("casts forgotten", "loss/token_statistics._unflattened", "masked.casts.insert(0, node)", "pass"),
+        LOSSES, "runtime/row_programs",
+        ("the last chunk's gradient alone", "runtime/row_programs.add", "self.sum += grad", "self.sum = grad"),
+        ("constants that are trained", "runtime/row_calls._program", "if leads and not trained and", "if leads and trained and"),
+        ("rows along the first axis", "runtime/row_calls._is_last", "dim in (-1, rank - 1)", "dim in (-1, 0, rank - 1)"),
+        ("ignored labels weigh", "runtime/row_calls._count", "torch.where(valid, weight[torch.where(valid, target, 0)], 0)", "weight[torch.where(valid, target, 0)]"),
+        ("scaled where others look", "runtime/lazy_writes.scaled_in_place", "source.base is not None or _all_views(lazy) or ", ""),
+        ("scaled and forgotten", "runtime/lazy_source.numbers", "for name, number in self.scales:", "for name, number in ():"),
+    ),
+    *_of(
+        LOSSES, "runtime/lazy_logits",
+        ("a gradient asked for too late", "runtime/lazy_logits._noted", "family.passed = True", "family.passed = False"),
+        ("functions that take what was written to", "runtime/lazy_logits._before_write", "Refused.apply(one)", "pass"),
     ),
     *_of(
         ROWS, "rows/proof",

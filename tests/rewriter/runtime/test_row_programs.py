@@ -544,3 +544,32 @@ def test_errors_are_those_of_the_call() -> None:
         logits * torch.ones(V + 1)
     with pytest.raises(IndexError, match="Dimension out of range"):
         logits.logsumexp(5)
+
+
+WHOLE: dict[str, Use] = {
+    "over_tokens": lambda x: x.softmax(1).square().sum(1) + x.sum(0).amax(0),
+    "over_sequences": lambda x: x.logsumexp(0),
+    "largest_of_all": lambda x: x.max(),
+    "stacked_otherwise": lambda x: torch.stack([x, 2 * x], 1).logsumexp(1).sum(-1),
+    "joined": lambda x: torch.cat([x, x * 2], 1).softmax(-1).amax(-1),
+    "turned": lambda x: x.transpose(1, 2).softmax(1).square().sum(1),
+    "sorted": lambda x: x.exp().sort(-1).values[..., :3],
+    "a_larger_operand": lambda x: (x[0] * torch.stack([TEACHER[0], TEACHER[1]])).sum(-1),
+    "a_weight_of_each_row": lambda x: torch.bmm(x, TEACHER.transpose(1, 2)),
+    "classes_of_each": lambda x: x[:, torch.arange(14), LABELS[0]],
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_needs_all_of_them_is_right_and_told(name: str) -> None:
+    model, run = built()
+    seen: list[LazyLogits] = []
+
+    def told(ids: Tensor) -> LazyLogits:
+        seen.append(run(ids))
+        seen[0].source.reads = Counter()
+        return seen[0]
+
+    assert_same(told, model, WHOLE[name], rtol=1e-9, atol=1e-10)
+    assert all("test_row_programs.py" in line for line in seen[0].source.reads)
+    assert seen[0].source.reads.total() >= 1
