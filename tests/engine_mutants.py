@@ -280,7 +280,7 @@ ENGINE = (
         ("casts forgotten", "loss/token_statistics._unflattened", "masked.casts.insert(0, node)", "pass"),
         LOSSES, "runtime/row_programs",
         ("the last chunk's gradient alone", "runtime/row_programs.add", "self.sum += grad", "self.sum = grad"),
-        ("constants that are trained", "runtime/row_calls._program", "if leads and not trained and", "if leads and trained and"),
+        ("constants that are trained", "runtime/row_calls._program", "if leads and not trained and", "if leads and trained is None and"),
         ("rows along the first axis", "runtime/row_calls._is_last", "dim in (-1, rank - 1)", "dim in (-1, 0, rank - 1)"),
         ("ignored labels weigh", "runtime/row_calls._count", "torch.where(valid, weight[torch.where(valid, target, 0)], 0)", "weight[torch.where(valid, target, 0)]"),
         ("scaled where others look", "runtime/lazy_writes.scaled_in_place", "source.base is not None or _all_views(lazy) or ", ""),

@@ -425,7 +425,8 @@ def test_in_place_where_others_share_the_memory() -> None:
         copied, kept = x.exp(), x.double()
         x.mul_(0.5)
         x /= 0.3
-        return copied.sum(-1) + x.softmax(-1).amax(-1) + Tripled.apply(x).square().sum(-1) + kept.logsumexp(-1)
+        by_rows = copied.sum(-1) + x.softmax(-1).amax(-1) + kept.logsumexp(-1)
+        return by_rows + Tripled.apply(x).square().sum(-1) + x.sort(-1).values[..., :3].exp().sum(-1)
 
     model, run = built()
     for one in (use, alone):
@@ -548,7 +549,7 @@ def test_errors_are_those_of_the_call() -> None:
 
 WHOLE: dict[str, Use] = {
     "over_tokens": lambda x: x.softmax(1).square().sum(1) + x.sum(0).amax(0),
-    "over_sequences": lambda x: x.logsumexp(0),
+    "over_sequences": lambda x: flat(x).softmax(0).view(*SHAPE, V)[1] * x.logsumexp(0),
     "largest_of_all": lambda x: x.max(),
     "stacked_otherwise": lambda x: torch.stack([x, 2 * x], 1).logsumexp(1).sum(-1),
     "joined": lambda x: torch.cat([x, x * 2], 1).softmax(-1).amax(-1),
