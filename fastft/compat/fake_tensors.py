@@ -164,13 +164,10 @@ def empty_like_fake(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def tried(function: Callable, args: Any, kwargs: Any) -> Any:
-    """Return what a call would return, as fake tensors, under the autocast that is on now; None where it would fail."""
-    fake = functools.partial(empty_like_fake, mode=_template_mode)
-    with expecting_failures(), torch.no_grad():
+    """Return what a call on such fake tensors returns, under the autocast that is on now; None where it fails."""
+    with expecting_failures(), torch.no_grad(), _template_mode:
         try:
-            args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
-            with _template_mode:
-                return function(*args, **kwargs)
+            return function(*args, **kwargs)
         except Exception:
             return None
 

@@ -39,6 +39,7 @@ from fastft.rewriter.runtime.lazy_writes import (
     writes,
 )
 from fastft.rewriter.runtime.logits_computation import STALE, Computation, changed, is_parameter, unread, versions_of
+from fastft.rewriter.runtime.row_call import Call
 from fastft.rewriter.runtime.row_programs import Program
 
 _PASSED = (
@@ -196,7 +197,7 @@ def _by_rows(func: Any, args: Sequence[Any], kwargs: Any) -> Any:
         lazy.source.check()
     source = lazies[0].source
     args, kwargs = fake_tensors.tree_map_only(LazyLogits, lambda lazy: lazy.source.program, (args, kwargs))
-    result = row_calls.apply(row_calls.Call(func, tuple(args), kwargs, source.chunk_bytes))
+    result = row_calls.apply(Call(func, tuple(args), kwargs, source.chunk_bytes))
     if not isinstance(result, Program):
         return _noted(result, lazies)
     if _is_cast(func.__name__, args[1:], kwargs) and result.dtype == lazies[0].dtype:

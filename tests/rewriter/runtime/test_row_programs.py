@@ -191,6 +191,8 @@ READS: dict[str, Use] = {
     "weighted_module": lambda x: nn.CrossEntropyLoss(weight=WEIGHT)(x.transpose(1, 2), PADDED),
     "weighted_nll": lambda x: F.nll_loss(flat(x).log_softmax(-1), PADDED.reshape(-1), weight=WEIGHT),
     "shares": lambda x: F.cross_entropy(flat(x), flat(TEACHER_SHARES), weight=WEIGHT, label_smoothing=0.1),
+    "of_a_program": lambda x: F.cross_entropy(flat(x - SHARE[..., None]), PADDED.reshape(-1), label_smoothing=0.1),
+    "one_class_each": lambda x: F.nll_loss(flat(x).softmax(-1).log(), PADDED.reshape(-1)) + x[0, 1].softmax(0)[3],
     "z": lambda x: (x.logsumexp(-1) ** 2).mean() + F.cross_entropy(flat(x), LABELS.reshape(-1)),
     "label_smoother": lambda x: LabelSmoother(0.1)({"logits": x}, PADDED, shift_labels=True),
     "smoothed_by_hand": smoothed_by_hand,
