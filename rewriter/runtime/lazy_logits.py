@@ -92,8 +92,8 @@ class LazyLogits(Tensor):
         reads: counts the reads by source line.  parents: the lazy logits that these are derived from.
         """
         tensors = logits.values
-        versions = [noted for parent in parents for noted in parent.source.versions]
-        versions += versions_of(tensors) if not parents else versions_of(_others(tensors, versions))
+        known = {id(noted[0]): noted for parent in parents for noted in parent.source.versions}
+        versions = [*known.values(), *versions_of([tensor for tensor in tensors if id(tensor) not in known])]
         trained = torch.is_grad_enabled() and logits.requires_grad
         logits = logits if trained else logits.detached()
         parameters = [(tensor, version) for tensor, version in versions if is_parameter(tensor)]
@@ -236,12 +236,6 @@ def _run_whole(function: Callable | str, *args: Any, **kwargs: Any) -> Any:
     """Run a call, with what is sharded as a whole."""
     args, kwargs = fake_tensors.tree_map_only(Tensor, fsdp.whole, (args, kwargs))
     return run(function, *args, **kwargs)
-
-
-def _others(tensors: Sequence[Tensor], versions: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    """Return those tensors whose versions are not noted yet."""
-    known = {id(tensor) for tensor, _ in versions}
-    return [tensor for tensor in tensors if id(tensor) not in known]
 
 
 def _lazy_in(args: Sequence[Any], kwargs: Any) -> list[LazyLogits]:

@@ -369,7 +369,10 @@ class _Total:
 
 
 def _through(whole: Tensor, leaf: Tensor, grad: Tensor | None) -> Tensor | None:
-    """Return the gradient of a tensor that may be sharded, from that of the whole one."""
-    if grad is None or whole is leaf:
+    """Return the gradient of a tensor that may be sharded, from that of the whole one.
+
+    Of a sharded one every process has to ask for it: there, None is zeros.
+    """
+    if whole is leaf:
         return grad
-    return torch.autograd.grad(whole, leaf, grad)[0]
+    return torch.autograd.grad(whole, leaf, torch.zeros_like(whole) if grad is None else grad)[0]
