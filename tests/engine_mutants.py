@@ -278,6 +278,8 @@ ENGINE = (
         ("a mask that is made later", "loss/token_statistics._stays", "nodes[masked.mask] > nodes[node] or ", ""),
         ("places left out at the beginning", "loss/token_statistics._skip", "(0, masked.left_out)", "(masked.left_out, 0)"),
         ("casts forgotten", "loss/token_statistics._unflattened", "masked.casts.insert(0, node)", "pass"),
+    ),
+    *_of(
         LOSSES, "runtime/row_programs",
         ("the last chunk's gradient alone", "runtime/row_programs.add", "self.sum += grad", "self.sum = grad"),
         ("constants that are trained", "runtime/row_call.program_of_call", "if leads and not trained and", "if leads and trained is None and"),
