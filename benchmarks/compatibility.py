@@ -34,7 +34,8 @@ import report
 Row = dict[str, Any]
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 GROUPS = {
-    "models": "Models", "loops": "Loops", "trainers": "Trainers", "optimizers": "Optimizers", "devices": "Many devices",
+    "models": "Models", "loops": "Loops", "trainers": "Trainers", "preference": "Preferences, rewards and teachers",
+    "optimizers": "Optimizers", "devices": "Many devices",
 }  # fmt: skip
 NOT_WORKING = (
     ("`torch_compile_backend=\"fastft\"`, `accelerate launch --dynamo_backend fastft`",

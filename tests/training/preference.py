@@ -188,31 +188,31 @@ def shared(setting: Setting, **more: Any) -> dict[str, Any]:
 
 
 def sft(setting: Setting) -> Any:
-    """`SFTTrainer`"""
+    """TRL `SFTTrainer`"""
     config = SFTConfig(**settings(setting))
     return SFTTrainer(args=config, train_dataset=columns("completion"), **shared(setting))
 
 
 def dpo(setting: Setting) -> Any:
-    """`DPOTrainer`, the reference without its adapter"""
+    """TRL `DPOTrainer`, the reference without its adapter"""
     config = DPOConfig(**settings(setting, beta=0.5))
     return DPOTrainer(args=config, train_dataset=columns("chosen", "rejected"), **shared(setting))
 
 
 def kto(setting: Setting) -> Any:
-    """`KTOTrainer`"""
+    """TRL `KTOTrainer`"""
     data = columns("completion").add_column("label", [True, False] * (ROWS * STEPS // 2))
     return KTOTrainer(args=KTOConfig(**settings(setting, beta=0.5)), train_dataset=data, **shared(setting))
 
 
 def orpo(setting: Setting) -> Any:
-    """`ORPOTrainer` (experimental)"""
+    """TRL `ORPOTrainer` (experimental)"""
     config = ORPOConfig(**settings(setting, max_length=64))
     return ORPOTrainer(args=config, train_dataset=columns("chosen", "rejected"), **shared(setting))
 
 
 def reward(setting: Setting) -> Any:
-    """`RewardTrainer`"""
+    """TRL `RewardTrainer`"""
     given = shared(setting, model=policy(setting, LlamaForSequenceClassification, num_labels=1))
     given["peft_config"].task_type = "SEQ_CLS"
     return RewardTrainer(args=RewardConfig(**settings(setting)), train_dataset=columns("chosen", "rejected"), **given)
@@ -224,13 +224,13 @@ def score(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
 
 
 def grpo(setting: Setting) -> Any:
-    """`GRPOTrainer`, generation and reference included"""
+    """TRL `GRPOTrainer`, generation and reference included"""
     config = GRPOConfig(**settings(setting, beta=0.5, num_generations=ROWS, max_completion_length=ANSWER))
     return GRPOTrainer(args=config, train_dataset=columns(), reward_funcs=score, **shared(setting))
 
 
 def rloo(setting: Setting) -> Any:
-    """`RLOOTrainer`, generation and reference included"""
+    """TRL `RLOOTrainer`, generation and reference included"""
     config = RLOOConfig(**settings(setting, beta=0.5, num_generations=ROWS, max_completion_length=ANSWER))
     return RLOOTrainer(args=config, train_dataset=columns(), reward_funcs=score, **shared(setting))
 
@@ -244,13 +244,13 @@ def teacher(setting: Setting) -> Any:
 
 
 def distillation(setting: Setting) -> Any:
-    """`DistillationTrainer`, generation included"""
+    """TRL `DistillationTrainer`, generation included"""
     config = DistillationConfig(**settings(setting, max_completion_length=ANSWER))
     return DistillationTrainer(args=config, train_dataset=columns(), teacher_model=teacher(setting), **shared(setting))
 
 
 def gkd(setting: Setting) -> Any:
-    """`GKDTrainer` (experimental), on the dataset's answers; the teacher compiled too"""
+    """TRL `GKDTrainer` (experimental), on the dataset's answers; the teacher compiled too"""
 
     def collate(rows: Any) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["ids"] for row in rows])
