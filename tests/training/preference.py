@@ -104,6 +104,7 @@ def memory_of(profiled: Any) -> Memory:
 class Scenario:
     """Trains with a trainer; what is seen are its losses, and what every trained parameter moved by, along a line.
 
+    One is added to losses: RLOO's is nothing but rounding, as what a group's answers gain sums to zero.
     memory: of each run.
     """
 
@@ -125,7 +126,7 @@ class Scenario:
                 tiles.enter_context(mock.patch(name, size))
             made.train()
         self.memory.append(watch.memory)
-        seen = [float(row[name]) for row in made.state.log_history for name in HISTORY if name in row]
+        seen = [float(row[name]) + 1 for row in made.state.log_history for name in HISTORY if name in row]
         generator = torch.Generator().manual_seed(0)
         for old, new in zip(before, trained(made.model), strict=True):
             line = torch.randn(old.shape, generator=generator)
