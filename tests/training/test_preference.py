@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,8 +19,12 @@ OWN_HEAD = {"sft", "dpo", "kto", "grpo", "rloo"}  # trainers whose head is TRL's
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(history, "_graphs", deque(maxlen=history.LIMIT))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # generation is thousands of tiny calls: beside other processes, threads wait for threads
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("scenario", preference.PREFERENCE, ids=lambda one: one.__name__)
