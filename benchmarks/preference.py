@@ -97,7 +97,8 @@ def main() -> None:
     if options.show:
         rows = [row for path in options.show for row in json.loads(path.read_text())]
         for title in dict.fromkeys(title_of([row]) for row in rows):
-            show([row for row in rows if title_of([row]) == title])
+            mine = [row for row in rows if title_of([row]) == title]
+            show(sorted(mine, key=lambda row: list(CONTENDERS).index(row["contender"])))
         return
     with tempfile.TemporaryDirectory() as folder:
         options.folder = str(options.folder or folder)
