@@ -15,9 +15,8 @@ from torch.fx import GraphModule, Node
 
 from fastft.compat import operators
 from fastft.rewriter.fx.metadata import name_of
-from fastft.rewriter.loss.logits import CASTS
 
-_IN_ANY_MODE = frozenset((*CASTS, "getitem", "view", "detach"))
+_IN_ANY_MODE = frozenset(("to", "float", "half", "bfloat16", "double", "type_as", "getitem", "view", "detach"))
 
 
 def take_out(gm: GraphModule) -> list[tuple[Any, ...]]:

@@ -209,18 +209,32 @@ def test_a_loss_of_the_routing(family: Family) -> None:
 
 @pytest.mark.slow
 @by_name(UNDERSTOOD[:1])
+def test_losses_without_gradients(family: Family) -> None:
+    """As in an evaluation: also those leave padding out, in train and in eval mode."""
+    model, eager = pair(family)
+    compiled, inputs = Compiled(model), batch("right")
+    for train in (True, False):
+        with torch.no_grad():
+            mine, other = (one.train(train)(**inputs) for one in (model, eager))
+        torch.testing.assert_close(mine.loss, other.loss, rtol=1e-5, atol=1e-5)
+        read = inputs["attention_mask"].bool()
+        torch.testing.assert_close(mine.logits[read], other.logits[read], rtol=1e-4, atol=2e-5)
+        rows, live = compiled.rows.last
+        assert live < rows
+
+
+@pytest.mark.slow
+@by_name(UNDERSTOOD[:1])
 def test_what_is_never_left_out(family: Family) -> None:
-    """Without gradients, in eval mode, and where it is switched off."""
+    """Without labels or gradients, as where a model generates, and where it is switched off."""
     model, _ = pair(family)
     compiled, inputs = Compiled(model), batch("right")
+    without = {name: value for name, value in inputs.items() if name != "labels"}
     with torch.no_grad():
-        loss = model(**inputs).loss
-    assert compiled.rows is None
-    torch.testing.assert_close(loss, model(**inputs).loss.detach())
-    model, _ = pair(family)
-    compiled = Compiled(model.eval())
-    model(**inputs)
-    assert compiled.rows is None
+        model(**without)
+        assert compiled.rows is None
+        model.eval()(**without)
+        assert compiled.rows is None
     model, _ = pair(family)
     compiled = Compiled(model, skip_padding=False)
     model(**inputs)
