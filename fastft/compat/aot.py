@@ -43,6 +43,11 @@ def isolated_tracing_context(inputs: Iterable[Any]) -> Iterator[FakeTensorMode]:
         yield mode
 
 
+def backward_without_autocast() -> AbstractContextManager:
+    """Have backwards traced in no autocast, as eager runs them, and not in that which is on now."""
+    return torch._functorch.config.patch(backward_pass_autocast="off")
+
+
 def tracing_in(mode: FakeTensorMode) -> AbstractContextManager:
     """Enter the tracing context that Dynamo has around a backend, with this mode of fake tensors."""
     return tracing(TracingContext(mode))

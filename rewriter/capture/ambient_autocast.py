@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fastft.compat import operators
+from fastft.compat import aot, operators
 from fastft.rewriter.fx.metadata import name_of
 
 _IN_ANY_MODE = frozenset(("to", "float", "half", "bfloat16", "double", "type_as", "getitem", "view", "detach"))
@@ -34,8 +34,10 @@ def take_out(gm: GraphModule) -> list[tuple[Any, ...]]:
 
 @contextmanager
 def entered(modes: Sequence[tuple[Any, ...]]) -> Iterator[None]:
-    """Enter these autocasts."""
+    """Enter these autocasts, for forwards alone: a backward runs in the mode in which it is called."""
     with ExitStack() as stack:
+        if modes:
+            stack.enter_context(aot.backward_without_autocast())
         for kind, dtype, enabled, cache in modes:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
         yield

@@ -108,7 +108,8 @@ def _masked(node: Node, call: dict[str, Any]) -> _Masked | None:
         return None
     ((mask, kept),) = masks
     masked = _Masked(call["hidden"], flattened, mask, kept, results=found, values=[*values, mask])
-    fits = isinstance(value_of(mask), Tensor) and same_sizes(value_of(mask).shape, shape)
+    value = value_of(mask)
+    fits = isinstance(value, Tensor) and value.dtype == torch.bool and same_sizes(value.shape, shape)
     return masked if fits and _unflattened(masked, shape) else None
 
 

@@ -172,7 +172,7 @@ def _live_run(
         left = [node for node in made if node in read]
         parts.append(Part(stitch.chain(part, calls, taken, tuple(left)), taken, left))
     later = {node for piece in (*among, *rest) for node in piece.nodes}
-    wanted = dict.fromkeys((*parts[0].taken, *parts[1].taken, live.hidden, *live.labels, *outputs))
+    wanted = dict.fromkeys((*parts[0].taken, *parts[1].taken, live.hidden, *live.labels, *live.read, *outputs))
     carried = [node for node in wanted if isinstance(node, Node) and node.op != "placeholder" and node not in later]
     first = Part(stitch.chain(before, calls, given, tuple(carried)), given, carried)
     choice = RowChoice(live, report.rows or RowsReport(), next(iter(graphs), None))

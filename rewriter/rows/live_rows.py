@@ -131,7 +131,8 @@ def prepare(
         for body in region for node in body.graph.find_nodes(op="call_function", target=_ATTENTION)
     ]  # fmt: skip
     labels = _labels(losses, sizes)
-    by_labels = (bool(zeros) or not rest) if asked else not deferred
+    returned = _check_outputs(gm, {*after} - {*zeros}, sizes, deferred, [one.node for one in attentions], asked)
+    by_labels = (bool(zeros) or not rest) if asked else not deferred and not returned
     guards = symbolic.LaterGuards(value_of(hidden).shape[1])
     live = LiveRows(sizes, hidden, first, rest[0] if rest else None, first, None, [], [], labels, by_labels, guards)
     if share:
@@ -143,7 +144,6 @@ def prepare(
         and not any(one.outer[name] is not None for one in attentions for name in _VECTORS)
     ):
         raise Declined("no mask tells what is padding, and logits of any token may be read", "rows.unmasked")
-    _check_outputs(gm, {*after} - {*zeros}, sizes, deferred, [one.node for one in attentions], asked)
     _check_moves(after, sizes, labels)
     # Nothing is declined from here on.
     for node in hoisted:
@@ -159,7 +159,7 @@ def prepare(
     live.masks = list(masks.values())
     if share:
         ranges = [node for mask in live.masks for node in (mask.start, mask.end)]
-        live.read = shared_rows.read(dict.fromkeys(after), sizes, {*ranges, *labels, live.copies})
+        live.read = shared_rows.compared(dict.fromkeys(after), sizes, {*ranges, *labels, live.copies})
     return live
 
 
@@ -290,8 +290,12 @@ def _restricted(calls: Calls, body: GraphModule, node: Node, sizes: RowSizes, fi
 def _check_outputs(
     gm: GraphModule, after: set[Node], sizes: RowSizes, deferred: Sequence[int], attentions: Sequence[Node],
     asked: bool,
-) -> None:  # fmt: skip
-    """Check that no hidden states leave the graph but for their logits, unless the user says so.  Raises Declined."""
+) -> bool:  # fmt: skip
+    """Check that no hidden states leave the graph but for their logits, unless the user says so.  Raises Declined.
+
+    Returns whether keys and values leave it.
+    """
+    returned = False
     caches = {node.args[PARAMETERS.index(name)] for node in attentions for name in ("key", "value")}
     for position, node in enumerate(gm.graph.output_node().args[0]):  # type: ignore[arg-type]
         if not isinstance(node, Node) or node not in after:
@@ -303,6 +307,8 @@ def _check_outputs(
             continue
         if not caches.intersection(_sources(gm, node)):
             raise Declined(f"{node.name} leaves the graph", "rows.returned")
+        returned = True
+    return returned
 
 
 def _check_moves(after: Sequence[Node], sizes: RowSizes, labels: dict[Node, int]) -> None:

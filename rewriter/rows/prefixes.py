@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastft.rewriter.rows.selection import Facts, Look, Ranges, Selection, bounds
 
-MOST_PAIRS = 2**25  # of sequences, times rows: of batches with more nothing is compared
+MOST_PAIRS = 2**24  # of sequences, times places, that are compared at once
 COLUMNS = 512  # of rows that are compared at once
 FACTOR, PRIME = 0x9E3779B1, 65521  # of the sums by which rows are told apart
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -27,13 +27,25 @@ def owners(looked: Look, counted: Tensor | None, masks: Sequence[Ranges], read: 
     """
     B, S = looked.live.shape
     own = torch.arange(B, device=looked.live.device)[:, None].expand(B, S)
-    if B < 2 or B * B * S > MOST_PAIRS:
+    if B < 2:
         return own
     alike = numbered(_described(looked, masks, read))  # [B, S]
-    same = (alike[:, None] != alike[None]).cumsum(-1, dtype=torch.int32) == 0  # [B, B, S], up to each place
     may = looked.live if counted is None else looked.live & ~counted
-    first = (same & may[None]).to(torch.uint8).argmax(1)
+    first = own.clone()
+    differ = torch.zeros(B, B, dtype=torch.int32, device=own.device)  # at how many places so far
+    for places in _few(B, S):
+        here = alike[:, places]
+        differences = (here[:, None] != here[None]).cumsum(-1, dtype=torch.int32) + differ[..., None]  # [B, B, N]
+        first[:, places] = ((differences == 0) & may[None, :, places]).to(torch.uint8).argmax(1)
+        differ = differences[..., -1]
     return torch.where(may, first, own)
+
+
+def _few(B: int, S: int) -> Iterator[slice]:
+    """Yield places in parts, for each of which all pairs of B sequences are compared at once."""
+    step = max(1, MOST_PAIRS // (B * B))
+    for start in range(0, S, step):
+        yield slice(start, min(start + step, S))
 
 
 def _described(looked: Look, masks: Sequence[Ranges], read: Sequence[Tensor]) -> list[Tensor]:
@@ -46,6 +58,8 @@ def _described(looked: Look, masks: Sequence[Ranges], read: Sequence[Tensor]) ->
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor).flatten(2)
     if tensor.dtype == torch.bool:
         return tensor.to(torch.uint8)
     return tensor.contiguous().view(_INTEGERS[tensor.element_size()]) if tensor.is_floating_point() else tensor
@@ -64,7 +78,8 @@ def numbered(described: Sequence[Tensor]) -> Tensor:
             at = torch.arange(start + place, start + place + part.shape[-1], device=one.device)
             weights = (at * FACTOR % PRIME).to(torch.int32)
             total = total * 31 + (part.to(torch.int32) * weights).sum(-1, dtype=torch.int64)
-    first = (total[:, None] == total[None]).to(torch.uint8).argmax(1)  # [B, S]
+    parts = [total[:, places] for places in _few(B, S)]
+    first = torch.cat([(part[:, None] == part[None]).to(torch.uint8).argmax(1) for part in parts], 1)  # [B, S]
     equal = torch.ones(B, S, dtype=torch.bool, device=total.device)
     other = (first * S + torch.arange(S, device=total.device)).flatten()
     for one in described:

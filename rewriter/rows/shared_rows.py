@@ -47,9 +47,16 @@ def _refusal(
         if may_use_rng(node) and not operators.is_higher_order(node.target):
             return Reason(f"{name_of(node.target)} draws for each row ({source_line(node)})", "rows.unshared")
     for node in read(after, sizes):
-        if not _looked_up(node, sizes):
+        if _looked_up(node, sizes) is None:
             return Reason(f"the gradient of {node.name} is one for each sequence", "rows.unshared")
     return ""
+
+
+def compared(after: Collection[Node], sizes: RowSizes, besides: Collection[Node | None]) -> list[Node]:
+    """List the rows that have to be equal where they are shared: what calls read, and numbers of what is trained."""
+    found = read(after, sizes, besides)
+    numbers = [number for node in found for number in _looked_up(node, sizes) or ()]
+    return list(dict.fromkeys((*found, *numbers)))
 
 
 def read(after: Collection[Node], sizes: RowSizes, besides: Collection[Node | None] = ()) -> list[Node]:
@@ -67,17 +74,26 @@ def _by_rows(node: Node, sizes: RowSizes) -> bool:
     return "bs" in axes or ("b" in axes and "s" in axes)
 
 
-def _looked_up(node: Node, sizes: RowSizes) -> bool:
-    """Return whether all gradients of rows end in tables, or in what is the same for all: they are summed there anyway.
+def _looked_up(node: Node, sizes: RowSizes) -> list[Node] | None:
+    """Return by which numbers rows that are trained were looked up, or None where their gradients end elsewhere too.
 
-    Rows of what is looked up may be copied, scaled and added.
+    Of equal numbers gradients are summed in the table anyway.  Rows of what is looked up may be copied, and scaled and
+    added to by what is the same for all sequences.
     """
-    value = value_of(node)
-    if not (isinstance(value, Tensor) and value.requires_grad and _by_rows(node, sizes)):
-        return True
-    if node.target is F.embedding:
-        return True
-    return name_of(node.target) in _ELEMENTWISE and all(_looked_up(one, sizes) for one in node.all_input_nodes)
+    if not value_of(node).requires_grad:
+        return []
+    if node.target is F.embedding and isinstance(number := node.args[0], Node):
+        return [number]
+    found: list[Node] = []
+    for operand in node.all_input_nodes if name_of(node.target) in _ELEMENTWISE else [node]:
+        value = value_of(operand)
+        if not isinstance(value, Tensor) or not {"b", "bs"}.intersection(sizes.axes(value)):
+            continue
+        numbers = _looked_up(operand, sizes) if operand is not node and value.requires_grad else None
+        if numbers is None:
+            return None
+        found += numbers
+    return found
 
 
 def copies_like(hidden: Tensor) -> Tensor:

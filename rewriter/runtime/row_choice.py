@@ -76,6 +76,7 @@ class RowChoice:
         size = self.watch.size(hidden, live)
         if owner is not None and not facts.strange and 0 < facts.unique < facts.live:
             shared = self.watch.size(hidden, facts.unique)
+            size = B * S if self.watch.in_graphs else size  # so that one size changes, and not two
             if shared < size and self.live.guards.hold(moves.of_shape(self.live.sizes, 1, shared) | self._copied(size)):
                 longest = self.watch.longest(hidden, facts.longest)
                 whole = selection.select(looked, facts, masks, self.ends, size, longest)

@@ -99,8 +99,9 @@ class Watch:
         if not self.is_small(hidden) or self.quiet < QUIET:
             return True
         if self.noted is not None and self.noted.is_there:
-            live, *_ = self.noted.result()
+            facts = selection.Facts(*self.noted.result())
             self.noted = None
+            live = min(facts.live, facts.unique or facts.live)
             if self.size(hidden, live) < hidden.shape[0] * hidden.shape[1]:
                 self.quiet = 0
         return self.quiet < QUIET

@@ -243,3 +243,35 @@ def test_what_is_never_left_out(family: Family) -> None:
     compiled = Compiled(model, disable=["live_rows"])
     model(**inputs)
     assert compiled.rows is None
+
+
+class Scored(nn.Module):
+    """A model that returns its loss and the keys and values of its layers, and no logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        return output.loss, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+@by_name(UNDERSTOOD[:1])
+def test_a_cache_has_the_tokens_behind_the_last_label(family: Family) -> None:
+    """As of a prompt that is scored, and then gone on from."""
+    model, eager = (Scored(one) for one in pair(family))
+    compiled = Compiled(model)
+    inputs = batch("right") | {"use_cache": True}
+    inputs["labels"] = inputs["labels"].masked_fill(torch.arange(LENGTH) > 5, -100)
+    read = inputs["attention_mask"].bool()
+    for train in (False, True):
+        with torch.no_grad():
+            mine, other = (one.train(train)(**inputs) for one in (model, eager))
+        torch.testing.assert_close(mine[0], other[0], rtol=1e-5, atol=1e-5)
+        for pairs in zip(mine[1], other[1], strict=True):
+            for one, another in zip(*pairs, strict=True):
+                torch.testing.assert_close(
+                    one.transpose(1, 2)[read], another.transpose(1, 2)[read], rtol=1e-4, atol=1e-4
+                )
+    assert not compiled.rows.reason

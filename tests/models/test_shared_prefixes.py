@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.families import Family, build
+from models.families import Family, build, step, truth
 from models.padded_models import LAYERS, LENGTH, UNDERSTOOD, Compiled, assert_same, assert_same_gradients, pair
 from models.test_families import by_name
+from models.test_live_rows_at_work import distances
 
 PROMPT = 40
 NAMES = ("llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3")
@@ -190,14 +191,89 @@ def test_embeddings_that_have_a_gradient_of_their_own(family: Family) -> None:
     assert compiled.rows.unshared
 
 
+class Embedded(nn.Module):
+    """A model whose embeddings are changed by an operand before its layers."""
+
+    def __init__(self, model: nn.Module, change: Any) -> None:
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, input_ids: torch.Tensor, operand: torch.Tensor | None = None, **more: Any) -> Any:
+        embedded = self.model.get_input_embeddings()(input_ids)
+        return self.model(inputs_embeds=self.change(embedded, operand), **more)
+
+
+@pytest.mark.parametrize("kind", ["table", "factor of rows", "trained for each sequence"])
+@by_name(TESTED[:1])
+def test_gradients_of_what_only_looks_the_same(family: Family, kind: str) -> None:
+    """Two tokens with one embedding; a row that a factor of 0 makes like another; an operand that is trained."""
+    whole = build(family, nf4=False, checkpoint=False, train_norms=True, layers=LAYERS, lora=False)
+    table = whole.get_input_embeddings().weight
+    change = {"table": lambda e, _: e, "factor of rows": lambda e, one: e * one[..., None]}
+    model = Embedded(whole, change.get(kind, lambda e, one: e + one[:, None]))
+    with torch.no_grad():
+        table[5] = table[7] if kind == "table" else table[5].abs()
+        table[7] *= 1.0 if kind == "table" else 0.0
+    eager = copy.deepcopy(model)
+    compiled = Compiled(model, share_prefixes=True)
+    inputs = groups((2, 2))
+    inputs["input_ids"][0, 3], inputs["input_ids"][1, 3] = 5, 7
+    found = []
+    for one in (model, eager):
+        if kind == "trained for each sequence":
+            operand = torch.zeros(4, table.shape[1], requires_grad=True)
+        else:
+            operand = torch.ones(4, LENGTH)
+            operand[0, 3] = 0.0 if kind == "factor of rows" else 1.0
+        one(operand=operand, **inputs).loss.backward()
+        found.append([one.model.get_input_embeddings().weight.grad, *([operand.grad] if operand.requires_grad else [])])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+    if kind == "table":
+        rows, live = compiled.rows.last
+        assert live < rows - PROMPT // 2  # the second group's prompt is shared, the first's up to the token
+    else:
+        assert compiled.rows.unshared
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@by_name(TESTED[:3])
+def test_on_a_card(family: Family) -> None:
+    """In bfloat16, by the whole way: about as near to float32 as the unmodified model."""
+    model = build(
+        family, nf4=False, checkpoint=False, train_norms=True, layers=LAYERS, dtype=torch.bfloat16, device="cuda"
+    )
+    eager = copy.deepcopy(model)
+    compiled = Compiled(model, share_prefixes=True, lower="inductor")
+    errors = []
+    for seed in range(4):
+        inputs = {
+            name: value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in groups(side=("", "left", "right")[seed % 3], seed=seed).items()
+        }
+        exact = truth(eager, inputs)
+        names = [name for name in exact.gradients if exact.gradients[name].norm() > 0]
+        errors.append([distances(step(one, inputs, one), exact, names) for one in (model, eager)])
+    rows, live = compiled.rows.last
+    assert live < rows
+    mine, others = (torch.cat(one).nan_to_num(0.0) for one in zip(*errors, strict=True))
+    assert mine.max() <= 3 * others.max() + 1e-2, (mine.max(), others.max())
+    assert mine.median() <= 1.5 * others.median() + 1e-3, (mine.median(), others.median())
+
+
+@pytest.mark.gpu  # one thread of a CPU adds in one order anyway
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @by_name(TESTED[:1])
 def test_two_runs_give_the_same_bits(family: Family) -> None:
     model, _ = pair(family)
+    model.cuda()
     Compiled(model, share_prefixes=True)
+    inputs = {name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in groups().items()}
     found = []
     for _ in range(2):
         model.zero_grad()
-        model(**groups()).loss.backward()
+        model(**inputs).loss.backward()
         found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 

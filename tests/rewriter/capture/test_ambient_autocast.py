@@ -94,3 +94,26 @@ def test_results_are_those_of_the_same_mode(function: Callable[..., Tensor], out
     assert torch.equal(results[0][1], results[1][1])
     assert results[0][2] == results[1][2]
     assert torch.is_autocast_enabled("cpu") is False
+
+
+def off_in_the_middle(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """As a router or a head in float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        y = x @ first
+        with torch.autocast("cpu", enabled=False):
+            z = y.float() @ second
+        return z
+
+
+@pytest.mark.slow
+def test_backward_is_in_the_mode_in_which_it_is_called() -> None:
+    """By AOTAutograd, which traces it: products in float32 have a backward in float32."""
+    torch._dynamo.reset()
+    compiled = torch.compile(off_in_the_middle, backend="fastft", options={"strict": True})
+    tensors = [torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = []
+    for one in (compiled, off_in_the_middle):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        one(*leaves).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-5, atol=1e-5)

@@ -55,6 +55,12 @@ def one_is_not_masked(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Te
     return [found[0].view(mask.shape).masked_fill(~mask, 0), found[1].sum()]
 
 
+def mask_of_numbers(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    mask = (labels != -100).long()
+    found = statistics(hidden.reshape(-1, H), weight, labels.clamp(min=0).reshape(-1))
+    return [found[0].view(mask.shape).masked_fill(torch.logical_not(mask), 0)]
+
+
 def two_masks(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
     masks = labels == -100, labels == 3
     found = statistics(hidden.reshape(-1, H), weight, labels.clamp(min=0).reshape(-1))
@@ -139,7 +145,16 @@ def test_rows_under_the_mask_are_left_out(asked: Callable, trained: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    "asked", [one_is_not_masked, two_masks, filled_by_one, mask_of_the_results, written_between, mask_written]
+    "asked",
+    [
+        one_is_not_masked,
+        mask_of_numbers,
+        two_masks,
+        filled_by_one,
+        mask_of_the_results,
+        written_between,
+        mask_written,
+    ],
 )
 def test_rows_that_may_count_stay(asked: Callable) -> None:
     hidden, *_, ignored, _, _, _, marks = check(Model(asked))

@@ -59,6 +59,18 @@ def test_owners_are_the_first_that_begin_alike(B: int, S: int, values: int, seed
     assert torch.equal(found, by_definition(rows, look.live, counted))
 
 
+@given(B=st.integers(2, 5), S=st.integers(1, 12), seed=st.integers(0, 2**16))
+def test_places_are_compared_in_parts(B: int, S: int, seed: int) -> None:
+    ids = drawn(B, S, 2, seed)
+    look, masks = looked(torch.ones(B, S, dtype=torch.bool))
+    before, prefixes.MOST_PAIRS = prefixes.MOST_PAIRS, 3 * B * B
+    try:
+        found = prefixes.owners(look, None, masks, [ids, torch.complex(ids.float(), ids.float())])
+    finally:
+        prefixes.MOST_PAIRS = before
+    assert torch.equal(found, by_definition(ids, look.live, torch.zeros_like(look.live)))
+
+
 def test_rows_that_differ_in_one_bit_are_told_apart() -> None:
     rows = torch.zeros(3, 4, 1000)
     rows[1, 2, 777] = -0.0

@@ -72,6 +72,9 @@ def test_small_batches_are_not_waited_for_once_nothing_was_left_out() -> None:
     watch.note(facts(2000))
     assert watch.waits(SMALL)
     assert watch.quiet == 0
+    watch.quiet = row_watch.QUIET
+    watch.note(torch.tensor([4096, 512, 8, 0, 0, 0, 0, 0, 2000]))
+    assert watch.waits(SMALL)  # as many are the same as others
 
 
 @pytest.mark.quick
