@@ -84,12 +84,15 @@ def _looked_up(node: Node, sizes: RowSizes) -> list[Node] | None:
         return []
     if node.target is F.embedding and isinstance(number := node.args[0], Node):
         return [number]
+    if name_of(node.target) not in _ELEMENTWISE:
+        return None
+    tensors = [one for one in node.all_input_nodes if isinstance(value_of(one), Tensor)]
+    own = [one for one in tensors if {"b", "bs"}.intersection(sizes.axes(value_of(one)))]  # of each sequence
+    if not any(value_of(one).requires_grad for one in tensors):
+        return []  # made a leaf here, as trainers of checkpointed layers do: nobody reads its gradient
     found: list[Node] = []
-    for operand in node.all_input_nodes if name_of(node.target) in _ELEMENTWISE else [node]:
-        value = value_of(operand)
-        if not isinstance(value, Tensor) or not {"b", "bs"}.intersection(sizes.axes(value)):
-            continue
-        numbers = _looked_up(operand, sizes) if operand is not node and value.requires_grad else None
+    for one in own:
+        numbers = _looked_up(one, sizes) if value_of(one).requires_grad else None
         if numbers is None:
             return None
         found += numbers
