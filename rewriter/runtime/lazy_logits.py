@@ -164,7 +164,8 @@ def _lazily(lazy: LazyLogits, func: Any, args: Sequence[Any], kwargs: Any) -> An
         return None  # another autograd.Function returned it: gradients have to go through that
     if (cuts := row_calls.cuts(name, lazy.shape, args, kwargs)) is not None and not source.program.classes_second:
         parts = [_lazily(lazy, function, rest, {}) for function, *rest in cuts]
-        return iter(parts) if name == "__iter__" else tuple(parts)
+        if all(part is not None for part in parts):
+            return iter(parts) if name == "__iter__" else tuple(parts)
     make = functools.partial(LazyLogits.of, chunk_bytes=source.chunk_bytes, reads=source.reads, parents=[lazy])
     if name == "detach" and not args and not kwargs:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastft.compat.fake_tensors import fake_tensor, leaves, tree_map_only, tried
 from fastft.kernels.core.registry import wide
 from fastft.rewriter.fx import autocast
-from fastft.rewriter.runtime.row_programs import Input, Node, Program, autocast_now, evaluate
+from fastft.rewriter.runtime.row_programs import Input, Node, NotByRow, Program, autocast_now, evaluate
 
 _tried: dict[Any, Any] = {}  # results by function, kinds of operands and all else that is given
 _MOST_TRIED = 4096
@@ -79,7 +79,7 @@ def _operand(one: Program | Tensor | Input, like: Program) -> Node | Input | Non
         return None
     if one.device != like.device and one.dim() > 0:
         return None
-    by_row = any(size != 1 for size in shape[:-1])
+    by_row = any(size != 1 for size in shape[:-1]) or tuple(one.shape[:-1]) == like.rows != ()
     return Input(one.expand(*like.rows, shape[-1]) if by_row else one, by_row)
 
 
@@ -110,7 +110,18 @@ def elementwise(call: Call) -> Program | None:
     like, result = call.programs[0], call.tried()
     if not isinstance(result, Tensor) or tuple(result.shape) != like.shape or result.device != like.device:
         return None
-    return program_of_call(call, like, result)
+    return program_of_call(_of_any_rank(call, like), like, result)
+
+
+def _of_any_rank(call: Call, like: Program) -> Call:
+    """Return the same call with operands [1, ..., k] as [k]: its program may be moved to rows of another rank."""
+
+    def flat(one: Tensor) -> Tensor:
+        same = one.dim() < 2 or one.numel() != one.shape[-1] or tuple(one.shape[:-1]) == like.rows
+        return one if same else one.reshape(one.shape[-1])
+
+    args, kwargs = tree_map_only(Tensor, flat, (call.args, dict(call.kwargs)))
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def reduced(call: Call) -> Any:
@@ -125,12 +136,15 @@ def reduced(call: Call) -> Any:
 
 
 def computed(call: Call, like: Program, results: Sequence[Tensor]) -> Any:
-    """Compute the program that ends in this call, None if some argument fits no row."""
+    """Compute the program that ends in this call, None if some argument fits no row, or a result no chunk of rows."""
     program = program_of_call(call, like, results)
     if program is None:
         return None
-    with torch.set_grad_enabled(program.requires_grad):
-        return evaluate(program, call.chunk_bytes)
+    try:
+        with torch.set_grad_enabled(program.requires_grad):
+            return evaluate(program, call.chunk_bytes)
+    except NotByRow:
+        return None
 
 
 def summed(call: Call, program: Program, dims: Sequence[int], result: Tensor, reduction: str = "") -> Tensor | None:

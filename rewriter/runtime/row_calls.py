@@ -102,7 +102,8 @@ def _is_plain(operand: Any) -> bool:
 def _along_classes(call: Call, name: str, first: Program) -> Any:
     """Compute a call that works along the classes of its first argument."""
     if name in _ALONG:
-        return elementwise(call) if _is_last(dims_of(call, _ALONG[name]), first.rank) else None
+        last = _is_last(dims_of(call, _ALONG[name]), first.rank)
+        return elementwise(_along_last(call, _ALONG[name])) if last and isinstance(call.tried(), Tensor) else None
     if name == "getitem":
         return _picked(call, first)
     if name in ("matmul", "linear"):
@@ -119,12 +120,19 @@ def _is_last(dim: Any, rank: int) -> bool:
     return type(dim) is int and dim in (-1, rank - 1)
 
 
+def _along_last(call: Call, place: int) -> Call:
+    """Return the same call with its axis counted from the end: its program may be moved to rows of another rank."""
+    if len(call.args) > place + 1:
+        return replace(call, args=(*call.args[: place + 1], -1, *call.args[place + 2 :]))
+    return replace(call, kwargs={**call.kwargs, "dim": -1})
+
+
 def _stacked(call: Call, first: Program) -> Program | None:
     """Return the program of tensors stacked along a new first axis, as mixtures of distributions are."""
-    result, parts = call.tried(), call.operands
-    if not isinstance(result, Tensor) or tuple(result.shape) != (len(parts), *first.shape):
+    result, parts, dim = call.tried(), call.operands, dims_of(call, 0)
+    if not isinstance(result, Tensor) or not (dim is None or (type(dim) is int and dim in (0, -first.rank - 1))):
         return None
-    program = program_of_call(call, first, result)
+    program = program_of_call(call.of(torch.stack, parts), first, result)
     return program and replace(program, stacked=len(parts))
 
 

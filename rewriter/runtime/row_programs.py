@@ -26,6 +26,10 @@ from fastft.rewriter.loss.logits import on_rows
 from fastft.rewriter.runtime.logits_computation import STALE, changed, is_parameter, versions_of
 
 
+class NotByRow(Exception):  # noqa: N818 - tells the caller to compute all rows
+    """Some call gave another number of rows than its chunk has."""
+
+
 @dataclass(eq=False)
 class Input:
     """A tensor that a program reads, or the number of its place.
@@ -184,15 +188,21 @@ class Program:
         return [(one, freed.get(one, [])) for one in self.order]
 
     def run_chunk(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Make the calls for some rows: tensors by row are [n, k] here.  Return the results as [n, ...]."""
+        """Make the calls for some rows: tensors by row are [n, k] here.  Return the results as [n, ...].
+
+        Raises NotByRow where a result has other rows.
+        """
         leading, rank = (1,) * (self.rank - 2), self.rank
+        count = next(len(value) for one, value in zip(self.inputs, values, strict=True) if one.by_row)
         parts = [
             value.reshape(*leading, *value.shape) if one.by_row and rank > 1 else value[0] if one.by_row else value
             for one, value in zip(self.inputs, values, strict=True)
         ]
         results = self._run(parts)
         results = results if isinstance(results, tuple) else (results,)
-        return [one.reshape(math.prod(one.shape[: rank - 1]), *one.shape[rank - 1 :]) for one in results]
+        if any(tuple(one.shape[: rank - 1]) != ((*leading, count) if rank > 1 else ()) for one in results):
+            raise NotByRow
+        return [one.reshape(count, *one.shape[rank - 1 :]) for one in results]
 
     def chunks(self, chunk_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield the first row of each chunk and the one behind its last, of all rows in a row; one chunk at least.
@@ -285,10 +295,6 @@ class _Evaluated(torch.autograd.Function):
                 grad if grad is None else _NotTwice.apply(grad, grad.new_zeros(()).requires_grad_()) for grad in found
             ]
         return None, None, *found
-
-
-def _not_twice(grad: Tensor) -> Tensor:
-    return _NotTwice.apply(grad, grad.new_zeros(()).requires_grad_())
 
 
 class _NotTwice(torch.autograd.Function):

@@ -163,6 +163,28 @@ def in_parts(x: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def classes_by_number(x: Tensor) -> Tensor:
+    """Axes counted from the front, before the rows get another shape."""
+    p = flat(x).softmax(1).view(*SHAPE, V).square().sum(2) + x.log_softmax(2).view(-1, V).amax(1).view(SHAPE)
+    cumulated = flat(x).cumsum(1).unsqueeze(1).flatten(0, 1).amax(1).view(SHAPE) + x.softmax(dim=2)[MASK].square().sum(-1).mean()
+    return p + cumulated + F.softmax(x[0, -1], dim=0).unsqueeze(0).square().sum(1)
+
+
+def leading_ones(x: Tensor) -> Tensor:
+    """Operands of all rows, as a tensor of some rank, before the rows get another one."""
+    scale = torch.full((1, 1, 1), 0.7, dtype=torch.float64, requires_grad=True)
+    y = x * WEIGHT[None, None] / scale
+    one = F.cross_entropy((x + WEIGHT.view(1, 1, -1)).view(-1, V), PADDED.view(-1)) + (flat(x) + WEIGHT[None])[3].amax(-1)
+    rows = y.view(-1, V).logsumexp(-1).view(SHAPE) + y[1, :1].square().sum(-1) * one + y[0, 0].unsqueeze(0).std(-1)
+    rows.square().sum().backward(retain_graph=True)
+    assert scale.grad is not None
+    return rows + y[MASK].amax(-1).mean() + scale.grad.view(1, 1)
+
+
+def stacked_from_the_end(x: Tensor) -> Tensor:
+    return torch.stack([x, TEACHER, x * 2], -4).mean(0).view(-1, V).sum(-1)
+
+
 def metrics(x: Tensor) -> Tensor:
     correct = (x.argmax(-1) == LABELS)[MASK].double().mean() + (x.topk(5).indices == LABELS[..., None]).any(
         -1
@@ -216,6 +238,9 @@ READS: dict[str, Use] = {
     "reverse": lambda x: F.kl_div(TEACHER_LOGS, x.log_softmax(-1), log_target=True, reduction="none").sum(-1) * SHARE,
     "squares": lambda x: F.mse_loss(x, TEACHER) + F.smooth_l1_loss(x, TEACHER, reduction="sum") * 0.1,
     "mixed": mixed,
+    "classes_by_number": classes_by_number,
+    "leading_ones": leading_ones,
+    "stacked_from_the_end": stacked_from_the_end,
 }  # fmt: skip
 
 
