@@ -34,6 +34,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def base(tensor: Tensor) -> Tensor:
+    """Return the tensor that this is a view of, itself if of none."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def in_forward_mode() -> bool:
     """Return whether forward-mode differentiation is on, for which the ops have no formula."""
     return torch.autograd.forward_ad._current_level >= 0

@@ -96,8 +96,8 @@ class LazyLogits(Tensor):
         versions = [*known.values(), *versions_of([tensor for tensor in tensors if id(tensor) not in known])]
         trained = torch.is_grad_enabled() and logits.requires_grad
         logits = logits if trained else logits.detached()
-        parameters = [(tensor, version) for tensor, version in versions if is_parameter(tensor)]
-        computation = Computation(logits.with_values(range(len(tensors))), parameters)
+        parameters = [(tensor, version) for tensor, version in versions if is_parameter(eager.base(tensor))]
+        computation = Computation(parameters, logits.with_values(range(len(tensors))))
         computation.stale = any(parent.source.computation.stale for parent in parents)
         unread.add(computation)
         source = Source(logits, computation, chunk_bytes, reads, versions)

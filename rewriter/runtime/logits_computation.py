@@ -28,22 +28,45 @@ _USED = (
 
 
 @dataclass(eq=False)
-class Computation:
+class Watched:
+    """Parameters that something will be computed from again, with their version counters at that time.
+
+    stale: whether an optimizer has changed one of them since; those in ``unread`` are told.
+    """
+
+    parameters: list[tuple[Tensor, int]]
+    stale: bool = field(default=False, kw_only=True)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is still to be computed."""
+        return True
+
+    def check(self) -> None:
+        """Raise RuntimeError where a parameter has changed since the model's forward."""
+        if self.stale or changed(self.parameters):
+            raise RuntimeError(STALE)
+
+
+@dataclass(eq=False)
+class Computation(Watched):
     """How some logits are computed, and the small autograd graph of that computation until a backward has used it.
 
     Their node in the user's autograd graph holds nothing else: a tensor whose history leads back to that node would
     keep both alive for ever, since Python's garbage collector does not see cycles through autograd nodes.
 
-    bare: the logits, with numbers in the places of tensors.  parameters: the head's, with their version counters at
-    that time.  stale: whether an optimizer has changed one of them since.
+    bare: the logits, with numbers in the places of tensors.
     """
 
     bare: Logits | Program
-    parameters: list[tuple[Tensor, int]]
-    stale: bool = False
     leaves: list[Tensor] = field(default_factory=list)  # detached, one for each tensor
     computed: Tensor | None = None  # from the leaves
     tensors: Sequence[Tensor] | None = None  # set between the backward of the tensor that was read and the logits'
+
+    @property
+    def waits(self) -> bool:
+        """Whether the logits are not there."""
+        return self.computed is None
 
     def run(self, tensors: Sequence[Tensor]) -> Tensor:
         """Compute the logits from these tensors; return them detached, and keep what a backward needs.
@@ -55,11 +78,6 @@ class Computation:
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
             self.computed = self.bare.with_values(list(map(fsdp.whole, self.leaves))).compute()
         return self.computed.detach()
-
-    def check(self) -> None:
-        """Raise RuntimeError where a parameter has changed since the model's forward."""
-        if self.stale or changed(self.parameters):
-            raise RuntimeError(STALE)
 
     def gradients(self, grad: Tensor, tensors: Sequence[Tensor] | None) -> list[Tensor | None]:
         """Return the gradients of all tensors from that of the logits; None for tensors that need none.
@@ -94,19 +112,17 @@ def changed(versions: Sequence[tuple[Tensor, int]]) -> bool:
     return any(eager.version(tensor) != version for tensor, version in versions)
 
 
-unread: weakref.WeakSet[Computation] = weakref.WeakSet()  # all that may still be computed
+unread: weakref.WeakSet[Watched] = weakref.WeakSet()  # all that may still be computed
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Mark computations stale whose weights an optimizer changed: not every optimizer increments version counters."""
-    if waiting := [computation for computation in unread if computation.computed is None]:
+    if waiting := [one for one in unread if one.waits]:
         changed = {
             fsdp.local(parameter).data_ptr() for group in optimizer.param_groups for parameter in group["params"]
         }
-        for computation in waiting:
-            computation.stale |= any(
-                fsdp.local(parameter).data_ptr() in changed for parameter, _ in computation.parameters
-            )
+        for one in waiting:
+            one.stale |= any(fsdp.local(parameter).data_ptr() in changed for parameter, _ in one.parameters)
 
 
 register_optimizer_step_post_hook(_after_step)

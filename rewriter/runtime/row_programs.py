@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.compat import fsdp
+from fastft.compat import eager, fsdp
 from fastft.compat.fake_tensors import leaves, tree_map_only
 from fastft.kernels.chunked_head import WHOLE
 from fastft.kernels.core.arith import cdiv
 from fastft.kernels.core.registry import wide
 from fastft.rewriter.loss.head import STEPS, Logits, run
 from fastft.rewriter.loss.logits import on_rows
-from fastft.rewriter.runtime.logits_computation import STALE, changed, is_parameter, versions_of
+from fastft.rewriter.runtime.logits_computation import Watched, is_parameter, unread, versions_of
 
 
 class NotByRow(Exception):  # noqa: N818 - tells the caller to compute all rows
@@ -276,14 +276,14 @@ class _Evaluated(torch.autograd.Function):
         ctx.mark_non_differentiable(*(result for result in results if not result.is_floating_point()))
         # parameters stay alive anyway: hooks that copy saved tensors should not copy them
         ctx.parameters = [tensor if is_parameter(tensor) else None for tensor in tensors]
-        ctx.versions = versions_of([tensor for tensor in tensors if is_parameter(tensor)])
+        ctx.watched = Watched(versions_of([tensor for tensor in tensors if is_parameter(eager.base(tensor))]))
+        unread.add(ctx.watched)
         ctx.save_for_backward(*(tensor for tensor in tensors if not is_parameter(tensor)))
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if changed(ctx.versions):
-            raise RuntimeError(STALE)
+        ctx.watched.check()
         saved = iter(ctx.saved_tensors)
         tensors = [next(saved) if parameter is None else parameter for parameter in ctx.parameters]
         if all(grad is None for grad in grads):

@@ -21,6 +21,7 @@ from trl.experimental.gkd import GKDTrainer
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
 
 from fastft.rewriter.runtime.lazy_logits import LazyLogits
+from fastft.rewriter.runtime.row_call import Call, reduced
 
 V, H, SHAPE = 67, 8, (3, 14)
 ROW = V * 8  # bytes
@@ -539,6 +540,48 @@ def test_weights_that_changed_are_an_error(late: bool) -> None:
         (entropies(logits) if entropy is None else entropy).sum().backward()
 
 
+class Uncounted(torch.optim.SGD):
+    """An optimizer that writes past the version counters."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for value in group["params"]:
+                value.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("changed", ["head", "scale"])
+@pytest.mark.parametrize("late", [False, True], ids=["before_the_loss", "before_backward"])
+def test_weights_that_an_optimizer_changed_uncounted_are_an_error(changed: str, late: bool) -> None:
+    model, run = another()
+    scale = nn.Parameter(torch.ones(1, 1, V, dtype=torch.float64))
+    logits = run(IDS) * scale
+    entropy = entropies(logits) if late else None
+    Uncounted([model.inner.weight], lr=1.0).step()
+    Uncounted([model.head.weight if changed == "head" else scale], lr=1.0).step()
+    with pytest.raises(RuntimeError, match="read them before the optimizer's step, or compile with"):
+        (entropies(logits) if entropy is None else entropy).sum().backward()
+
+
+def test_an_optimizer_of_other_weights_changes_nothing() -> None:
+    model, run = another()
+    entropy = entropies(run(IDS)).sum()
+    (expected,) = torch.autograd.grad(entropies(model(IDS)).sum(), [model.head.weight])
+    Uncounted([model.inner.bias], lr=1.0).step()
+    entropy.backward()
+    torch.testing.assert_close(model.head.weight.grad, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_results_of_other_rows_are_told() -> None:
+    """Where some call gives other rows for a chunk than for all of them, nothing is computed from chunks."""
+
+    def logsumexp(x: Tensor, dim: int) -> Tensor:
+        return x.logsumexp(dim)[:, : x.shape[1] if len(x) == SHAPE[0] else 1]
+
+    program = built()[1](IDS).source.program
+    assert reduced(Call(torch.logsumexp, (program, -1), {}, 4 * ROW)) is not None
+    assert reduced(Call(logsumexp, (program, -1), {}, 4 * ROW)) is None
+
+
 def test_operands_that_changed_are_an_error() -> None:
     _, run = built()
     scale = torch.ones(V, dtype=torch.float64)
@@ -584,6 +627,10 @@ def test_errors_are_those_of_the_call() -> None:
         logits.logsumexp(5)
 
 
+def kl_terms(x: Tensor) -> Tensor:
+    return F.kl_div(x.log_softmax(-1), TEACHER_LOGS, reduction="none", log_target=True)
+
+
 WHOLE: dict[str, Use] = {
     "over_tokens": lambda x: x.softmax(1).square().sum(1) + x.sum(0).amax(0),
     "over_sequences": lambda x: flat(x).softmax(0).view(*SHAPE, V)[1] * x.logsumexp(0),
@@ -595,6 +642,11 @@ WHOLE: dict[str, Use] = {
     "a_larger_operand": lambda x: (x[0] * torch.stack([TEACHER[0], TEACHER[1]])).sum(-1),
     "a_weight_of_each_row": lambda x: torch.bmm(x, TEACHER.transpose(1, 2)),
     "classes_of_each": lambda x: x[:, torch.arange(14), LABELS[0]],
+    "stacked_as_many": lambda x: torch.stack([x, TEACHER, 2 * x], 1).mean(0).sum(-1),
+    "each_of_a_stack": lambda x: sum(one.logsumexp(-1) for one in torch.stack([x, 2 * x])),
+    "parts_of_a_stack": lambda x: torch.cat([one.amax(-1) for one in torch.stack([x, 2 * x]).chunk(2)]),
+    "each_of_a_divergence": lambda x: torch.stack([one.sum() for one in kl_terms(x)]),
+    "parts_of_a_divergence": lambda x: torch.stack([one.sum() for one in kl_terms(x).split(5, 1)]),
 }
 
 
