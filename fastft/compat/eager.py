@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C._dynamo.guards import _empty_strided_cuda as empty_strided_cuda  # type: ignore[attr-defined]
 from torch._C._dynamo.guards import _reinterpret_tensor as reinterpret_tensor  # type: ignore[attr-defined]
@@ -54,6 +56,18 @@ def clone_all(tensors: list[Tensor]) -> list[Tensor]:
     grouped = [tensor for tensor in tensors if tensor.is_floating_point()]
     copied = iter(torch._foreach_mul(grouped, 1.0) if grouped else [])
     return [next(copied) if tensor.is_floating_point() else tensor.clone() for tensor in tensors]
+
+
+def all_given(func: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a call that asks a subclass, with those that the caller gave and torch left out.
+
+    torch's l1_loss does not pass its weight on: it is read from that function's frame.
+    """
+    frame: Any = sys._getframe(1) if func is F.l1_loss else None
+    while frame is not None and frame.f_code is not func.__code__:
+        frame = frame.f_back
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return dict(kwargs) if weight is None else {**kwargs, "weight": weight}
 
 
 def has_saved_tensors_hooks() -> bool:

@@ -110,7 +110,7 @@ class LazyLogits(Tensor):
     @classmethod
     @torch.compiler.disable  # compiled code has a graph break here, and goes on with the results
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = eager.all_given(func, kwargs or {})
         with eager.as_plain_tensors():
             lazy = args[0] if args and isinstance(args[0], LazyLogits) and not is_read(args[0]) else None
             if lazy is not None and (func in METADATA or (func is Tensor.register_hook and fsdp.is_hook(args[1]))):

@@ -16,6 +16,8 @@ from fastft.kernels.core.registry import wide
 from fastft.rewriter.runtime.row_call import Call, computed, elementwise, summed
 from fastft.rewriter.runtime.row_programs import Program
 
+_OVER_WEIGHT = ("mse_loss", "l1_loss")  # their mean divides by the sum of the weight, where one is given
+
 
 def _bound(call: Call) -> dict[str, Any] | None:
     """Return the arguments of a loss by name, None for a call that is deprecated or not of torch.nn.functional."""
@@ -35,6 +37,8 @@ def summed_loss(call: Call) -> Any:
     if options is None or not isinstance(result, Tensor):
         return None
     reduction = options.pop("reduction")
+    if call.name in _OVER_WEIGHT and options.get("weight") is not None and reduction == "mean":
+        return None
     summands = elementwise(call.of(call.function, **options, reduction="none"))
     if summands is None or reduction == "none":
         return summands
