@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -344,6 +344,12 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masked": lambda x, y: x.masked_fill(~MASK[..., None], 0.5),
     "constant": lambda x, y: x.detach() + y,
     "cumulated": lambda x, y: x.cumsum(-1) / V,
+    "of_classes_in_axes": lambda x, y: x * WEIGHT[None, None],
+    "of_all_in_axes": lambda x, y: x / torch.full((1, 1, 1), 0.7, dtype=torch.float64),
+    "by_number": lambda x, y: x.softmax(2) + y,
+    "flat": lambda x, y: flat(x).view(*SHAPE, V),
+    "flat_by_number": lambda x, y: (flat(x).cumsum(1) / V).view(*SHAPE, V),
+    "flat_of_classes": lambda x, y: (flat(x) + WEIGHT[None]).view(*SHAPE, V),
 }
 ENDS: dict[str, Use] = {
     "sum": lambda x: x.sum(-1),
@@ -355,15 +361,22 @@ ENDS: dict[str, Use] = {
     "part": lambda x: x[1:, 3:].reshape(-1, V).var(-1),
     "product": lambda x: x @ MATRIX,
     "topk": lambda x: x.topk(3, -1).values,
+    "flat": lambda x: flat(x).amin(1),
+    "of_one": lambda x: x[1, 2].square().sum(0) + x[0, 3].unsqueeze(0).logsumexp(1),
+    "of_each": lambda x: torch.stack([one.var(1) for one in x.unbind(1)]),
     "loss": lambda x: F.cross_entropy(flat(x), PADDED.reshape(-1), weight=WEIGHT, label_smoothing=0.2),
 }
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9)), max_size=5), st.sampled_from(sorted(ENDS))
+    st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9)), max_size=5),
+    st.sampled_from(sorted(ENDS)),
+    st.sampled_from([4, 1000]),
 )
-def test_any_program(steps: list[tuple[str, int]], end: str) -> None:
-    """Each step takes what the last one gave and some earlier result."""
+@example([("of_classes_in_axes", 0)], "of_each", 1000)
+@example([("flat_by_number", 0), ("of_all_in_axes", 0)], "masked", 4)
+def test_any_program(steps: list[tuple[str, int]], end: str, rows: int) -> None:
+    """Each step takes what the last one gave and some earlier result; so many rows are a chunk."""
 
     def use(x: Tensor) -> Tensor:
         made = [x]
@@ -372,7 +385,13 @@ def test_any_program(steps: list[tuple[str, int]], end: str) -> None:
         return ENDS[end](made[-1])
 
     model, run = built()
-    assert_same(unread(run), model, use, rtol=1e-7, atol=1e-9)
+
+    def in_chunks(ids: Tensor) -> LazyLogits:
+        logits = unread(run)(ids)
+        logits.source.chunk_bytes = rows * ROW
+        return logits
+
+    assert_same(in_chunks, model, use, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
