@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastft.rewriter.options import Options, OptionsError
 
 if TYPE_CHECKING:
-    from fastft.integrations.trainer import TrainerCallback
+    from fastft.integrations.trainer import TrainerCallback as TrainerCallback
     from fastft.quantize import Quantized, quantize_
     from fastft.rewriter.bisect import Culprit, bisect
     from fastft.rewriter.check import Check, check
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fastft.rewriter.runtime.controller import set_memory_budget
 
 __version__ = _version("fastft")
-__all__ = [
-    "BudgetError", "Check", "Culprit", "Options", "OptionsError", "Quantized", "Report", "TrainerCallback",
+__all__ = [  # without TrainerCallback, which needs transformers
+    "BudgetError", "Check", "Culprit", "Options", "OptionsError", "Quantized", "Report",
     "__version__", "bisect", "check", "compilations", "explain", "quantize_", "set_memory_budget",
 ]  # fmt: skip
 

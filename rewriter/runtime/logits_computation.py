@@ -76,8 +76,10 @@ class Computation(Watched):
         self.check()
         self.leaves = [fsdp.detach(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors]
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            self.computed = self.bare.with_values(list(map(fsdp.whole, self.leaves))).compute()
-        return self.computed.detach()
+            computed = self.bare.with_values(list(map(fsdp.whole, self.leaves))).compute()
+        # there is no graph below autograd, as in a vmap: a backward computes them again
+        self.computed = computed if computed.requires_grad else None
+        return computed.detach()
 
     def gradients(self, grad: Tensor, tensors: Sequence[Tensor] | None) -> list[Tensor | None]:
         """Return the gradients of all tensors from that of the logits; None for tensors that need none.

@@ -167,7 +167,10 @@ def in_parts(x: Tensor) -> Tensor:
 def classes_by_number(x: Tensor) -> Tensor:
     """Axes counted from the front, before the rows get another shape."""
     p = flat(x).softmax(1).view(*SHAPE, V).square().sum(2) + x.log_softmax(2).view(-1, V).amax(1).view(SHAPE)
-    cumulated = flat(x).cumsum(1).unsqueeze(1).flatten(0, 1).amax(1).view(SHAPE) + x.softmax(dim=2)[MASK].square().sum(-1).mean()
+    cumulated = (
+        flat(x).cumsum(1).unsqueeze(1).flatten(0, 1).amax(1).view(SHAPE)
+        + x.softmax(dim=2)[MASK].square().sum(-1).mean()
+    )
     return p + cumulated + F.softmax(x[0, -1], dim=0).unsqueeze(0).square().sum(1)
 
 
@@ -175,7 +178,9 @@ def leading_ones(x: Tensor) -> Tensor:
     """Operands of all rows, as a tensor of some rank, before the rows get another one."""
     scale = torch.full((1, 1, 1), 0.7, dtype=torch.float64, requires_grad=True)
     y = x * WEIGHT[None, None] / scale
-    one = F.cross_entropy((x + WEIGHT.view(1, 1, -1)).view(-1, V), PADDED.view(-1)) + (flat(x) + WEIGHT[None])[3].amax(-1)
+    one = F.cross_entropy((x + WEIGHT.view(1, 1, -1)).view(-1, V), PADDED.view(-1)) + (flat(x) + WEIGHT[None])[3].amax(
+        -1
+    )
     rows = y.view(-1, V).logsumexp(-1).view(SHAPE) + y[1, :1].square().sum(-1) * one + y[0, 0].unsqueeze(0).std(-1)
     rows.square().sum().backward(retain_graph=True)
     assert scale.grad is not None
@@ -238,7 +243,7 @@ READS: dict[str, Use] = {
     "divergence": lambda x: F.kl_div(x.log_softmax(-1), TEACHER_SHARES, reduction="batchmean"),
     "reverse": lambda x: F.kl_div(TEACHER_LOGS, x.log_softmax(-1), log_target=True, reduction="none").sum(-1) * SHARE,
     "squares": lambda x: F.mse_loss(x, TEACHER) + F.smooth_l1_loss(x, TEACHER, reduction="sum") * 0.1,
-    "weighted_squares": lambda x: F.mse_loss(x, TEACHER, reduction="sum", weight=TEACHER_SHARES) + F.l1_loss(x, TEACHER),
+    "weighted_squares": lambda x: F.mse_loss(x, TEACHER, reduction="sum", weight=TEACHER_SHARES),
     "weighted_huber": lambda x: F.huber_loss(x, TEACHER, weight=TEACHER_SHARES),
     "weighted_distance": lambda x: F.l1_loss(x, TEACHER, reduction="none", weight=TEACHER_SHARES).sum(-1),
     "mixed": mixed,
@@ -667,6 +672,7 @@ WHOLE: dict[str, Use] = {
     "weighted_distances": lambda x: F.l1_loss(x, TEACHER, weight=TEACHER_SHARES),
     "weighted_squares": lambda x: F.mse_loss(TEACHER, x, weight=TEACHER_SHARES),
     "weights": lambda x: F.mse_loss(TEACHER, TEACHER_SHARES, weight=x.exp()),
+    "vmapped": lambda x: torch.vmap(lambda one: one.logsumexp(-1))(x),
     "stacked_as_many": lambda x: torch.stack([x, TEACHER, 2 * x], 1).mean(0).sum(-1),
     "each_of_a_stack": lambda x: sum(one.logsumexp(-1) for one in torch.stack([x, 2 * x])),
     "parts_of_a_stack": lambda x: torch.cat([one.amax(-1) for one in torch.stack([x, 2 * x]).chunk(2)]),
