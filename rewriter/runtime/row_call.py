@@ -110,17 +110,22 @@ def elementwise(call: Call) -> Program | None:
     like, result = call.programs[0], call.tried()
     if not isinstance(result, Tensor) or tuple(result.shape) != like.shape or result.device != like.device:
         return None
-    return program_of_call(_of_any_rank(call, like), like, result)
+    return program_of_call(_lasting(call, like), like, result)
 
 
-def _of_any_rank(call: Call, like: Program) -> Call:
-    """Return the same call with operands [1, ..., k] as [k]: its program may be moved to rows of another rank."""
+def _lasting(call: Call, like: Program) -> Call:
+    """Return the same call with operands that its program may keep: it may be moved, and they be written to, later.
 
-    def flat(one: Tensor) -> Tensor:
+    Those [1, ..., k] become [k], which fits rows of any rank; small ones without gradients are copied.
+    """
+
+    def kept(one: Tensor) -> Tensor:
+        small = one.numel() <= like.classes and not one.requires_grad and not isinstance(one, torch.nn.Parameter)
+        one = one.clone() if small else one
         same = one.dim() < 2 or one.numel() != one.shape[-1] or tuple(one.shape[:-1]) == like.rows
         return one if same else one.reshape(one.shape[-1])
 
-    args, kwargs = tree_map_only(Tensor, flat, (call.args, dict(call.kwargs)))
+    args, kwargs = tree_map_only(Tensor, kept, (call.args, dict(call.kwargs)))
     return replace(call, args=args, kwargs=kwargs)
 
 

@@ -609,9 +609,24 @@ def test_results_of_other_rows_are_told() -> None:
     assert reduced(Call(logsumexp, (program, -1), {}, 4 * ROW)) is None
 
 
+def test_small_operands_may_change() -> None:
+    """Each call has them as they were then."""
+
+    def use(x: Tensor) -> Tensor:
+        suppressed, scale, found = torch.zeros(V, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64), []
+        for place in range(3):
+            suppressed[place] = -1e4
+            scale.mul_(0.7)
+            found.append((x + suppressed - scale).view(-1, V).logsumexp(-1))
+        return torch.cat(found)
+
+    model, run = built()
+    assert_same(unread(run), model, use, rtol=1e-9, atol=1e-10)
+
+
 def test_operands_that_changed_are_an_error() -> None:
     _, run = built()
-    scale = torch.ones(V, dtype=torch.float64)
+    scale = torch.ones(*SHAPE, V, dtype=torch.float64)
     scaled = run(IDS) * scale
     scale.zero_()
     with pytest.raises(RuntimeError, match="what they are made of has changed"):
