@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +96,13 @@ def test_no_module_imports_itself_by_others() -> None:
         return found
 
     assert [found for module in GRAPH if (found := cycle(module, ()))] == []
+
+
+def test_all_names_come_without_optional_packages() -> None:
+    """As `from fastft import *` where only torch is installed."""
+    absent = "import sys; sys.modules |= dict.fromkeys(['transformers', 'bitsandbytes', 'peft', 'trl', 'datasets'])"
+    names = "import fastft; from fastft import *; assert set(fastft.__all__) <= set(globals())"
+    subprocess.run([sys.executable, "-c", f"{absent}; {names}"], check=True)
 
 
 def test_the_graph_is_the_packages() -> None:
