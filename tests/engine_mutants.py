@@ -351,7 +351,8 @@ ENGINE = (
     *_of(
         ROWS, "rows/prefixes",
         ("a row whose label counts", "rows/prefixes.owners", "looked.live if counted is None else looked.live & ~counted", "looked.live"),
-        ("alike at one place alone", "rows/prefixes.owners", ".cumsum(-1, dtype=torch.int32) == 0", ".int() == 0"),
+        ("alike at one place alone", "rows/prefixes.owners", "((differences == 0) & may", "((here[:, None] == here[None]) & may"),
+        ("parts that know nothing of those before", "rows/prefixes.owners", "differ = differences[..., -1]", "pass"),
         ("rows that only have one sum", "rows/prefixes.numbered", "torch.where(equal, first,", "torch.where(equal | True, first,"),
         ("masks that are not compared", "rows/prefixes._described", "looked.keys.unsqueeze(-1).to(torch.int64)", "torch.zeros_like(looked.keys.unsqueeze(-1).to(torch.int64))"),
         ("keys of the row itself", "rows/prefixes.share", "home[(owner * S + torch.arange(S, device=device)).flatten()]", "home"),
