@@ -197,6 +197,8 @@ def _live_rows(
     if options.skip_padding is False or live_rows.RULE in options.disable or not options.outline:
         return gm, None
     trains = torch.is_grad_enabled() and not dynamo.in_eval_mode()
+    if not trains and deferred:  # an evaluation may read logits of padding too
+        return gm, None
     report.rows = RowsReport()
     copy = dynamo.inherit_capture_metadata(GraphModule(gm, dynamo.copy_graph(gm.graph)), gm)
     original = Snapshot(copy)

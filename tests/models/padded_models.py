@@ -78,6 +78,17 @@ class Compiled:
         return self.reports[-1].rows
 
 
+class OnlyLoss(nn.Module):
+    """A model that returns nothing but its loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        return self.model(**inputs).loss
+
+
 def pair(family: Family, **more: Any) -> tuple[nn.Module, nn.Module]:
     """A model and the same again, which is not compiled."""
     model = build(family, nf4=False, checkpoint=False, train_norms=True, layers=LAYERS, **more)

@@ -353,7 +353,7 @@ def test_dropout(flash: bool) -> None:
     assert rules(report)[0] == ["attention.dot_product" if flash else "attention.eager_masked_fill_dropout"]
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.fastft.attention)
     assert node.args[9] is not None
-    assert node.args[-2] == 0.25
+    assert node.args[-3] == 0.25
     assert (results[0] - results[1]).abs().max() > 0.01
     error = (results.mean(0) - expected).abs()
     assert (error <= 5 * results.std(0) / 20 + 1e-6).all(), error.max()
