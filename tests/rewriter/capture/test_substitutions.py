@@ -221,6 +221,8 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave what is installed as it was."""
     for kind in (substitutions.UserFunctionVariable, substitutions.UserMethodVariable):
         monkeypatch.setattr(kind, "call_function", kind.call_function)
+    autograd_function = substitutions.AutogradFunctionVariable
+    monkeypatch.setattr(autograd_function, "call_apply", autograd_function.call_apply)
 
 
 @pytest.mark.usefixtures("restored")
