@@ -44,13 +44,8 @@ def apply_in_autocast(
     chunk_size: int, final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute log-probabilities and entropies as 1.14 does, in autocast's dtype where it is on."""
-    if not _is_plain(hidden, weight):
-        return original.apply(
-            hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale
-        )
-    dtype = _autocast_dtype(hidden)
-    found = _statistics(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, dtype)
-    return found[0], found[1]
+    given = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
+    return _two_results(original, _autocast_dtype(hidden), *given)
 
 
 def apply_with_bias(
@@ -58,12 +53,18 @@ def apply_with_bias(
     chunk_size: int, final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute log-probabilities and entropies as 1.13 does, in the dtype of the hidden states."""
+    given = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
+    return _two_results(original, hidden.dtype, *given)
+
+
+def _two_results(
+    original: Any, dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    temperature: float, chunk_size: int, softcap: float | None, logit_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute log-probabilities and entropies in this dtype."""
     if not _is_plain(hidden, weight):
-        return original.apply(
-            hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale
-        )
-    dtype = hidden.dtype
-    found = _statistics(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, dtype)
+        return original.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale)
+    found = _statistics(hidden, weight, bias, targets, temperature, softcap, logit_scale, dtype)
     return found[0], found[1]
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from fastft.compat import aot, operators
+from fastft.rewriter.fx import autocast
 from fastft.rewriter.fx.metadata import name_of
 
 _IN_ANY_MODE = frozenset(("to", "float", "half", "bfloat16", "double", "type_as", "getitem", "view", "detach"))
@@ -38,8 +38,8 @@ def entered(modes: Sequence[tuple[Any, ...]]) -> Iterator[None]:
     with ExitStack() as stack:
         if modes:
             stack.enter_context(aot.backward_without_autocast())
-        for kind, dtype, enabled, cache in modes:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        for mode in modes:
+            stack.enter_context(autocast.context(*mode))
         yield
 
 

@@ -28,7 +28,7 @@ def at(node: Node) -> Iterator[None]:
     """Enter the autocast contexts that the graph has entered and not yet left at this node."""
     with ExitStack() as stack:
         for entered in _entered(node):
-            stack.enter_context(_context(*entered.args))
+            stack.enter_context(context(*entered.args))
         yield
 
 
@@ -38,7 +38,8 @@ def _entered(node: Node) -> list[Node]:
     return [entry for entry in entries if entry < node and not any(exit_ < node for exit_ in entry.users)]
 
 
-def _context(kind: Any, dtype: Any = None, enabled: Any = True, cache: Any = None) -> AbstractContextManager:
+def context(kind: Any, dtype: Any = None, enabled: Any = True, cache: Any = None) -> AbstractContextManager:
+    """Return the autocast that a call with these arguments enters."""
     return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
 
 
