@@ -98,7 +98,8 @@ class _Application:
             attempt for attempt in attempts
             if isinstance(attempt, Mismatch) and attempt.reason and attempt.rule.report_misses
         ]  # fmt: skip
-        if not refusals and missed:
+        value = value_of(anchor)
+        if not refusals and missed and not (isinstance(value, Tensor) and not value.ndim):  # such as minus a loss
             nearest = max(missed, key=lambda mismatch: (mismatch.matched, mismatch.rule.replacement is not None))
             refusals.append((nearest.rule, nearest.reason))
         if refusals:

@@ -89,6 +89,17 @@ def test_it_lists_matches_near_misses_and_lines() -> None:
         assert part in text
 
 
+def test_minus_a_loss_is_no_near_miss_of_a_rotation() -> None:
+    """Rotary rules begin with minus a half of each head; a scalar has no halves."""
+
+    class Scored(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x).sum()
+
+    report = fastft.explain(Scored(), torch.randn(2, 5, 16))
+    assert [miss.rule.split(".")[0] for miss in report.near_misses] == ["rms_norm"]
+
+
 def test_a_break_is_shown_with_the_users_line() -> None:
     report = fastft.explain(Breaking(), torch.randn(2, 5, 16))
     ((reason, where),) = report.breaks
