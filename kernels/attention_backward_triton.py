@@ -160,23 +160,32 @@ def query_kernel(
 @triton.jit
 def row_span(
     j0, start_ptr, end_ptr, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, START: tl.constexpr,
-    END: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
+    END: tl.constexpr, IDS: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     """Return low, full_low, full_high, high: the rows that attend to a column from j0; full: to all of the tile's.
 
-    Ranges that are given in tensors are all scanned; with them, or with a dense mask, no row is known to attend to all.
+    Ranges that are given in tensors are all scanned: full is the first run of rows that attend to the whole tile.  With
+    a dense mask, or where rows that are alike compare no ids (start beside ids), no row is known to.
     """
     low, high = 0, S
     if START or END:
-        low, high = S, 0
+        low, high, begin, until = S, 0, S, S
         for i0 in range(0, S, SCAN):
             i = i0 + tl.arange(0, SCAN)
-            first, last, _ = key_range(i, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END)
+            first, last, alike = key_range(i, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END)
             meets = (i < S) & (first < last) & (first < j0 + BLOCK_N) & (last > j0)
             low = tl.minimum(low, tl.min(tl.where(meets, i, S), 0))
             high = tl.maximum(high, tl.max(tl.where(meets, i + 1, 0), 0))
+            covers = meets & (alike == 0) & (first <= j0) & (last >= tl.minimum(j0 + BLOCK_N, T))
+            begin = tl.minimum(begin, tl.min(tl.where(covers, i, S), 0))
+            until = tl.minimum(until, tl.min(tl.where((i > begin) & (covers == 0), i, S), 0))
         low = low // BLOCK_M * BLOCK_M
-        return low, low, low, high
+        full_low, full_high = tl.cdiv(begin, BLOCK_M) * BLOCK_M, until // BLOCK_M * BLOCK_M
+        if MASK > 0 or (START and IDS):
+            return low, low, low, high
+        none = full_low >= full_high
+        return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
     full_low, full_high = 0, S // BLOCK_M * BLOCK_M
     if CAUSAL:
         low = j0 // BLOCK_M * BLOCK_M
@@ -205,7 +214,7 @@ def key_tiles(
     """
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     # Loading ahead in the short loops at the ends of the long one makes short heads' registers spill: 2 kB a thread.
-    ahead: tl.constexpr = not MASKED or START or END or MASK > 0 or BLOCK_D > 64
+    ahead: tl.constexpr = not MASKED or MASK > 0 or (START and IDS) or BLOCK_D > 64
     for i0 in tl.range(low, high, BLOCK_M, num_stages=None if ahead else 1):
         i = i0 + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, i, d, q_stride, S, D, BLOCK_D, not MASKED)
@@ -258,7 +267,7 @@ def key_kernel(
     start_ptr, end_ptr = start_ptr + wide_b * start_sb, end_ptr + wide_b * end_sb
     query_ids_ptr, key_ids_ptr = query_ids_ptr + wide_b * query_ids_sb, key_ids_ptr + wide_b * key_ids_sb
     low, full_low, full_high, high = row_span(
-        j0, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END, MASK, BLOCK_M, BLOCK_N, SCAN
+        j0, start_ptr, end_ptr, S, T, window, CAUSAL, WINDOW, START, END, IDS, MASK, BLOCK_M, BLOCK_N, SCAN
     )
     key_ids = 0
     if IDS:
@@ -268,6 +277,7 @@ def key_kernel(
             low, full_low, full_high, high = narrowed(
                 low, full_low, full_high, high, first_id, same, query_ids_ptr, BLOCK_M, SCAN
             )
+    split: tl.constexpr = not (MASK > 0 or (START and IDS))  # whether some rows may be known to attend to all
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for h in range(g * GROUP, (g + 1) * GROUP):
         wide_h = tl.cast(h, tl.int64)
@@ -275,14 +285,14 @@ def key_kernel(
         q_at, dout_at = q_ptr + wide_b * q_sb + wide_h * q_sh, dout_ptr + wide_b * dout_sb + wide_h * dout_sh
         base_at, delta_at = base_ptr + head * padded_S, delta_ptr + head * padded_S
         mask_at = mask_ptr + wide_b * mask_sb + wide_h * mask_sh
-        if (CAUSAL or IDS) and not (START or END or MASK > 0):
+        if (CAUSAL or IDS or START or END) and split:
             dk, dv = key_tiles(
                 dk, dv, k, v, q_at, dout_at, base_at, delta_at, low, full_low, j, start_ptr, end_ptr, query_ids_ptr,
                 key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap, seed_ptr, row0,
                 threshold, keep_scale,
                 True, CAUSAL, WINDOW, START, END, IDS, MASK, SOFTCAP, DROPOUT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-        if not (START or END or MASK > 0):
+        if split:
             dk, dv = key_tiles(
                 dk, dv, k, v, q_at, dout_at, base_at, delta_at, full_low, full_high, j, start_ptr, end_ptr,
                 query_ids_ptr, key_ids, mask_at, mask_si, mask_sj, q_si, dout_si, S, T, window, scale, softcap,

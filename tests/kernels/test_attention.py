@@ -25,7 +25,7 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 in_dtypes = pytest.mark.parametrize("dtype", LOW if INTERPRETING else DTYPES, ids=str)
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Tensors, Names = dict[str, Tensor], Sequence[str]
-RANGES, DENSE = ("starts", "ends", "ranges", "documents"), ("bool", "added")
+RANGES, DENSE = ("starts", "ends", "ranges", "stretches", "documents"), ("bool", "added")
 IDS = ("left", "right", "keys", "runs", "holes", "kinds")  # keys: padding of keys alone
 
 
@@ -86,6 +86,11 @@ class Problem:
         if self.ranges == "documents":
             first = torch.rand(shape, generator=generator) < 0.1
             return {"start": (first * torch.arange(self.S)).cummax(1).values.to(dtype)}
+        if self.ranges == "stretches":  # of rows that attend to the same keys, more than a tile of them
+            stretch = ((torch.arange(self.S) + 9) // 64).expand(shape)
+            starts = (stretch % 3 - 1) * (self.T // 5)  # the first weighs its keys alike
+            ends = torch.randint(self.T // 2, self.T + 1, stretch.shape, generator=generator).gather(-1, stretch)
+            return {"start": starts.to(dtype), "end": ends.to(dtype)}
         alike = torch.rand(shape, generator=generator) < 0.1
         start = torch.randint(self.T, shape, generator=generator).masked_fill(alike, -1 if coin(generator) else -100)
         end = torch.randint(self.T + 2, (1, self.S) if coin(generator) else shape, generator=generator)
@@ -327,7 +332,7 @@ def test_agrees_with_the_definition(device: str, problem: Problem, needs: Names,
 MASKS = [
     {}, {"causal": True}, {"causal": True, "window": 33}, {"window": 5}, *({"ranges": one} for one in RANGES),
     *({"ids": one, "causal": True} for one in IDS), *({"dense": one} for one in DENSE),
-    {"ranges": "ranges", "ids": "kinds", "dense": "added", "window": 50},
+    {"ranges": "ranges", "ids": "kinds", "dense": "added", "window": 50}, {"ranges": "stretches", "ids": "runs"},
 ]  # fmt: skip
 
 
