@@ -14,11 +14,15 @@ HISTORY = ("loss", "grad_norm", "eval_loss", "rewards/margins")
 
 
 def arguments(setting: Setting, **more: Any) -> dict[str, Any]:
-    """What all of transformers' trainers are told."""
+    """What all of transformers' trainers are told.
+
+    By Adam's own epsilon a gradient that is nothing but rounding moves its weight by a whole step, to either side.
+    """
     return {
         "output_dir": str(setting.folder), "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": setting.device == "cpu", "bf16": False,
-        "disable_tqdm": True, "gradient_checkpointing": False, "logging_first_step": True, **more,
+        "adam_epsilon": 1e-4, "logging_steps": 1, "logging_first_step": True, "report_to": [], "save_strategy": "no",
+        "use_cpu": setting.device == "cpu", "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
+        **more,
     }  # fmt: skip
 
 
