@@ -9,6 +9,7 @@ and how often Python collects.
 
 import gc
 import inspect
+import logging
 import os
 import re
 import subprocess
@@ -81,6 +82,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         source = inspect.getsource(inspect.unwrap(item.function))
         if not SLOWER.search(source) and not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
             item.add_marker("quick")
+
+
+def pytest_collection_finish() -> None:
+    """Keep pytest's handlers away from torch's structured trace, for which each graph would be spelled many times.
+
+    They are added to loggers that do not propagate; this one has handlers only where somebody wants a trace.
+    """
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="module", autouse=True)

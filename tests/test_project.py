@@ -1,6 +1,7 @@
 """What the repository promises about itself."""
 
 import ast
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,3 +116,9 @@ def test_docstrings_begin_with_a_verb() -> None:
         if doc.split()[0].strip(",.:;").lower() in NO_VERBS
     ]
     assert found == []
+
+
+def test_nothing_listens_to_the_trace_of_torch() -> None:
+    """With a handler, which pytest would add, every graph is spelled after each pass: conftest.py keeps it away."""
+    handlers = logging.getLogger("torch.__trace").handlers
+    assert [handler for handler in handlers if not type(handler).__module__.startswith("torch.")] == []
