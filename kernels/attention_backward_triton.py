@@ -168,7 +168,6 @@ def row_span(
     Ranges that are given in tensors are all scanned: full is the first run of rows that attend to the whole tile.  With
     a dense mask, or where rows that are alike compare no ids (start beside ids), no row is known to.
     """
-    low, high = 0, S
     if START or END:
         low, high, begin, until = S, 0, S, S
         for i0 in range(0, S, SCAN):
@@ -182,18 +181,15 @@ def row_span(
             until = tl.minimum(until, tl.min(tl.where((i > begin) & (covers == 0), i, S), 0))
         low = low // BLOCK_M * BLOCK_M
         full_low, full_high = tl.cdiv(begin, BLOCK_M) * BLOCK_M, until // BLOCK_M * BLOCK_M
-        if MASK > 0 or (START and IDS):
-            return low, low, low, high
-        none = full_low >= full_high
-        return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
-    full_low, full_high = 0, S // BLOCK_M * BLOCK_M
-    if CAUSAL:
-        low = j0 // BLOCK_M * BLOCK_M
-        full_low = tl.cdiv(j0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-    if WINDOW:
-        high = tl.minimum(S, j0 + BLOCK_N - 1 + window)
-        full_high = tl.minimum(full_high, (j0 + window) // BLOCK_M * BLOCK_M)
-    if MASK > 0:
+    else:
+        low, high, full_low, full_high = 0, S, 0, S // BLOCK_M * BLOCK_M
+        if CAUSAL:
+            low = j0 // BLOCK_M * BLOCK_M
+            full_low = tl.cdiv(j0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+        if WINDOW:
+            high = tl.minimum(S, j0 + BLOCK_N - 1 + window)
+            full_high = tl.minimum(full_high, (j0 + window) // BLOCK_M * BLOCK_M)
+    if MASK > 0 or (START and IDS):
         return low, low, low, high
     none = full_low >= full_high
     return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
